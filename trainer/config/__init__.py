@@ -1,0 +1,1 @@
+"""The configuration: every knob, typed and documented (`schema`), and strict loading from YAML (`load`)."""

@@ -1,0 +1,219 @@
+"""Every knob of a run: typed, frozen, and documented where it is declared.
+
+A field's docstring is the only place its meaning is written: `sdxl-train schema`, editor help and
+`docs/config.md` are generated from it. Values are strict (no silent conversion); rules that need two
+fields live in `rules.py`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_YES_NO = {"yes": True, "on": True, "no": False, "off": False}
+
+
+def _yes_no(value: object) -> object:
+    return _YES_NO.get(value.lower(), value) if isinstance(value, str) else value
+
+
+Flag = Annotated[bool, BeforeValidator(_yes_no)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PathField = Annotated[Path, Field(strict=False)]
+
+
+class Section(BaseModel):
+    """Common rules of all sections: frozen, strict, unknown keys refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class RunConfig(Section):
+    dir: PathField
+    """Where everything this run writes goes: checkpoints, metrics, samples, logs."""
+    seed: Count = 0
+    """Seed of the data order, the noise and the timesteps. The same seed gives the same run."""
+    resume: bool | str = "auto"
+    """`auto`: go on from the newest complete checkpoint in `run.dir`, or start fresh if there is none.
+    `true`: the same, but none is an error. `false`: start fresh; an existing run in the directory is an
+    error. A path: go on from that checkpoint."""
+
+
+class LaunchConfig(Section):
+    workers: PositiveInt | None = None
+    """Worker processes on this host. Default: one per GPU; without a GPU, one."""
+    threads_per_worker: PositiveInt | None = None
+    """OpenMP threads of each worker. Default: the CPU cores of this host divided by the workers."""
+
+
+class ModelConfig(Section):
+    path: PathField
+    """SDXL in diffusers' folder layout (`unet/`, `vae/`, `text_encoder/`, `text_encoder_2/`,
+    `tokenizer/`, `tokenizer_2/`)."""
+    vae: PathField | None = None
+    """A VAE folder to use in place of `model.path`'s, such as the fp16-fix VAE."""
+    vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the VAE. SDXL's original VAE overflows in fp16: use `fp16` with the fp16-fix only."""
+    text_encoder_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision in which the frozen text encoders are held and run."""
+
+
+class BucketConfig(Section):
+    resolution: PositiveInt = 1024
+    """Pixels on the side of the square bucket; all buckets have at most this area."""
+    min_px: PositiveInt = 256
+    """Shortest side of any bucket, in pixels."""
+    max_px: PositiveInt = 2048
+    """Longest side of any bucket, in pixels."""
+    step_px: PositiveInt = 64
+    """Bucket sides are multiples of this, in pixels; a multiple of 8."""
+    no_upscale: Flag = False
+    """Never enlarge an image: smaller ones get a bucket of their own size, rounded down to `step_px`."""
+
+
+class FolderSource(Section):
+    type: Literal["folder"] = "folder"
+    """A folder of images, searched recursively, each with a caption file beside it."""
+    path: PathField
+    """The folder."""
+    caption_extension: str = ".txt"
+    """Ending of the caption file that lies beside each image."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class DataConfig(Section):
+    sources: Annotated[list[FolderSource], Field(min_length=1)]
+    """Where the images come from; any number of entries."""
+    prepared: PathField
+    """Folder of the prepared data set (latents in shards). Made by `prepare`, or on the first start."""
+    buckets: BucketConfig = BucketConfig()
+    """Aspect-ratio buckets."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the images held out for the validation loss, chosen by a hash of each image's key."""
+    rows_per_shard: PositiveInt = 2048
+    """Images in one shard file."""
+    cache_text: Flag = False
+    """Store the text encoders' outputs with the latents (about 320 KB an image in real SDXL) in place of
+    running the frozen encoders in each step."""
+    vae_batch_size: PositiveInt = 4
+    """Images that a worker encodes at once in `prepare`."""
+    workers: Count = 2
+    """CPU processes per training worker that read and assemble batches; 0 reads in threads of the
+    training process."""
+    prefetch_batches: PositiveInt = 4
+    """Batches kept ready per training worker."""
+
+
+class TrainConfig(Section):
+    steps: PositiveInt | None = None
+    """Optimizer steps of the whole run. Give this or `train.epochs`."""
+    epochs: PositiveInt | None = None
+    """Passes over the data of the whole run. Give this or `train.steps`."""
+    batch_size_per_gpu: PositiveInt = 1
+    """Images in one forward and backward pass of one worker."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Forward and backward passes per optimizer step. Default 1, or what `global_batch_size` needs."""
+    global_batch_size: PositiveInt | None = None
+    """Images per optimizer step over all workers; the accumulation follows from it. Unlike
+    `gradient_accumulation_steps`, it keeps the run the same when the number of workers changes."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the UNet's forward and backward pass. Weights and optimizer state are fp32 in both."""
+    gradient_checkpointing: Flag = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate of the UNet."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """AdamW's decay rates of the gradient's first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's term that keeps the division finite."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's decoupled weight decay."""
+
+
+class LrScheduleConfig(Section):
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up: `constant`, or down to `final_ratio` at the last step along a line or a
+    half cosine."""
+    warmup_steps: Count = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    final_ratio: Fraction = 0.0
+    """Learning rate at the last step as a share of `optimizer.lr` (`linear` and `cosine`)."""
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt = 1000
+    """Optimizer steps between checkpoints; one is always written at the end and when interrupted."""
+    keep: Annotated[int, Field(ge=2)] = 3
+    """How many of the newest checkpoints are kept; at least 2, so that a damaged one has a forerunner."""
+
+
+class ValidationConfig(Section):
+    every_steps: Count = 0
+    """Optimizer steps between validations; 0 turns them off. Needs `data.validation_fraction`."""
+    timesteps: Annotated[list[Annotated[int, Field(ge=0, le=999)]], Field(min_length=1)] = [100, 300, 500, 700, 900]
+    """Timesteps at which every held-out image is scored, with noise fixed by its key."""
+    max_images: PositiveInt = 256
+    """Held-out images that are scored, at most."""
+
+
+class SamplesConfig(Section):
+    every_steps: Count = 0
+    """Optimizer steps between sample grids; 0 turns them off."""
+    prompts: list[str] = []
+    """One image is drawn for each prompt. Empty: captions of the prepared data are used."""
+    negative_prompt: str = ""
+    """What the images are guided away from."""
+    count: PositiveInt = 8
+    """How many captions of the data are used where `prompts` is empty."""
+    width_px: PositiveInt | None = None
+    """Width of the images; default: `data.buckets.resolution`."""
+    height_px: PositiveInt | None = None
+    """Height of the images; default: `data.buckets.resolution`."""
+    steps: PositiveInt = 28
+    """Sampler steps (Euler)."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 6.0
+    """Classifier-free guidance; 1 or less turns it off."""
+    seed: Count = 0
+    """Seed of the first image's starting noise; the n-th image uses seed + n."""
+
+
+class LogConfig(Section):
+    every_steps: PositiveInt = 1
+    """Optimizer steps between lines in `metrics.jsonl` and TensorBoard."""
+
+
+class Config(Section):
+    """One run of sdxl-train."""
+
+    run: RunConfig
+    """The run directory, the seed, and how to go on."""
+    launch: LaunchConfig = LaunchConfig()
+    """Worker processes on this host."""
+    model: ModelConfig
+    """The SDXL model to start from."""
+    data: DataConfig
+    """Images, captions, buckets and how they are read."""
+    train: TrainConfig = TrainConfig()
+    """Length, batch and precision."""
+    optimizer: OptimizerConfig
+    """AdamW."""
+    lr_schedule: LrScheduleConfig = LrScheduleConfig()
+    """The learning rate as a function of the step."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When weights and training state are saved."""
+    validation: ValidationConfig = ValidationConfig()
+    """The loss on held-out images."""
+    samples: SamplesConfig = SamplesConfig()
+    """Images drawn while training."""
+    log: LogConfig = LogConfig()
+    """Records of the run."""

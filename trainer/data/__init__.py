@@ -1,0 +1,1 @@
+"""From image folders to exactly ordered batches: prepare -> shards -> sampler -> loader."""

@@ -1,0 +1,1 @@
+"""Pure tensor functions of the diffusion objective. Imports torch alone."""

@@ -1,0 +1,1 @@
+"""Judging weights: validation loss at fixed noise, sample grids, charts."""
