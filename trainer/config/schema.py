@@ -9,19 +9,39 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 _YES_NO = {"yes": True, "on": True, "no": False, "off": False}
+LARGEST = 2**31 - 1
 
 
 def _yes_no(value: object) -> object:
     return _YES_NO.get(value.lower(), value) if isinstance(value, str) else value
 
 
-Flag = Annotated[bool, BeforeValidator(_yes_no)]
+def _path(value: object) -> object:
+    """`~` is expanded here; an empty path would silently mean the current directory."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip() or "\0" in value:
+        raise PydanticCustomError("rule", "must be a path")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise PydanticCustomError("rule", "must be a path; `~` and a name is the home folder of a known user") from None
+
+
+def _yes_no_or_path(value: object) -> object:
+    value = _yes_no(value)
+    return str(_path(value)) if isinstance(value, str) else value
+
+
+Flag = Annotated[bool, BeforeValidator(_yes_no, json_schema_input_type=bool | Literal["yes", "no", "on", "off"])]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-PathField = Annotated[Path, Field(strict=False)]
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+PathField = Annotated[Path, Field(strict=False), BeforeValidator(_path, json_schema_input_type=Path)]
 
 
 class Section(BaseModel):
@@ -35,9 +55,11 @@ class Section(BaseModel):
 class RunConfig(Section):
     dir: PathField
     """Where everything this run writes goes: checkpoints, metrics, samples, logs."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of the data order, the noise and the timesteps. The same seed gives the same run."""
-    resume: bool | str = "auto"
+    resume: Annotated[
+        bool | str, BeforeValidator(_yes_no_or_path, json_schema_input_type=bool | Literal["auto"] | str)
+    ] = "auto"
     """`auto`: go on from the newest complete checkpoint in `run.dir`, or start fresh if there is none.
     `true`: the same, but none is an error. `false`: start fresh; an existing run in the directory is an
     error. A path: go on from that checkpoint."""
@@ -183,7 +205,7 @@ class SamplesConfig(Section):
     """Sampler steps (Euler)."""
     guidance_scale: Annotated[float, Field(ge=0)] = 6.0
     """Classifier-free guidance; 1 or less turns it off."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of the first image's starting noise; the n-th image uses seed + n."""
 
 

@@ -1,0 +1,66 @@
+"""Exchanges between real workers over gloo and the launcher's store; one worker alone without any."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+
+from trainer.dist import worker
+from trainer.dist.comm import Comm, barrier, broadcast_object, close, gather_objects, init_comm, sum_floats
+from trainer.dist.launch import run_workers
+from trainer.errors import UserError
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", worker.DEVICE: "cpu"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    PartialState._reset_state()
+    yield
+    PartialState._reset_state()
+
+
+def test_three_workers_exchange(tmp_path: Path) -> None:
+    argv = [sys.executable, str(HERE / "worker_script.py"), "collectives", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "PYTHONWARNINGS": "error::UserWarning"}
+    result = run_workers(argv, workers=3, log_dir=tmp_path, env=env, threads=1, gpu=False)
+    assert result.failure is None, result.failure.message()
+    notes = [json.loads((tmp_path / f"ready-{rank}").read_text(encoding="utf-8")) for rank in range(3)]
+    for rank, note in enumerate(notes):
+        assert note["comm"] == [rank, 3, rank, "cpu"]
+        assert note["threads"] == 1
+        assert note["sums"] == notes[0]["sums"]
+        assert note["sums"] == pytest.approx([0.6, 2.0**54], rel=1e-15)
+        assert note["gathered"] == [{"rank": r, "keys": "ä" * 1000 * r} for r in range(3)]
+        assert note["broadcast"] == {"from": 1}
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_worker_opens_no_group() -> None:
+    comm = init_comm()
+    assert comm == Comm(0, 1, 0, torch.device("cpu"))
+    assert not torch.distributed.is_initialized()
+    assert PartialState().num_processes == 1
+    assert os.environ["LOCAL_RANK"] == "0"
+    barrier(comm)
+    assert sum_floats(comm, [1.5, float("inf")]) == [1.5, float("inf")]
+    assert gather_objects(comm, (1, "a")) == [[1, "a"]]
+    assert broadcast_object(comm, {"a": None}) == {"a": None}
+    close(comm)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a PyTorch that cannot use a GPU")
+def test_gpu_that_pytorch_cannot_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(worker.DEVICE, "cuda")
+    with pytest.raises(UserError, match="cannot use them") as caught:
+        init_comm()
+    assert len(caught.value.lines) == 1

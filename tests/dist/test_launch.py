@@ -1,0 +1,188 @@
+"""Launches with real processes: how workers start, stop, fail and disappear."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from trainer.dist import launch
+from trainer.dist.launch import WorkersResult, run_workers
+
+HERE = Path(__file__).parent
+ENV = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+
+
+def run(mode: str, folder: Path, workers: int = 3, **env: str) -> WorkersResult:
+    argv = [sys.executable, str(HERE / "worker_script.py"), mode, str(folder)]
+    return run_workers(argv, workers=workers, log_dir=folder, env={**ENV, **env}, threads=1, gpu=False)
+
+
+def note(folder: Path, rank: int) -> object:
+    return json.loads((folder / f"ready-{rank}").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def parent(mode: str, folder: Path, workers: int, *, wait: bool = True) -> Iterator[subprocess.Popen[str]]:
+    argv = [sys.executable, str(HERE / "parent_script.py"), mode, str(folder), str(workers)]
+    with subprocess.Popen(argv, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            if wait:
+                until(lambda: all((folder / f"ready-{rank}").exists() for rank in range(workers)), 20)
+            yield process
+        finally:
+            process.kill()
+
+
+def until(condition: Callable[[], bool], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def alive(pids: Sequence[int]) -> list[int]:
+    found: list[int] = []
+    for pid in pids:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
+            if state != "Z":
+                found.append(pid)
+    return found
+
+
+def worker_and_child_pids(folder: Path, workers: int) -> list[int]:
+    pids: list[int] = []
+    for rank in range(workers):
+        found = note(folder, rank)
+        assert isinstance(found, list)
+        pids += found
+    return pids
+
+
+def test_every_worker_gets_its_place_and_its_own_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stale = tmp_path / "rank-1.error.json"
+    stale.write_text("left by an earlier attempt", encoding="utf-8")
+    result = run("environment", tmp_path, MASTER_ADDR="elsewhere", SDXL_TRAIN_STORE_FD="99")
+    assert result == WorkersResult(0, (0, 0, 0), None, None)
+    assert capfd.readouterr().out == "hello from 0\n"
+    assert (tmp_path / "rank-1.log").read_text(encoding="utf-8") == "hello from 1\n"
+    assert not stale.exists()
+    places = [note(tmp_path, rank) for rank in range(3)]
+    for rank, place in enumerate(places):
+        assert isinstance(place, dict)
+        assert (place["RANK"], place["LOCAL_RANK"]) == (str(rank), str(rank))
+        assert (place["WORLD_SIZE"], place["LOCAL_WORLD_SIZE"], place["OMP_NUM_THREADS"]) == ("3", "3", "1")
+        assert "MASTER_ADDR" not in place
+        assert ("SDXL_TRAIN_STORE_FD" in place) == (rank == 0)
+        assert place["sid"] == place["pid"], "not in the terminal's session: Ctrl-C would reach it"
+
+
+def test_two_launches_at_once_keep_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    with (
+        parent("store_socket", folders[0], 2, wait=False) as one,
+        parent("store_socket", folders[1], 2, wait=False) as two,
+    ):
+        assert [one.wait(20), two.wait(20)] == [0, 0]
+    assert [note(folder, 0) for folder in folders] == [True, True]
+
+
+def test_error_of_one_worker_ends_all(tmp_path: Path) -> None:
+    result = run("error", tmp_path)
+    assert result.exit_code == 1
+    assert result.worker_codes == (0, 0, 1)
+    assert result.failure is not None
+    message = result.failure.message()
+    assert message.startswith("worker 2 failed:\nTraceback")
+    assert message.endswith("ValueError: no such bucket")
+    assert "no such bucket" in (tmp_path / "rank-2.log").read_text(encoding="utf-8")
+
+
+def test_user_error_is_its_lines_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    result = run("user_error", tmp_path)
+    assert result.exit_code == 2
+    assert result.failure is not None
+    assert result.failure.message() == "model.path: not a folder\ndata.sources: empty"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_cause_is_shown_not_its_echo(tmp_path: Path) -> None:
+    result = run("echo", tmp_path)
+    assert result.failure is not None
+    assert (result.failure.rank, result.failure.kind) == (1, "error")
+
+
+def test_segfault_is_named(tmp_path: Path) -> None:
+    result = run("segfault", tmp_path)
+    assert result.exit_code == 1
+    assert result.failure is not None
+    assert "worker 1 was ended by SIGSEGV" in result.failure.message()
+    assert "in segfault" in result.failure.message(), "faulthandler's stack, from the log"
+
+
+def test_kill_is_named_with_a_hint_and_the_end_of_the_log(tmp_path: Path) -> None:
+    (tmp_path / "rank-1.log").write_text("an earlier attempt\n", encoding="utf-8")
+    result = run("killed", tmp_path)
+    assert result.exit_code == 1
+    assert result.failure is not None
+    message = result.failure.message()
+    assert "worker 1 was ended by SIGKILL (exit 137: probably out of memory" in message
+    assert message.endswith("reading shard 7")
+    assert "earlier attempt" not in message
+
+
+def test_deaf_workers_and_their_children_are_killed_after_the_grace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "GRACE_S", 0.3)
+    result = run("deaf", tmp_path, FAILING="2")
+    assert result.exit_code == 1
+    assert result.worker_codes == (-signal.SIGKILL, -signal.SIGKILL, 1)
+    assert result.failure is not None
+    assert result.failure.message().endswith("ValueError: gave up")
+    assert alive(worker_and_child_pids(tmp_path, 2)) == []
+
+
+def test_command_that_cannot_start(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        run_workers([str(tmp_path / "none")], workers=2, log_dir=tmp_path, env=ENV, threads=1, gpu=False)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_lets_workers_save(tmp_path: Path, number: signal.Signals) -> None:
+    with parent("steps", tmp_path, 2) as process:
+        os.killpg(process.pid, number)
+        assert process.wait(10) == 0
+        assert process.stderr is not None
+        assert process.stderr.read().startswith(f"{number.name}: finishing the step")
+    assert (tmp_path / "saved-0").exists()
+    assert (tmp_path / "saved-1").exists()
+
+
+def test_second_signal_kills(tmp_path: Path) -> None:
+    with parent("deaf", tmp_path, 2) as process:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        time.sleep(launch.SAME_SIGNAL_S + 0.2)
+        assert process.poll() is None, "the same Ctrl-C, passed on by a wrapper, is no second one"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(3) == 128 + signal.SIGINT
+    assert alive(worker_and_child_pids(tmp_path, 2)) == []
+
+
+def test_killing_the_parent_leaves_no_orphan(tmp_path: Path) -> None:
+    with parent("deaf", tmp_path, 2) as process:
+        pids = worker_and_child_pids(tmp_path, 2)
+        assert len(alive(pids)) == 4
+        process.kill()
+        until(lambda: alive(pids) == [], 2)

@@ -1,0 +1,113 @@
+"""A worker for the tests of the launch: `python worker_script.py MODE FOLDER`. Each mode is one function."""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.dist import worker
+from trainer.errors import UserError
+
+RANK = int(os.environ["RANK"])
+FOLDER = Path(sys.argv[2])
+StopRequested = Callable[[], bool]
+
+
+def ready(note: object = None) -> None:
+    temporary = FOLDER / f"ready-{RANK}.tmp"
+    temporary.write_text(json.dumps(note), encoding="utf-8")
+    temporary.replace(FOLDER / f"ready-{RANK}")
+
+
+def steps(stop_requested: StopRequested) -> None:
+    ready()
+    while not stop_requested():
+        time.sleep(0.01)
+    (FOLDER / f"saved-{RANK}").touch()
+
+
+def environment(stop_requested: StopRequested) -> None:
+    ready({**os.environ, "sid": os.getsid(0), "pid": os.getpid()})
+    print(f"hello from {RANK}")
+
+
+def error(stop_requested: StopRequested) -> None:
+    print(f"log of {RANK}")
+    if RANK == 2:
+        raise ValueError("no such bucket")
+    steps(stop_requested)
+
+
+def user_error(stop_requested: StopRequested) -> None:
+    raise UserError("model.path: not a folder", "data.sources: empty")
+
+
+def echo(stop_requested: StopRequested) -> None:
+    if RANK == 0:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:50234")
+    if RANK == 1:
+        time.sleep(0.3)
+        raise ValueError("the cause")
+    steps(stop_requested)
+
+
+def segfault(stop_requested: StopRequested) -> None:
+    if RANK == 1:
+        ctypes.string_at(0)
+    steps(stop_requested)
+
+
+def killed(stop_requested: StopRequested) -> None:
+    if RANK == 1:
+        print("reading shard 7")
+        os.kill(os.getpid(), signal.SIGKILL)
+    steps(stop_requested)
+
+
+def deaf(stop_requested: StopRequested) -> None:
+    """Never stops; has a child, as a loader process would be."""
+    if os.environ.get("FAILING") == str(RANK):
+        raise ValueError("gave up")
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+    ready([os.getpid(), child.pid])
+    while True:
+        time.sleep(1)
+
+
+def store_socket(stop_requested: StopRequested) -> None:
+    """What the store does with the parent's socket, without torch."""
+    if RANK == 0:
+        connection = socket.socket(fileno=int(os.environ[worker.STORE_FD])).accept()[0]
+        ready(connection.recv(64).decode() == os.environ[worker.ATTEMPT])
+    else:
+        connection = socket.create_connection(("127.0.0.1", int(os.environ[worker.STORE_PORT])))
+        connection.sendall(os.environ[worker.ATTEMPT].encode())
+
+
+def collectives(stop_requested: StopRequested) -> None:
+    import torch
+
+    from trainer.dist import comm
+
+    here = comm.init_comm(timeout_s=60)
+    comm.barrier(here)
+    ready(
+        {
+            "comm": [here.rank, here.world, here.local_rank, here.device.type],
+            "threads": torch.get_num_threads(),
+            "sums": comm.sum_floats(here, [0.1 * (here.rank + 1), 2.0**53 if here.rank else 1.0]),
+            "gathered": comm.gather_objects(here, {"rank": here.rank, "keys": "ä" * 1000 * here.rank}),
+            "broadcast": comm.broadcast_object(here, {"from": here.rank}, source=1),
+        }
+    )
+    comm.close(here)
+
+
+if __name__ == "__main__":
+    worker.run_worker(globals()[sys.argv[1]])

@@ -1,0 +1,76 @@
+"""A small SDXL folder as diffusers writes it: random weights, and a tokenizer of single bytes and a few merges."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _byte_symbols() -> list[str]:
+    """CLIP's printable stand-ins for the 256 bytes, in the order of its vocabulary: "!" is id 0."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+
+
+def _write_tokenizer_files(folder: Path, pad_token: str) -> None:
+    merges = ["a t</w>", "c at</w>", "t h", "th e</w>"]
+    symbols = _byte_symbols()
+    tokens = symbols + [symbol + "</w>" for symbol in symbols] + [merge.replace(" ", "") for merge in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    settings = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    settings |= {"pad_token": pad_token, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    folder = tmp_path_factory.mktemp("sdxl")
+    _write_tokenizer_files(folder / "tokenizer", "<|endoftext|>")
+    _write_tokenizer_files(folder / "tokenizer_2", "!")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(1, 2),
+        transformer_layers_per_block=(1, 1),
+        cross_attention_dim=40,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+        use_linear_projection=True,
+        norm_num_groups=8,
+    )
+    unet.save_pretrained(folder / "unet")
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        scaling_factor=0.13025,
+    )
+    vae.save_pretrained(folder / "vae")
+    # eos_token_id 2 is what SDXL's configurations say, though the tokenizer's end token is another.
+    tokens = {"vocab_size": 518, "max_position_embeddings": 77, "bos_token_id": 516, "eos_token_id": 2}
+    one = CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, **tokens)
+    two = CLIPTextConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, projection_dim=24, **tokens
+    )
+    two.hidden_act = "gelu"
+    CLIPTextModel(one).save_pretrained(folder / "text_encoder")
+    CLIPTextModelWithProjection(two).save_pretrained(folder / "text_encoder_2")
+    EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
+    ).save_pretrained(folder / "scheduler")
+    return folder

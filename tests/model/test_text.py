@@ -1,0 +1,137 @@
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from trainer.model.load import load_text_encoders, load_unet, load_vae
+from trainer.model.text import CaptionTokenizer, load_tokenizers
+
+ODD_CAPTIONS = [
+    "a cat",
+    "",
+    "   ",
+    "the cat, the Cat, THE CAT",
+    "the cat " * 100,
+    "x" * 74,
+    "x" * 75,
+    "x" * 76,
+    "what a cat!!! ! wow!",
+    "two\nlines\tand a tab",
+    "naïve café, cafe\u0301, Straße, İstanbul",
+    "猫 と 犬",
+    "cat 🐈‍⬛ heart ❤️",
+    "it's 2024, they're 3.5 m (tall) <b>&amp;</b>",
+    "<|endoftext|> inside <|startoftext|>",
+    "nul \x00 and \u200b zero width",
+]
+
+
+@pytest.fixture(scope="module")
+def pipeline(model_folder: Path) -> StableDiffusionXLPipeline:
+    from transformers import CLIPTokenizer
+
+    encoders = load_text_encoders(model_folder, torch.float32, "cpu")
+    return StableDiffusionXLPipeline(
+        vae=load_vae(model_folder, None, torch.float32, "cpu"),
+        text_encoder=encoders.one,
+        text_encoder_2=encoders.two,
+        tokenizer=CLIPTokenizer.from_pretrained(model_folder / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(model_folder / "tokenizer_2"),
+        unet=load_unet(model_folder, torch.float32, "cpu"),
+        scheduler=None,  # pyright: ignore[reportArgumentType]
+        add_watermarker=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenize(model_folder: Path) -> CaptionTokenizer:
+    return load_tokenizers(model_folder)
+
+
+def _pipeline_ids(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> np.ndarray:
+    settings = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "np"}
+    one, two = (tokenizer(captions, **settings).input_ids for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2))
+    return np.stack([one, two], axis=1)
+
+
+def test_token_ids_equal_the_pipelines(tokenize: CaptionTokenizer, pipeline: StableDiffusionXLPipeline) -> None:
+    ids = tokenize(ODD_CAPTIONS)
+    assert ids.shape == (len(ODD_CAPTIONS), 2, 77)
+    assert ids.dtype == np.int64
+    for caption, row, expected in zip(ODD_CAPTIONS, ids, _pipeline_ids(pipeline, ODD_CAPTIONS), strict=True):
+        np.testing.assert_array_equal(row, expected, err_msg=repr(caption))
+
+
+def test_padding_and_truncation(tokenize: CaptionTokenizer) -> None:
+    start, end = 516, 517
+    empty, long = tokenize(["", "the cat " * 100])
+    np.testing.assert_array_equal(empty[0], [start] + [end] * 76)
+    np.testing.assert_array_equal(empty[1], [start, end] + [0] * 75)
+    for row in long:
+        assert row[0] == start
+        assert row[-1] == end
+        assert end not in row[:-1]
+
+
+def test_a_row_does_not_depend_on_its_neighbours(tokenize: CaptionTokenizer) -> None:
+    together = tokenize(ODD_CAPTIONS)
+    apart = np.concatenate([tokenize([caption]) for caption in ODD_CAPTIONS])
+    np.testing.assert_array_equal(together, apart)
+
+
+def test_a_data_worker_needs_neither_torch_nor_transformers(tokenize: CaptionTokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.pickle").write_bytes(pickle.dumps(tokenize))
+    program = f"""
+import pickle, sys
+tokenize = pickle.load(open({str(tmp_path / "tokenizer.pickle")!r}, "rb"))
+print(tokenize(["the cat!"]).tolist())
+heavy = sorted({{"torch", "transformers", "diffusers"}} & set(sys.modules))
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tokenize(["the cat!"]).tolist())
+
+
+def test_text_conditioning_equals_encode_prompt(
+    tokenize: CaptionTokenizer, pipeline: StableDiffusionXLPipeline, model_folder: Path
+) -> None:
+    encoders = load_text_encoders(model_folder, torch.float32, "cpu")
+    text = encoders.encode(torch.from_numpy(tokenize(ODD_CAPTIONS)))
+    with torch.no_grad():
+        hidden, _, pooled, _ = pipeline.encode_prompt(ODD_CAPTIONS, do_classifier_free_guidance=False)
+    assert text.hidden.shape == (len(ODD_CAPTIONS), 77, 40)
+    assert text.pooled.shape == (len(ODD_CAPTIONS), 24)
+    assert not text.hidden.requires_grad
+    torch.testing.assert_close(text.hidden, hidden, rtol=0, atol=1e-6)
+    torch.testing.assert_close(text.pooled, pooled, rtol=0, atol=1e-6)
+
+
+def test_hidden_is_the_layer_before_the_last_without_the_final_norm(
+    tokenize: CaptionTokenizer, model_folder: Path
+) -> None:
+    encoders = load_text_encoders(model_folder, torch.float32, "cpu")
+    ids = torch.from_numpy(tokenize(["the cat"]))
+    expected = encoders.encode(ids)
+    for model in (encoders.one, getattr(encoders.two, "text_model", encoders.two)):
+        text_model = getattr(model, "text_model", model)
+        text_model.encoder.layers[-1].mlp.fc2.weight.data.mul_(3)
+        text_model.final_layer_norm.weight.data.mul_(3)
+    changed = encoders.encode(ids)
+    torch.testing.assert_close(changed.hidden, expected.hidden, rtol=0, atol=0)
+    assert (changed.pooled - expected.pooled).abs().max() > 0.1
+
+
+def test_encode_keeps_its_precision_under_autocast(tokenize: CaptionTokenizer, model_folder: Path) -> None:
+    encoders = load_text_encoders(model_folder, torch.float32, "cpu")
+    ids = torch.from_numpy(tokenize(["the cat", "a cat"]))
+    plain = encoders.encode(ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = encoders.encode(ids)
+    torch.testing.assert_close(inside.hidden, plain.hidden, rtol=0, atol=0)
+    torch.testing.assert_close(inside.pooled, plain.pooled, rtol=0, atol=0)

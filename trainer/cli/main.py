@@ -1,0 +1,73 @@
+"""The command line: `sdxl-train CONFIG.yaml` trains, `sdxl-train COMMAND ...` does one of the other jobs.
+
+Nothing here imports torch: help, mistakes in a config and the plan answer at once.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from trainer import __version__
+from trainer.errors import UserError
+
+COMMANDS = {
+    "train": "train from a config; the word may be left out",
+    "plan": "say what a config would do: what trains, how many steps, what data",
+    "prepare": "encode the images of a config into its prepared data set",
+    "eval": "validation loss and a sample grid of a run or checkpoint",
+    "sample": "draw images from a run or checkpoint",
+    "schema": "print the configuration's JSON Schema, for editors",
+    "make-tiny": "make a tiny SDXL and a data set of real photographs, to try everything out",
+}
+
+USAGE = f"""\
+usage: sdxl-train CONFIG.yaml [section.key=value ...] [--resume auto|true|false|CHECKPOINT]
+       sdxl-train COMMAND ...
+
+Fine-tune all of Stable Diffusion XL from one YAML file.
+
+commands (each has its own --help):
+{chr(10).join(f"  {name:<10} {text}" for name, text in COMMANDS.items())}
+
+examples:
+  sdxl-train configs/4x3090.yaml                          train, or go on where the run stopped
+  sdxl-train configs/4x3090.yaml optimizer.lr=1e-6        the same with one value changed
+  sdxl-train plan configs/4x3090.yaml                     look before you leap
+  sdxl-train eval runs/4x3090                             score the newest checkpoint
+
+options:
+  -h, --help     this text
+  --version      the version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 a mistake that the user can mend."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"sdxl-train {__version__}")
+        return 0
+    try:
+        command = arguments.pop(0) if arguments[0] in COMMANDS else _default_command(arguments[0])
+        module = importlib.import_module(f"trainer.cli.{command.replace('-', '_')}")
+        return module.main(arguments)
+    except UserError as error:
+        for line in error.lines:
+            print(f"sdxl-train: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _default_command(word: str) -> str:
+    """`train` where the first word may be a config file; otherwise it was meant as a command."""
+    import difflib
+
+    if word.startswith("-") or word.endswith((".yaml", ".yml")) or "/" in word:
+        return "train"
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    hint = f"did you mean `{near[0]}`?" if near else f"commands are {', '.join(COMMANDS)}"
+    raise UserError(f"{word}: neither a command nor a .yaml file; {hint}")

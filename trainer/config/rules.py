@@ -1,0 +1,181 @@
+"""Rules that need more than one field, or a look at the disk.
+
+An option that would do nothing is a mistake. It counts as given when the user wrote it with a value other
+than the default, so that a configuration written out in full can be read again.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from trainer.config.fields import Key, Problem, dotted, field_at
+from trainer.config.schema import Config
+from trainer.config.spelling import nearest_path
+from trainer.config.wording import shown
+
+PIXELS_PER_LATENT = 8
+
+
+def broken_rules(config: Config) -> list[Problem]:
+    """Every rule between fields that `config` breaks."""
+    checks = (_length, _batch, _lr_schedule, _buckets, _sources, _validation, _samples, _written_folders)
+    return [problem for check in checks for problem in check(config)]
+
+
+def bad_paths(config: Config) -> list[Problem]:
+    """Every path in `config` that must exist and does not, or is a file where a folder is needed."""
+    must_exist: list[Key] = [("model", "path")]
+    if config.model.vae is not None:
+        must_exist.append(("model", "vae"))
+    must_exist += [("data", "sources", i, "path") for i in range(len(config.data.sources))]
+    if isinstance(config.run.resume, str) and config.run.resume != "auto":
+        must_exist.append(("run", "resume"))
+    may_exist: list[Key] = [("run", "dir"), ("data", "prepared")]
+    found = [_bad_folder(config, key, must_exist=True) for key in must_exist]
+    found += [_bad_folder(config, key, must_exist=False) for key in may_exist]
+    return [problem for problem in found if problem]
+
+
+def _length(config: Config) -> Iterator[Problem]:
+    keys = ("train.steps", "train.epochs")
+    if config.train.steps is not None and config.train.epochs is not None:
+        yield _clash(config, keys, "give only one of them, or set the other to null")
+    elif config.train.steps is None and config.train.epochs is None:
+        text = "train.steps: missing (how long to train); give `train.steps` or `train.epochs`"
+        yield Problem(tuple(map(_key, keys)), text)
+
+
+def _batch(config: Config) -> Iterator[Problem]:
+    train = config.train
+    if train.global_batch_size is None:
+        return
+    if train.gradient_accumulation_steps is not None:
+        keys = ("train.gradient_accumulation_steps", "train.global_batch_size")
+        yield _clash(config, keys, "give only one of them; the accumulation follows from the global batch")
+    if train.batch_size_per_gpu > train.global_batch_size:
+        keys = ("train.batch_size_per_gpu", "train.global_batch_size")
+        yield _clash(config, keys, "one GPU's batch must not be larger than the global batch")
+
+
+def _lr_schedule(config: Config) -> Iterator[Problem]:
+    schedule, steps = config.lr_schedule, config.train.steps
+    if schedule.kind == "constant" and _is_given(config, "lr_schedule.final_ratio"):
+        keys = ("lr_schedule.final_ratio", "lr_schedule.kind")
+        yield _clash(config, keys, "has no effect; use `kind: linear` or `kind: cosine`")
+    if steps is not None and schedule.warmup_steps >= steps:
+        keys = ("lr_schedule.warmup_steps", "train.steps")
+        yield _clash(config, keys, "the warm-up must be shorter than the run")
+
+
+def _buckets(config: Config) -> Iterator[Problem]:
+    buckets = config.data.buckets
+    step, least, most, side = (f"data.buckets.{name}" for name in ("step_px", "min_px", "max_px", "resolution"))
+    if buckets.step_px % PIXELS_PER_LATENT:
+        yield _clash(config, (step,), f"must be a multiple of {PIXELS_PER_LATENT}, the VAE's reduction")
+    else:
+        for key, pixels in ((side, buckets.resolution), (least, buckets.min_px), (most, buckets.max_px)):
+            if pixels % buckets.step_px:
+                yield _clash(config, (key, step), "must be a multiple of the step")
+    if buckets.min_px > buckets.resolution:
+        yield _clash(config, (least, side), "the shortest side must be at most the resolution")
+    if buckets.max_px < buckets.resolution:
+        yield _clash(config, (most, side), "the longest side must be at least the resolution")
+
+
+def _sources(config: Config) -> Iterator[Problem]:
+    first: dict[Path, int] = {}
+    for i, source in enumerate(config.data.sources):
+        other = first.setdefault(_full(source.path), i)
+        if other != i:
+            keys = (f"data.sources.{i}.path", f"data.sources.{other}.path")
+            yield _clash(config, keys, "the same folder twice; use `repeats` to see its images more often")
+        if not source.caption_extension.startswith(".") or len(source.caption_extension) < 2:
+            key = f"data.sources.{i}.caption_extension"
+            yield _clash(config, (key,), "must be a dot and an ending, such as .txt")
+
+
+def _validation(config: Config) -> Iterator[Problem]:
+    share = "data.validation_fraction"
+    if config.data.validation_fraction > 0:
+        return
+    if config.validation.every_steps > 0:
+        yield _clash(config, ("validation.every_steps", share), f"no images are held out; set `{share}`, such as 0.02")
+        return
+    for key in ("validation.timesteps", "validation.max_images"):
+        if _is_given(config, key):
+            yield _clash(config, (key, share), "has no effect, because no images are held out")
+
+
+def _samples(config: Config) -> Iterator[Problem]:
+    samples = config.samples
+    for key, pixels in (("samples.width_px", samples.width_px), ("samples.height_px", samples.height_px)):
+        if pixels is not None and pixels % PIXELS_PER_LATENT:
+            yield _clash(config, (key,), f"must be a multiple of {PIXELS_PER_LATENT}")
+    if samples.prompts and _is_given(config, "samples.count"):
+        yield _clash(config, ("samples.count", "samples.prompts"), "has no effect; each prompt gives one image")
+    if samples.guidance_scale <= 1 and _is_given(config, "samples.negative_prompt"):
+        keys = ("samples.negative_prompt", "samples.guidance_scale")
+        yield _clash(config, keys, "has no effect; it needs a guidance above 1")
+
+
+def _written_folders(config: Config) -> Iterator[Problem]:
+    """Samples written inside a source would be read as training images."""
+    for key, path in (("run.dir", config.run.dir), ("data.prepared", config.data.prepared)):
+        for i, source in enumerate(config.data.sources):
+            if _full(path).is_relative_to(_full(source.path)):
+                keys = (key, f"data.sources.{i}.path")
+                yield _clash(config, keys, "must not lie in a source, which is searched for images")
+
+
+def _bad_folder(config: Config, key: Key, must_exist: bool) -> Problem | None:
+    path = Path(str(_get(config, dotted(key))))
+    said = f"{dotted(key)} = {shown(str(path))}"
+    if path.is_dir() or (not must_exist and not path.exists()):
+        return None
+    if path.exists():
+        return Problem((key,), f"{said}: must be a folder; this is a file")
+    return Problem((key,), f"{said}: no such folder{nearest_path(path)}")
+
+
+def _clash(config: Config, names: tuple[str, ...], rule: str) -> Problem:
+    """A problem of the keys `names`, which are shown with their values."""
+    said = []
+    for name in names:
+        default = "" if _is_written(config, name) else " (the default)"
+        said.append(f"{name} = {shown(_plain(_get(config, name)))}{default}")
+    return Problem(tuple(map(_key, names)), f"{' with '.join(said)}: {rule}")
+
+
+def _key(name: str) -> Key:
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+
+
+def _get(config: Config, name: str) -> object:
+    value: object = config
+    for part in _key(name):
+        value = value[part] if isinstance(value, list) and isinstance(part, int) else getattr(value, str(part))
+    return value
+
+
+def _is_written(config: Config, name: str) -> bool:
+    at: object = config
+    for part in _key(name):
+        if isinstance(at, BaseModel) and part not in at.model_fields_set:
+            return False
+        at = at[part] if isinstance(at, list) and isinstance(part, int) else getattr(at, str(part))
+    return True
+
+
+def _is_given(config: Config, name: str) -> bool:
+    declared = field_at(_key(name))
+    return declared is not None and _is_written(config, name) and _get(config, name) != declared.get_default()
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _full(path: Path) -> Path:
+    return Path(os.path.realpath(path))

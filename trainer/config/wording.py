@@ -1,0 +1,188 @@
+"""Says in plain words what pydantic found wrong: place, value, rule, mend."""
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from trainer.config.fields import Key, Problem, all_keys, dotted, is_under, meaning, section_at
+from trainer.config.spelling import nearest
+from trainer.config.yaml_source import dump, plain_value
+
+LONGEST_VALUE = 60
+
+_RULES = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be text",
+    "bool_type": "must be true or false",
+    "path_type": "must be a path",
+    "list_type": "must be a list",
+    "model_type": "must be a section",
+}
+_LIMITS = {
+    "greater_than_equal": ("ge", "must be at least {}"),
+    "greater_than": ("gt", "must be greater than {}"),
+    "less_than_equal": ("le", "must be at most {}"),
+    "less_than": ("lt", "must be less than {}"),
+    "too_short": ("min_length", "must have at least {}"),
+    "too_long": ("max_length", "must have at most {}"),
+}
+_ALSO_CALLED = {  # words of other trainers
+    "pretrained_model_name_or_path": "model.path",
+    "train_data_dir": "data.sources.0.path",
+    "image_dir": "data.sources.0.path",
+    "num_repeats": "data.sources.0.repeats",
+    "bucket_reso_steps": "data.buckets.step_px",
+    "min_bucket_reso": "data.buckets.min_px",
+    "max_bucket_reso": "data.buckets.max_px",
+    "max_data_loader_n_workers": "data.workers",
+    "output_dir": "run.dir",
+    "batch_size": "train.batch_size_per_gpu",
+    "train_batch_size": "train.batch_size_per_gpu",
+    "max_train_steps": "train.steps",
+    "max_train_epochs": "train.epochs",
+    "mixed_precision": "train.precision",
+    "learning_rate": "optimizer.lr",
+    "lr_scheduler": "lr_schedule.kind",
+    "lr_warmup_steps": "lr_schedule.warmup_steps",
+    "save_every_n_steps": "checkpoint.every_steps",
+    "sample_every_n_steps": "samples.every_steps",
+    "sample_prompts": "samples.prompts",
+}
+
+
+def problems_of(error: ValidationError, tree: object) -> list[Problem]:
+    """One problem for each key that pydantic found wrong in `tree`."""
+    found = [(_real_key(item["loc"], tree), dict(item)) for item in error.errors(include_url=False)]
+    unknown = [_unknown_key(key, item) for key, item in found if item["type"] == "extra_forbidden"]
+    explained = [key for problem in unknown for key in problem.explains]
+    missing: list[Problem] = []
+    wrong: dict[Key, list[dict[str, Any]]] = {}
+    for key, item in found:
+        if item["type"] == "missing":
+            missing += [_missing(k) for k in _required(key) if not any(is_under(k, e) for e in explained)]
+        elif item["type"] != "extra_forbidden":
+            wrong.setdefault(key, []).append(item)
+    return unknown + missing + [_wrong_value(key, items) for key, items in wrong.items()]
+
+
+def shown(value: object) -> str:
+    """A value as one would write it in YAML, on one line and not too long."""
+    return _short(repr(value) if isinstance(value, str) and "\n" in value else dump(value, flow=True))
+
+
+def _real_key(loc: tuple[int | str, ...], tree: object) -> Key:
+    """`loc` without the parts that name a member of a union; they stand where `tree` has a plain value."""
+    key: list[int | str] = []
+    for part in loc:
+        if isinstance(tree, dict) and isinstance(part, str):
+            tree = tree.get(part)
+        elif isinstance(tree, list) and isinstance(part, int):
+            tree = tree[part] if part < len(tree) else None
+        else:
+            break
+        key.append(part)
+    return tuple(key)
+
+
+def _required(key: Key) -> list[Key]:
+    section = section_at(key)
+    if section is None:
+        return [key]
+    fields = [name for name, field in section.model_fields.items() if field.is_required()]
+    return [inner for name in fields for inner in _required((*key, name))]
+
+
+def _missing(key: Key) -> Problem:
+    return Problem((key,), f"{dotted(key)}: missing ({meaning(key)})")
+
+
+def _unknown_key(key: Key, item: dict[str, Any]) -> Problem:
+    section, name = key[:-1], str(key[-1])
+    offered = _offered(section, name)
+    here = section_at(section)
+    if offered:
+        names = [str(k[-1]) if k[:-1] == section and "." not in name else dotted(k) for k in offered]
+        mend = "did you mean " + " or ".join(f"`{n}`" for n in names) + "?"
+        if "." in name:
+            mend = f"did you mean `{offered[0][-1]}` within `{dotted(offered[0][:-1])}`?"
+    else:
+        mend = f"`{dotted(section)}` has " if section else "the sections are "
+        mend += ", ".join(here.model_fields) if here else ""
+    return Problem((key,), f"{_short(dotted(key))}: unknown key; {mend}", explains=tuple(offered))
+
+
+def _offered(section: Key, name: str) -> list[Key]:
+    """The keys that a misspelt or misplaced key may have meant, best first; at most two."""
+    here = section_at(section)
+    known = {dotted(key): key for key in all_keys()}
+    names = list(here.model_fields) if here else []
+    if same := nearest(name, names, likeness=1.0):
+        return [(*section, same)]
+    if "." in name:
+        found = nearest(name, known, likeness=0.8)
+        return [known[found]] if found else []
+    if name in _ALSO_CALLED:
+        return [known[_ALSO_CALLED[name]]]
+    if like := nearest(name, names, likeness=0.8):
+        return [(*section, like)]
+    like = nearest(name, (str(key[-1]) for key in known.values()), likeness=0.8)
+    elsewhere = [key for key in known.values() if key[-1] == like]
+    if 1 <= len(elsewhere) <= 2:
+        return elsewhere
+    like = nearest(name, names)
+    return [(*section, like)] if like else []
+
+
+def _wrong_value(key: Key, items: list[dict[str, Any]]) -> Problem:
+    value = items[0]["input"]
+    rules = [_rule(key, item) for item in items]
+    rule = rules[0] + "".join(" or " + other.removeprefix("must be ") for other in rules[1:])
+    if value is None:
+        return Problem((key,), f"{dotted(key)}: has no value; {rule}")
+    mend = _mend(items[0]["type"], value)
+    return Problem((key,), f"{dotted(key)} = {shown(value)}: {rule}" + (f"; {mend}" if mend else ""))
+
+
+def _rule(key: Key, item: dict[str, Any]) -> str:
+    kind, bounds = item["type"], item.get("ctx", {})
+    if kind in _LIMITS:
+        name, words = _LIMITS[kind]
+        limit = words.format(f"{bounds[name]:.15g}")
+        if kind.startswith("too_"):
+            limit += " entry" if bounds[name] == 1 else " entries"
+        return f"{limit} ({meaning(key)})"
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", bounds["expected"])
+        like = nearest(item["input"], allowed, likeness=0.5) if isinstance(item["input"], str) else None
+        mend = f" (did you mean `{like}`?)" if like else ""
+        return ("must be one of " if len(allowed) > 1 else "must be ") + ", ".join(allowed) + mend
+    if kind == "model_type":
+        return f"must be a section: keys below it, such as `{_first_key(section_at(key))}`"
+    return _RULES.get(kind) or str(item["msg"])
+
+
+def _first_key(section: type[BaseModel] | None) -> str:
+    return next(iter(section.model_fields), "") if section else ""
+
+
+def _mend(kind: str, value: object) -> str:
+    if kind in ("int_type", "float_type") and isinstance(value, str):
+        number = plain_value(value.strip().replace("_", "").replace(",", ""))
+        if isinstance(number, int) or (kind == "float_type" and isinstance(number, float)):
+            return f"write {number} without quotes" if value.strip() == str(number) else f"write {number}"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"write {int(value)}"
+    if kind in ("string_type", "path_type") and not isinstance(value, list):
+        return "put it in quotes"
+    if kind == "list_type" and not isinstance(value, dict):
+        return f"write {shown([value])}"
+    if kind == "bool_type" and isinstance(value, str) and value.lower() in ("true", "false"):
+        return f"write {value.lower()} without quotes"
+    return ""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."

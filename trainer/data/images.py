@@ -1,0 +1,147 @@
+"""One image file: its size as displayed, read from the header alone, and its pixels in a bucket.
+
+Pillow's exceptions for hostile files are many; they all become `BadImage` with one line of reason.
+"""
+
+import contextlib
+import errno
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from trainer.data.buckets import Placement
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
+
+# What Pillow's decoders have been seen to raise on damaged files.
+_DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    SyntaxError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    MemoryError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_TRANSPOSITIONS = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT,),
+    3: (Image.Transpose.ROTATE_180,),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM,),
+    5: (Image.Transpose.TRANSPOSE,),
+    6: (Image.Transpose.ROTATE_270,),
+    7: (Image.Transpose.TRANSVERSE,),
+    8: (Image.Transpose.ROTATE_90,),
+}
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+class BadImage(Exception):
+    """This image cannot be used; the message says why."""
+
+
+@contextlib.contextmanager
+def pillow_rules() -> Iterator[None]:
+    """Within, in all threads: an image beyond Pillow's pixel limit is an error, its remarks on odd files are not shown."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+        yield
+
+
+def image_hw(path: Path) -> tuple[int, int]:
+    """Height and width as displayed (after the EXIF orientation), without decoding the pixels; raises BadImage."""
+    with _reasons(path), Image.open(path) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+
+
+def load_pixels(path: Path, original_hw: tuple[int, int], placement: Placement) -> np.ndarray:
+    """The image in its bucket: u8 [bucket height, bucket width, 3], RGB, transparency over white.
+
+    LANCZOS in one pass over the part that the crop keeps, which equals resizing the whole and cropping (the box of
+    the source is that of the crop), and costs no memory for the rest: a strip of 1 x 10,000 pixels may need it.
+
+    Raises:
+        BadImage: it cannot be decoded, or its size is not `original_hw` any more.
+    """
+    with _reasons(path), Image.open(path) as image:
+        orientation = _orientation(image)
+        rgb = _to_rgb(image)
+        for method in _TRANSPOSITIONS.get(orientation, ()):
+            rgb = rgb.transpose(method)
+        if (rgb.height, rgb.width) != original_hw:
+            raise BadImage(
+                f"is {rgb.width}x{rgb.height} px, but was {original_hw[1]}x{original_hw[0]} px when it was listed"
+            )
+        (top, left), (resized_h, resized_w) = placement.crop_top_left, placement.resized_hw
+        height, width = placement.bucket.height_px, placement.bucket.width_px
+        scale_y, scale_x = original_hw[0] / resized_h, original_hw[1] / resized_w
+        box = (left * scale_x, top * scale_y, (left + width) * scale_x, (top + height) * scale_y)
+        box = (box[0], box[1], min(box[2], original_hw[1]), min(box[3], original_hw[0]))
+        return np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def to_unit_range(pixels: list[np.ndarray]) -> np.ndarray:
+    """u8 images [H, W, 3] -> f32 [B, 3, H, W] in -1..1."""
+    batch = np.stack(pixels).transpose(0, 3, 1, 2).astype(np.float32, order="C")
+    batch /= 127.5
+    batch -= 1.0
+    return batch
+
+
+@contextlib.contextmanager
+def _reasons(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage("is empty" if path.stat().st_size == 0 else "is not an image that Pillow knows") from None
+    except _DECODE_ERRORS as error:
+        if isinstance(error, OSError) and error.errno in _OUT_OF_RESOURCES:
+            raise
+        if isinstance(error, OSError) and error.strerror:
+            raise BadImage(f"cannot be read: {error.strerror}") from error
+        raise BadImage(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8 that is still to be applied, from what stands before the pixels."""
+    if image.format == "TIFF":
+        return 1  # Pillow's TIFF reader applies it by itself
+    # The base class's method: PNG's own would decode the whole image to look for EXIF data behind the pixels.
+    try:
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except _DECODE_ERRORS:
+        return 1  # damaged EXIF data says nothing about the pixels
+    return value if value in _TRANSPOSITIONS else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Pillow would clip 16-bit grey at 255 in place of scaling it.
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadImage("has integer pixels beyond 16 bits, whose range is not known")
+        return Image.fromarray((values.astype(np.float32) / 257.0 + 0.5).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadImage("has floating-point pixels, whose range is not known")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

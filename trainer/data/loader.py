@@ -1,0 +1,297 @@
+"""From the planned order to micro-batches in memory, read ahead by processes or threads, always in order.
+
+A micro-batch is the unit of work: a reader gets one request (a few integers and row ids) and gives back one
+buffer. Readers hold paths and integers, never an object per image.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.data.buckets import Bucket
+from trainer.data.captions import caption_text
+from trainer.data.keyed import draw_seed
+from trainer.data.reader_process import read_in_processes
+from trainer.data.sampler import Position, StepRows, planned_steps, share
+from trainer.data.shards import LATENT_CHANNELS, LATENT_FACTOR
+from trainer.data.snapshot import PreparedSet
+
+_THREADS = 2
+_ALIGN = 64
+_LATENT_BYTES = 2
+_TOKEN_BYTES = 2 * 77 * 8
+_OTHER_BYTES = 6 * 4 + 4 + 8  # time_ids, weights, draw_seeds
+
+Tokenize = Callable[[Sequence[str]], NDArray[np.int64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch of one rank; m rows of one bucket."""
+
+    latents: Tensor
+    """[m, 4, h, w] float16, unscaled."""
+    input_ids: Tensor | None
+    """[m, 2, 77] int64 for the two text encoders; None where their outputs are cached."""
+    text_hidden: Tensor | None
+    """[m, 77, D] float16, cached; or None."""
+    pooled: Tensor | None
+    """[m, P] float16, cached; or None."""
+    time_ids: Tensor
+    """[m, 6] float32: original height, width, crop top, left, target height, width."""
+    weights: Tensor
+    """[m] float32; 0 for padding and for rows that could not be read."""
+    draw_seeds: Tensor
+    """[m] int64: the seed of each row's noise and timestep."""
+    keys: tuple[str, ...]
+    """[m] the images' keys; empty for padding."""
+    problems: tuple[str, ...]
+    """One line per row that could not be read: where it lies and why."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on `device`; the copy runs beside the caller where the memory is page-locked."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in _tensors(self).items()}
+        return replace(self, **moved)
+
+
+class Request(NamedTuple):
+    """What a reader is asked for: rows of one bucket."""
+
+    epoch: int
+    bucket: int
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+
+class PackedBatch(NamedTuple):
+    """What a batch in a buffer consists of."""
+
+    layout: tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]
+    """Field name, dtype, shape and first byte of each tensor."""
+    num_bytes: int
+    keys: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BatchReader:
+    """Turns requests into batches. A reader process gets it as a path, two names, the seed and the tokenizers."""
+
+    prepared: PreparedSet
+    split: str
+    seed: int
+    tokenize: Tokenize | None
+    """None where the prepared set holds the text encoders' outputs."""
+
+    def read(self, request: Request, latents: NDArray[np.float16] | None = None) -> Batch:
+        """The batch of a request; rows that cannot be read keep their place, with weight 0.
+
+        `latents` [m, 4, h, w] is read into, in place of new memory.
+        """
+        rows = self.prepared.read(self.split, request.bucket, request.ids, latents)
+        input_ids = None
+        if self.tokenize is not None:
+            captions = [caption_text(record) if record else "" for record in rows.captions]
+            input_ids = torch.from_numpy(self.tokenize(captions))
+        cached = self.tokenize is None
+        draws = zip(rows.keys, rows.repeat.tolist(), strict=True)
+        seeds = [draw_seed(self.seed, "draw", request.epoch, key, repeat) for key, repeat in draws]
+        return Batch(
+            latents=torch.from_numpy(rows.latents),
+            input_ids=input_ids,
+            text_hidden=_cached(rows.text_hidden) if cached else None,
+            pooled=_cached(rows.text_pooled) if cached else None,
+            time_ids=torch.from_numpy(rows.sizes.astype(np.float32)),
+            weights=torch.from_numpy(request.weights * rows.ok),
+            draw_seeds=torch.tensor(seeds, dtype=torch.int64),
+            keys=tuple(rows.keys),
+            problems=tuple(f"{p.shard}: row {p.row}: {p.reason}" for p in rows.problems),
+        )
+
+    def fill(self, buffer: Tensor, request: Request) -> PackedBatch:
+        """Read a request's batch into a buffer [bytes] uint8."""
+        shape = self._latent_shape(request.bucket, len(request.ids))
+        room = buffer[: _LATENT_BYTES * math.prod(shape)].view(torch.float16).view(shape)
+        return pack(self.read(request, room.numpy()), buffer)
+
+    def batch_bytes(self, rows: int) -> int:
+        """Most bytes that a batch of `rows` fills."""
+        row_bytes = [_LATENT_BYTES * math.prod(self._latent_shape(b, 1)) for b in range(len(self._buckets()))]
+        positions, hidden_width, pooled_width = self.prepared.text_shape or (0, 0, 0)
+        text_bytes = max(_TOKEN_BYTES, 2 * (positions * hidden_width + pooled_width))
+        return rows * (max(row_bytes) + text_bytes + _OTHER_BYTES) + len(fields(Batch)) * _ALIGN
+
+    def _buckets(self) -> list[Bucket]:
+        return self.prepared.buckets(self.split)
+
+    def _latent_shape(self, bucket: int, rows: int) -> tuple[int, int, int, int]:
+        shape = self._buckets()[bucket]
+        return rows, LATENT_CHANNELS, shape.height_px // LATENT_FACTOR, shape.width_px // LATENT_FACTOR
+
+
+def _cached(outputs: NDArray[np.float16] | None) -> Tensor:
+    if outputs is None:
+        raise ValueError("the prepared set holds no text encoder outputs, so the reader needs tokenizers")
+    return torch.from_numpy(outputs)
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatches:
+    """One rank's part of one optimizer step."""
+
+    epoch: int
+    bucket: int
+    batches: Iterator[Batch]
+    """The step's micro-batches; all must be taken before the next step. A generator, so that the first can be
+    trained on while the last is read."""
+    position_after: Position
+    """What to save once the step is taken: what was read ahead does not count."""
+
+
+class Loader:
+    """Iterates over optimizer steps without end; close it, or use it in a `with`, to end its readers."""
+
+    def __init__(
+        self, batches: Generator[Batch, None, None], steps: deque[tuple[StepRows, Position]], size: int
+    ) -> None:
+        """`steps` holds at least the next step when one is taken; each has `size` of the `batches`."""
+        self.wait_s = 0.0
+        """Seconds that the caller has waited for batches since the loader was opened."""
+        self._batches, self._steps, self._size = batches, steps, size
+        self._left = 0
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> StepBatches:
+        if self._left:
+            raise RuntimeError(f"{self._left} micro-batches of the step before were not taken")
+        rows, after = self._steps.popleft()
+        self._left = self._size
+        return StepBatches(rows.epoch, rows.bucket, self._micro_batches(), after)
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        while self._left:
+            begin = time.perf_counter()
+            batch = next(self._batches)
+            self.wait_s += time.perf_counter() - begin
+            self._left -= 1
+            yield batch
+
+    def close(self) -> None:
+        """End the readers; what they had read ahead is dropped."""
+        self._batches.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_loader(
+    reader: BatchReader,
+    position: Position,
+    *,
+    rank: int,
+    world: int,
+    micro_batch: int,
+    accumulation: int,
+    workers: int,
+    prefetch_batches: int,
+    pin_memory: bool,
+) -> Loader:
+    """Start reading one rank's micro-batches from `position` on.
+
+    Args:
+        position: the same on all ranks; its global batch is at most world * micro_batch * accumulation.
+        workers: reader processes; 0 reads in two threads of this process.
+        prefetch_batches: micro-batches to keep ready.
+        pin_memory: put batches into page-locked memory; needs CUDA.
+    """
+    steps: deque[tuple[StepRows, Position]] = deque()
+    rows_per_bucket = reader.prepared.rows_per_bucket(reader.split)
+
+    def requests() -> Iterator[Request]:
+        for rows, after in planned_steps(rows_per_bucket, reader.seed, position):
+            steps.append((rows, after))
+            for ids, weights in share(rows, rank, world, micro_batch, accumulation):
+                yield Request(rows.epoch, rows.bucket, ids, weights)
+
+    if workers:
+        batches = _read_in_processes(reader, requests(), micro_batch, workers, prefetch_batches, pin_memory)
+    else:
+        batches = _read_in_threads(reader, requests(), prefetch_batches, pin_memory)
+    return Loader(batches, steps, accumulation)
+
+
+def _read_in_processes(
+    reader: BatchReader, requests: Iterator[Request], rows: int, workers: int, prefetch_batches: int, pin_memory: bool
+) -> Generator[Batch, None, None]:
+    filled = read_in_processes(reader.fill, requests, reader.batch_bytes(rows), workers, prefetch_batches)
+    # Copied out of the slot in one piece, because the slot is filled again.
+    copy = Tensor.pin_memory if pin_memory else Tensor.clone
+    return (unpack(copy(buffer[: packed.num_bytes]), packed) for buffer, packed in filled)
+
+
+def _read_in_threads(
+    reader: BatchReader, requests: Iterator[Request], prefetch_batches: int, pin_memory: bool
+) -> Generator[Batch, None, None]:
+    def read(request: Request) -> Batch:
+        batch = reader.read(request)
+        return replace(batch, **{n: t.pin_memory() for n, t in _tensors(batch).items()}) if pin_memory else batch
+
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="data-reader")
+    ahead = deque(pool.submit(read, next(requests)) for _ in range(prefetch_batches))
+
+    def batches() -> Generator[Batch, None, None]:
+        try:
+            for request in requests:
+                ahead.append(pool.submit(read, request))
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return batches()
+
+
+def pack(batch: Batch, buffer: Tensor) -> PackedBatch:
+    """Put a batch's tensors into a buffer [bytes] uint8, the latents first; what lies there already stays."""
+    layout, end = [], 0
+    for name, tensor in _tensors(batch).items():
+        layout.append((name, tensor.dtype, tuple(tensor.shape), end))
+        end += -(-tensor.nbytes // _ALIGN) * _ALIGN
+    packed = PackedBatch(tuple(layout), end, batch.keys, batch.problems)
+    for name, view in _views(buffer, packed).items():
+        tensor = getattr(batch, name)
+        if tensor.data_ptr() != view.data_ptr():
+            view.copy_(tensor)
+    return packed
+
+
+def unpack(buffer: Tensor, packed: PackedBatch) -> Batch:
+    """The batch whose tensors lie in the buffer; nothing is copied."""
+    absent = {field.name: None for field in fields(Batch)}
+    return Batch(**{**absent, **_views(buffer, packed), "keys": packed.keys, "problems": packed.problems})
+
+
+def _views(buffer: Tensor, packed: PackedBatch) -> dict[str, Tensor]:
+    views = {}
+    for name, dtype, shape, begin in packed.layout:
+        end = begin + dtype.itemsize * math.prod(shape)
+        views[name] = buffer[begin:end].view(dtype).view(shape)
+    return views
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}

@@ -1,0 +1,170 @@
+"""What a prepared data set was made with, and what to say when the configuration asks for something else."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_128
+
+from trainer.data.buckets import BucketRules
+from trainer.data.folder import FolderSource
+from trainer.errors import UserError
+
+SETTINGS_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """Everything that decides what `prepare` writes, but for the images.
+
+    `vae` and `text_encoders` are fingerprints (see `folder_fingerprint`) with the precision they run in, such as
+    `xxh3:0a1b... fp32`; `text_encoders` is None unless their outputs are cached.
+    """
+
+    prepared: Path
+    sources: tuple[FolderSource, ...]
+    buckets: BucketRules
+    vae: str
+    scaling_factor: float
+    text_encoders: str | None = None
+    validation_fraction: float = 0.0
+    rows_per_shard: int = 2048
+
+    def to_json(self) -> dict[str, Any]:
+        """Flat, under the names of the configuration; sources as absolute paths."""
+        return {
+            "format": SETTINGS_FORMAT,
+            "data.sources": [
+                {
+                    "path": str(source.path.resolve()),
+                    "caption_extension": source.caption_extension,
+                    "repeats": source.repeats,
+                }
+                for source in self.sources
+            ],
+            "data.buckets.resolution": self.buckets.resolution,
+            "data.buckets.min_px": self.buckets.min_px,
+            "data.buckets.max_px": self.buckets.max_px,
+            "data.buckets.step_px": self.buckets.step_px,
+            "data.buckets.no_upscale": self.buckets.no_upscale,
+            "data.validation_fraction": self.validation_fraction,
+            "data.rows_per_shard": self.rows_per_shard,
+            "data.cache_text": self.text_encoders is not None,
+            "the VAE (weights and model.vae_precision)": self.vae,
+            "the VAE's scaling_factor": self.scaling_factor,
+            "the text encoders (weights and model.text_encoder_precision)": self.text_encoders,
+        }
+
+
+def check_settings(settings: PrepareSettings) -> bool:
+    """Whether `settings.prepared` was made, or begun, with exactly these settings.
+
+    False where nothing was prepared yet, or where the only difference is sources added at the end: their images can
+    be appended.
+
+    Raises:
+        UserError: the set was prepared with other settings; a line for each that differs.
+    """
+    old = _stored(settings.prepared)
+    if old is None:
+        return False
+    new = settings.to_json()
+    problems = [
+        f"data.prepared ({settings.prepared}): was prepared with {name} = {_shown(old.get(name))}, "
+        f"the configuration has {_shown(new.get(name))}"
+        for name in new
+        if name != "data.sources" and old.get(name) != new[name]
+    ]
+    problems += _source_problems(settings.prepared, old.get("data.sources", []), new["data.sources"])
+    if problems:
+        raise UserError(
+            *problems,
+            f"data.prepared ({settings.prepared}): give another folder to keep both, put the old settings back, or "
+            "delete this folder to prepare it anew",
+        )
+    return old == new
+
+
+def store_settings(settings: PrepareSettings) -> None:
+    """Write them down as the settings that the prepared folder is made with."""
+    text = json.dumps(settings.to_json(), ensure_ascii=False, indent=2) + "\n"
+    replace_file(settings.prepared / "settings.json", text)
+
+
+def stored_settings(prepared: Path) -> dict[str, Any]:
+    """As `PrepareSettings.to_json` gave them."""
+    stored = _stored(prepared)
+    if stored is None:
+        raise UserError(f"data.prepared ({prepared}): nothing has been planned there yet")
+    return stored
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all, after a power cut as well."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within the folder survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """`xxh3:` and 32 hex digits over a diffusers model folder: its configuration and the bytes of its weights.
+
+    Keys of the configuration that begin with `_` (versions, names) do not count.
+    """
+    digest = xxh3_128()
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    config = json.loads((folder / "config.json").read_text())
+    described = {key: value for key, value in config.items() if not key.startswith("_")}
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    block = memoryview(bytearray(4 << 20))
+    for path in weights:
+        digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb", buffering=0) as file:
+            while read := file.readinto(block):
+                digest.update(block[:read])
+    return f"xxh3:{digest.hexdigest()}"
+
+
+def _stored(prepared: Path) -> dict[str, Any] | None:
+    path = prepared / "settings.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it or delete the folder") from error
+
+
+def _source_problems(prepared: Path, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
+    """Sources may be added at the end; those that were there must stay as they were."""
+    problems = []
+    for i, was in enumerate(old):
+        if i >= len(new):
+            problems.append(f"data.prepared ({prepared}): holds images of {was['path']}, which data.sources lacks now")
+            continue
+        problems += [
+            f"data.prepared ({prepared}): was prepared with data.sources[{i}].{name} = {_shown(was[name])}, "
+            f"the configuration has {_shown(new[i][name])}"
+            for name in was
+            if was[name] != new[i].get(name)
+        ]
+    return problems
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,374 @@
+"""One shard: a safetensors file of up to a few thousand samples of one bucket, each row with its checksum.
+
+Sections, in the order of the file (n rows, latents of h x w):
+
+    latents         f16 [n, 4, h, w]   unscaled, at byte 4096
+    text_hidden     f16 [n, 77, D]     only with cached text, as is text_pooled f16 [n, P]
+    caption_offsets u64 [n + 1]        into caption_bytes: UTF-8 JSON objects {"caption": ...}
+    key_offsets     u64 [n + 1]        into key_bytes: UTF-8
+    sizes           u32 [n, 6]         original h, w, crop top, left, target h, w: the order of SDXL's time ids
+    repeats         u32 [n]            times a row is seen per epoch
+    latent_crc32c   u32 [n]            of the row's latents
+    meta_crc32c     u32 [n]            of the row's caption, key, sizes and repeats
+    text_crc32c     u32 [n]            of the row's text_hidden and text_pooled; only with cached text
+    key_bytes, caption_bytes, excluded_bytes   u8; the last holds JSON lines on images that were left out
+
+The header is padded to 4096 bytes so that rows can be written as they are encoded, before their number is known.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from crc32c import crc32c
+
+from trainer.data.buckets import Bucket
+
+FORMAT = "sdxl-train shard 1"
+HEADER_BYTES = 4096
+LATENT_CHANNELS = 4
+LATENT_FACTOR = 8
+"""Pixels on the side of one latent."""
+SECTIONS: tuple[str, ...] = (
+    "latents",
+    "text_hidden",
+    "text_pooled",
+    "caption_offsets",
+    "key_offsets",
+    "sizes",
+    "repeats",
+    "latent_crc32c",
+    "meta_crc32c",
+    "text_crc32c",
+    "key_bytes",
+    "caption_bytes",
+    "excluded_bytes",
+)
+TEXT_SECTIONS = ("text_hidden", "text_pooled", "text_crc32c")
+_DTYPES = {np.dtype("<f2"): "F16", np.dtype("<u8"): "U64", np.dtype("<u4"): "U32", np.dtype("u1"): "U8"}
+
+EncodeText = Callable[[Sequence[str]], tuple[Any, Any]]
+"""Captions -> (hidden [B, 77, D], pooled [B, P]), as arrays or CPU tensors."""
+
+
+class ShardError(Exception):
+    """A shard, or a row of it, is not what was written."""
+
+
+@dataclass(frozen=True)
+class ShardHead:
+    """What all rows of a shard share."""
+
+    bucket: Bucket
+    split: str
+    generation: int
+    scaling_factor: float
+    vae_fingerprint: str
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return (LATENT_CHANNELS, self.bucket.height_px // LATENT_FACTOR, self.bucket.width_px // LATENT_FACTOR)
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Some rows to be written: latents f16 [b, 4, h, w], captions as JSON texts, sizes u32 [b, 6], repeats u32 [b]."""
+
+    latents: np.ndarray
+    captions: Sequence[str]
+    keys: Sequence[str]
+    sizes: np.ndarray
+    repeats: np.ndarray
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A finished shard as its header tells it."""
+
+    rows: int
+    virtual_rows: int
+    uniform_repeats: int
+    """The repeats of every row, or 0 where they differ."""
+    file_bytes: int
+    header_crc32c: int
+    offsets: dict[str, int]
+    """Byte at which each section of `SECTIONS` starts; -1 where the shard has none."""
+    text_shape: tuple[int, int, int] | None
+    """Positions and width of text_hidden, width of text_pooled."""
+    excluded: tuple[dict[str, Any], ...]
+
+
+@dataclass
+class _Rows:
+    """What stays in memory of the rows of the shard being written: everything but latents and hidden states."""
+
+    captions: list[bytes] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    sizes: list[np.ndarray] = field(default_factory=list)
+    repeats: list[int] = field(default_factory=list)
+    latent_crc: list[int] = field(default_factory=list)
+
+
+def write_shard(
+    file: BinaryIO,
+    head: ShardHead,
+    batches: Iterable[RowBatch],
+    excluded: Sequence[dict[str, Any]],
+    encode_text: EncodeText | None = None,
+    text_batch_size: int = 16,
+) -> None:
+    """Write a whole shard to an open, empty, seekable file; the caller renames it into place after its fsync.
+
+    Args:
+        batches: consumed as a stream; latents are written as they come.
+        excluded: images that were left out, each a JSON object; read after `batches` has ended.
+        encode_text: caches the text encoders' outputs of each caption in the shard.
+    """
+    rows = _Rows()
+    file.seek(HEADER_BYTES)
+    for batch in batches:
+        _write_latents(file, head, batch, rows)
+    n = len(rows.keys)
+    sections: dict[str, tuple[np.dtype, tuple[int, ...]]] = {"latents": (np.dtype("<f2"), (n, *head.latent_shape))}
+    text_crc = None
+    if encode_text is not None and n:
+        pooled, text_crc, hidden_shape = _write_hidden(file, rows, encode_text, text_batch_size)
+        sections["text_hidden"] = (np.dtype("<f2"), hidden_shape)
+        _write_section(file, sections, "text_pooled", pooled)
+    sizes = np.array(rows.sizes, dtype="<u4").reshape(n, 6)
+    repeats = np.array(rows.repeats, dtype="<u4")
+    _write_section(file, sections, "caption_offsets", _offsets(rows.captions))
+    _write_section(file, sections, "key_offsets", _offsets(rows.keys))
+    _write_section(file, sections, "sizes", sizes)
+    _write_section(file, sections, "repeats", repeats)
+    _write_section(file, sections, "latent_crc32c", np.array(rows.latent_crc, dtype="<u4"))
+    meta_crc = [
+        _chained_crc(caption, key, sizes[i], repeats[i : i + 1])
+        for i, (caption, key) in enumerate(zip(rows.captions, rows.keys, strict=True))
+    ]
+    _write_section(file, sections, "meta_crc32c", np.array(meta_crc, dtype="<u4"))
+    if text_crc is not None:
+        _write_section(file, sections, "text_crc32c", text_crc)
+    lines = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in excluded).encode()
+    for name, blob in (("key_bytes", rows.keys), ("caption_bytes", rows.captions), ("excluded_bytes", [lines])):
+        _write_section(file, sections, name, np.frombuffer(b"".join(blob), dtype="u1"))
+    file.seek(0)
+    file.write(_header(head, sections, crc32c(lines)))
+    file.flush()
+
+
+def _write_latents(file: BinaryIO, head: ShardHead, batch: RowBatch, rows: _Rows) -> None:
+    latents = np.ascontiguousarray(batch.latents, dtype="<f2")
+    if latents.shape != (len(batch.keys), *head.latent_shape):
+        raise ValueError(f"latents of shape {latents.shape} do not fit bucket {head.bucket}")
+    file.write(latents.data)
+    rows.latent_crc.extend(crc32c(row) for row in latents)
+    rows.captions.extend(caption.encode() for caption in batch.captions)
+    rows.keys.extend(key.encode() for key in batch.keys)
+    rows.sizes.extend(batch.sizes)
+    rows.repeats.extend(batch.repeats.tolist())
+
+
+def _write_hidden(
+    file: BinaryIO, rows: _Rows, encode_text: EncodeText, batch_size: int
+) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """Writes text_hidden as a stream; returns text_pooled, text_crc32c and the shape of text_hidden."""
+    crcs: list[int] = []
+    pooled_batches: list[np.ndarray] = []
+    shape: tuple[int, ...] = ()
+    for start in range(0, len(rows.captions), batch_size):
+        captions = [json.loads(caption)["caption"] for caption in rows.captions[start : start + batch_size]]
+        hidden, pooled = (finite_f16(np.asarray(output)) for output in encode_text(captions))
+        file.write(hidden.data)
+        crcs.extend(_chained_crc(hidden[i], pooled[i]) for i in range(len(captions)))
+        pooled_batches.append(pooled)
+        shape = hidden.shape[1:]
+    return np.concatenate(pooled_batches), np.array(crcs, dtype="<u4"), (len(rows.captions), *shape)
+
+
+def finite_f16(values: np.ndarray) -> np.ndarray:
+    """`values` as contiguous f16; ValueError where one is not finite or is beyond what f16 holds."""
+    limit = float(np.finfo(np.float16).max)
+    if not np.all(np.abs(values) <= limit):
+        raise ValueError(f"values that are not finite, or beyond the {limit:g} of fp16")
+    return np.ascontiguousarray(values, dtype="<f2")
+
+
+def _write_section(
+    file: BinaryIO, sections: dict[str, tuple[np.dtype, tuple[int, ...]]], name: str, values: np.ndarray
+) -> None:
+    file.write(values.tobytes())
+    sections[name] = (values.dtype, values.shape)
+
+
+def _offsets(blobs: Sequence[bytes]) -> np.ndarray:
+    return np.cumsum([0, *map(len, blobs)], dtype=np.uint64).astype("<u8")
+
+
+def _chained_crc(*parts: bytes | np.ndarray) -> int:
+    crc = 0
+    for part in parts:
+        crc = crc32c(part, crc)
+    return crc
+
+
+def _header(head: ShardHead, sections: dict[str, tuple[np.dtype, tuple[int, ...]]], excluded_crc: int) -> bytes:
+    described: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,
+            "bucket": f"{head.bucket.height_px}x{head.bucket.width_px}",
+            "split": head.split,
+            "generation": str(head.generation),
+            "scaling_factor": repr(head.scaling_factor),
+            "vae": head.vae_fingerprint,
+            "excluded_crc32c": str(excluded_crc),
+        }
+    }
+    end = 0
+    for name, (dtype, shape) in sections.items():
+        begin, end = end, end + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        described[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(described, separators=(",", ":")).encode()
+    room = HEADER_BYTES - 8
+    if len(text) > room:
+        raise ValueError(f"the shard's header takes {len(text)} bytes, more than {room}")
+    return room.to_bytes(8, "little") + text.ljust(room)
+
+
+def read_info(path: Path) -> ShardInfo:
+    """Read a finished shard's header and small sections; ShardError where they are not as written."""
+    with path.open("rb") as file:
+        raw = file.read(HEADER_BYTES)
+        file_bytes = os.fstat(file.fileno()).st_size
+        try:
+            header = json.loads(raw[8:])
+            metadata = header.pop("__metadata__")
+            if metadata["format"] != FORMAT:
+                raise ShardError(f"{path}: made in the format '{metadata['format']}', this version reads '{FORMAT}'")
+            if HEADER_BYTES + max(entry["data_offsets"][1] for entry in header.values()) != file_bytes:
+                raise ShardError(f"{path}: has {file_bytes} bytes, its header tells another number")
+        except (ValueError, KeyError) as error:
+            raise ShardError(f"{path}: the header cannot be read ({error})") from error
+        offsets = {name: HEADER_BYTES + header[name]["data_offsets"][0] if name in header else -1 for name in SECTIONS}
+        rows = header["latents"]["shape"][0]
+        file.seek(offsets["repeats"])
+        repeats = np.frombuffer(file.read(4 * rows), dtype="<u4")
+        file.seek(offsets["excluded_bytes"])
+        lines = file.read()
+    if crc32c(lines) != int(metadata["excluded_crc32c"]):
+        raise ShardError(f"{path}: checksum mismatch in excluded_bytes")
+    text_shape = None
+    if "text_hidden" in header:
+        text_shape = (*header["text_hidden"]["shape"][1:], header["text_pooled"]["shape"][1])
+    return ShardInfo(
+        rows=rows,
+        virtual_rows=int(repeats.sum(dtype=np.int64)),
+        uniform_repeats=int(repeats[0]) if rows and (repeats == repeats[0]).all() else 0,
+        file_bytes=file_bytes,
+        header_crc32c=crc32c(raw),
+        offsets=offsets,
+        text_shape=text_shape,
+        excluded=tuple(json.loads(line) for line in lines.splitlines()),
+    )
+
+
+@dataclass(frozen=True)
+class RowRecord:
+    """A row's meta data as stored: caption is a JSON text, sizes u32 [6]."""
+
+    caption: str
+    key: str
+    sizes: np.ndarray
+
+
+class OpenShard:
+    """A shard opened for random reads; the descriptor is closed when the last holder lets go of it."""
+
+    __slots__ = ("caption_bytes", "fd", "key_bytes", "offsets", "repeat_ends", "rows")
+
+    def __init__(self, path: Path, rows: int, offsets: dict[str, int], file_bytes: int, header_crc: int):
+        """Raises OSError, or ShardError where the file's size or header is not as recorded."""
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.rows, self.offsets = rows, offsets
+        self.key_bytes = offsets["caption_bytes"] - offsets["key_bytes"]
+        self.caption_bytes = offsets["excluded_bytes"] - offsets["caption_bytes"]
+        self.repeat_ends: np.ndarray | None = None
+        size = os.fstat(self.fd).st_size
+        if size != file_bytes:
+            raise ShardError(f"has {size} bytes in place of {file_bytes}")
+        if crc32c(os.pread(self.fd, HEADER_BYTES, 0)) != header_crc:
+            raise ShardError("checksum mismatch in the header")
+        # Rows are read in random order: reading ahead would only evict others from the page cache.
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def ends_of_repeats(self, virtual_rows: int) -> np.ndarray:
+        """Cumulative repeats of the rows, int64 [n]; ShardError where they do not add up to `virtual_rows`."""
+        if self.repeat_ends is None:
+            raw = os.pread(self.fd, 4 * self.rows, self.offsets["repeats"])
+            ends = np.cumsum(np.frombuffer(raw, dtype="<u4"), dtype=np.int64)
+            if len(ends) != self.rows or ends[-1] != virtual_rows:
+                raise ShardError("the repeats are not as recorded")
+            self.repeat_ends = ends
+        return self.repeat_ends
+
+
+def read_row(shard: OpenShard, row: int, latents: np.ndarray, text: tuple[np.ndarray, np.ndarray] | None) -> RowRecord:
+    """Read one row, its latents straight into `latents` (f16 [4, h, w], contiguous) and its text outputs into `text`.
+
+    Raises:
+        ShardError: a checksum does not match; the buffers then hold what was read.
+        OSError: the file cannot be read.
+    """
+    record, latent_crc = _read_meta(shard, row)
+    read_payload(shard, row, latents)
+    if crc32c(latents) != latent_crc:
+        raise ShardError("checksum mismatch in the latents")
+    if text is not None:
+        hidden, pooled = text
+        _read_into(shard.fd, hidden, shard.offsets["text_hidden"] + row * hidden.nbytes)
+        _read_into(shard.fd, pooled, shard.offsets["text_pooled"] + row * pooled.nbytes)
+        if _chained_crc(hidden, pooled) != _u32(shard, "text_crc32c", row):
+            raise ShardError("checksum mismatch in the text encoders' outputs")
+    return record
+
+
+def read_payload(shard: OpenShard, row: int, latents: np.ndarray) -> None:
+    """Fill `latents` with the row's latents; the one place that knows where they lie."""
+    _read_into(shard.fd, latents, shard.offsets["latents"] + row * latents.nbytes)
+
+
+def _read_meta(shard: OpenShard, row: int) -> tuple[RowRecord, int]:
+    caption = _blob(shard, "caption", row, shard.caption_bytes)
+    key = _blob(shard, "key", row, shard.key_bytes)
+    sizes = os.pread(shard.fd, 24, shard.offsets["sizes"] + 24 * row)
+    repeats = os.pread(shard.fd, 4, shard.offsets["repeats"] + 4 * row)
+    if _chained_crc(caption, key, sizes, repeats) != _u32(shard, "meta_crc32c", row):
+        raise ShardError("checksum mismatch in the caption, key or sizes")
+    record = RowRecord(caption.decode(), key.decode(), np.frombuffer(sizes, dtype="<u4"))
+    return record, _u32(shard, "latent_crc32c", row)
+
+
+def _blob(shard: OpenShard, name: str, row: int, total: int) -> bytes:
+    ends = os.pread(shard.fd, 16, shard.offsets[f"{name}_offsets"] + 8 * row)
+    begin, end = int.from_bytes(ends[:8], "little"), int.from_bytes(ends[8:], "little")
+    if not begin <= end <= total:
+        raise ShardError(f"the {name} lies outside its section")
+    return os.pread(shard.fd, end - begin, shard.offsets[f"{name}_bytes"] + begin)
+
+
+def _u32(shard: OpenShard, name: str, row: int) -> int:
+    return int.from_bytes(os.pread(shard.fd, 4, shard.offsets[name] + 4 * row), "little")
+
+
+def _read_into(fd: int, buffer: np.ndarray, offset: int) -> None:
+    if os.preadv(fd, [buffer.data.cast("B")], offset) != buffer.nbytes:
+        raise ShardError("the file ends before the row does")

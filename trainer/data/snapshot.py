@@ -1,0 +1,325 @@
+"""A prepared data set as one snapshot lists it: which shards there are, and any row of them by its number.
+
+Nothing is held per image: a snapshot of 12 million rows is some 6,000 shards' worth of small integers.
+"""
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.data.buckets import Bucket
+from trainer.data.shards import SECTIONS, OpenShard, ShardError, ShardInfo, read_row
+from trainer.errors import UserError
+
+SNAPSHOT_FORMAT = "sdxl-train snapshot 1"
+SPLITS = ("train", "validation")
+OPEN_FILES = 256
+"""Shards that a process keeps open; well below the usual limit of 1,024 descriptors."""
+
+_ROWS, _VIRTUAL_ROWS, _UNIFORM_REPEATS, _FILE_BYTES, _HEADER_CRC = range(5)  # columns of PreparedSet._facts
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A shard as the snapshot lists it; `name` is relative to the prepared folder."""
+
+    name: str
+    split: str
+    bucket: Bucket
+    info: ShardInfo
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one snapshot file holds."""
+
+    number: int
+    generations: tuple[int, ...]
+    settings: dict[str, Any]
+    shards: tuple[ShardEntry, ...]
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """A row that could not be read as it was written."""
+
+    shard: str
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as read. Where `ok` is false (padding, or a row in `problems`), latents are 0 and texts are empty.
+
+    latents f16 [m, 4, h, w] unscaled; captions are JSON texts {"caption": ...}; repeat int64 [m] counts from 0;
+    sizes int64 [m, 6] in the order of SDXL's time ids; text_hidden f16 [m, 77, D] and text_pooled f16 [m, P] where
+    they are cached.
+    """
+
+    latents: np.ndarray
+    captions: list[str]
+    keys: list[str]
+    repeat: np.ndarray
+    sizes: np.ndarray
+    ok: np.ndarray
+    text_hidden: np.ndarray | None
+    text_pooled: np.ndarray | None
+    problems: list[RowProblem]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The shards of one bucket: their places in the snapshot, and cumulative virtual rows int64 [shards + 1]."""
+
+    bucket: Bucket
+    shards: np.ndarray
+    starts: np.ndarray
+
+
+def snapshot_name(number: int) -> str:
+    return f"{number:06d}.json"
+
+
+def current_snapshot(prepared: Path) -> str | None:
+    """The name that CURRENT holds, such as `000001.json`; None where nothing has been committed."""
+    try:
+        return (prepared / "CURRENT").read_text().strip()
+    except FileNotFoundError:
+        return None
+
+
+def snapshot_to_json(snapshot: Snapshot) -> str:
+    """One list per column, so that thousands of shards stay small and quick to read."""
+    shards, infos = snapshot.shards, [shard.info for shard in snapshot.shards]
+    document = {
+        "format": SNAPSHOT_FORMAT,
+        "number": snapshot.number,
+        "generations": snapshot.generations,
+        "settings": snapshot.settings,
+        "shards": {
+            "name": [shard.name for shard in shards],
+            "split": [shard.split for shard in shards],
+            "bucket_hw": [[shard.bucket.height_px, shard.bucket.width_px] for shard in shards],
+            "rows": [info.rows for info in infos],
+            "virtual_rows": [info.virtual_rows for info in infos],
+            "uniform_repeats": [info.uniform_repeats for info in infos],
+            "file_bytes": [info.file_bytes for info in infos],
+            "header_crc32c": [info.header_crc32c for info in infos],
+            "text_shape": [info.text_shape for info in infos],
+            "offsets": {name: [info.offsets[name] for info in infos] for name in SECTIONS},
+        },
+    }
+    return json.dumps(document, ensure_ascii=False, indent=None, separators=(",", ":")) + "\n"
+
+
+def read_snapshot(prepared: Path, name: str) -> Snapshot:
+    """UserError where the file is missing or is no snapshot that this version reads."""
+    path = prepared / "snapshots" / name
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such snapshot of the prepared data set") from None
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as a snapshot ({error})") from error
+    if document.get("format") != SNAPSHOT_FORMAT:
+        raise UserError(f"{path}: is of format '{document.get('format')}', this version reads '{SNAPSHOT_FORMAT}'")
+    columns = document["shards"]
+    offsets = columns["offsets"]
+    entries = tuple(
+        ShardEntry(
+            name=shard_name,
+            split=columns["split"][i],
+            bucket=Bucket(*columns["bucket_hw"][i]),
+            info=ShardInfo(
+                rows=columns["rows"][i],
+                virtual_rows=columns["virtual_rows"][i],
+                uniform_repeats=columns["uniform_repeats"][i],
+                file_bytes=columns["file_bytes"][i],
+                header_crc32c=columns["header_crc32c"][i],
+                offsets={name: offsets[name][i] for name in SECTIONS},
+                text_shape=tuple(columns["text_shape"][i]) if columns["text_shape"][i] else None,
+                excluded=(),
+            ),
+        )
+        for i, shard_name in enumerate(columns["name"])
+    )
+    return Snapshot(document["number"], tuple(document["generations"]), document["settings"], entries)
+
+
+class PreparedSet:
+    """Random reads of a prepared data set. Safe to use from several threads; pickles as its path and snapshot name."""
+
+    def __init__(self, prepared: Path, snapshot_name: str) -> None:
+        self.path = prepared
+        self.snapshot_name = snapshot_name
+        snapshot = read_snapshot(prepared, snapshot_name)
+        self.settings = snapshot.settings
+        self.text_shape = next((shard.info.text_shape for shard in snapshot.shards if shard.info.text_shape), None)
+        """(positions, width of hidden states, width of pooled) of the cached text outputs, where there are any."""
+        self._names = [shard.name for shard in snapshot.shards]
+        # Arrays in place of an object per shard: a tenth of the memory.
+        self._facts = np.array([_facts(shard.info) for shard in snapshot.shards], dtype=np.int64)
+        self._offsets = np.array([_offsets(shard.info) for shard in snapshot.shards], dtype=np.int64)
+        self._groups = {split: _groups(snapshot.shards, split) for split in SPLITS}
+        self._images = {split: sum(s.info.rows for s in snapshot.shards if s.split == split) for split in SPLITS}
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, prepared: Path, snapshot_name: str | None = None) -> "PreparedSet":
+        """Open the newest snapshot, or the named one (a resumed run stays with the one it began with)."""
+        name = snapshot_name or current_snapshot(prepared)
+        if name is None:
+            raise UserError(
+                f"data.prepared ({prepared}): holds no prepared data set; make it with `sdxl-train prepare`"
+            )
+        return cls(prepared, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.snapshot_name)
+
+    def buckets(self, split: str) -> list[Bucket]:
+        """The buckets that have rows, sorted by height, then width; `read` takes an index into this list."""
+        return [group.bucket for group in self._groups[split]]
+
+    def rows_per_bucket(self, split: str) -> list[int]:
+        """Virtual rows (an image of r repeats counts r times) of each of `buckets(split)`."""
+        return [int(group.starts[-1]) for group in self._groups[split]]
+
+    def images(self, split: str) -> int:
+        """Images of the split, each counted once."""
+        return self._images[split]
+
+    def missing(self) -> list[str]:
+        """A line for each shard that is not there or has another size than was written; a stat per shard."""
+        lines = []
+        for name, facts in zip(self._names, self._facts, strict=True):
+            try:
+                size = (self.path / name).stat().st_size
+            except OSError as error:
+                lines.append(f"{name}: {error.strerror}")
+            else:
+                if size != facts[_FILE_BYTES]:
+                    lines.append(f"{name}: has {size} bytes in place of {facts[_FILE_BYTES]}")
+        return lines
+
+    def read(self, split: str, bucket_index: int, ids: np.ndarray, latents: np.ndarray | None = None) -> Rows:
+        """Read virtual rows of one bucket; a row that is damaged or cannot be read never raises.
+
+        Args:
+            ids: int64 [m] in 0..rows_per_bucket; -1 is padding.
+            latents: f16 [m, 4, h, w] contiguous to read into (such as a view of pinned memory); default: a new array.
+        """
+        group = self._groups[split][bucket_index]
+        height, width = group.bucket.height_px // 8, group.bucket.width_px // 8
+        m = len(ids)
+        if latents is None:
+            latents = np.empty((m, 4, height, width), dtype=np.float16)
+        rows = Rows(
+            latents=latents,
+            captions=[""] * m,
+            keys=[""] * m,
+            repeat=np.zeros(m, dtype=np.int64),
+            sizes=np.zeros((m, 6), dtype=np.int64),
+            ok=np.zeros(m, dtype=bool),
+            text_hidden=self._text_buffer(m, hidden=True),
+            text_pooled=self._text_buffer(m, hidden=False),
+            problems=[],
+        )
+        ids = np.asarray(ids, dtype=np.int64)
+        if m and not (ids.min() >= -1 and ids.max() < group.starts[-1]):
+            raise IndexError(f"row ids {ids.min()}..{ids.max()} of a bucket of {group.starts[-1]} rows")
+        places = np.searchsorted(group.starts, ids, side="right") - 1
+        within = (ids - group.starts[places]).tolist()
+        shards = group.shards[places].tolist()
+        for i in range(m):
+            if ids[i] < 0 or not self._read_one(rows, i, shards[i], within[i]):
+                latents[i] = 0
+        return rows
+
+    def _text_buffer(self, m: int, hidden: bool) -> np.ndarray | None:
+        if self.text_shape is None:
+            return None
+        positions, hidden_width, pooled_width = self.text_shape
+        return np.zeros((m, positions, hidden_width) if hidden else (m, pooled_width), dtype=np.float16)
+
+    def _read_one(self, rows: Rows, i: int, shard_index: int, virtual: int) -> bool:
+        """Fill place i; on a mismatch drop what the kernel has cached and read once more, then give the row up."""
+        row, reason = -1, ""
+        text = None
+        if rows.text_hidden is not None and rows.text_pooled is not None:
+            text = (rows.text_hidden[i], rows.text_pooled[i])
+        for _ in range(2):
+            try:
+                shard = self._shard(shard_index)
+                row, repeat = self._row_of(shard, shard_index, virtual)
+                record = read_row(shard, row, rows.latents[i], text)
+            except (ShardError, OSError) as error:
+                reason = str(error)
+                self._forget(shard_index)
+                continue
+            rows.captions[i], rows.keys[i], rows.sizes[i] = record.caption, record.key, record.sizes
+            rows.repeat[i], rows.ok[i] = repeat, True
+            return True
+        for output in text or ():
+            output[:] = 0
+        rows.problems.append(RowProblem(self._names[shard_index], row, reason))
+        return False
+
+    def _row_of(self, shard: OpenShard, shard_index: int, virtual: int) -> tuple[int, int]:
+        uniform = int(self._facts[shard_index, _UNIFORM_REPEATS])
+        if uniform:
+            return divmod(virtual, uniform)
+        ends = shard.ends_of_repeats(int(self._facts[shard_index, _VIRTUAL_ROWS]))
+        row = int(np.searchsorted(ends, virtual, side="right"))
+        return row, virtual - (int(ends[row - 1]) if row else 0)
+
+    def _shard(self, index: int) -> OpenShard:
+        with self._lock:
+            shard = self._open.get(index)
+            if shard is not None:
+                self._open.move_to_end(index)
+                return shard
+        rows, _, _, file_bytes, header_crc = self._facts[index].tolist()
+        offsets = dict(zip(SECTIONS, self._offsets[index].tolist(), strict=True))
+        shard = OpenShard(self.path / self._names[index], rows, offsets, file_bytes, header_crc)
+        with self._lock:
+            self._open[index] = shard
+            # An evicted shard is closed when no thread reads from it any more: its last reference closes it.
+            while len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        return shard
+
+    def _forget(self, index: int) -> None:
+        with self._lock:
+            shard = self._open.pop(index, None)
+        if shard is not None:
+            os.posix_fadvise(shard.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _facts(info: ShardInfo) -> tuple[int, ...]:
+    return info.rows, info.virtual_rows, info.uniform_repeats, info.file_bytes, info.header_crc32c
+
+
+def _offsets(info: ShardInfo) -> list[int]:
+    return [info.offsets[name] for name in SECTIONS]
+
+
+def _groups(shards: tuple[ShardEntry, ...], split: str) -> list[_Group]:
+    members: dict[Bucket, list[int]] = {}
+    for i, shard in enumerate(shards):
+        if shard.split == split and shard.info.virtual_rows:
+            members.setdefault(shard.bucket, []).append(i)
+    groups = []
+    for bucket in sorted(members):
+        counts = [shards[i].info.virtual_rows for i in members[bucket]]
+        starts = np.cumsum([0, *counts], dtype=np.int64)
+        groups.append(_Group(bucket, np.array(members[bucket], dtype=np.int64), starts))
+    return groups

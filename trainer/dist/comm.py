@@ -1,0 +1,164 @@
+"""The worker's place among all workers, and the few small exchanges besides gradients.
+
+`init_comm` builds the process group and hands process and device state to `accelerate.PartialState`. The small
+collectives run on the CPU over gloo, also beside NCCL: they wait for no GPU, and an error of a peer raises here.
+Objects travel as JSON, never pickled: the sockets know no password.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch.distributed.rendezvous import rendezvous
+
+from trainer.dist import worker
+from trainer.dist.environment import threads_per_worker
+from trainer.errors import UserError
+
+DEFAULT_TIMEOUT_S = 600.0
+# What makes PartialState open a group by itself, even for one process.
+_GROUP_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class Comm:
+    """This worker: `rank` of `world` workers, `local_rank` on its host, computing on `device`."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+
+def init_comm(timeout_s: float = DEFAULT_TIMEOUT_S) -> Comm:
+    """Join the other workers; alone, no process group is opened.
+
+    Reads the environment that `trainer.dist.launch`, torchrun or `joined_environment` (SLURM) has set. Sets the
+    number of OpenMP threads.
+
+    Args:
+        timeout_s: how long any collective waits for the slowest worker.
+
+    Raises:
+        UserError: workers were started for GPUs that this PyTorch cannot use.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = threads_per_worker(local_world, None)
+    # PartialState warns and chooses a number of its own where this is unset.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    device = _device(local_rank)
+    if world == 1:
+        with _hidden(_GROUP_VARIABLES):
+            state = PartialState(cpu=device.type == "cpu")
+    else:
+        _open_group(rank, world, device, timedelta(seconds=timeout_s))
+        state = PartialState(cpu=device.type == "cpu")
+    if (state.process_index, state.num_processes, state.device.type) != (rank, world, device.type):
+        raise RuntimeError(f"accelerate's state was set before init_comm: {state!r}")
+    return Comm(rank, world, local_rank, device)
+
+
+def _device(local_rank: int) -> torch.device:
+    wanted = os.environ.get(worker.DEVICE)
+    if wanted == "cpu" or (wanted is None and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"this host has GPUs, but PyTorch {torch.__version__} cannot use them: install its CUDA build or a newer "
+            "driver, or run on the CPU: CUDA_VISIBLE_DEVICES= sdxl-train ..."
+        )
+    # Schedulers may show each worker its own GPU only, as number 0.
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _open_group(rank: int, world: int, device: torch.device, timeout: timedelta) -> None:
+    if worker.STORE_PORT in os.environ:
+        attempt = os.environ[worker.ATTEMPT]
+        # Rank 0 serves on the socket that the parent has bound.
+        listen_fd = int(os.environ[worker.STORE_FD]) if rank == 0 else None
+        port = int(os.environ[worker.STORE_PORT])
+        store = dist.TCPStore(
+            "127.0.0.1", port, world, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listen_fd
+        )
+    else:
+        # torchrun keeps one store over its restarts; without a prefix, workers would read dead workers' addresses.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+@contextlib.contextmanager
+def _hidden(names: tuple[str, ...]) -> Iterator[None]:
+    """Without these environment variables."""
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def sum_floats(comm: Comm, values: list[float]) -> list[float]:
+    """Sums over all workers, in float64 and bit for bit the same on each; every worker gives as many values."""
+    if comm.world == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def barrier(comm: Comm) -> None:
+    """Wait for all workers' Python code (not for their GPUs)."""
+    sum_floats(comm, [0.0])
+
+
+def gather_objects(comm: Comm, value: Any) -> list[Any]:
+    """Every worker's `value`, by rank, on every worker. Values are what JSON can say; tuples become lists."""
+    payload = json.dumps(value).encode()
+    if comm.world == 1:
+        return [json.loads(payload)]
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(comm.world)]
+    dist.all_gather(lengths, torch.tensor([len(payload)]))
+    sizes = [int(length) for length in lengths]
+    parts = [torch.zeros(max(sizes), dtype=torch.uint8) for _ in sizes]
+    padded = payload.ljust(max(sizes))
+    dist.all_gather(parts, torch.frombuffer(bytearray(padded), dtype=torch.uint8))
+    return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+
+def broadcast_object(comm: Comm, value: Any = None, source: int = 0) -> Any:
+    """Rank `source`'s `value` on every worker; what the others give is not looked at. Values as in `gather_objects`."""
+    payload = json.dumps(value).encode() if comm.rank == source else b""
+    if comm.world == 1:
+        return json.loads(payload)
+    length = torch.tensor([len(payload)])
+    dist.broadcast(length, source)
+    buffer = torch.zeros(int(length), dtype=torch.uint8)
+    if comm.rank == source:
+        buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    dist.broadcast(buffer, source)
+    return json.loads(buffer.numpy().tobytes())
+
+
+def close(comm: Comm) -> None:
+    """Leave together, at the end of a run that went well; a worker that failed just ends."""
+    if comm.world > 1:
+        barrier(comm)
+        dist.destroy_process_group()

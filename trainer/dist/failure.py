@@ -1,0 +1,124 @@
+"""How a worker's failure reaches the person: workers write one JSON file each, the parent shows the cause.
+
+When one worker dies, its peers fail milliseconds later with network errors. The cause is the earliest failure
+that is not such an echo.
+"""
+
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainer.errors import UserError
+
+ECHO_WINDOW_S = 2.0
+_ECHO_TYPES = frozenset({"DistBackendError", "DistNetworkError", "DistStoreError"})
+_ECHO_TEXTS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "gloo/transport",
+    "ncclremoteerror",
+    "ncclsystemerror",
+    "failed to recv, got 0 bytes",
+)
+_HINTS = {
+    signal.SIGKILL: "exit 137: probably out of memory; `dmesg | grep -i oom` tells",
+    signal.SIGBUS: "probably /dev/shm or the disk is full",
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one worker ended.
+
+    `kind`: `user` (a `UserError`; `text` is its lines), `error` (any other exception; `text` is the traceback),
+    `lost_peer` (an exception that only says that another worker is gone), `signal` and `exit` (the worker ended
+    without a word; `text` says how). `monotonic_s` is `time.monotonic()`, which all processes of a host share.
+    """
+
+    rank: int
+    kind: Literal["user", "error", "lost_peer", "signal", "exit"]
+    monotonic_s: float
+    text: str
+
+    @property
+    def exit_code(self) -> int:
+        """The command's exit code: 2 for a user's mistake, 1 for everything else."""
+        return 2 if self.kind == "user" else 1
+
+    def message(self) -> str:
+        """What the person reads."""
+        if self.kind == "user":
+            return self.text
+        verb = "" if self.kind in ("signal", "exit") else "failed:\n"
+        return f"worker {self.rank} {verb}{self.text}"
+
+
+def failure_from(rank: int, error: BaseException) -> Failure:
+    """The `Failure` that an exception of this worker amounts to, now."""
+    if isinstance(error, UserError):
+        return Failure(rank, "user", time.monotonic(), "\n".join(error.lines))
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
+    return Failure(rank, "lost_peer" if _is_echo(error) else "error", time.monotonic(), text)
+
+
+def _is_echo(error: BaseException) -> bool:
+    link: BaseException | None = error
+    while link is not None:
+        message = str(link).lower()
+        if type(link).__name__ in _ECHO_TYPES or any(text in message for text in _ECHO_TEXTS):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def failure_path(log_dir: Path, rank: int) -> Path:
+    """Where worker `rank` records its failure."""
+    return log_dir / f"rank-{rank}.error.json"
+
+
+def record_failure(log_dir: Path, failure: Failure) -> None:
+    """Write this worker's failure for the parent to read; the file appears complete or not at all."""
+    path = failure_path(log_dir, failure.rank)
+    record = asdict(failure) | {"time": time.time(), "pid": os.getpid()}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_failure(log_dir: Path, rank: int) -> Failure | None:
+    """What worker `rank` has recorded, or None."""
+    path = failure_path(log_dir, rank)
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return Failure(record["rank"], record["kind"], record["monotonic_s"], record["text"])
+
+
+def silent_failure(rank: int, return_code: int, log_tail: str) -> Failure:
+    """The failure of a worker that ended without a record; `return_code` as `subprocess` gives it (-9 = SIGKILL)."""
+    if return_code < 0:
+        number = -return_code
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+        hint = f" ({_HINTS[signal.Signals(number)]})" if number in _HINTS else ""
+        kind, text = "signal", f"was ended by {name}{hint}"
+    else:
+        kind, text = "exit", f"ended with exit code {return_code}"
+    return Failure(rank, kind, time.monotonic(), f"{text}; the end of its log:\n{log_tail}" if log_tail else text)
+
+
+def first_cause(failures: Sequence[Failure]) -> Failure | None:
+    """The earliest failure; an echo of a peer's death gives way to a cause seen up to `ECHO_WINDOW_S` after it."""
+    if not failures:
+        return None
+    earliest = min(failures, key=lambda failure: failure.monotonic_s)
+    limit = earliest.monotonic_s + ECHO_WINDOW_S
+    causes = [f for f in failures if f.kind != "lost_peer" and f.monotonic_s <= limit]
+    return min(causes, key=lambda failure: failure.monotonic_s, default=earliest)

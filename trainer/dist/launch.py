@@ -1,0 +1,289 @@
+"""Start the workers of this host, watch them, and end them together. Standard library only: no torch.
+
+Each launch is one attempt with a store, a port and log files of its own. It restarts nothing.
+"""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from trainer.dist import sentinel, worker
+from trainer.dist.environment import threads_per_worker
+from trainer.dist.failure import Failure, failure_path, first_cause, read_failure, silent_failure
+
+POLL_S = 0.05
+GRACE_S = 5.0
+KILL_WAIT_S = 30.0
+# Ctrl-C often arrives twice: from the terminal and from a wrapper that passes it on.
+SAME_SIGNAL_S = 0.3
+LOG_TAIL_LINES = 20
+_STOP_NOTICE = "finishing the step and saving; once more ends at once, without saving."
+# Left over from another launcher, or from a launch that this one runs inside of.
+_FOREIGN_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", worker.STORE_FD)
+
+
+@dataclass(frozen=True)
+class WorkersResult:
+    """How an attempt ended.
+
+    `exit_code` is the command's: 0, 2 (user's mistake), 1 (failure), or 128 + signal (stopped without saving).
+    `worker_codes` holds each worker's return code, negative for a signal, None for one that could not be reaped.
+    `failure` is the cause, to be shown with `failure.message()`. `stopped_by` is the signal that asked for the end.
+    """
+
+    exit_code: int
+    worker_codes: tuple[int | None, ...]
+    failure: Failure | None
+    stopped_by: signal.Signals | None
+
+
+@dataclass
+class _Worker:
+    rank: int
+    process: subprocess.Popen[bytes]
+    log: Path | None
+    log_start: int
+
+
+@dataclass
+class _Signals:
+    """Stop signals that this process has received; repetitions within `SAME_SIGNAL_S` count once."""
+
+    first: signal.Signals | None = None
+    first_s: float = 0.0
+    again: bool = False
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.first_s = signal.Signals(number), now
+        elif now - self.first_s > SAME_SIGNAL_S:
+            self.again = True
+
+
+@dataclass
+class _Ending:
+    """What has been done to end the workers, and what was seen of their ends."""
+
+    failures: list[Failure] = field(default_factory=list)
+    terminated: bool = False
+    kill_at_s: float | None = None
+    killed_s: float | None = None
+
+
+def run_workers(
+    argv: Sequence[str],
+    *,
+    workers: int,
+    log_dir: Path,
+    env: Mapping[str, str],
+    threads: int | None,
+    gpu: bool,
+) -> WorkersResult:
+    """Run `workers` processes of the command `argv` until all have ended. Call it from the main thread.
+
+    Rank 0 shares this process's terminal; rank K writes to `log_dir/rank-K.log`. SIGINT, SIGTERM and SIGHUP are
+    passed on once, as SIGTERM, so that the workers save and end; a second one kills them. When a worker fails, the
+    others get `GRACE_S` seconds. No process that a worker has started outlives this call, or this process.
+
+    Args:
+        argv: the whole command line, such as `[sys.executable, "-m", "trainer.cli.worker", ...]`.
+        env: environment of the workers; ranks, threads and the store are added to it.
+        threads: OpenMP threads per worker; None: an exported `OMP_NUM_THREADS`, else cores / workers.
+        gpu: workers use one GPU each; else they must stay on the CPU.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    for rank in range(workers):
+        failure_path(log_dir, rank).unlink(missing_ok=True)
+    shared = _shared_environment(env, workers, log_dir, threads_per_worker(workers, threads, env), gpu)
+    started: list[_Worker] = []
+    with _stop_signals() as signals, _sentinel() as guard:
+        try:
+            _start(started, argv, workers, log_dir, shared, guard)
+            ending = _watch(started, log_dir, signals)
+        finally:
+            sentinel.end_groups([w.process.pid for w in started], lambda: _reap(started))
+            for w in started:
+                _tell(guard, f"-{w.process.pid}\n")
+    return _result(started, ending.failures, signals.first)
+
+
+def _shared_environment(env: Mapping[str, str], workers: int, log_dir: Path, threads: int, gpu: bool) -> dict[str, str]:
+    shared = {name: value for name, value in env.items() if name not in _FOREIGN_VARIABLES}
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        # All workers are here: the loopback works also where the host's name resolves to nothing.
+        shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return shared | {
+        "WORLD_SIZE": str(workers),
+        "LOCAL_WORLD_SIZE": str(workers),
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+        worker.PARENT_PID: str(os.getpid()),
+        worker.LOG_DIR: str(log_dir.resolve()),
+        worker.ATTEMPT: secrets.token_hex(4),
+        worker.DEVICE: "cuda" if gpu else "cpu",
+    }
+
+
+def _start(
+    started: list[_Worker],
+    argv: Sequence[str],
+    workers: int,
+    log_dir: Path,
+    shared: Mapping[str, str],
+    guard: subprocess.Popen[bytes],
+) -> None:
+    """Start all ranks; those started are in `started` even when a later one cannot be."""
+    # Rank 0 takes this socket over for its store: the port is never free for somebody else to take.
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        for rank in range(workers):
+            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            env[worker.STORE_PORT] = str(listener.getsockname()[1])
+            if rank == 0 and workers > 1:
+                env[worker.STORE_FD] = str(listener.fileno())
+            path = log_dir / f"rank-{rank}.log" if rank else None
+            with contextlib.ExitStack() as stack:
+                log = stack.enter_context(path.open("ab")) if path else None
+                process = subprocess.Popen(
+                    argv,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(listener.fileno(),) if worker.STORE_FD in env else (),
+                    # Its own session: Ctrl-C in the terminal reaches this process only, and the group can be killed.
+                    start_new_session=True,
+                )
+                started.append(_Worker(rank, process, path, log.tell() if log else 0))
+            _tell(guard, f"+{process.pid}\n")
+
+
+def _watch(started: Sequence[_Worker], log_dir: Path, signals: _Signals) -> _Ending:
+    """Wait until every worker has ended, ending them as the rules of `run_workers` ask."""
+    ending = _Ending()
+    running = list(started)
+    while running:
+        for w in list(running):
+            code = _exit_code(w.process.pid)
+            if code is None:
+                continue
+            running.remove(w)
+            if code != 0:
+                _note_death(ending, w, code, log_dir)
+        now = time.monotonic()
+        if signals.first is not None and not ending.terminated:
+            with contextlib.suppress(OSError):  # the terminal may be what went away
+                print(f"{signals.first.name}: {_STOP_NOTICE}", file=sys.stderr, flush=True)
+        if (signals.first is not None or ending.kill_at_s is not None) and not ending.terminated:
+            ending.terminated = True
+            for w in running:
+                os.kill(w.process.pid, signal.SIGTERM)
+        if ending.killed_s is None and (signals.again or (ending.kill_at_s is not None and now >= ending.kill_at_s)):
+            ending.killed_s = now
+            for w in running:
+                os.kill(w.process.pid, signal.SIGKILL)
+        if ending.killed_s is not None and now - ending.killed_s > KILL_WAIT_S:
+            break  # stuck in the kernel: nothing can end it
+        if running:
+            time.sleep(POLL_S)
+    return ending
+
+
+def _exit_code(pid: int) -> int | None:
+    """A child's return code, negative for a signal; None while it runs.
+
+    It stays unreaped, so that its process id, which names its group too, cannot pass to a stranger meanwhile.
+    """
+    ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+
+def _reap(started: Sequence[_Worker]) -> None:
+    for w in started:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            w.process.wait(timeout=1.0)
+
+
+def _note_death(ending: _Ending, w: _Worker, code: int, log_dir: Path) -> None:
+    if ending.kill_at_s is None:
+        # The others cannot go on without it.
+        ending.kill_at_s = time.monotonic() + GRACE_S
+    own_doing = (code == -signal.SIGTERM and ending.terminated) or (
+        code == -signal.SIGKILL and ending.killed_s is not None
+    )
+    record = read_failure(log_dir, w.rank)
+    if record is not None:
+        ending.failures.append(record)
+    elif not own_doing:
+        ending.failures.append(silent_failure(w.rank, code, _log_tail(w)))
+
+
+def _log_tail(w: _Worker) -> str:
+    if w.log is None:
+        return ""
+    with w.log.open("rb") as file:
+        file.seek(max(w.log_start, file.seek(0, os.SEEK_END) - 16384))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-LOG_TAIL_LINES:])
+
+
+def _result(
+    started: Sequence[_Worker], failures: Sequence[Failure], stopped_by: signal.Signals | None
+) -> WorkersResult:
+    codes = tuple(w.process.returncode for w in started)
+    failure = first_cause(failures)
+    if failure is not None and failure.kind == "lost_peer" and stopped_by is not None:
+        failure = None  # the lost peer had not come far enough to save, and ended at the signal
+    if failure is not None:
+        return WorkersResult(failure.exit_code, codes, failure, stopped_by)
+    clean = all(code == 0 for code in codes)
+    return WorkersResult(0 if clean else 128 + (stopped_by or signal.SIGKILL), codes, None, stopped_by)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Signals]:
+    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; a signal that is ignored (nohup) stays ignored."""
+    signals = _Signals()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, signals.note)
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _sentinel() -> Iterator[subprocess.Popen[bytes]]:
+    """The process that ends the workers if this one is killed; see `trainer.dist.sentinel`."""
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", str(Path(sentinel.__file__))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        start_new_session=True,
+    ) as process:
+        yield process
+
+
+def _tell(guard: subprocess.Popen[bytes], line: str) -> None:
+    assert guard.stdin is not None
+    # Somebody may have ended the sentinel; the run is worth more than its guard.
+    with contextlib.suppress(BrokenPipeError):
+        guard.stdin.write(line.encode("ascii"))

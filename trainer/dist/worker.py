@@ -1,0 +1,87 @@
+"""The worker's side of a launch: end with the parent, stop when asked, and say why it failed. No torch."""
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from trainer.dist.failure import failure_from, record_failure
+
+# The launching process tells its workers these; absent under torchrun and SLURM.
+PARENT_PID = "SDXL_TRAIN_PARENT_PID"
+LOG_DIR = "SDXL_TRAIN_LOG_DIR"
+ATTEMPT = "SDXL_TRAIN_ATTEMPT"
+DEVICE = "SDXL_TRAIN_DEVICE"
+STORE_PORT = "SDXL_TRAIN_STORE_PORT"
+STORE_FD = "SDXL_TRAIN_STORE_FD"
+
+_PR_SET_PDEATHSIG = 1
+
+
+def run_worker(body: Callable[[Callable[[], bool]], None]) -> None:
+    """Run a worker's whole work; on failure, tell the parent (or the terminal) why and end the process.
+
+    Args:
+        body: gets `stop_requested`, to be asked between steps; when it says yes, save and return. Import torch
+            inside, not before.
+    """
+    _die_with_parent()
+    faulthandler.enable()
+    stop_requested = _stop_on_signals()
+    try:
+        body(stop_requested)
+    except Exception as error:
+        exit_code = _report(error)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        # No interpreter teardown: it would wait for loader processes and for peers that may be gone.
+        os._exit(exit_code)
+
+
+def _report(error: Exception) -> int:
+    """Record or print the failure; returns this process's exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    failure = failure_from(rank, error)
+    recorded = False
+    if LOG_DIR in os.environ:
+        with contextlib.suppress(OSError):  # a full disk may be what failed
+            record_failure(Path(os.environ[LOG_DIR]), failure)
+            recorded = True
+    # The parent prints what was recorded, so rank 0, which shares its terminal, stays silent.
+    if rank != 0 or not recorded:
+        with contextlib.suppress(OSError):
+            print(failure.message(), file=sys.stderr)
+    return failure.exit_code
+
+
+def _stop_on_signals() -> Callable[[], bool]:
+    """SIGTERM and SIGINT from now on only set the returned flag."""
+    stop = False
+
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stop
+        stop = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, request_stop)
+    return lambda: stop
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when the one that launched it ends; nothing to do when nobody did."""
+    parent = os.environ.get(PARENT_PID)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # The parent may have ended before the line above.
+    if os.getppid() != int(parent):
+        os._exit(1)
+    if STORE_FD in os.environ:
+        os.set_inheritable(int(os.environ[STORE_FD]), False)

@@ -1,0 +1,138 @@
+"""Images drawn from the model as diffusers' SDXL pipeline draws them, each from its own seed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+
+from trainer.diffusion.noise import standard_normal
+from trainer.diffusion.schedule import scaled_linear
+from trainer.errors import UserError
+from trainer.model.conditioning import time_ids, unet_inputs
+from trainer.model.text import CaptionTokenizer, TextConditioning, TextEncoders
+from trainer.model.vae import decode_latents
+
+
+def sample_images(
+    *,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    text_encoders: TextEncoders,
+    tokenizer: CaptionTokenizer,
+    prompts: Sequence[str],
+    negative_prompt: str,
+    width_px: int,
+    height_px: int,
+    num_steps: int,
+    guidance_scale: float,
+    seeds: Sequence[int],
+    device: torch.device,
+    autocast_dtype: torch.dtype | None = None,
+) -> list[Image.Image]:
+    """Draws one image for each prompt with the Euler sampler and SDXL's own settings.
+
+    The images are drawn one by one, so that an image hangs on its prompt and its seed alone, and not on
+    what else is drawn: each rank may draw `prompts[rank::world]` without a word to the others. Training
+    modes are as before afterwards. An empty negative prompt is encoded as the empty text, as A1111 and
+    ComfyUI do; it is not replaced by zeros.
+
+    Args:
+        unet: the bare model (not DDP's wrapper), on `device`; predicts the noise.
+        vae, text_encoders: on `device`, each in the precision it is held in.
+        prompts: one for each image.
+        width_px, height_px: of every image; multiples of 8, the VAE's factor.
+        num_steps: of the sampler; at most 500.
+        guidance_scale: of classifier-free guidance (Ho and Salimans 2022); 1 or less turns it off.
+        seeds: one for each image, of its starting noise, which is drawn on the CPU.
+        device: where the models are.
+        autocast_dtype: arithmetic of the UNet, as in training; None: the precision of its weights.
+
+    Raises:
+        UserError: a size is no multiple of the VAE's factor, or there are too many steps.
+        ValueError: `seeds` and `prompts` differ in length.
+    """
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    if width_px % factor or height_px % factor:
+        raise UserError(f"samples of {width_px} x {height_px} px: width and height must be multiples of {factor}")
+    if not 1 <= num_steps <= 500:
+        raise UserError(f"samples of {num_steps} steps: the sampler takes 1 to 500 steps")
+    images = []
+    with _evaluating(unet, vae, text_encoders.one, text_encoders.two), torch.inference_mode():
+        sizes = time_ids((height_px, width_px), (0, 0), (height_px, width_px)).to(device)
+        negative = None
+        if guidance_scale > 1 and prompts:
+            negative = text_encoders.encode(torch.from_numpy(tokenizer([negative_prompt])))
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            positive = text_encoders.encode(torch.from_numpy(tokenizer([prompt])))
+            shape = (unet.config["in_channels"], height_px // factor, width_px // factor)
+            noise = standard_normal(torch.tensor([seed]), shape, device)
+            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+                latents = _denoised(unet, noise, positive, negative, sizes, num_steps, guidance_scale)
+            images += decoded_images(vae, latents / vae.config["scaling_factor"])
+    return images
+
+
+def decoded_images(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+    """RGB images of unscaled latents [n, 4, h, w] (any dtype and device), in the VAE's precision."""
+    with _evaluating(vae), torch.inference_mode():
+        return [Image.fromarray(levels.numpy()) for levels in decode_latents(vae, latents)]
+
+
+def _denoised(
+    unet: UNet2DConditionModel,
+    noise: Tensor,
+    positive: TextConditioning,
+    negative: TextConditioning | None,
+    sizes: Tensor,
+    num_steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Scaled latents [1, 4, h, w] float32, from noise of that shape; `negative` None: no guidance."""
+    texts = [positive] if negative is None else [negative, positive]
+    text = TextConditioning(torch.cat([text.hidden for text in texts]), torch.cat([text.pooled for text in texts]))
+    sizes = sizes.expand(len(texts), -1)
+    timesteps, sigmas = euler_steps(num_steps)
+    latents = noise * (sigmas[0] ** 2 + 1) ** 0.5
+    for timestep, sigma, next_sigma in zip(timesteps, sigmas, sigmas[1:], strict=False):
+        model_input = (latents / (sigma**2 + 1) ** 0.5).expand(len(texts), -1, -1, -1).to(unet.dtype)
+        at = torch.full((len(texts),), timestep, device=noise.device)
+        predicted = unet(**unet_inputs(model_input, at, text, sizes))[0].float()
+        if negative is not None:
+            unconditional, conditional = predicted.chunk(2)
+            predicted = unconditional + guidance_scale * (conditional - unconditional)
+        latents = latents + (next_sigma - sigma) * predicted
+    return latents
+
+
+def euler_steps(num_steps: int) -> tuple[list[int], list[float]]:
+    """Where SDXL's Euler sampler evaluates the model, and the noise levels that it steps through.
+
+    Euler's method on the probability flow in sigma = sqrt((1 - alphas_cumprod) / alphas_cumprod) (Karras et
+    al. 2022, algorithm 1 without churn), at evenly spaced timesteps whose last is 1, as diffusers' "leading"
+    spacing with an offset of 1.
+
+    Returns:
+        num_steps timesteps, falling, and num_steps + 1 sigmas, the last 0.
+    """
+    schedule = scaled_linear()
+    spacing = schedule.num_timesteps // num_steps
+    timesteps = [spacing * step + 1 for step in reversed(range(num_steps))]
+    sigmas = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod) ** 0.5
+    return timesteps, [*sigmas[timesteps].tolist(), 0.0]
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Puts models into evaluation mode, and each of their modules back into its own mode afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

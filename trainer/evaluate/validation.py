@@ -1,0 +1,83 @@
+"""The loss on held-out images, with noise fixed by each image's key and at fixed timesteps.
+
+Two numbers from two checkpoints are then comparable to the last digit: only the weights differ.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from trainer.data.keyed import draw_seed
+from trainer.data.loader import Batch, BatchReader, Request
+from trainer.diffusion.noise import standard_normal
+from trainer.dist.comm import Comm, sum_floats
+from trainer.dist.strategy import evaluating
+from trainer.model.conditioning import condition_text
+from trainer.model.denoiser import Denoiser, image_losses
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """Mean loss per image at each timestep, and over all of them."""
+
+    loss: float
+    at_timestep: dict[int, float]
+    num_images: int
+
+
+def pick_rows(rows_per_bucket: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """At most `count` (bucket, row) pairs, spread evenly over all rows; always the same ones."""
+    ends = np.cumsum(rows_per_bucket, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    chosen = np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).astype(np.int64))
+    buckets = np.searchsorted(ends, chosen, side="right")
+    return [(int(b), int(i - (ends[b] - rows_per_bucket[b]))) for b, i in zip(buckets, chosen, strict=True)]
+
+
+def validation_batches(reader: BatchReader, max_images: int, batch_size: int, comm: Comm) -> Iterator[Batch]:
+    """This worker's share of the held-out images: batches of one bucket, dealt out in turn.
+
+    The batches are the same however many workers there are, so the losses are too.
+    """
+    rows = pick_rows(reader.prepared.rows_per_bucket(reader.split), max_images)
+    batches: list[tuple[int, list[int]]] = []
+    for bucket, row in rows:
+        if not batches or batches[-1][0] != bucket or len(batches[-1][1]) == batch_size:
+            batches.append((bucket, []))
+        batches[-1][1].append(row)
+    for bucket, ids in batches[comm.rank :: comm.world]:
+        yield reader.read(Request(0, bucket, np.array(ids, dtype=np.int64), np.ones(len(ids), dtype=np.float32)))
+
+
+def validation_loss(
+    denoiser: Denoiser, batches: Iterable[Batch], timesteps: Sequence[int], comm: Comm
+) -> ValidationLoss:
+    """Score this worker's batches; the result is of all workers' and the same on each.
+
+    Args:
+        denoiser: its UNet's training mode is put back afterwards.
+        timesteps: each image is scored at each of them, with the same noise.
+    """
+    sums = dict.fromkeys(timesteps, 0.0)
+    num_images = 0.0
+    with evaluating(denoiser.unet):
+        for batch in batches:
+            num_images += float(batch.weights.sum())
+            for timestep in timesteps:
+                sums[timestep] += _loss_sum(denoiser, batch, timestep, comm.device)
+    *totals, num_images = sum_floats(comm, [*sums.values(), num_images])
+    means = {t: total / max(num_images, 1.0) for t, total in zip(timesteps, totals, strict=True)}
+    return ValidationLoss(sum(means.values()) / len(means), means, round(num_images))
+
+
+def _loss_sum(denoiser: Denoiser, batch: Batch, timestep: int, device: torch.device) -> float:
+    text = condition_text(denoiser.text_encoders, device, batch.input_ids, batch.text_hidden, batch.pooled)
+    latents = batch.latents.to(device)
+    seeds = torch.tensor([draw_seed("validation noise", key) for key in batch.keys], dtype=torch.int64)
+    noise = standard_normal(seeds, latents.shape[1:], device)
+    timesteps = torch.full((len(latents),), timestep, dtype=torch.int64, device=device)
+    time_ids = batch.time_ids.to(device)
+    losses = image_losses(denoiser, denoiser.unet, latents, noise, timesteps, text, time_ids)
+    return float((losses * batch.weights.to(device)).sum())

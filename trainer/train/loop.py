@@ -1,0 +1,206 @@
+"""The training loop: take a batch, take a step, record it; save, validate and sample when due."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+from trainer.config.schema import Config
+from trainer.data.loader import BatchReader, Loader, open_loader
+from trainer.data.sampler import EpochPlan, Position, steps_per_epoch, with_global_batch
+from trainer.dist.comm import Comm
+from trainer.errors import UserError
+from trainer.evaluate.report import loss_curve_png
+from trainer.measure.arithmetic import RunArithmetic, run_arithmetic
+from trainer.measure.progress import ProgressLine
+from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
+from trainer.model.text import load_tokenizers
+from trainer.train.build import Run, build_run
+from trainer.train.checkpoint import write_checkpoint
+from trainer.train.lr_schedule import lr_at
+from trainer.train.optim import optimizer_tensors
+from trainer.train.run_dir import MANIFEST, checkpoint_dir, prune_checkpoints
+from trainer.train.scoring import Scorer
+from trainer.train.state import TrainState
+from trainer.train.step import StepResult, train_step
+
+_log = logging.getLogger(__name__)
+
+
+def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> TrainState:
+    """Train to the configured end, or until asked to stop; both end with a checkpoint.
+
+    Args:
+        stop_requested: asked in every step; any worker's yes ends all of them after that step.
+
+    Returns:
+        Where the run stands.
+    """
+    run = build_run(config, comm)
+    rows_per_bucket = run.prepared.rows_per_bucket("train")
+    arithmetic = arithmetic_of(config, comm.world, rows_per_bucket)
+    state = _starting_state(config, run, arithmetic.images_per_step)
+    total_steps = _total_steps(config, rows_per_bucket, state)
+    _announce(config, run, arithmetic, state, total_steps)
+    with ExitStack() as stack:
+        outputs = _Outputs.open(stack, config, state, total_steps, fresh=run.state is None) if comm.rank == 0 else None
+        scorer = Scorer(config, comm, run.parts.denoiser, run.prepared)
+        if run.state is None:
+            scorer.score_when_due(0, outputs and outputs.metrics, at_end=False)
+        loader = stack.enter_context(_open_loader(config, comm, run, state, arithmetic.accumulation))
+        done = state.step >= total_steps
+        while not done:
+            begin, waited_before = time.perf_counter(), loader.wait_s
+            lr = lr_at(state.step, total_steps, config.optimizer.lr, config.lr_schedule)
+            batches = next(loader)
+            result = train_step(
+                run.parts, batches.batches, arithmetic.accumulation, batches.weight, lr, stop_requested()
+            )
+            state = replace(
+                state,
+                step=state.step + 1,
+                images_seen=state.images_seen + round(result.num_images),
+                position=batches.position_after,
+            )
+            done = state.step >= total_steps or result.stop
+            if outputs:
+                seconds, waited = time.perf_counter() - begin, loader.wait_s - waited_before
+                outputs.record(state, result, lr, seconds, waited, arithmetic.steps_per_epoch)
+            if done or state.step % config.checkpoint.every_steps == 0:
+                _save(config, comm, run, state, must_succeed=done)
+            if not result.stop:
+                scorer.score_when_due(state.step, outputs and outputs.metrics, at_end=done)
+        if outputs:
+            loss_curve_png(read_metrics(config.run.dir), config.run.dir / "loss.png", title=config.run.dir.name)
+    _announce_end(config, state, total_steps)
+    return state
+
+
+def arithmetic_of(config: Config, workers: int, rows_per_bucket: Sequence[int]) -> RunArithmetic:
+    """The run's numbers, from its configuration and data."""
+    return run_arithmetic(
+        workers=workers,
+        batch_size_per_gpu=config.train.batch_size_per_gpu,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        global_batch_size=config.train.global_batch_size,
+        rows_per_bucket=rows_per_bucket,
+        steps=config.train.steps,
+        epochs=config.train.epochs,
+        checkpoint_every_steps=config.checkpoint.every_steps,
+    )
+
+
+def _starting_state(config: Config, run: Run, global_batch: int) -> TrainState:
+    """Where the run goes on, or the start of a fresh one; a changed global batch opens a new segment."""
+    rows_per_bucket = run.prepared.rows_per_bucket("train")
+    if run.state is None:
+        position = Position.start(len(rows_per_bucket), global_batch)
+        return TrainState(0, 0, position, run.prepared.snapshot_name, config.run.seed)
+    position = with_global_batch(run.state.position, rows_per_bucket, config.run.seed, global_batch)
+    return replace(run.state, position=position)
+
+
+def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainState) -> int:
+    """The step at which the run ends; with `train.epochs`, what is left of this epoch and of those after it."""
+    if config.train.steps is not None:
+        return config.train.steps
+    epochs_after_this = (config.train.epochs or 0) - state.position.epoch - 1
+    if epochs_after_this < 0:
+        return state.step
+    this_epoch = EpochPlan(rows_per_bucket, config.run.seed, state.position).num_steps - state.position.step
+    return state.step + this_epoch + epochs_after_this * steps_per_epoch(rows_per_bucket, state.position.global_batch)
+
+
+def _open_loader(config: Config, comm: Comm, run: Run, state: TrainState, accumulation: int) -> Loader:
+    tokenizers = None if config.data.cache_text else load_tokenizers(config.model.path)
+    return open_loader(
+        BatchReader(run.prepared, "train", config.run.seed, tokenizers),
+        state.position,
+        rank=comm.rank,
+        world=comm.world,
+        micro_batch=config.train.batch_size_per_gpu,
+        accumulation=accumulation,
+        workers=config.data.workers,
+        prefetch_batches=config.data.prefetch_batches,
+        pin_memory=comm.device.type == "cuda",
+    )
+
+
+def _save(config: Config, comm: Comm, run: Run, state: TrainState, *, must_succeed: bool) -> None:
+    """Write the checkpoint of this step (rank 0). While the run goes on, a full disk is no reason to end it."""
+    path = checkpoint_dir(config.run.dir, state.step)
+    if comm.rank != 0 or (path / MANIFEST).is_file():
+        return
+    strategy = run.parts.strategy
+    begin = time.perf_counter()
+    try:
+        write_checkpoint(
+            path,
+            save_unet=partial(strategy.module.save_pretrained, max_shard_size="100GB"),
+            optimizer=optimizer_tensors(run.parts.optimizer, strategy.parameters),
+            state=state.to_json(),
+        )
+    except OSError as error:
+        if must_succeed:
+            raise UserError(f"{path}: the checkpoint could not be written: {error.strerror}") from error
+        _log.warning("%s: not written (%s); training goes on, the next one is tried as usual", path, error.strerror)
+        return
+    prune_checkpoints(config.run.dir, config.checkpoint.keep)
+    _log.info("saved %s in %.1f s", path, time.perf_counter() - begin)
+
+
+def _announce(config: Config, run: Run, arithmetic: RunArithmetic, state: TrainState, total_steps: int) -> None:
+    strategy, device = run.parts.strategy, run.parts.comm.device
+    count = sum(parameter.numel() for parameter in strategy.parameters.values())
+    _log.info("UNet: %s of %s weights train, %s, on %s", f"{count:,}", f"{count:,}", config.train.precision, device)
+    for line in arithmetic.describe(state.step):
+        _log.info("%s", line)
+    if state.step >= total_steps:
+        _log.info("nothing to do: the run has reached its last step (%d)", state.step)
+    elif run.state is not None:
+        _log.info("going on after step %d of %d", state.step, total_steps)
+
+
+def _announce_end(config: Config, state: TrainState, total_steps: int) -> None:
+    newest = checkpoint_dir(config.run.dir, state.step)
+    if state.step < total_steps:
+        _log.info("stopped at step %d of %d and saved %s; the same command goes on from there", state.step, total_steps, newest)
+        return
+    _log.info("done: %d steps, %s images", state.step, f"{state.images_seen:,}")
+    _log.info("weights: %s", newest / "unet")
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What rank 0 writes while the run goes on."""
+
+    metrics: MetricsWriter
+    progress: ProgressLine
+    log_every: int
+
+    @staticmethod
+    def open(stack: ExitStack, config: Config, state: TrainState, total_steps: int, *, fresh: bool) -> "_Outputs":
+        metrics = stack.enter_context(MetricsWriter(config.run.dir, None if fresh else state.step))
+        progress = stack.enter_context(ProgressLine(total_steps, state.step))
+        return _Outputs(metrics, progress, config.log.every_steps)
+
+    def record(
+        self, state: TrainState, result: StepResult, lr: float, seconds: float, waited: float, steps_per_epoch: int
+    ) -> None:
+        """Show a step, and write it down if it is time to."""
+        metrics = StepMetrics(
+            step=state.step,
+            epoch=state.step / steps_per_epoch,
+            loss=result.loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            images=round(result.num_images),
+            images_seen=state.images_seen,
+            data_wait_s=waited,
+            step_s=seconds,
+        )
+        self.progress.update(metrics)
+        if state.step % self.log_every == 0:
+            self.metrics.step(metrics)

@@ -1,0 +1,131 @@
+"""Validation loss and sample grids: what is done with a UNet now and then, in training and by `eval`."""
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from trainer.config.schema import Config
+from trainer.data.buckets import Bucket
+from trainer.data.captions import caption_text
+from trainer.data.loader import BatchReader
+from trainer.data.snapshot import PreparedSet
+from trainer.dist.comm import Comm, barrier
+from trainer.evaluate.report import GridRow, image_grid
+from trainer.evaluate.sampling import decode_latents, sample_images
+from trainer.evaluate.validation import ValidationLoss, pick_rows, validation_batches, validation_loss
+from trainer.measure.telemetry import MetricsWriter
+from trainer.model.denoiser import Denoiser
+from trainer.model.load import load_text_encoders, load_vae
+from trainer.model.text import CaptionTokenizer, TextEncoders, load_tokenizers
+from trainer.train.precision import DTYPES
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image to draw: its prompt and size, and the prepared image it is to be compared with, if any."""
+
+    prompt: str
+    bucket: Bucket
+    latents: np.ndarray | None  # [4, h, w] float16, unscaled
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores `denoiser` on the run's data; what only this needs is loaded when first used."""
+
+    config: Config
+    comm: Comm
+    denoiser: Denoiser
+    prepared: PreparedSet
+
+    @cached_property
+    def _tokenizers(self) -> CaptionTokenizer:
+        return load_tokenizers(self.config.model.path)
+
+    @cached_property
+    def _text_encoders(self) -> TextEncoders:
+        precision = DTYPES[self.config.model.text_encoder_precision]
+        loaded = self.denoiser.text_encoders
+        return loaded or load_text_encoders(self.config.model.path, precision, self.comm.device)
+
+    def score_when_due(self, step: int, metrics: MetricsWriter | None, *, at_end: bool) -> None:
+        """What `validation.every_steps` and `samples.every_steps` ask for at this step."""
+        every = self.config.validation.every_steps
+        if every and (at_end or step % every == 0):
+            result = self.validate()
+            _log.info("step %d  validation loss %.4f (%d images)", step, result.loss, result.num_images)
+            if metrics:
+                metrics.validation(step, result.loss, result.at_timestep)
+        every = self.config.samples.every_steps
+        if every and step and (at_end or step % every == 0):
+            grid = self.draw(self.config.run.dir / "samples" / f"step-{step:08d}", f"step {step:,}")
+            _log.info("step %d  samples: %s", step, grid)
+
+    def validate(self) -> ValidationLoss:
+        """The loss on the held-out images; every worker takes its share."""
+        tokenizers = None if self.config.data.cache_text else self._tokenizers
+        reader = BatchReader(self.prepared, "validation", self.config.run.seed, tokenizers)
+        settings = self.config.validation
+        batches = validation_batches(reader, settings.max_images, self.config.train.batch_size_per_gpu, self.comm)
+        return validation_loss(self.denoiser, batches, settings.timesteps, self.comm)
+
+    def draw(self, folder: Path, title: str) -> Path:
+        """Draw one image per prompt into `folder`, and all of them beside the data into `folder`.png.
+
+        Every worker draws its share. Returns the path of the grid.
+        """
+        comm, settings = self.comm, self.config.samples
+        pictures = self._pictures()
+        folder.mkdir(parents=True, exist_ok=True)
+        vae = load_vae(self.config.model.path, self.config.model.vae, DTYPES[self.config.model.vae_precision], comm.device)
+        for index in range(comm.rank, len(pictures), comm.world):
+            picture = pictures[index]
+            (image,) = sample_images(
+                unet=self.denoiser.unet,  # pyright: ignore[reportArgumentType]
+                vae=vae,
+                text_encoders=self._text_encoders,
+                tokenizer=self._tokenizers,
+                prompts=[picture.prompt],
+                negative_prompt=settings.negative_prompt,
+                width_px=picture.bucket.width_px,
+                height_px=picture.bucket.height_px,
+                num_steps=settings.steps,
+                guidance_scale=settings.guidance_scale,
+                seeds=[settings.seed + index],
+                device=comm.device,
+                autocast_dtype=self.denoiser.autocast_dtype,
+            )
+            image.save(folder / f"{index:02d}.png")
+        barrier(comm)
+        grid = folder.with_suffix(".png")
+        if comm.rank == 0:
+            drawn = [Image.open(folder / f"{index:02d}.png") for index in range(len(pictures))]
+            rows = [GridRow("generated", drawn, [picture.prompt for picture in pictures])]
+            if all(picture.latents is not None for picture in pictures):
+                latents = [Tensor(picture.latents.astype(np.float32))[None] for picture in pictures]
+                rows.append(GridRow("data (through the VAE)", [decode_latents(vae, one)[0] for one in latents], []))
+            image_grid(rows, grid, title)
+        return grid
+
+    def _pictures(self) -> list[Picture]:
+        settings = self.config.samples
+        side = self.config.data.buckets.resolution
+        if settings.prompts:
+            bucket = Bucket(settings.height_px or side, settings.width_px or side)
+            return [Picture(prompt, bucket, None) for prompt in settings.prompts]
+        pictures = []
+        buckets = self.prepared.buckets("train")
+        for bucket_index, row in pick_rows(self.prepared.rows_per_bucket("train"), settings.count):
+            rows = self.prepared.read("train", bucket_index, np.array([row]))
+            of_row = buckets[bucket_index]
+            bucket = Bucket(settings.height_px or of_row.height_px, settings.width_px or of_row.width_px)
+            if rows.ok[0]:
+                pictures.append(Picture(caption_text(rows.captions[0]), bucket, rows.latents[0]))
+        return pictures

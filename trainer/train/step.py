@@ -1,0 +1,134 @@
+"""One optimizer step: gradients of the weighted mean loss, one reduction, clip, AdamW.
+
+The loss of a step is `sum(w_i * l_i) / sum(w_i)` over every image of the step on every worker, where
+`l_i` is the mean over the image's latent elements. So it does not depend on how the step is cut into
+workers and micro-batches, nor on padding or unreadable rows (weight 0).
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.data.loader import Batch
+from trainer.diffusion.noise import draw
+from trainer.dist.comm import Comm, sum_floats
+from trainer.dist.strategy import Strategy
+from trainer.model.conditioning import condition_text
+from trainer.model.denoiser import Denoiser, image_losses
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What stays the same from step to step, chosen once when the run is built."""
+
+    comm: Comm
+    strategy: Strategy
+    optimizer: torch.optim.Optimizer
+    denoiser: Denoiser
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Sums and times of one optimizer step, equal on all workers except for the times.
+
+    Attributes:
+        loss: weighted mean over the step's images; NaN if none was readable.
+        num_images: images with weight, over all workers.
+        grad_norm: global L2 norm before clipping.
+        bad_rows: rows that could not be read, over all workers.
+        stop: any worker was asked to stop.
+        seconds: wall time by section.
+    """
+
+    loss: float
+    num_images: float
+    grad_norm: float
+    bad_rows: int
+    stop: bool
+    seconds: dict[str, float]
+
+
+def batch_losses(parts: StepParts, batch: Batch) -> Tensor:
+    """Loss of each image of a micro-batch, fp32 [B], with the graph that leads back to the weights."""
+    device, denoiser = parts.comm.device, parts.denoiser
+    text = condition_text(denoiser.text_encoders, device, batch.input_ids, batch.text_hidden, batch.pooled)
+    latents = batch.latents.to(device, non_blocking=True)
+    noise, timesteps = draw(batch.draw_seeds, latents.shape[1:], denoiser.objective.schedule.num_timesteps, device)
+    time_ids = batch.time_ids.to(device, non_blocking=True)
+    return image_losses(denoiser, parts.strategy.model, latents, noise, timesteps, text, time_ids)
+
+
+def train_step(
+    parts: StepParts, batches: Iterable[Batch], accumulation: int, planned_images: float, lr: float, stop_asked: bool
+) -> StepResult:
+    """Run one optimizer step over this worker's micro-batches.
+
+    Args:
+        batches: `accumulation` micro-batches, the same number on every worker.
+        planned_images: sum of the step's weights over all workers as the sampler planned it; gradients
+            are scaled by it, and corrected where rows turned out to be unreadable.
+        lr: learning rate of this step.
+        stop_asked: this worker received a signal; all workers learn of it in `StepResult.stop`.
+    """
+    comm, strategy = parts.comm, parts.strategy
+    start = time.perf_counter()
+    forward_s = backward_s = weight_sum = 0.0
+    bad_rows = 0
+    loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device)
+    for index, batch in enumerate(batches):
+        begin = time.perf_counter()
+        weights = batch.weights.to(comm.device, non_blocking=True)
+        with strategy.reduction(last=index == accumulation - 1):
+            losses = batch_losses(parts, batch)
+            weighted = (weights * losses).sum()
+            forward_s += time.perf_counter() - begin
+            begin = time.perf_counter()
+            strategy.backward(weighted / planned_images)
+            backward_s += time.perf_counter() - begin
+        loss_sum += weighted.detach()
+        weight_sum += float(batch.weights.sum())
+        bad_rows += len(batch.problems)
+    begin = time.perf_counter()
+    total_loss, num_images, total_bad, stop = sum_floats(
+        comm, [float(loss_sum), weight_sum, float(bad_rows), float(stop_asked)]
+    )
+    reduce_s = time.perf_counter() - begin
+    begin = time.perf_counter()
+    grad_norm = _update(parts, planned_images, num_images, lr)
+    return StepResult(
+        loss=total_loss / num_images if num_images else float("nan"),
+        num_images=num_images,
+        grad_norm=grad_norm,
+        bad_rows=int(total_bad),
+        stop=stop > 0,
+        seconds={
+            "forward": forward_s,
+            "backward": backward_s,
+            "reduce": reduce_s,
+            "optimizer": time.perf_counter() - begin,
+            "step": time.perf_counter() - start,
+        },
+    )
+
+
+def _update(parts: StepParts, planned_images: float, num_images: float, lr: float) -> float:
+    """Correct, clip and apply the gradients; return their norm. A step without images changes nothing."""
+    parameters = list(parts.strategy.parameters.values())
+    if num_images == 0:
+        parts.optimizer.zero_grad(set_to_none=True)
+        return 0.0
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if num_images != planned_images:
+        torch._foreach_mul_(gradients, planned_images / num_images)
+    norm = nn.utils.get_total_norm(gradients)
+    if parts.max_grad_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, parts.max_grad_norm, norm)
+    for group in parts.optimizer.param_groups:
+        group["lr"] = lr
+    parts.optimizer.step()
+    parts.optimizer.zero_grad(set_to_none=True)
+    return float(norm)
