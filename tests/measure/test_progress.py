@@ -44,7 +44,7 @@ def test_plain_lines_at_a_sane_rate(tmp_path: Path) -> None:
     assert lines[0] == "step 1/120  loss 0.800  lr 1.0e-04  5.3 img/s  data wait 1 %  left 3 min"
     assert lines[-1] == "step 120/120  loss 0.800  lr 1.0e-04  5.3 img/s  data wait 1 %"
     assert [int(line.split("/")[0].removeprefix("step ")) for line in lines[:4]] == [1, 8, 15, 22]
-    assert len(lines) == 1 + 119 // 7 + 0
+    assert len(lines) == 1 + 119 // 7
 
 
 def test_lines_become_rarer_in_a_long_run(tmp_path: Path) -> None:
@@ -125,11 +125,11 @@ def shown_on_a_terminal(run_dir: Path, columns: int) -> list[str]:
     thread = threading.Thread(target=read)
     thread.start()
     clock = Clock()
-    with os.fdopen(writer, "w") as terminal:
-        with open_log(run_dir, 0, terminal), ProgressLine(40, 10, terminal, clock) as progress:
-            run_steps(progress, clock, range(11, 31))
-            _log.info("checkpoint written: %s", "x" * 40)
-            run_steps(progress, clock, range(31, 41))
+    terminal = os.fdopen(writer, "w")
+    with terminal, open_log(run_dir, 0, terminal), ProgressLine(40, 10, terminal, clock) as progress:
+        run_steps(progress, clock, range(11, 31))
+        _log.info("checkpoint written: %s", "x" * 40)
+        run_steps(progress, clock, range(31, 41))
     thread.join(timeout=10)
     os.close(reader)
     return [line.split("\r")[-1] for line in b"".join(received).decode().replace("\r\n", "\n").split("\n")]

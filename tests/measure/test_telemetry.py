@@ -40,7 +40,7 @@ def test_a_record_has_stable_keys_and_is_there_at_once(tmp_path: Path) -> None:
     keys = "kind step epoch loss lr grad_norm images_per_s data_wait_s step_s images_seen time"
     assert list(train) == keys.split()
     assert (train["kind"], train["images_per_s"], train["lr"], train["images_seen"]) == ("train", 4.0, 1e-4, 8)
-    assert list(validation) == "kind step loss loss_t100 loss_t900 time".split()
+    assert list(validation) == ["kind", "step", "loss", "loss_t100", "loss_t900", "time"]
     assert read_metrics(tmp_path / "run") == [train, validation]
 
 

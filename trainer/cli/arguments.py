@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trainer.config.load import load_config
 from trainer.config.schema import Config
+from trainer.model.folder import check_model_folder
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,16 +18,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(path: Path, overrides: Sequence[str]) -> Config:
-    """The configuration with absolute paths, so that workers and later resumes find them from anywhere."""
+    """The checked configuration; the model's folder is looked into as well, without loading anything."""
     config = load_config(path, overrides)
-    return Config.model_validate(_absolute(config.model_dump()))
-
-
-def _absolute(value: object) -> object:
-    if isinstance(value, Path):
-        return value.expanduser().absolute()
-    if isinstance(value, dict):
-        return {key: _absolute(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_absolute(item) for item in value]
-    return value
+    check_model_folder(config.model.path, config.model.vae)
+    return config

@@ -6,6 +6,7 @@ Relative paths are relative to the current directory, not to the file.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,7 +14,7 @@ from trainer.config.fields import Key, Problem, dotted, entry_of, is_under, sect
 from trainer.config.rules import bad_paths, broken_rules
 from trainer.config.schema import Config
 from trainer.config.spelling import nearest_path
-from trainer.config.wording import problems_of, shown
+from trainer.config.wording import problems_of, short, shown
 from trainer.config.yaml_source import YamlError, dump, parse
 from trainer.errors import UserError
 
@@ -60,13 +61,13 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, check_paths: bool 
     """
     written = _read(path)
     for number, text in enumerate(overrides, start=1):
-        _override(written, text, Place(number, 0, f"override '{text}'"))
+        _override(written, text, Place(number, 0, f"override '{short(text)}'"))
     tree = _without_empty_sections(Config, written.tree)
     config = None
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        written.problems += [(_place(written, problem), problem) for problem in problems_of(error, tree)]
+        written.problems += [(_place(written, problem), problem) for problem in problems_of(error)]
     settled = [key for _, problem in written.problems for key in (*problem.keys, *problem.explains) if key]
     checkable = config or Config.model_validate(_with_standins(Config, tree, settled))
     found = broken_rules(checkable) + (bad_paths(checkable) if check_paths else [])
@@ -98,7 +99,7 @@ def _read(path: Path) -> Written:
         raise UserError(_one_line(f"{path}: no such file{nearest_path(path)}")) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        mend = "; give a YAML file" if path.is_dir() else ""
+        mend = "; give a YAML file" if isinstance(error, IsADirectoryError) else ""
         raise UserError(_one_line(f"{path}: cannot be read: {reason}{mend}")) from None
     if len(data) > MAX_BYTES:
         raise UserError(_one_line(f"{path}: larger than {MAX_BYTES // 1024} KiB; this is no configuration"))
@@ -124,18 +125,18 @@ def _read(path: Path) -> Written:
 def _override(written: Written, text: str, place: Place) -> None:
     """Puts `section.key=value` into the tree, or notes why it cannot be."""
 
-    def refuse(rule: str, *keys: Key) -> None:
-        written.problems.append((place, Problem(keys, rule)))
+    def refuse(rule: str) -> None:
+        written.problems.append((place, Problem((tuple(names),), rule)))
 
     name, equals, value_text = text.partition("=")
     names = name.strip().split(".")
     if not equals or not all(names):
         return refuse("write it as section.key=value")
     try:
-        document = parse(value_text)
+        document = parse(value_text, tuple(names))
     except YamlError as error:
         return refuse(error.rule)
-    at: object = written.tree
+    at: Any = written.tree
     key: Key = ()
     for part in names[:-1]:
         step = _step(at, part)
@@ -147,7 +148,7 @@ def _override(written: Written, text: str, place: Place) -> None:
     if step is None:
         return refuse(_no_entry(key, at))
     key = (*key, step)
-    at[step] = document.value  # type: ignore[index]  # a dict takes any name, a list was checked by _step
+    at[step] = document.value
     for old in [k for k in written.places if is_under(k, key)]:
         del written.places[old]
     written.places[key] = place
@@ -168,11 +169,11 @@ def _no_entry(key: Key, at: object) -> str:
     return f"`{dotted(key)}` has no such entry ({last}); give the whole list to change their number"
 
 
-def _descend(written: Written, at: object, step: str | int, key: Key, place: Place) -> object:
+def _descend(written: Written, at: Any, step: str | int, key: Key, place: Place) -> Any:
     """The section or list under `step`; a value that stands there gives way to an empty section."""
-    inner = at.get(step) if isinstance(at, dict) else at[step]  # type: ignore[index]
+    inner = at.get(step) if isinstance(at, dict) else at[step]
     if not isinstance(inner, dict | list):
-        inner = at[step] = {}  # type: ignore[index]
+        inner = at[step] = {}
         written.places[key] = place
     return inner
 

@@ -5,6 +5,7 @@ than the default, so that a configuration written out in full can be read again.
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,11 +133,14 @@ def _written_folders(config: Config) -> Iterator[Problem]:
 def _bad_folder(config: Config, key: Key, must_exist: bool) -> Problem | None:
     path = Path(str(_get(config, dotted(key))))
     said = f"{dotted(key)} = {shown(str(path))}"
-    if path.is_dir() or (not must_exist and not path.exists()):
-        return None
-    if path.exists():
-        return Problem((key,), f"{said}: must be a folder; this is a file")
-    return Problem((key,), f"{said}: no such folder{nearest_path(path)}")
+    try:
+        if stat.S_ISDIR(path.stat().st_mode):
+            return None
+    except (FileNotFoundError, NotADirectoryError):
+        return Problem((key,), f"{said}: no such folder{nearest_path(path)}") if must_exist else None
+    except OSError as error:
+        return Problem((key,), f"{said}: cannot be reached: {error.strerror}")
+    return Problem((key,), f"{said}: must be a folder; this is a file")
 
 
 def _clash(config: Config, names: tuple[str, ...], rule: str) -> Problem:

@@ -9,7 +9,7 @@ from trainer.config.fields import Key, Problem, all_keys, dotted, is_under, mean
 from trainer.config.spelling import nearest
 from trainer.config.yaml_source import dump, plain_value
 
-LONGEST_VALUE = 60
+LONGEST = 80
 
 _RULES = {
     "int_type": "must be a whole number",
@@ -53,9 +53,9 @@ _ALSO_CALLED = {  # words of other trainers
 }
 
 
-def problems_of(error: ValidationError, tree: object) -> list[Problem]:
-    """One problem for each key that pydantic found wrong in `tree`."""
-    found = [(_real_key(item["loc"], tree), dict(item)) for item in error.errors(include_url=False)]
+def problems_of(error: ValidationError) -> list[Problem]:
+    """One problem for each key that pydantic found wrong."""
+    found = [(_real_key(item["loc"]), dict(item)) for item in error.errors(include_url=False)]
     unknown = [_unknown_key(key, item) for key, item in found if item["type"] == "extra_forbidden"]
     explained = [key for problem in unknown for key in problem.explains]
     missing: list[Problem] = []
@@ -70,21 +70,15 @@ def problems_of(error: ValidationError, tree: object) -> list[Problem]:
 
 def shown(value: object) -> str:
     """A value as one would write it in YAML, on one line and not too long."""
-    return _short(repr(value) if isinstance(value, str) and "\n" in value else dump(value, flow=True))
+    return short(dump(value, flow=True))
 
 
-def _real_key(loc: tuple[int | str, ...], tree: object) -> Key:
-    """`loc` without the parts that name a member of a union; they stand where `tree` has a plain value."""
-    key: list[int | str] = []
-    for part in loc:
-        if isinstance(tree, dict) and isinstance(part, str):
-            tree = tree.get(part)
-        elif isinstance(tree, list) and isinstance(part, int):
-            tree = tree[part] if part < len(tree) else None
-        else:
-            break
-        key.append(part)
-    return tuple(key)
+def _real_key(loc: Key) -> Key:
+    """`loc` up to the part that names a member of a union: a word below something that is no section."""
+    for length, part in enumerate(loc):
+        if isinstance(part, str) and section_at(loc[:length]) is None:
+            return loc[:length]
+    return loc
 
 
 def _required(key: Key) -> list[Key]:
@@ -111,7 +105,7 @@ def _unknown_key(key: Key, item: dict[str, Any]) -> Problem:
     else:
         mend = f"`{dotted(section)}` has " if section else "the sections are "
         mend += ", ".join(here.model_fields) if here else ""
-    return Problem((key,), f"{_short(dotted(key))}: unknown key; {mend}", explains=tuple(offered))
+    return Problem((key,), f"{short(dotted(key))}: unknown key; {mend}", explains=tuple(offered))
 
 
 def _offered(section: Key, name: str) -> list[Key]:
@@ -184,5 +178,6 @@ def _mend(kind: str, value: object) -> str:
     return ""
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+def short(text: str) -> str:
+    """`text` cut to a length that leaves the line readable."""
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

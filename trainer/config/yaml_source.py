@@ -47,14 +47,18 @@ class Document:
 
 class _Composer(yaml.BaseLoader):
     depth = 0
+    nodes = 0
 
     def resolve(self, kind: object, value: object, implicit: object) -> str:
         return ""  # marks a node without a tag of its own
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth += 1
+        self.nodes += 1
         if self.depth > MAX_DEPTH:
             raise YamlError(_line(self.peek_event().start_mark), f"nested more than {MAX_DEPTH} levels deep")
+        if self.nodes > 2 * MAX_VALUES:  # keys are nodes too
+            raise YamlError(_line(self.peek_event().start_mark), f"more than {MAX_VALUES} values")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -71,8 +75,8 @@ def plain_value(word: str) -> object:
     return word
 
 
-def parse(text: str) -> Document:
-    """The one document in `text`.
+def parse(text: str, at: Key = ()) -> Document:
+    """The one document in `text`, whose keys are counted from `at`.
 
     Raises:
         YamlError: bad syntax, several documents, a tag, or values that refer to themselves.
@@ -87,7 +91,7 @@ def parse(text: str) -> Document:
         raise _syntax_error(error) from None
     document = Document()
     if node is not None:
-        document.value = _value(node, (), document, ())
+        document.value = _value(node, at, document, ())
     return document
 
 
@@ -99,7 +103,7 @@ def _value(node: yaml.Node, key: Key, document: Document, ancestors: tuple[yaml.
         raise YamlError(line, f"the tag `{node.tag.replace('tag:yaml.org,2002:', '!!')}` is not supported")
     document.lines.setdefault(key, line)
     if len(document.lines) > MAX_VALUES:
-        raise YamlError(line, f"more than {MAX_VALUES} values (counted with aliases followed)")
+        raise YamlError(line, f"more than {MAX_VALUES} values, with aliases followed")
     if isinstance(node, yaml.ScalarNode):
         value = plain_value(node.value) if node.style is None else node.value
         if isinstance(value, str) and _SURROGATE.search(value):
@@ -158,7 +162,12 @@ def _syntax_error(error: yaml.MarkedYAMLError) -> YamlError:
     elif "expected <block end>" in problem:
         problem, mend = "does not line up with the lines above", "check the indentation, dashes and quotes"
     elif "found unexpected end of stream" in problem or "<stream end>" in problem:
-        problem, mend = "the text ends too early", "a quote or bracket is not closed"
+        mark = error.context_mark or mark
+        problem = "a quote or bracket that opens here is not closed"
+    elif "expected ',' or" in problem:
+        problem = "a comma or a closing bracket is missing"
+    elif "expected '<document start>'" in problem:
+        problem = "text after the end of the configuration"
     elif error.context:
         problem = f"{problem} ({error.context})"
     return YamlError(_line(mark), f"not valid YAML: {problem}" + (f"; {mend}" if mend else ""))
@@ -170,8 +179,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Quotes what `plain_value` would not read back as text; PyYAML goes by YAML 1.1 and leaves `1e-4` bare."""
+    """Quotes what would not read back as the same text: PyYAML goes by YAML 1.1 and leaves `1e-4` bare."""
     style = None if isinstance(plain_value(text), str) else "'"
+    if not text.isprintable():
+        style = '"'  # with escapes: other styles fold line breaks
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

@@ -80,10 +80,7 @@ def _place_covering(image_hw: tuple[int, int], buckets: tuple[Bucket, ...]) -> t
     after = bisect.bisect_left(buckets, aspect, key=_aspect)
     nearest = buckets[max(0, after - 1) : after + 1]
     bucket = min(nearest, key=lambda candidate: (abs(_aspect(candidate) - aspect), _aspect(candidate)))
-    if aspect > _aspect(bucket):
-        scale = bucket.height_px / height
-    else:
-        scale = bucket.width_px / width
+    scale = bucket.height_px / height if aspect > _aspect(bucket) else bucket.width_px / width
     return bucket, (
         max(bucket.height_px, int(height * scale + 0.5)),
         max(bucket.width_px, int(width * scale + 0.5)),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.data.buckets import Bucket, Placement
+from trainer.data.captions import caption_record
 from trainer.errors import UserError
 
 CATALOG_FORMAT = 1
@@ -169,6 +170,19 @@ def count_rows(connection: sqlite3.Connection) -> dict[tuple[str, Bucket], int]:
     return {(split, Bucket(h, w)): count for split, h, w, count in connection.execute(query)}
 
 
+def has_open_rows(connection: sqlite3.Connection) -> bool:
+    """Whether an interrupted scan left rows that belong to no planned generation."""
+    query = "SELECT 1 FROM rows WHERE generation = ? LIMIT 1"
+    return connection.execute(query, (open_generation(connection),)).fetchone() is not None
+
+
+def count_new(connection: sqlite3.Connection) -> tuple[int, int]:
+    """Rows of the open generation, and how many of them have an empty caption."""
+    query = "SELECT COUNT(*), TOTAL(caption = ?) FROM rows WHERE generation = ?"
+    rows, empty = connection.execute(query, (caption_record("").decode(), open_generation(connection))).fetchone()
+    return rows, int(empty)
+
+
 def plan_generation(connection: sqlite3.Connection, rows_per_shard: int) -> int:
     """Group the open generation's rows into shards by split, bucket and key, and close it; returns its shards.
 
@@ -244,7 +258,6 @@ def rows_of_shard(connection: sqlite3.Connection, shard: PlannedShard) -> list[C
 
 def mark_committed(connection: sqlite3.Connection, generations: Sequence[int], excluded: Sequence[BadRow]) -> None:
     """The generations are in a snapshot; images that could not be encoded move from the rows to the bad."""
-    with transaction(connection):
-        add_bad(connection, excluded)
-        connection.executemany("DELETE FROM rows WHERE key = ? AND path = ?", [(row.key, row.path) for row in excluded])
-        connection.executemany("UPDATE generations SET committed = 1 WHERE generation = ?", [(g,) for g in generations])
+    add_bad(connection, excluded)
+    connection.executemany("DELETE FROM rows WHERE key = ? AND path = ?", [(row.key, row.path) for row in excluded])
+    connection.executemany("UPDATE generations SET committed = 1 WHERE generation = ?", [(g,) for g in generations])

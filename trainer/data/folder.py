@@ -3,13 +3,13 @@
 A source yields one `SourceItem` per image, in any order, and holds none of them.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.data.captions import caption_record
 from trainer.data.images import EXTENSIONS
 from trainer.errors import UserError
 
@@ -63,7 +63,12 @@ def list_folder(source: FolderSource, name: str, ignored: Counter[str]) -> Itera
 
 
 def _walk(
-    source: FolderSource, name: str, folder: str, above: tuple[tuple[int, int], ...], root_len: int, ignored: Counter[str]
+    source: FolderSource,
+    name: str,
+    folder: str,
+    above: tuple[tuple[int, int], ...],
+    root_len: int,
+    ignored: Counter[str],
 ) -> Iterator[SourceItem]:
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -75,7 +80,7 @@ def _walk(
                 if identity not in above:
                     yield from _walk(source, name, entry.path, (*above, identity), root_len, ignored)
             else:
-                stem, extension = os.path.splitext(entry.path)
+                stem, extension = os.path.splitext(entry.path)  # noqa: PTH122 - no Path object per image
                 if extension.lower() in EXTENSIONS:
                     key = f"{name}/{stem[root_len:].lstrip('/')}"
                     yield SourceItem(key, entry.path, stem + source.caption_extension)
@@ -84,7 +89,7 @@ def _walk(
 
 
 def read_caption(path: str) -> str:
-    """The caption file as the JSON text that shards hold: {"caption": ...}; an empty caption where there is no file.
+    """The caption file as the JSON text that shards hold; an empty caption where there is no file.
 
     Bytes that are not UTF-8 are replaced; a byte order mark and surrounding space are taken off.
     """
@@ -92,4 +97,4 @@ def read_caption(path: str) -> str:
         text = Path(path).read_bytes().decode("utf-8-sig", errors="replace").strip()
     except FileNotFoundError:
         text = ""
-    return json.dumps({"caption": text}, ensure_ascii=False)
+    return caption_record(text).decode()

@@ -55,7 +55,7 @@ class BadImage(Exception):
 
 @contextlib.contextmanager
 def pillow_rules() -> Iterator[None]:
-    """Within, in all threads: an image beyond Pillow's pixel limit is an error, its remarks on odd files are not shown."""
+    """Within, in all threads: an image beyond Pillow's pixel limit is an error; remarks on odd files are not shown."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.filterwarnings("error", category=Image.DecompressionBombWarning)

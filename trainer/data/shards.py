@@ -27,6 +27,7 @@ import numpy as np
 from crc32c import crc32c
 
 from trainer.data.buckets import Bucket
+from trainer.data.captions import caption_text
 
 FORMAT = "sdxl-train shard 1"
 HEADER_BYTES = 4096
@@ -166,7 +167,7 @@ def _write_latents(file: BinaryIO, head: ShardHead, batch: RowBatch, rows: _Rows
     if latents.shape != (len(batch.keys), *head.latent_shape):
         raise ValueError(f"latents of shape {latents.shape} do not fit bucket {head.bucket}")
     file.write(latents.data)
-    rows.latent_crc.extend(crc32c(row) for row in latents)
+    rows.latent_crc.extend(crc32c(row.data) for row in latents)
     rows.captions.extend(caption.encode() for caption in batch.captions)
     rows.keys.extend(key.encode() for key in batch.keys)
     rows.sizes.extend(batch.sizes)
@@ -181,7 +182,7 @@ def _write_hidden(
     pooled_batches: list[np.ndarray] = []
     shape: tuple[int, ...] = ()
     for start in range(0, len(rows.captions), batch_size):
-        captions = [json.loads(caption)["caption"] for caption in rows.captions[start : start + batch_size]]
+        captions = [caption_text(caption.decode()) for caption in rows.captions[start : start + batch_size]]
         hidden, pooled = (finite_f16(np.asarray(output)) for output in encode_text(captions))
         file.write(hidden.data)
         crcs.extend(_chained_crc(hidden[i], pooled[i]) for i in range(len(captions)))
@@ -212,7 +213,7 @@ def _offsets(blobs: Sequence[bytes]) -> np.ndarray:
 def _chained_crc(*parts: bytes | np.ndarray) -> int:
     crc = 0
     for part in parts:
-        crc = crc32c(part, crc)
+        crc = crc32c(part.data if isinstance(part, np.ndarray) else part, crc)
     return crc
 
 
@@ -330,7 +331,7 @@ def read_row(shard: OpenShard, row: int, latents: np.ndarray, text: tuple[np.nda
     """
     record, latent_crc = _read_meta(shard, row)
     read_payload(shard, row, latents)
-    if crc32c(latents) != latent_crc:
+    if crc32c(latents.data) != latent_crc:
         raise ShardError("checksum mismatch in the latents")
     if text is not None:
         hidden, pooled = text

@@ -199,16 +199,12 @@ class PreparedSet:
 
     def missing(self) -> list[str]:
         """A line for each shard that is not there or has another size than was written; a stat per shard."""
-        lines = []
-        for name, facts in zip(self._names, self._facts, strict=True):
-            try:
-                size = (self.path / name).stat().st_size
-            except OSError as error:
-                lines.append(f"{name}: {error.strerror}")
-            else:
-                if size != facts[_FILE_BYTES]:
-                    lines.append(f"{name}: has {size} bytes in place of {facts[_FILE_BYTES]}")
-        return lines
+        sizes = [_size(self.path / name) for name in self._names]
+        return [
+            f"{name}: is missing" if size < 0 else f"{name}: has {size} bytes in place of {facts[_FILE_BYTES]}"
+            for name, size, facts in zip(self._names, sizes, self._facts, strict=True)
+            if size != facts[_FILE_BYTES]
+        ]
 
     def read(self, split: str, bucket_index: int, ids: np.ndarray, latents: np.ndarray | None = None) -> Rows:
         """Read virtual rows of one bucket; a row that is damaged or cannot be read never raises.
@@ -302,6 +298,13 @@ class PreparedSet:
             shard = self._open.pop(index, None)
         if shard is not None:
             os.posix_fadvise(shard.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _facts(info: ShardInfo) -> tuple[int, ...]:

@@ -42,13 +42,13 @@ def sample_images(
 
     Args:
         unet: the bare model (not DDP's wrapper), on `device`; predicts the noise.
-        vae, text_encoders: on `device`, each in the precision it is held in.
+        vae, text_encoders: each on any device, in the precision it is held in.
         prompts: one for each image.
         width_px, height_px: of every image; multiples of 8, the VAE's factor.
         num_steps: of the sampler; at most 500.
         guidance_scale: of classifier-free guidance (Ho and Salimans 2022); 1 or less turns it off.
         seeds: one for each image, of its starting noise, which is drawn on the CPU.
-        device: where the models are.
+        device: of the UNet.
         autocast_dtype: arithmetic of the UNet, as in training; None: the precision of its weights.
 
     Raises:
@@ -93,7 +93,8 @@ def _denoised(
 ) -> Tensor:
     """Scaled latents [1, 4, h, w] float32, from noise of that shape; `negative` None: no guidance."""
     texts = [positive] if negative is None else [negative, positive]
-    text = TextConditioning(torch.cat([text.hidden for text in texts]), torch.cat([text.pooled for text in texts]))
+    hidden = torch.cat([text.hidden for text in texts]).to(noise.device)
+    text = TextConditioning(hidden, torch.cat([text.pooled for text in texts]).to(noise.device))
     sizes = sizes.expand(len(texts), -1)
     timesteps, sigmas = euler_steps(num_steps)
     latents = noise * (sigmas[0] ** 2 + 1) ** 0.5

@@ -43,7 +43,7 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
     arithmetic = arithmetic_of(config, comm.world, rows_per_bucket)
     state = _starting_state(config, run, arithmetic.images_per_step)
     total_steps = _total_steps(config, rows_per_bucket, state)
-    _announce(config, run, arithmetic, state, total_steps)
+    _announce(config, run, replace(arithmetic, total_steps=total_steps), state)
     with ExitStack() as stack:
         outputs = _Outputs.open(stack, config, state, total_steps, fresh=run.state is None) if comm.rank == 0 else None
         scorer = Scorer(config, comm, run.parts.denoiser, run.prepared)
@@ -151,24 +151,21 @@ def _save(config: Config, comm: Comm, run: Run, state: TrainState, *, must_succe
     _log.info("saved %s in %.1f s", path, time.perf_counter() - begin)
 
 
-def _announce(config: Config, run: Run, arithmetic: RunArithmetic, state: TrainState, total_steps: int) -> None:
+def _announce(config: Config, run: Run, arithmetic: RunArithmetic, state: TrainState) -> None:
     strategy, device = run.parts.strategy, run.parts.comm.device
     count = sum(parameter.numel() for parameter in strategy.parameters.values())
-    _log.info("UNet: %s of %s weights train, %s, on %s", f"{count:,}", f"{count:,}", config.train.precision, device)
+    _log.info("UNet: all %s weights train, in %s on %s", f"{count:,}", config.train.precision, device.type)
     for line in arithmetic.describe(state.step):
         _log.info("%s", line)
-    if state.step >= total_steps:
-        _log.info("nothing to do: the run has reached its last step (%d)", state.step)
-    elif run.state is not None:
-        _log.info("going on after step %d of %d", state.step, total_steps)
 
 
 def _announce_end(config: Config, state: TrainState, total_steps: int) -> None:
     newest = checkpoint_dir(config.run.dir, state.step)
     if state.step < total_steps:
-        _log.info("stopped at step %d of %d and saved %s; the same command goes on from there", state.step, total_steps, newest)
+        _log.info("stopped after step %d of %d, saved %s", state.step, total_steps, newest)
+        _log.info("the same command goes on from there")
         return
-    _log.info("done: %d steps, %s images", state.step, f"{state.images_seen:,}")
+    _log.info("done: step %d, %s images seen", state.step, f"{state.images_seen:,}")
     _log.info("weights: %s", newest / "unet")
 
 

@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
-from torch import Tensor
 
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
@@ -16,7 +16,7 @@ from trainer.data.loader import BatchReader
 from trainer.data.snapshot import PreparedSet
 from trainer.dist.comm import Comm, barrier
 from trainer.evaluate.report import GridRow, image_grid
-from trainer.evaluate.sampling import decode_latents, sample_images
+from trainer.evaluate.sampling import decoded_images, sample_images
 from trainer.evaluate.validation import ValidationLoss, pick_rows, validation_batches, validation_loss
 from trainer.measure.telemetry import MetricsWriter
 from trainer.model.denoiser import Denoiser
@@ -84,7 +84,8 @@ class Scorer:
         comm, settings = self.comm, self.config.samples
         pictures = self._pictures()
         folder.mkdir(parents=True, exist_ok=True)
-        vae = load_vae(self.config.model.path, self.config.model.vae, DTYPES[self.config.model.vae_precision], comm.device)
+        model = self.config.model
+        vae = load_vae(model.path, model.vae, DTYPES[model.vae_precision], comm.device)
         for index in range(comm.rank, len(pictures), comm.world):
             picture = pictures[index]
             (image,) = sample_images(
@@ -106,11 +107,11 @@ class Scorer:
         barrier(comm)
         grid = folder.with_suffix(".png")
         if comm.rank == 0:
-            drawn = [Image.open(folder / f"{index:02d}.png") for index in range(len(pictures))]
+            drawn = [_read_image(folder / f"{index:02d}.png") for index in range(len(pictures))]
             rows = [GridRow("generated", drawn, [picture.prompt for picture in pictures])]
-            if all(picture.latents is not None for picture in pictures):
-                latents = [Tensor(picture.latents.astype(np.float32))[None] for picture in pictures]
-                rows.append(GridRow("data (through the VAE)", [decode_latents(vae, one)[0] for one in latents], []))
+            data = [torch.from_numpy(picture.latents)[None] for picture in pictures if picture.latents is not None]
+            if data:
+                rows.append(GridRow("data, through the VAE", [decoded_images(vae, latents)[0] for latents in data]))
             image_grid(rows, grid, title)
         return grid
 
@@ -129,3 +130,8 @@ class Scorer:
             if rows.ok[0]:
                 pictures.append(Picture(caption_text(rows.captions[0]), bucket, rows.latents[0]))
         return pictures
+
+
+def _read_image(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The whole check: format, lint, types, tests. `scripts/test.sh -m "not e2e"` runs the quick part alone;
+# other arguments go to pytest.
+source "$(dirname "$0")/venv.sh"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+ruff format --check .
+ruff check .
+pyright
+if [ $# -gt 0 ]; then exec pytest "$@"; fi
+pytest -m "not e2e and not slow"
+pytest -m "e2e and not slow"

@@ -1,0 +1,52 @@
+"""What editors and readers are told about the keys is what the program accepts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.cli.schema import main
+from trainer.config.fields import all_keys
+from trainer.config.reference import field_docs, json_schema
+
+DOCS = Path(__file__).parents[2] / "docs" / "config.md"
+
+
+def test_the_committed_reference_is_current() -> None:
+    mend = "run: sdxl-train schema --markdown > docs/config.md"
+    assert DOCS.read_text(encoding="utf-8") == field_docs(), mend
+
+
+def test_the_reference_names_every_key_once() -> None:
+    rows = [line for line in field_docs().splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows].count("lr") == 1
+    assert len(rows) == len(list(all_keys()))
+
+
+def test_the_schema_serves_an_editor() -> None:
+    schema = json_schema()
+    assert schema["title"] == "sdxl-train configuration"
+    assert set(schema["required"]) == {"run", "model", "data", "optimizer"}
+    sections = [schema, *schema["$defs"].values()]
+    for section in sections:
+        assert section["additionalProperties"] is False
+        for name, field in section["properties"].items():
+            assert field.get("description"), name
+            assert ("default" in field) != (name in section.get("required", ())), name
+    flag = schema["$defs"]["TrainConfig"]["properties"]["gradient_checkpointing"]
+    assert {"type": "boolean"} in flag["anyOf"]
+    assert schema["$defs"]["TrainConfig"]["properties"]["precision"]["enum"] == ["bf16", "fp32"]
+
+
+def test_the_command_prints_both(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert json.loads(capsys.readouterr().out) == json_schema()
+    assert main(["--markdown"]) == 0
+    assert capsys.readouterr().out == field_docs()
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "sdxl-train schema > sdxl-train.schema.json" in capsys.readouterr().out

@@ -1,0 +1,394 @@
+"""Every mistake is one line with place, key, value, rule and mend; all mistakes of a file come together."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trainer.config.fields import all_keys, dotted, field_at
+from trainer.config.load import load_config
+from trainer.errors import UserError
+
+RIGHT = Path(__file__).with_name("right.yaml").read_text(encoding="utf-8")
+Mistakes = Callable[..., tuple[str, ...]]
+
+
+def changed(old: str, new: str) -> str:
+    """The right configuration with one change."""
+    assert RIGHT.count(old) == 1
+    return RIGHT.replace(old, new)
+
+
+def added(line: str) -> str:
+    """The right configuration with a line 13 (and on)."""
+    return RIGHT + line + "\n"
+
+
+ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
+    # names
+    "key misspelt": (changed("steps: 100", "stpes: 100"), "c.yaml:10: train.stpes: unknown key; did you mean `steps`?"),
+    "required key misspelt": (changed("dir:", "dri:"), "c.yaml:2: run.dri: unknown key; did you mean `dir`?"),
+    "section misspelt": (changed("model:", "modle:"), "c.yaml:3: modle: unknown key; did you mean `model`?"),
+    "dashes": (
+        changed("steps: 100", "steps: 100\n  max-grad-norm: 1"),
+        "c.yaml:11: train.max-grad-norm: unknown key; did you mean `max_grad_norm`?",
+    ),
+    "key of another section": (
+        changed("steps: 100", "steps: 100\n  warmup_steps: 10"),
+        "c.yaml:11: train.warmup_steps: unknown key; did you mean `lr_schedule.warmup_steps`?",
+    ),
+    "key at the top": (
+        added("resolution: 512"),
+        "c.yaml:13: resolution: unknown key; did you mean `data.buckets.resol",
+    ),
+    "word of another trainer": (
+        changed("lr: 1e-4", "learning_rate: 1e-4"),
+        "c.yaml:12: optimizer.learning_rate: unknown key; did you mean `lr`?",
+    ),
+    "dotted key": (
+        added("log.every_steps: 5"),
+        "c.yaml:13: log.every_steps: unknown key; did you mean `every_steps` within `log`?",
+    ),
+    "like no key": (added("log: {zzz: 1}"), "c.yaml:13: log.zzz: unknown key; `log` has every_steps"),
+    "like no section": (added("zzz: 1"), "c.yaml:13: zzz: unknown key; the sections are run, launch, model, data,"),
+    "key in an entry of a list": (
+        changed("path: photos", "path: photos\n      repeat: 2"),
+        "c.yaml:8: data.sources.0.repeat: unknown key; did you mean `repeats`?",
+    ),
+    "key twice": (
+        changed("steps: 100", "steps: 100\n  steps: 5"),
+        "c.yaml:11: train.steps: given twice; first on line 10",
+    ),
+    "section twice": (added("run:\n  dir: y"), "c.yaml:13: run: given twice; first on line 1"),
+    "key is a number": (added("5: 6"), "c.yaml:13: a key must be a word; `5` is a value"),
+    "merge key": (
+        changed("steps: 100", "steps: 100\n  <<: {}"),
+        "c.yaml:11: train: merge keys (`<<`) are not supported",
+    ),
+    # missing
+    "required key missing": (
+        changed("  dir: runs/x", "  seed: 1"),
+        "c.yaml:1: run.dir: missing (where everything this",
+    ),
+    "required section missing": (
+        changed("optimizer:\n  lr: 1e-4\n", ""),
+        "c.yaml: optimizer.lr: missing (peak learning",
+    ),
+    "required section empty": (changed("  lr: 1e-4\n", ""), "c.yaml:11: optimizer.lr: missing (peak learning rate"),
+    "no sources": (
+        changed("\n    - path: photos", " []"),
+        "c.yaml:6: data.sources = []: must have at least 1 entry (where the images come from",
+    ),
+    "source without path": (
+        changed("path: photos", "repeats: 2"),
+        "c.yaml:7: data.sources.0.path: missing (the folder)",
+    ),
+    "no length": (changed("  steps: 100\n", ""), "c.yaml:9: train.steps: missing (how long to train); give `train.st"),
+    "value missing": (changed(" runs/x", ""), "c.yaml:2: run.dir: has no value; must be a path"),
+    "null": (changed("1e-4", "~"), "c.yaml:12: optimizer.lr: has no value; must be a number"),
+    # types
+    "decimal for a whole number": (changed("100", "1.5"), "c.yaml:10: train.steps = 1.5: must be a whole number"),
+    "whole decimal": (changed("100", "1e3"), "c.yaml:10: train.steps = 1000.0: must be a whole number; write 1000"),
+    "quoted number": (
+        changed("100", '"100"'),
+        "c.yaml:10: train.steps = '100': must be a whole number; write 100 without",
+    ),
+    "digits in groups": (
+        changed("100", "1_000"),
+        "c.yaml:10: train.steps = '1_000': must be a whole number; write 1000",
+    ),
+    "word for a number": (changed("1e-4", "small"), "c.yaml:12: optimizer.lr = small: must be a number"),
+    "not a number": (changed("1e-4", ".nan"), "c.yaml:12: optimizer.lr = .nan: must be a finite number"),
+    "overflow": (changed("1e-4", "1e999"), "c.yaml:12: optimizer.lr = .inf: must be a finite number"),
+    "flag for a number": (changed("100", "true"), "c.yaml:10: train.steps = true: must be a whole number"),
+    "sexagesimal": (changed("100", "12:30"), "c.yaml:10: train.steps = '12:30': must be a whole number"),
+    "number for a flag": (
+        changed("steps: 100", "steps: 100\n  gradient_checkpointing: 1"),
+        "c.yaml:11: train.gradient_checkpointing = 1: must be true or false",
+    ),
+    "quoted flag": (
+        changed("steps: 100", "steps: 100\n  gradient_checkpointing: 'True'"),
+        "c.yaml:11: train.gradient_checkpointing = 'True': must be true or false; write true without quotes",
+    ),
+    "number for a text": (
+        added("samples: {negative_prompt: 2024}"),
+        "c.yaml:13: samples.negative_prompt = 2024: must be text; put it in quotes",
+    ),
+    "number for a path": (changed("runs/x", "5"), "c.yaml:2: run.dir = 5: must be a path; put it in quotes"),
+    "empty path": (changed("runs/x", "''"), "c.yaml:2: run.dir = '': must be a path"),
+    "text for a list": (
+        added("samples: {prompts: a cat}"),
+        "c.yaml:13: samples.prompts = a cat: must be a list; write [a cat]",
+    ),
+    "value for a section": (added("log: 5"), "c.yaml:13: log = 5: must be a section: keys below it, such as `every_st"),
+    "list for a section": (added("log: [5]"), "c.yaml:13: log = [5]: must be a section"),
+    "list for resume": (
+        changed("dir: runs/x", "dir: x\n  resume: [1]"),
+        "c.yaml:3: run.resume = [1]: must be true or fal",
+    ),
+    # ranges and choices
+    "too small": (
+        changed("100", "0"),
+        "c.yaml:10: train.steps = 0: must be at least 1 (optimizer steps of the whole run)",
+    ),
+    "keep 1, with the reason": (
+        added("checkpoint: {keep: 1}"),
+        "c.yaml:13: checkpoint.keep = 1: must be at least 2 (how many of the newest checkpoints are kept; at least 2, "
+        "so that a damaged one has a forerunner)",
+    ),
+    "not positive": (changed("1e-4", "0"), "c.yaml:12: optimizer.lr = 0: must be greater than 0 (peak learning rate"),
+    "too large": (
+        changed("dir: runs/x", "dir: x\n  seed: 99999999999"),
+        "c.yaml:3: run.seed = 99999999999: must be at mo",
+    ),
+    "entry of a list": (
+        added("validation: {timesteps: [1, 1000]}\n").replace("prepared\n", "prepared\n  validation_fraction: 0.1\n"),
+        "c.yaml:14: validation.timesteps.1 = 1000: must be at most 999",
+    ),
+    "length of a list": (
+        changed("lr: 1e-4", "lr: 1e-4\n  betas: [0.9]"),
+        "c.yaml:13: optimizer.betas = [0.9]: must have at least 2 entries",
+    ),
+    "choice": (
+        changed("steps: 100", "steps: 100\n  precision: BF16"),
+        "c.yaml:11: train.precision = BF16: must be one of bf16, fp32 (did you mean `bf16`?)",
+    ),
+    "choice of a wrong type": (
+        added("lr_schedule: {kind: 5}"),
+        "c.yaml:13: lr_schedule.kind = 5: must be one of constant, linear, cosine",
+    ),
+    "the only choice": (changed("path: photos", "{path: photos, type: tar}"), "0.type = tar: must be folder"),
+    # rules between fields
+    "steps and epochs": (
+        changed("steps: 100", "steps: 100\n  epochs: 3"),
+        "c.yaml:10: train.steps = 100 with train.epochs = 3: give only one of them",
+    ),
+    "two ways to accumulate": (
+        changed("steps: 100", "steps: 100\n  gradient_accumulation_steps: 2\n  global_batch_size: 8"),
+        "c.yaml:11: train.gradient_accumulation_steps = 2 with train.global_batch_size = 8: give only one",
+    ),
+    "batch above the global batch": (
+        changed("steps: 100", "steps: 100\n  batch_size_per_gpu: 8\n  global_batch_size: 4"),
+        "c.yaml:11: train.batch_size_per_gpu = 8 with train.global_batch_size = 4: one GPU's batch must not",
+    ),
+    "ratio of a constant": (
+        added("lr_schedule: {final_ratio: 0.1}"),
+        "c.yaml:13: lr_schedule.final_ratio = 0.1 with lr_schedule.kind = constant (the default): has no effect",
+    ),
+    "warm-up is the whole run": (
+        added("lr_schedule: {warmup_steps: 100}"),
+        "c.yaml:13: lr_schedule.warmup_steps = 100 with train.steps = 100: the warm-up must be shorter",
+    ),
+    "bucket step": (
+        changed("prepared: prepared", "prepared: prepared\n  buckets: {step_px: 20}"),
+        "c.yaml:9: data.buckets.step_px = 20: must be a multiple of 8",
+    ),
+    "bucket side": (
+        changed("prepared: prepared", "prepared: prepared\n  buckets: {max_px: 2000}"),
+        "c.yaml:9: data.buckets.max_px = 2000 with data.buckets.step_px = 64 (the default): must be a multiple",
+    ),
+    "small resolution": (
+        changed("prepared: prepared", "prepared: prepared\n  buckets:\n    resolution: 128"),
+        "c.yaml:10: data.buckets.min_px = 256 (the default) with data.buckets.resolution = 128: the shortest side",
+    ),
+    "large resolution": (
+        changed("prepared: prepared", "prepared: prepared\n  buckets:\n    max_px: 512"),
+        "c.yaml:10: data.buckets.max_px = 512 with data.buckets.resolution = 1024 (the default): the longest side",
+    ),
+    "validation of nothing": (
+        added("validation: {every_steps: 10}"),
+        "c.yaml:13: validation.every_steps = 10 with data.validation_fraction = 0.0 (the default): no images are held",
+    ),
+    "timesteps of no validation": (
+        added("validation: {timesteps: [5]}"),
+        "c.yaml:13: validation.timesteps = [5] with data.validation_fraction = 0.0 (the default): has no effect",
+    ),
+    "count beside prompts": (
+        added("samples: {count: 4, prompts: [a, b]}"),
+        "c.yaml:13: samples.count = 4 with samples.prompts = [a, b]: has no effect",
+    ),
+    "width": (added("samples: {width_px: 500}"), "c.yaml:13: samples.width_px = 500: must be a multiple of 8"),
+    "negative prompt unused": (
+        added("samples: {negative_prompt: blurry, guidance_scale: 1}"),
+        "c.yaml:13: samples.negative_prompt = blurry with samples.guidance_scale = 1.0: has no effect",
+    ),
+    "same source twice": (
+        changed("- path: photos", "- path: photos\n    - path: ./photos"),
+        "c.yaml:8: data.sources.1.path = photos with data.sources.0.path = photos: the same folder twice",
+    ),
+    "caption ending": (
+        changed("path: photos", "{path: photos, caption_extension: txt}"),
+        "c.yaml:7: data.sources.0.caption_extension = txt: must be a dot and an ending, such as .txt",
+    ),
+    "run inside a source": (changed("runs/x", "photos/run"), "c.yaml:2: run.dir = photos/run with data.sources.0.path"),
+    # paths
+    "model missing": (changed("sdxl", "sdlx"), "c.yaml:4: model.path = sdlx: no such folder; did you mean `sdxl`?"),
+    "source missing": (
+        changed("photos", "photo"),
+        "c.yaml:7: data.sources.0.path = photo: no such folder; did you mean",
+    ),
+    "folder above missing": (changed("sdxl", "models/sdxl"), "model.path = models/sdxl: no such folder (`models` does"),
+    "model is a file": (changed("sdxl", "c.yaml"), "c.yaml:4: model.path = c.yaml: must be a folder; this is a file"),
+    "run is a file": (changed("runs/x", "c.yaml"), "c.yaml:2: run.dir = c.yaml: must be a folder; this is a file"),
+    "checkpoint missing": (changed("dir: runs/x", "dir: x\n  resume: y"), "c.yaml:3: run.resume = y: no such folder"),
+    # YAML
+    "empty": ("", "c.yaml: empty; it must hold at least run"),
+    "comments only": ("# nothing\n", "c.yaml: empty"),
+    "list": ("- a\n- b\n", "c.yaml:1: must hold sections, such as `run:`, not [a, b]"),
+    "not UTF-8": (RIGHT.replace("photos", "fotos \xe9").encode("latin-1"), "c.yaml:7: not UTF-8 text (byte 0xe9)"),
+    "UTF-16": (RIGHT.encode("utf-16"), "c.yaml:1: not UTF-8 text (byte 0xff)"),
+    "tab": (changed("  steps", "\tsteps"), "c.yaml:10: not valid YAML: a tab; indent with spaces"),
+    "indentation": (
+        changed("  steps: 100", "  steps: 100\n precision: fp32"),
+        "c.yaml:11: not valid YAML: does not line up",
+    ),
+    "open quote": (changed("runs/x", "'runs/x"), "c.yaml:2: not valid YAML: a quote or bracket that opens here is not"),
+    "open bracket": (changed("1e-4", "[1e-4"), "c.yaml:12: not valid YAML: a quote or bracket that opens here is not"),
+    "two documents": (added("---\nrun: 5"), "c.yaml:13: not valid YAML: a second document starts here"),
+    "undefined alias": (changed("1e-4", "*lr"), "c.yaml:12: not valid YAML: found undefined alias 'lr'"),
+    "alias to itself": (
+        added("samples: &s {prompts: [*s]}"),
+        "c.yaml:13: `samples.prompts.0`: an alias refers to itself",
+    ),
+    "tag": (
+        changed("runs/x", "!!python/object:os.system x"),
+        "c.yaml:2: the tag `!!python/object:os.system` is not supp",
+    ),
+    "deep nesting": (added("a: " + "[" * 2000), "c.yaml:13: nested more than 32 levels deep"),
+    "alias bomb": (
+        "a0: &a0 [x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 8)}]\n" for i in range(20)),
+        "more than 20000 values, with aliases followed",
+    ),
+    "too many values": (added("a: [" + "1," * 50_000 + "]"), "c.yaml:13: more than 20000 values"),
+    "too large a file": (b"#" * 600_000, "c.yaml: larger than 512 KiB"),
+    "control character": (changed("runs/x", "runs/\x1b[31mx"), "c.yaml:2: not valid YAML: the character U+001B is not"),
+    "half a character": (changed("runs/x", r'"\ud800"'), "c.yaml:2: `run.dir`: holds half a character"),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), ONE_MISTAKE.values(), ids=ONE_MISTAKE.keys())
+def test_one_mistake_is_one_line(mistakes: Mistakes, text: str | bytes, expected: str) -> None:
+    lines = mistakes(text)
+    assert len(lines) == 1, lines
+    assert expected in lines[0]
+
+
+ONE_WRONG_OVERRIDE = {
+    "train.stpes=5": "train.stpes: unknown key; did you mean `steps`?",
+    "stpes=5": "stpes: unknown key; did you mean `train.steps` or `samples.steps`?",
+    "train.steps": "write it as section.key=value",
+    "=5": "write it as section.key=value",
+    "train..steps=5": "write it as section.key=value",
+    "train.steps=": "train.steps: missing (how long to train)",
+    "train.steps=many": "train.steps = many: must be a whole number",
+    "train.steps=[1": "not valid YAML: a quote or bracket that opens here is not closed",
+    "train.steps.x=5": "train.steps = {x: 5}: must be a whole number",
+    "data.sources.1.path=more": "`data.sources` has no such entry (its last is `data.sources.0`)",
+    "data.sources.first.path=more": "`data.sources` has no such entry",
+    "data.sources.0.path=mroe": "data.sources.0.path = mroe: no such folder; did you mean `more`?",
+    "train.epochs=3": "train.steps = 100 with train.epochs = 3: give only one of them",
+    "samples.negative_prompt=a: b": "samples.negative_prompt = {a: b}: must be text; put it in quotes",
+    "checkpoint={keep: 2, keep: 3}": "checkpoint.keep: given twice",
+    "optimizer.lr=\ud800": "the character U+D800 is not allowed",
+}
+
+
+@pytest.mark.parametrize(("override", "expected"), ONE_WRONG_OVERRIDE.items(), ids=ascii)
+def test_a_wrong_override_is_shown_as_it_was_typed(mistakes: Mistakes, override: str, expected: str) -> None:
+    (line,) = mistakes(RIGHT, [override])
+    place = "c.yaml:10: " if override == "train.epochs=3" else "override '"
+    assert line.startswith(place)
+    assert expected in line
+
+
+def test_all_mistakes_come_together_in_the_order_of_the_file(mistakes: Mistakes) -> None:
+    text = """\
+run: {dri: runs/x, resume: no}
+model:
+  path: sdlx
+data:
+  sources:
+    - path: photo
+      repeats: 1.5
+    - path: more
+  prepared: more/prepared
+train:
+  precison: bf16
+  steps: 5.0
+  batch_size_per_gpu: "4"
+optimizer:
+  betas: [0.9, 1]
+  betas: [0.9, 0.99]
+lr_schedule: {final_ratio: 0.5}
+samples:
+  prompts: [a, 5, b, {c: d}]
+  width_px: 60
+"""
+    lines = mistakes(text, ["log.evry_steps=5", "checkpoint.keep=1"])
+    assert [line.split(": ")[0] for line in lines] == [
+        *(f"c.yaml:{n}" for n in (1, 3, 6, 7, 9, 11, 12, 13)),
+        "c.yaml:14",  # optimizer.lr is missing
+        *(f"c.yaml:{n}" for n in (15, 16, 17, 19, 19, 20)),
+        "override 'log.evry_steps=5'",
+        "override 'checkpoint.keep=1'",
+    ]
+
+
+@pytest.mark.parametrize("key", [dotted(key) for key in all_keys()])
+def test_no_wrong_value_of_any_key_shows_the_words_of_a_library(mistakes: Mistakes, key: str) -> None:
+    rejected = 0
+    for value in (
+        "zzz:",
+        "-1",
+        "1e999",
+        "true",
+        "[[]]",
+        "{a: 1}",
+        ".nan",
+        "null",
+        "''",
+        "9" * 300,
+        '"\\0"',
+        "2024-01-01",
+    ):
+        try:
+            lines = mistakes(RIGHT, [f"{key}={value}"])
+        except pytest.fail.Exception:
+            continue  # right for this key
+        rejected += 1
+        assert len(lines) == 1, lines
+        assert lines[0].startswith((f"override '{key}=", "c.yaml:10: train.steps")), lines
+        assert not any(word in lines[0] for word in ("Input", "valid ", "pydantic", "Error", "<class")), lines
+    assert rejected >= 5
+
+
+def test_every_key_says_what_it_is_for() -> None:
+    for key in all_keys():
+        field = field_at(key)
+        assert field is not None
+        assert field.description, dotted(key)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("tny.yaml", "tny.yaml: no such file; did you mean `tiny.yaml`?"),
+        (
+            "confgs/tiny.yaml",
+            "confgs/tiny.yaml: no such file (`confgs` does not exist); did you mean `configs/tiny.yaml`?",
+        ),
+        ("none/of.yaml", "none/of.yaml: no such file (`none` does not exist)"),
+        ("photos", "photos: cannot be read: Is a directory; give a YAML file"),
+        ("tiny.yaml/x", "tiny.yaml/x: cannot be read: Not a directory"),
+        ("a\0b", "a\\x00b: cannot be read: embedded null byte"),
+        ("/dev/zero", "/dev/zero: larger than 512 KiB; this is no configuration"),
+    ],
+)
+def test_a_file_that_cannot_be_read(folder: Path, path: str, expected: str) -> None:
+    (folder / "configs").mkdir()
+    (folder / "configs" / "tiny.yaml").touch()
+    (folder / "tiny.yaml").touch()
+    with pytest.raises(UserError) as caught:
+        load_config(Path(path))
+    assert caught.value.lines == (expected,)

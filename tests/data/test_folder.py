@@ -1,0 +1,45 @@
+"""Listing a folder: keys, captions, what is ignored, and links that go in circles."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from trainer.data.captions import caption_text
+from trainer.data.folder import FolderSource, list_folder, read_caption, source_names
+from trainer.errors import UserError
+
+
+def test_lists_images_below_the_folder(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    for name in ("a.jpg", "sub/deep/b.PNG", "sub/a.webp", "c.txt", "d.npz", ".hidden.jpg", "no_ending", "e.x.jpeg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    (root / "sub" / "circle").symlink_to(root)
+    ignored: Counter[str] = Counter()
+    items = {item.key: item for item in list_folder(FolderSource(root), "photos", ignored)}
+    assert sorted(items) == ["photos/a", "photos/e.x", "photos/sub/a", "photos/sub/deep/b"]
+    assert items["photos/sub/a"].image_path == str(root / "sub/a.webp")
+    assert items["photos/e.x"].caption_path == str(root / "e.x.txt")
+    assert ignored == {"(hidden)": 1, ".npz": 1, "(none)": 1}
+
+
+def test_names_stay_when_a_source_is_added() -> None:
+    paths = ["/x/photos", "/y/photos", "/z/other", "/w/photos"]
+    sources = tuple(FolderSource(Path(path)) for path in paths)
+    assert source_names(sources) == ("photos", "photos~2", "other", "photos~3")
+    assert source_names(sources[:2]) == source_names(sources)[:2]
+
+
+def test_captions(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    assert caption_text(read_caption(str(path))) == ""
+    path.write_bytes('\ufeff a "cat",\n1girl ☕ \n'.encode())
+    assert caption_text(read_caption(str(path))) == 'a "cat",\n1girl ☕'
+    path.write_bytes(b"caf\xe9")
+    assert caption_text(read_caption(str(path))) == "caf\ufffd"
+
+
+def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        list(list_folder(FolderSource(tmp_path / "nope"), "nope", Counter()))

@@ -1,0 +1,22 @@
+"""`sdxl-train eval RUN_DIR|CHECKPOINT`: how good are these weights?"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.cli.arguments import read_config
+from trainer.cli.start import start_workers
+from trainer.cli.target import find_target
+
+
+def main(argv: Sequence[str]) -> int:
+    """Validation loss with fixed noise, a fixed-seed sample grid and the loss curve of a run or checkpoint."""
+    parser = argparse.ArgumentParser(prog="sdxl-train eval", description=main.__doc__, epilog="example: sdxl-train eval runs/4x3090")
+    parser.add_argument("target", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run (its newest checkpoint) or a checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the run's")
+    parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/eval/CHECKPOINT)")
+    arguments = parser.parse_args(argv)
+    config_path, checkpoint = find_target(arguments.target)
+    out_dir = (arguments.out or config_path.parent / "eval" / checkpoint.name).absolute()
+    config = read_config(config_path, arguments.overrides)
+    return start_workers("evaluate", config, out_dir, {"weights": str(checkpoint), "out_dir": str(out_dir)})

@@ -1,0 +1,30 @@
+"""`sdxl-train sample RUN_DIR|CHECKPOINT`: draw images."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.cli.arguments import read_config
+from trainer.cli.start import start_workers
+from trainer.cli.target import find_target
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draw images with the weights of a run or checkpoint, by prompts or by captions of its data."""
+    parser = argparse.ArgumentParser(
+        prog="sdxl-train sample",
+        description=main.__doc__,
+        epilog='example: sdxl-train sample runs/4x3090 --prompt "a red fox in snow" samples.guidance_scale=5',
+    )
+    parser.add_argument("target", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run (its newest checkpoint) or a checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the run's")
+    parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
+    parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/sample/CHECKPOINT)")
+    arguments = parser.parse_args(argv)
+    config_path, checkpoint = find_target(arguments.target)
+    out_dir = (arguments.out or config_path.parent / "sample" / checkpoint.name).absolute()
+    config = read_config(config_path, arguments.overrides)
+    if arguments.prompt:
+        samples = config.samples.model_copy(update={"prompts": arguments.prompt})
+        config = config.model_copy(update={"samples": samples})
+    return start_workers("sample", config, out_dir, {"weights": str(checkpoint), "out_dir": str(out_dir)})

@@ -1,0 +1,50 @@
+"""What each worker process runs: `python -m trainer.cli.worker TASK CONFIG OPTIONS`. Not for people."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.config.load import load_config
+from trainer.config.schema import Config
+from trainer.dist.worker import run_worker
+
+
+def main() -> None:
+    """Run one task in this worker; a failure is recorded for the parent to show."""
+    task, config_path, options = sys.argv[1:4]
+
+    def body(stop_requested: Callable[[], bool]) -> None:
+        run_task(task, load_config(Path(config_path), check_paths=False), json.loads(options), stop_requested)
+
+    run_worker(body)
+
+
+def run_task(task: str, config: Config, options: dict[str, Any], stop_requested: Callable[[], bool]) -> None:
+    """Join the other workers and do this worker's part of `task`."""
+    if task == "prepare":
+        # Without a process group: a worker that is slow, or gone, holds up nobody.
+        from trainer.train.encoding import encode_share
+
+        encode_share(config, stop_requested)
+        return
+    from trainer.dist.comm import close, init_comm
+    from trainer.measure.progress import open_log
+
+    comm = init_comm()
+    with open_log(config.run.dir, comm.rank):
+        if task == "train":
+            from trainer.train.loop import train
+
+            train(config, comm, stop_requested)
+        else:
+            from trainer.train import judge
+
+            judge_by = {"evaluate": judge.evaluate_weights, "sample": judge.sample_weights}[task]
+            judge_by(config, comm, Path(options["weights"]), Path(options["out_dir"]))
+    close(comm)
+
+
+if __name__ == "__main__":
+    main()

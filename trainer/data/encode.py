@@ -1,0 +1,199 @@
+"""The second part of `prepare`: decode, resize and encode the planned images, and write their shards.
+
+Any number of workers do this at once; they share nothing but the file system. Each may be killed at any moment.
+"""
+
+import fcntl
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.data import catalog
+from trainer.data.catalog import BadRow, CatalogRow, PlannedShard
+from trainer.data.images import BadImage, load_pixels, pillow_rules, to_unit_range
+from trainer.data.keyed import draw_seed
+from trainer.data.settings import stored_settings, sync_folder
+from trainer.data.shards import EncodeText, RowBatch, ShardHead, write_shard
+
+Encode = Callable[[np.ndarray, np.ndarray], Any]
+"""(pixels f32 [B, 3, H, W] in -1..1, draw seeds int64 [B]) -> unscaled latents [B, 4, H/8, W/8].
+
+The result is an array or a CPU tensor. A row's noise must follow from its seed alone.
+"""
+
+_POLL_SECONDS = 0.2
+
+
+def encode_shards(
+    prepared: Path,
+    rank: int,
+    world_size: int,
+    encode: Encode,
+    encode_text: EncodeText | None = None,
+    vae_batch_size: int = 4,
+    decode_threads: int = 2,
+) -> int:
+    """Write shards until all that are planned exist; returns how many this worker wrote.
+
+    Workers claim shards by a lock that the kernel drops when they die, so another one takes over. None waits for
+    another but at the end, for the shards that others still write.
+
+    Args:
+        encode_text: must be given exactly when the set was planned with cached text.
+    """
+    settings = stored_settings(prepared)
+    if settings["data.cache_text"] != (encode_text is not None):
+        raise ValueError("encode_text does not agree with data.cache_text")
+    with (
+        catalog.open_catalog(prepared, read_only=True) as connection,
+        pillow_rules(),
+        ThreadPoolExecutor(decode_threads, "decode") as pool,
+    ):
+        shards = catalog.pending_shards(connection)
+        for shard_folder in {(prepared / shard.name).parent for shard in shards}:
+            shard_folder.mkdir(parents=True, exist_ok=True)
+        # Each worker begins at another place, so that they rarely try for the same shard.
+        start = len(shards) * rank // world_size
+        remaining = shards[start:] + shards[:start]
+        written = 0
+        while True:
+            held_by_others = []
+            for shard in remaining:
+                path = prepared / shard.name
+                if path.exists():
+                    continue
+                with _claim(path) as fd:
+                    if fd is None:
+                        held_by_others.append(shard)
+                    elif not path.exists():
+                        rows = catalog.rows_of_shard(connection, shard)
+                        _write(fd, path, shard, settings, rows, _Encoder(encode, vae_batch_size, pool), encode_text)
+                        written += 1
+            remaining = held_by_others
+            if not remaining:
+                return written
+            time.sleep(_POLL_SECONDS)
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    encode: Encode
+    batch_size: int
+    pool: ThreadPoolExecutor
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[int | None]:
+    """A locked descriptor of the shard's temporary file, or None where another worker holds it."""
+    temporary = _temporary(path)
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        if path.exists():
+            # Another worker finished between our look and our claim; the file that we made is of no use.
+            temporary.unlink(missing_ok=True)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _write(
+    fd: int,
+    path: Path,
+    shard: PlannedShard,
+    settings: dict[str, Any],
+    rows: list[CatalogRow],
+    encoder: _Encoder,
+    encode_text: EncodeText | None,
+) -> None:
+    """Encode one shard into its claimed temporary file and rename it into place."""
+    head = ShardHead(
+        bucket=shard.bucket,
+        split=shard.split,
+        generation=shard.generation,
+        scaling_factor=settings["the VAE's scaling_factor"],
+        vae_fingerprint=settings["the VAE (weights and model.vae_precision)"],
+    )
+    excluded: list[dict[str, Any]] = []
+    os.ftruncate(fd, 0)
+    with os.fdopen(fd, "wb", closefd=False) as file:
+        write_shard(file, head, _encoded(rows, head, encoder, excluded), excluded, encode_text)
+        os.fsync(fd)
+    _temporary(path).rename(path)
+    sync_folder(path.parent)
+
+
+def _encoded(
+    rows: list[CatalogRow], head: ShardHead, encoder: _Encoder, excluded: list[dict[str, Any]]
+) -> Iterator[RowBatch]:
+    """Batches of encoded rows in the order of `rows`; images that cannot be used go to `excluded`."""
+    for batch in _decoded(rows, encoder, excluded):
+        seeds = np.array([draw_seed("vae", row.key) for row, _ in batch], dtype=np.int64)
+        latents = np.asarray(encoder.encode(to_unit_range([pixels for _, pixels in batch]), seeds))
+        if latents.shape != (len(batch), *head.latent_shape):
+            raise ValueError(f"the VAE gave latents of shape {latents.shape} for bucket {head.bucket}")
+        with np.errstate(invalid="ignore"):
+            fits = np.abs(latents).reshape(len(batch), -1).max(axis=1) <= np.finfo(np.float16).max
+        reason = "the VAE gives values for it that are not finite or beyond fp16 (model.vae_precision: fp32 may help)"
+        excluded += [_excluded(row, reason) for (row, _), fit in zip(batch, fits.tolist(), strict=True) if not fit]
+        good = [row for (row, _), fit in zip(batch, fits.tolist(), strict=True) if fit]
+        yield RowBatch(
+            latents=latents[fits].astype(np.float16),
+            captions=[row.caption for row in good],
+            keys=[row.key for row in good],
+            sizes=np.array([_sizes(row) for row in good], dtype=np.uint32).reshape(-1, 6),
+            repeats=np.array([row.repeats for row in good], dtype=np.uint32),
+        )
+
+
+def _decoded(
+    rows: list[CatalogRow], encoder: _Encoder, excluded: list[dict[str, Any]]
+) -> Iterator[list[tuple[CatalogRow, np.ndarray]]]:
+    """Batches of decoded images; threads decode ahead while the caller encodes.
+
+    A batch is the next `batch_size` good images in order, so that its content, on which the last bit of a convolution
+    may depend, is a function of the images alone.
+    """
+    ahead: deque[tuple[CatalogRow, Future[np.ndarray]]] = deque()
+    waiting = iter(rows)
+    batch: list[tuple[CatalogRow, np.ndarray]] = []
+    while True:
+        while len(ahead) < 2 * encoder.batch_size and (row := next(waiting, None)) is not None:
+            ahead.append((row, encoder.pool.submit(load_pixels, Path(row.path), row.original_hw, row.placement)))
+        if not ahead:
+            break
+        row, pixels = ahead.popleft()
+        try:
+            batch.append((row, pixels.result()))
+        except BadImage as error:
+            excluded.append(_excluded(row, str(error)))
+        if len(batch) == encoder.batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _sizes(row: CatalogRow) -> tuple[int, ...]:
+    bucket = row.placement.bucket
+    return (*row.original_hw, *row.placement.crop_top_left, bucket.height_px, bucket.width_px)
+
+
+def _excluded(row: CatalogRow, reason: str) -> dict[str, Any]:
+    return asdict(BadRow(row.path, row.key, row.stamp.file_bytes, row.stamp.mtime_ns, reason))

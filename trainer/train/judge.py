@@ -1,0 +1,53 @@
+"""The workers' side of `eval` and `sample`: load the weights that are to be judged, score or draw, write it down."""
+
+import json
+import logging
+from pathlib import Path
+
+from trainer.config.schema import Config
+from trainer.data.snapshot import PreparedSet
+from trainer.dist.comm import Comm
+from trainer.evaluate.report import loss_curve_png
+from trainer.measure.telemetry import read_metrics
+from trainer.train.build import load_denoiser
+from trainer.train.scoring import Scorer
+
+_log = logging.getLogger(__name__)
+
+
+def evaluate_weights(config: Config, comm: Comm, weights: Path, out_dir: Path) -> None:
+    """Validation loss, loss curve and sample grid of the UNet in `weights`, written into `out_dir`.
+
+    Without held-out images there is no validation loss; the log says so.
+    """
+    scorer = _scorer(config, comm, weights)
+    if sum(scorer.prepared.rows_per_bucket("validation")):
+        result = scorer.validate()
+        _log.info("validation loss %.5f over %d images", result.loss, result.num_images)
+        for timestep, loss in result.at_timestep.items():
+            _log.info("  timestep %3d: %.5f", timestep, loss)
+        if comm.rank == 0:
+            record = {
+                "weights": str(weights),
+                "loss": result.loss,
+                "loss_at_timestep": result.at_timestep,
+                "images": result.num_images,
+            }
+            (out_dir / "validation.json").write_text(json.dumps(record, indent=1) + "\n")
+    else:
+        _log.info("no held-out images (data.validation_fraction = 0): no validation loss")
+    _log.info("samples: %s", scorer.draw(out_dir / "samples", weights.name))
+    metrics = read_metrics(config.run.dir)
+    if comm.rank == 0 and metrics:
+        loss_curve_png(metrics, out_dir / "loss.png", title=config.run.dir.name)
+        _log.info("loss curve: %s", out_dir / "loss.png")
+
+
+def sample_weights(config: Config, comm: Comm, weights: Path, out_dir: Path) -> None:
+    """A sample grid of the UNet in `weights`, and its single images, written into `out_dir`."""
+    _log.info("samples: %s", _scorer(config, comm, weights).draw(out_dir / "samples", weights.name))
+
+
+def _scorer(config: Config, comm: Comm, weights: Path) -> Scorer:
+    prepared = PreparedSet.open(config.data.prepared)
+    return Scorer(config, comm, load_denoiser(config, weights, prepared, comm.device), prepared)
