@@ -7,8 +7,11 @@ import pytest
 
 from trainer.data.buckets import Bucket, BucketRules, make_buckets, place
 
+Sides = tuple[int, int]
+RULES = [(1024, 256, 2048, 64), (1024, 512, 2048, 64), (512, 256, 1024, 64), (128, 64, 256, 8)]
 
-def _kohya_resolutions(side: int, min_size: int, max_size: int, divisible: int) -> list[tuple[int, int]]:
+
+def _kohya_resolutions(side: int, min_size: int, max_size: int, divisible: int) -> list[Sides]:
     """`make_bucket_resolutions` of sd-scripts: (width, height), sorted."""
     max_area = side * side
     square = int(math.sqrt(max_area) // divisible) * divisible
@@ -23,7 +26,9 @@ def _kohya_resolutions(side: int, min_size: int, max_size: int, divisible: int) 
     return sorted(resolutions)
 
 
-def _kohya_select(width: int, height: int, resolutions: list[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _kohya_select(
+    width: int, height: int, resolutions: list[tuple[int, int]]
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """`BucketManager.select_bucket` with upscaling: the bucket and the resized size, each (width, height)."""
     aspect = width / height
     errors = np.array([w / h for w, h in resolutions]) - aspect
@@ -32,7 +37,9 @@ def _kohya_select(width: int, height: int, resolutions: list[tuple[int, int]]) -
     return bucket, (int(width * scale + 0.5), int(height * scale + 0.5))
 
 
-@pytest.mark.parametrize("rules", [(1024, 256, 2048, 64), (1024, 512, 2048, 64), (512, 256, 1024, 64), (128, 64, 256, 8)])
+@pytest.mark.parametrize(
+    "rules", [(1024, 256, 2048, 64), (1024, 512, 2048, 64), (512, 256, 1024, 64), (128, 64, 256, 8)]
+)
 def test_equals_kohya(rules: tuple[int, int, int, int]) -> None:
     buckets = make_buckets(*rules)
     resolutions = _kohya_resolutions(*rules)
@@ -75,7 +82,7 @@ def test_no_upscale_never_enlarges() -> None:
         place((63, 400), (), rules)
 
 
-def _kohya_no_upscale(width: int, height: int, side: int, steps: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def _kohya_no_upscale(width: int, height: int, side: int, steps: int) -> tuple[Sides, Sides]:
     """`BucketManager.select_bucket` with no_upscale: the bucket and the resized size, each (width, height)."""
 
     def rounded(x: float) -> int:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from photographs import RULES, astronaut, coffee
 from PIL import Image
 
+from tests.data.photographs import RULES, astronaut, coffee
 from trainer.data.buckets import Bucket, Placement, make_buckets, place
 from trainer.data.images import BadImage, image_hw, load_pixels, pillow_rules, to_unit_range
 
@@ -63,11 +63,11 @@ def test_orientation_is_as_displayed(tmp_path: Path, orientation: int, ending: s
 
 
 def test_modes(tmp_path: Path) -> None:
-    image = astronaut()
-    grey, expected = image.convert("L"), None
+    image = astronaut().resize((200, 200))
+    grey = image.convert("L")
     grey16 = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     half = image.convert("RGBA")
-    half.putalpha(Image.fromarray(np.full((512, 512), 0, dtype=np.uint8)))
+    half.putalpha(Image.fromarray(np.full((200, 200), 0, dtype=np.uint8)))
     palette = image.quantize(256)
     files = {
         "rgb.png": image,

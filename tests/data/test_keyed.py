@@ -11,7 +11,20 @@ def test_seeds_never_change() -> None:
 
 
 def test_parts_do_not_run_into_each_other() -> None:
-    parts = [("a", "bc"), ("ab", "c"), ("abc",), ("a", "b", "c"), (1,), ("1",), (11,), (1, 1), (-1,), (), ("",), ("", "")]
+    parts = [
+        ("a", "bc"),
+        ("ab", "c"),
+        ("abc",),
+        ("a", "b", "c"),
+        (1,),
+        ("1",),
+        (11,),
+        (1, 1),
+        (-1,),
+        (),
+        ("",),
+        ("", ""),
+    ]
     assert len({draw_seed(*p) for p in parts}) == len(parts)
 
 

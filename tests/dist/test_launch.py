@@ -186,3 +186,22 @@ def test_killing_the_parent_leaves_no_orphan(tmp_path: Path) -> None:
         assert len(alive(pids)) == 4
         process.kill()
         until(lambda: alive(pids) == [], 2)
+
+
+def test_workers_end_with_the_parent_even_without_the_sentinel(tmp_path: Path) -> None:
+    with parent("deaf", tmp_path, 2) as process:
+        pids = worker_and_child_pids(tmp_path, 2)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
+        (sentinel,) = {int(pid) for pid in children} - set(pids)
+        os.kill(sentinel, signal.SIGKILL)
+        process.kill()
+        try:
+            until(lambda: alive(pids[::2]) == [], 2)
+        finally:
+            for pid in pids[1::2]:
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_launching_needs_no_torch() -> None:
+    code = "import sys, trainer.dist.launch, trainer.dist.worker; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=ENV, check=False).returncode == 0

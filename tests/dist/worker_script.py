@@ -25,6 +25,11 @@ def ready(note: object = None) -> None:
     temporary.replace(FOLDER / f"ready-{RANK}")
 
 
+def await_files(*names: str) -> None:
+    while not all((FOLDER / name).exists() for name in names):
+        time.sleep(0.01)
+
+
 def steps(stop_requested: StopRequested) -> None:
     ready()
     while not stop_requested():
@@ -40,6 +45,7 @@ def environment(stop_requested: StopRequested) -> None:
 def error(stop_requested: StopRequested) -> None:
     print(f"log of {RANK}")
     if RANK == 2:
+        await_files("ready-0", "ready-1")
         raise ValueError("no such bucket")
     steps(stop_requested)
 
@@ -50,9 +56,11 @@ def user_error(stop_requested: StopRequested) -> None:
 
 def echo(stop_requested: StopRequested) -> None:
     if RANK == 0:
+        await_files("ready-1")
         raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:50234")
     if RANK == 1:
-        time.sleep(0.3)
+        ready()
+        await_files("rank-0.error.json")
         raise ValueError("the cause")
     steps(stop_requested)
 
@@ -73,6 +81,7 @@ def killed(stop_requested: StopRequested) -> None:
 def deaf(stop_requested: StopRequested) -> None:
     """Never stops; has a child, as a loader process would be."""
     if os.environ.get("FAILING") == str(RANK):
+        await_files("ready-0", "ready-1")
         raise ValueError("gave up")
     child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
     ready([os.getpid(), child.pid])

@@ -11,8 +11,12 @@ from trainer.cli.target import find_target
 
 def main(argv: Sequence[str]) -> int:
     """Validation loss with fixed noise, a fixed-seed sample grid and the loss curve of a run or checkpoint."""
-    parser = argparse.ArgumentParser(prog="sdxl-train eval", description=main.__doc__, epilog="example: sdxl-train eval runs/4x3090")
-    parser.add_argument("target", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run (its newest checkpoint) or a checkpoint")
+    parser = argparse.ArgumentParser(
+        prog="sdxl-train eval", description=main.__doc__, epilog="example: sdxl-train eval runs/4x3090"
+    )
+    parser.add_argument(
+        "target", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run (its newest checkpoint) or a checkpoint"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the run's")
     parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/eval/CHECKPOINT)")
     arguments = parser.parse_args(argv)

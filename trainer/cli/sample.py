@@ -16,7 +16,9 @@ def main(argv: Sequence[str]) -> int:
         description=main.__doc__,
         epilog='example: sdxl-train sample runs/4x3090 --prompt "a red fox in snow" samples.guidance_scale=5',
     )
-    parser.add_argument("target", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run (its newest checkpoint) or a checkpoint")
+    parser.add_argument(
+        "target", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run (its newest checkpoint) or a checkpoint"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the run's")
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
     parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/sample/CHECKPOINT)")

@@ -1,32 +1,37 @@
-"""From a checked configuration to running workers: launched here, or joined where another launcher did it."""
+"""From a checked configuration to running workers: launched here, or joined where torchrun or SLURM did it."""
 
 import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from tqdm import tqdm
 
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
+from trainer.data.prepare import PrepareCounts, commit, is_current, plan_prepare, progress
 from trainer.dist.environment import choose_workers, detect_gpus, joined_environment
 from trainer.dist.launch import run_workers
-from trainer.errors import UserError
+from trainer.train.preparation import prepare_settings
 
 RESOLVED_CONFIG = "config.resolved.yaml"
+_POLL_S = 1.0
 
 
-def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str, object]) -> int:
+def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str, object], **launch: str) -> int:
     """Run a task of `trainer.cli.worker` on this host's workers; returns the command's exit code.
 
     Args:
         out_dir: where the resolved configuration and the workers' logs go.
         options: JSON-able arguments of the task.
+        launch: passed on to `run_workers`.
     """
     workers, gpu = choose_workers(config.launch.workers, detect_gpus())
-    out_dir.mkdir(parents=True, exist_ok=True)
-    resolved = out_dir / RESOLVED_CONFIG
-    resolved.write_text(to_yaml(config), encoding="utf-8")
+    resolved = write_resolved(config, out_dir)
     result = run_workers(
         [sys.executable, "-m", "trainer.cli.worker", task, str(resolved), json.dumps(options)],
         workers=workers,
@@ -34,15 +39,92 @@ def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str
         env=os.environ,
         threads=config.launch.threads_per_worker,
         gpu=gpu,
+        **launch,
     )
     if result.failure is not None:
-        prefix = "sdxl-train: " if result.failure.kind == "user" else "sdxl-train: training stopped: "
-        for line in result.failure.message().splitlines() if result.failure.kind == "user" else [result.failure.message()]:
-            print(f"{prefix}{line}", file=sys.stderr)
+        for line in result.failure.message().splitlines():
+            print(f"sdxl-train: {line}" if result.failure.kind == "user" else line, file=sys.stderr)
     return result.exit_code
+
+
+def write_resolved(config: Config, out_dir: Path) -> Path:
+    """The configuration with every key written out and absolute paths, as `config.resolved.yaml`."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / RESOLVED_CONFIG
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(to_yaml(config), encoding="utf-8")
+    partial.replace(path)
+    return path
 
 
 def worker_count(config: Config) -> int:
     """Workers of the whole run: those of torchrun or SLURM where they started us, else this host's."""
     joined = joined_environment(os.environ)
     return int(joined["WORLD_SIZE"]) if joined else choose_workers(config.launch.workers, detect_gpus())[0]
+
+
+def ensure_prepared(config: Config) -> int:
+    """Prepare the data set if it is not there yet; returns an exit code. New images are not looked for."""
+    return 0 if is_current(prepare_settings(config)) else prepare(config)
+
+
+def await_prepared(config: Config) -> None:
+    """Wait until another process has prepared the data set."""
+    settings = prepare_settings(config)
+    while not is_current(settings):
+        time.sleep(_POLL_S)
+
+
+def prepare(config: Config) -> int:
+    """Find new images, encode them on all workers, and make them part of the data set; returns an exit code."""
+    prepared = config.data.prepared
+    print(f"preparing {prepared}")
+    counts = plan_prepare(prepare_settings(config))
+    for line in describe_plan(counts):
+        print(line)
+    if counts.pending_rows:
+        with _bar(prepared):
+            code = start_workers(
+                "prepare", config, prepared, {}, stop_notice="ending; the same command goes on with what is missing"
+            )
+        if code:
+            return code
+    done = commit(prepared)
+    left_out = f"; {done.left_out} left out, with the reason in {prepared / 'bad.jsonl'}" if done.left_out else ""
+    print(f"prepared {done.images:,} images{left_out}")
+    return 0
+
+
+def describe_plan(counts: PrepareCounts) -> list[str]:
+    """What a scan of the sources found."""
+    scan = counts.scan
+    lines = [f"{scan.listed:,} images found: {scan.new:,} new, {scan.known:,} prepared before, {scan.bad:,} unusable"]
+    if scan.changed or scan.removed:
+        lines.append(f"{scan.changed:,} changed and {scan.removed:,} removed ones stay as they were prepared")
+    if counts.empty_captions:
+        lines.append(f"{counts.empty_captions:,} of {counts.new_rows:,} new images have no caption")
+    if scan.ignored:
+        kinds = ", ".join(f"{number:,} x {ending}" for ending, number in scan.ignored.most_common(5))
+        lines.append(f"ignored other files: {kinds}")
+    return lines
+
+
+@contextmanager
+def _bar(prepared: Path) -> Iterator[None]:
+    """Show how far all workers are together."""
+    done, total = progress(prepared)
+    ended = threading.Event()
+
+    def watch(bar: "tqdm[None]") -> None:
+        while not ended.wait(_POLL_S):
+            bar.update(progress(prepared)[0] - bar.n)
+
+    with tqdm(desc="encoding", total=total, initial=done, unit="img", disable=None) as bar:
+        watcher = threading.Thread(target=watch, args=(bar,), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+            bar.update(progress(prepared)[0] - bar.n)

@@ -6,35 +6,50 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.cli.arguments import add_config_arguments, read_config
-from trainer.cli.start import ensure_prepared, join_or_start
-from trainer.config.load import to_yaml
+from trainer.cli.start import await_prepared, ensure_prepared, start_workers, write_resolved
 from trainer.config.schema import Config
+from trainer.dist.environment import joined_environment
 from trainer.errors import UserError
 from trainer.train.run_dir import list_checkpoints, only_writer
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train from a config file."""
+    """Train from a config, or go on where its run stopped."""
     parser = argparse.ArgumentParser(
         prog="sdxl-train",
-        description="Train from a config, or go on where its run stopped.",
+        description=main.__doc__,
         epilog="example: sdxl-train configs/4x3090.yaml optimizer.lr=1e-6 train.epochs=2",
     )
     add_config_arguments(parser)
     parser.add_argument(
-        "--resume",
-        metavar="HOW",
-        help="auto (default), true, false or a checkpoint's path; the same as run.resume=HOW",
+        "--resume", metavar="HOW", help="auto (default), true, false or a checkpoint; the same as run.resume=HOW"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     overrides = [*arguments.overrides, *([f"run.resume={arguments.resume}"] if arguments.resume else [])]
     config = read_config(arguments.config, overrides)
     _check_resume(config)
-    return join_or_start("train", config, before=_prepare_run)
+    joined = joined_environment(os.environ)
+    if joined is not None:
+        return _join(config, joined)
+    with only_writer(config.run.dir):
+        return ensure_prepared(config) or start_workers("train", config, config.run.dir, {})
 
 
-def _prepare_run(config: Config) -> None:
-    ensure_prepared(config)
+def _join(config: Config, joined: dict[str, str]) -> int:
+    """Be one worker of a job that torchrun or SLURM has started; its rank 0 prepares the data for all."""
+    from trainer.cli.worker import run_task
+    from trainer.dist.worker import run_worker
+
+    if joined["RANK"] == "0":
+        code = ensure_prepared(config)
+        if code:
+            return code
+        write_resolved(config, config.run.dir)
+    else:
+        await_prepared(config)
+    os.environ.update(joined)
+    run_worker(lambda stop_requested: run_task("train", config, {}, stop_requested))
+    return 0
 
 
 def _check_resume(config: Config) -> None:
@@ -46,7 +61,7 @@ def _check_resume(config: Config) -> None:
         return
     existing = list_checkpoints(run_dir)
     if wish is True and not existing:
-        raise UserError(f"run.resume = true: there is no checkpoint in {run_dir}; auto starts fresh where there is none")
+        raise UserError(f"run.resume = true: no checkpoint in {run_dir}; auto starts fresh where there is none")
     if wish is False and existing:
         raise UserError(
             f"run.resume = false: {run_dir} already holds a run ({existing[-1].name}); "

@@ -1,6 +1,7 @@
 """What each worker process runs: `python -m trainer.cli.worker TASK CONFIG OPTIONS`. Not for people."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +25,12 @@ def main() -> None:
 def run_task(task: str, config: Config, options: dict[str, Any], stop_requested: Callable[[], bool]) -> None:
     """Join the other workers and do this worker's part of `task`."""
     if task == "prepare":
-        # Without a process group: a worker that is slow, or gone, holds up nobody.
-        from trainer.train.encoding import encode_share
+        # Without a process group: a worker that is slow, or gone, holds up nobody. What is finished is on the disk
+        # and the rest is done anew, so a stop signal may end it anywhere.
+        from trainer.train.preparation import encode_share
 
-        encode_share(config, stop_requested)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        encode_share(config)
         return
     from trainer.dist.comm import close, init_comm
     from trainer.measure.progress import open_log

@@ -153,6 +153,8 @@ class StepBatches:
     batches: Iterator[Batch]
     """The step's micro-batches; all must be taken before the next step. A generator, so that the first can be
     trained on while the last is read."""
+    weight: float
+    """Sum of the step's weights over all ranks, as planned: rows that turn out to be unreadable still count."""
     position_after: Position
     """What to save once the step is taken: what was read ahead does not count."""
 
@@ -177,7 +179,7 @@ class Loader:
             raise RuntimeError(f"{self._left} micro-batches of the step before were not taken")
         rows, after = self._steps.popleft()
         self._left = self._size
-        return StepBatches(rows.epoch, rows.bucket, self._micro_batches(), after)
+        return StepBatches(rows.epoch, rows.bucket, self._micro_batches(), float(rows.weights.sum()), after)
 
     def _micro_batches(self) -> Iterator[Batch]:
         while self._left:

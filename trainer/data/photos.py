@@ -6,7 +6,6 @@ has to be installed.
 
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from trainer.errors import UserError
+from trainer.package_files import find_package_file
 
 
 class Part(NamedTuple):
@@ -58,7 +58,9 @@ class View:
     caption: str
 
 
-def _skimage(file: str, subject: str, origin: str, parts: tuple[Part, ...], views: int = 2, gray: bool = False) -> Photo:
+def _skimage(
+    file: str, subject: str, origin: str, parts: tuple[Part, ...], views: int = 2, gray: bool = False
+) -> Photo:
     return Photo("skimage", "scikit-image", f"data/{file}", subject, origin, parts, views, gray)
 
 
@@ -213,22 +215,6 @@ _CAPTIONS = (
 )
 
 
-def find_in_package(package: str, distribution: str, file: str) -> Path:
-    """Returns where `file` of an installed package lies, without importing the package.
-
-    Raises:
-        UserError: the package is not installed, or has no such file.
-    """
-    spec = find_spec(package)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    if not folders:
-        raise UserError(f"package {distribution} is not installed; run: pip install --no-deps {distribution}")
-    for folder in folders:
-        if (Path(folder) / file).is_file():
-            return Path(folder) / file
-    raise UserError(f"package {distribution} in {folders[0]} has no {file}; run: pip install --no-deps -U {distribution}")
-
-
 def _shape_word(aspect: float) -> str:
     if aspect == 1:
         return "square"
@@ -289,7 +275,7 @@ def write_photos(folder: Path, show_progress: bool = True) -> int:
     paths, problems = [], {}
     for photo in PHOTOS:
         try:
-            paths.append(find_in_package(photo.package, photo.distribution, photo.file))
+            paths.append(find_package_file(photo.package, photo.distribution, photo.file))
         except UserError as error:
             problems.update(dict.fromkeys(error.lines))
     if problems:

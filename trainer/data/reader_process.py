@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 Fill = Callable[[Tensor, Any], Any]
 """(buffer uint8 [slot_bytes], request) -> a small value that tells what was put into the buffer."""
+_HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_ALIGN = 64
 _PRELOAD = ["trainer.data.loader", "trainer.model.text"]
 
 
@@ -34,7 +36,7 @@ def start_reader_server() -> None:
     resource_tracker.ensure_running()  # first, because it unblocks the signals that are blocked below
     # A blocked signal stays blocked in what is started: from their first instruction on, neither the server nor
     # its forks can be ended by a Ctrl-C or a SIGTERM that was sent to the whole process group.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_SIGNALS)
     try:
         forkserver.ensure_running()
     finally:
@@ -67,7 +69,7 @@ def read_in_processes(
         prefetch: requests to keep ready, rounded up to a multiple of `workers`.
 
     Yields:
-        The filled buffer [slot_bytes] uint8, valid until the next one is taken, and the value that `fill` returned.
+        The filled buffer uint8, valid until the next one is taken, and the value that `fill` returned.
 
     Raises:
         RuntimeError: a reader process died. It is found at once, or within five seconds.
@@ -77,7 +79,8 @@ def read_in_processes(
     per_worker = max(1, -(-prefetch // workers))
     # DataLoader sends the next request just before it returns a result: one slot more than are under way.
     num_slots = per_worker * workers + 1
-    slots = torch.zeros(num_slots, slot_bytes, dtype=torch.uint8).share_memory_()
+    aligned_bytes = -(-slot_bytes // _ALIGN) * _ALIGN
+    slots = torch.zeros(num_slots, aligned_bytes, dtype=torch.uint8).share_memory_()
     loader = DataLoader(
         _SlotReader(fill, slots),
         batch_size=None,
@@ -124,12 +127,22 @@ def _unchanged(item: Any) -> Any:
 
 
 def _begin_reader(worker_id: int) -> None:
-    # DataLoader's own watch looks at the fork server, which lives as long as any reader does.
-    threading.Thread(target=_end_with_parent, name=f"parent-watch-{worker_id}", daemon=True).start()
+    for watch in (_end_with_parent, _end_when_parent_asks):
+        threading.Thread(target=watch, name=f"{watch.__name__}-{worker_id}", daemon=True).start()
 
 
 def _end_with_parent() -> None:
+    # DataLoader's own watch looks at the fork server, which lives as long as any of its forks does.
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
+
+
+def _end_when_parent_asks() -> None:
+    # Python and DataLoader end left-over readers with SIGTERM and then wait for them, so that it must not be
+    # ignored when it comes from there.
+    parent = multiprocessing.parent_process()
+    while parent is not None:
+        if signal.sigwaitinfo(_HELD_SIGNALS).si_pid == parent.pid:
+            os._exit(1)

@@ -193,6 +193,11 @@ class PreparedSet:
         """Virtual rows (an image of r repeats counts r times) of each of `buckets(split)`."""
         return [int(group.starts[-1]) for group in self._groups[split]]
 
+    @property
+    def scaling_factor(self) -> float:
+        """What the UNet sees are the stored latents times this."""
+        return self.settings["the VAE's scaling_factor"]
+
     def images(self, split: str) -> int:
         """Images of the split, each counted once."""
         return self._images[split]

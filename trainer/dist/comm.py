@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from trainer.dist import worker
@@ -50,21 +52,27 @@ def init_comm(timeout_s: float = DEFAULT_TIMEOUT_S) -> Comm:
         UserError: workers were started for GPUs that this PyTorch cannot use.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = threads_per_worker(local_world, None)
-    # PartialState warns and chooses a number of its own where this is unset.
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
-    device = _device(local_rank)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = init_device()
     if world == 1:
         with _hidden(_GROUP_VARIABLES):
             state = PartialState(cpu=device.type == "cpu")
     else:
         _open_group(rank, world, device, timedelta(seconds=timeout_s))
         state = PartialState(cpu=device.type == "cpu")
-    if (state.process_index, state.num_processes, state.device.type) != (rank, world, device.type):
+    built_for = state.process_index, state.num_processes, torch.device(state.device or "cpu").type
+    if built_for != (rank, world, device.type):
         raise RuntimeError(f"accelerate's state was set before init_comm: {state!r}")
     return Comm(rank, world, local_rank, device)
+
+
+def init_device() -> torch.device:
+    """This worker's device, with its number of OpenMP threads set; for work that needs no other worker."""
+    threads = threads_per_worker(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), None)
+    # PartialState warns and chooses a number of its own where this is unset.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    return _device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _device(local_rank: int) -> torch.device:
@@ -88,7 +96,7 @@ def _open_group(rank: int, world: int, device: torch.device, timeout: timedelta)
         # Rank 0 serves on the socket that the parent has bound.
         listen_fd = int(os.environ[worker.STORE_FD]) if rank == 0 else None
         port = int(os.environ[worker.STORE_PORT])
-        store = dist.TCPStore(
+        store = TCPStore(
             "127.0.0.1", port, world, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listen_fd
         )
     else:
@@ -97,7 +105,7 @@ def _open_group(rank: int, world: int, device: torch.device, timeout: timedelta)
         store, rank, world = next(rendezvous("env://", timeout=timeout))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        store=PrefixStore(f"attempt-{attempt}", store),
         rank=rank,
         world_size=world,
         timeout=timeout,

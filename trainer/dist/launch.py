@@ -88,6 +88,7 @@ def run_workers(
     env: Mapping[str, str],
     threads: int | None,
     gpu: bool,
+    stop_notice: str = "finishing the step and saving; once more ends at once, without saving",
 ) -> WorkersResult:
     """Run `workers` processes of the command `argv` until all have ended. Call it from the main thread.
 
@@ -100,6 +101,7 @@ def run_workers(
         env: environment of the workers; ranks, threads and the store are added to it.
         threads: OpenMP threads per worker; None: an exported `OMP_NUM_THREADS`, else cores / workers.
         gpu: workers use one GPU each; else they must stay on the CPU.
+        stop_notice: what a stop signal's first arrival sets going, for the person to read.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     for rank in range(workers):
@@ -109,7 +111,7 @@ def run_workers(
     with _stop_signals() as signals, _sentinel() as guard:
         try:
             _start(started, argv, workers, log_dir, shared, guard)
-            ending = _watch(started, log_dir, signals)
+            ending = _watch(started, log_dir, signals, stop_notice)
         finally:
             sentinel.end_groups([w.process.pid for w in started], lambda: _reap(started))
             for w in started:
@@ -167,7 +169,7 @@ def _start(
             _tell(guard, f"+{process.pid}\n")
 
 
-def _watch(started: Sequence[_Worker], log_dir: Path, signals: _Signals) -> _Ending:
+def _watch(started: Sequence[_Worker], log_dir: Path, signals: _Signals, stop_notice: str) -> _Ending:
     """Wait until every worker has ended, ending them as the rules of `run_workers` ask."""
     ending = _Ending()
     running = list(started)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,13 @@ def _check_scheduler(path: Path) -> list[str]:
     if prediction == "epsilon":
         return []
     return [f"model.path: {file}: prediction_type is {prediction}; only epsilon models are trained yet"]
+
+
+def count_weights(folder: Path) -> int:
+    """Number of weights in a component's folder, from the headers of its files."""
+    count = 0
+    for file in weight_files(folder):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return count

@@ -90,7 +90,7 @@ def load_denoiser(config: Config, weights: Path, prepared: PreparedSet, device: 
         unet=load_unet(weights, torch.float32, device),
         objective=epsilon_objective(scaled_linear().to(device)),
         text_encoders=encoders,
-        scaling_factor=prepared.settings["scaling_factor"],
+        scaling_factor=prepared.scaling_factor,
         autocast_dtype=autocast_dtype(config.train.precision),
     )
 

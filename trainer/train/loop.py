@@ -13,10 +13,11 @@ from trainer.data.sampler import EpochPlan, Position, steps_per_epoch, with_glob
 from trainer.dist.comm import Comm
 from trainer.errors import UserError
 from trainer.evaluate.report import loss_curve_png
-from trainer.measure.arithmetic import RunArithmetic, run_arithmetic
+from trainer.measure.arithmetic import RunArithmetic
 from trainer.measure.progress import ProgressLine
 from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
 from trainer.model.text import load_tokenizers
+from trainer.train.arithmetic import arithmetic_of
 from trainer.train.build import Run, build_run
 from trainer.train.checkpoint import write_checkpoint
 from trainer.train.lr_schedule import lr_at
@@ -76,20 +77,6 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
             loss_curve_png(read_metrics(config.run.dir), config.run.dir / "loss.png", title=config.run.dir.name)
     _announce_end(config, state, total_steps)
     return state
-
-
-def arithmetic_of(config: Config, workers: int, rows_per_bucket: Sequence[int]) -> RunArithmetic:
-    """The run's numbers, from its configuration and data."""
-    return run_arithmetic(
-        workers=workers,
-        batch_size_per_gpu=config.train.batch_size_per_gpu,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        global_batch_size=config.train.global_batch_size,
-        rows_per_bucket=rows_per_bucket,
-        steps=config.train.steps,
-        epochs=config.train.epochs,
-        checkpoint_every_steps=config.checkpoint.every_steps,
-    )
 
 
 def _starting_state(config: Config, run: Run, global_batch: int) -> TrainState:

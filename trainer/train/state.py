@@ -48,7 +48,9 @@ class TrainState:
             UserError: the record was written by another version of the format, or is incomplete.
         """
         if record.get("version") != VERSION:
-            raise UserError(f"{source}: training state of version {record.get('version')}, this program reads {VERSION}")
+            raise UserError(
+                f"{source}: training state of version {record.get('version')}, this program reads {VERSION}"
+            )
         try:
             return TrainState(
                 step=record["step"],

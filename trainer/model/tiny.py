@@ -1,0 +1,196 @@
+"""A tiny SDXL with the real topology and random weights, in diffusers' folder layout, made without a download.
+
+UNet blocks and transformer depths 1, 2 and 10, two text encoders and CLIP's real tokenizer are as in the
+published SDXL 1.0; only the widths differ. No two widths of the text side are equal, so that whoever
+confuses them fails.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.package_files import find_package_file
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+SCALING_FACTOR = 0.13025  # SDXL's: latents have a standard deviation of 7.7 before it, and 1 after
+_TEXT_WIDTH_ONE, _TEXT_WIDTH_TWO, _POOLED_WIDTH = 64, 96, 80
+_VOCABULARY_SIZE, _START_ID, _END_ID = 49408, 49406, 49407
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+_UNET: dict[str, Any] = {
+    "sample_size": 32,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (32, 64, 128),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [1, 2, 4],  # the number of heads, for all its name; 32 channels each
+    "cross_attention_dim": _TEXT_WIDTH_ONE + _TEXT_WIDTH_TWO,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 6 * 256 + _POOLED_WIDTH,
+}
+# bos, eos and pad are what SDXL's files say; the tokenizers' real ids are 49406, 49407 and 49407 or 0.
+_TEXT: dict[str, Any] = {
+    "vocab_size": _VOCABULARY_SIZE,
+    "max_position_embeddings": 77,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+    "num_attention_heads": 2,
+}
+_TEXT_ONE: dict[str, Any] = _TEXT | {
+    "hidden_size": _TEXT_WIDTH_ONE,
+    "intermediate_size": 4 * _TEXT_WIDTH_ONE,
+    "num_hidden_layers": 2,
+    "hidden_act": "quick_gelu",
+    "projection_dim": _TEXT_WIDTH_ONE,
+}
+_TEXT_TWO: dict[str, Any] = _TEXT | {
+    "hidden_size": _TEXT_WIDTH_TWO,
+    "intermediate_size": 4 * _TEXT_WIDTH_TWO,
+    "num_hidden_layers": 3,
+    "hidden_act": "gelu",
+    "projection_dim": _POOLED_WIDTH,
+}
+_SCHEDULER: dict[str, Any] = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "interpolation_type": "linear",
+    "use_karras_sigmas": False,
+    "trained_betas": None,
+}
+_MODEL_INDEX: dict[str, Any] = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "add_watermarker": None,
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def write_tiny_model(
+    folder: Path, *, seed: int = 0, vae: AutoencoderKL | None = None, tokenizer_from: Path | None = None
+) -> None:
+    """Write the model; takes a second or two.
+
+    Args:
+        folder: is made; must not exist, or be empty.
+        seed: of the random weights.
+        vae: a trained one, with latents of the standard deviation 1 / `SCALING_FACTOR`. Default: an untrained
+            one, which blurs.
+        tokenizer_from: a tokenizer folder (`vocab.json`, `merges.txt`) to use in place of CLIP's, which is read
+            from an installed package.
+
+    Raises:
+        UserError: no installed package has CLIP's vocabulary.
+    """
+    import torch
+
+    from trainer.model.tiny_vae import make_tiny_vae
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pad_token in (("tokenizer", _END), ("tokenizer_2", "!")):
+        write_clip_tokenizer(folder / name, pad_token, tokenizer_from or (folder / "tokenizer"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        make_tiny_unet().save_pretrained(folder / "unet")
+        one, two = _make_text_encoders()
+    one.save_pretrained(folder / "text_encoder")
+    two.save_pretrained(folder / "text_encoder_2")
+    (make_tiny_vae(seed) if vae is None else vae).save_pretrained(folder / "vae")
+    _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
+    _write_json(folder / "model_index.json", _MODEL_INDEX)
+
+
+def make_tiny_unet() -> UNet2DConditionModel:
+    """The UNet with weights from torch's global generator; latents [B, 4, h, w] of 32 x 32 at 256 x 256 px."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel(**_UNET)
+
+
+def _make_text_encoders() -> tuple[CLIPTextModel, CLIPTextModel]:
+    """Both encoders with random weights that tell captions apart.
+
+    CLIP's usual start gives tokens a deviation of 0.02, a trained one's are of the size of its layers'
+    outputs. At that size a frozen random encoder is a bag of words with some mixing: enough to learn from.
+    """
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    one = CLIPTextModel(CLIPTextConfig(**_TEXT_ONE))
+    two = CLIPTextModelWithProjection(CLIPTextConfig(**_TEXT_TWO))
+    with torch.no_grad():
+        for encoder in (one, two):
+            for name, weight in encoder.named_parameters():
+                if name.endswith("token_embedding.weight"):
+                    weight.normal_(std=1.0)
+                elif name.endswith("position_embedding.weight"):
+                    weight.normal_(std=0.3)
+    return one, two
+
+
+def write_clip_tokenizer(folder: Path, pad_token: str, tokenizer_from: Path | None = None) -> None:
+    """Write CLIP's tokenizer as the published SDXL has it: `vocab.json`, `merges.txt` and two settings files.
+
+    Args:
+        pad_token: the end token for SDXL's first tokenizer, "!" (id 0) for the second.
+        tokenizer_from: a folder to copy vocabulary and merges from, if it has them.
+
+    Raises:
+        UserError: no installed package has CLIP's vocabulary.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt"):
+        if tokenizer_from is not None and tokenizer_from != folder and (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, folder / name)
+    if not (folder / "vocab.json").is_file():
+        vocabulary, merges = _clip_vocabulary()
+        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": pad_token}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
+    settings |= {"add_prefix_space": False, "errors": "replace", "clean_up_tokenization_spaces": True}
+    _write_json(folder / "special_tokens_map.json", special)
+    _write_json(folder / "tokenizer_config.json", settings | special)
+
+
+def _clip_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """CLIP's tokens with their ids, and its merges: bytes, bytes that end a word, merges, start, end."""
+    path = find_package_file("open_clip", "open_clip_torch", "bpe_simple_vocab_16e6.txt.gz")
+    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    # The file holds more merges than CLIP uses; the first line is a comment.
+    merges = lines[1 : _VOCABULARY_SIZE - 2 * 256 - 2 + 1]
+    # Printable stand-ins for the 256 bytes, in CLIP's order: "!" comes first.
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *(m.replace(" ", "") for m in merges), _START, _END]
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
