@@ -212,7 +212,7 @@ def test_cached_text(tmp_path: Path) -> None:
     settings = settings_for(tmp_path / "prepared", tmp_path / "photos", text_encoders="xxh3:77 fp32")
 
     def encode_text(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        numbers = np.array([int(caption.split()[1].strip(",")) for caption in captions], dtype=np.float32)
+        numbers = np.array([int(caption_text(caption).split()[1].strip(",")) for caption in captions], dtype=np.float32)
         return np.tile(numbers[:, None, None], (1, 77, 8)), np.tile(-numbers[:, None], (1, 4))
 
     plan_prepare(settings, show_progress=False)

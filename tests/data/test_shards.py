@@ -8,7 +8,7 @@ import pytest
 import safetensors
 
 from trainer.data.buckets import Bucket
-from trainer.data.captions import caption_record
+from trainer.data.captions import caption_record, caption_text
 from trainer.data.shards import (
     HEADER_BYTES,
     OpenShard,
@@ -39,7 +39,7 @@ def _batches(latents: np.ndarray) -> list[RowBatch]:
 
 
 def _encode_text(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.array([len(caption) for caption in captions], dtype=np.float32)
+    lengths = np.array([len(caption_text(caption)) for caption in captions], dtype=np.float32)
     return np.full((len(captions), 77, 6), lengths[:, None, None]), np.full((len(captions), 5), -lengths[:, None])
 
 

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the run's")
     parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/eval/CHECKPOINT)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     config_path, checkpoint = find_target(arguments.target)
     out_dir = (arguments.out or config_path.parent / "eval" / checkpoint.name).absolute()
     config = read_config(config_path, arguments.overrides)

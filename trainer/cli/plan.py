@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
         epilog="example: sdxl-train plan configs/4x3090.yaml train.epochs=2",
     )
     add_config_arguments(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     config = read_config(arguments.config, arguments.overrides)
     print(to_yaml(config))
     _print_model(config)

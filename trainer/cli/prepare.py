@@ -16,5 +16,5 @@ def main(argv: Sequence[str]) -> int:
         epilog="example: sdxl-train prepare configs/4x3090.yaml data.prepared=/nvme/prepared",
     )
     add_config_arguments(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     return prepare(read_config(arguments.config, arguments.overrides))

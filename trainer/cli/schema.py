@@ -25,6 +25,6 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--markdown", action="store_true", help="print the text of docs/config.md instead")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     sys.stdout.write(field_docs() if arguments.markdown else json.dumps(json_schema(), indent=2) + "\n")
     return 0

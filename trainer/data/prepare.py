@@ -75,6 +75,8 @@ def is_current(settings: PrepareSettings) -> bool:
         return False
     if read_snapshot(settings.prepared, current).settings != settings.to_json():
         return False
+    if not (settings.prepared / "catalog.sqlite").exists():
+        return True  # a set copied without its working files
     with catalog.open_catalog(settings.prepared) as connection:
         return not catalog.pending_generations(connection) and not catalog.has_open_rows(connection)
 

@@ -5,11 +5,12 @@ training process, so that it can finish its step; they end with it, however it e
 the iteration with an error that names it.
 """
 
-import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
@@ -32,7 +33,9 @@ def start_reader_server() -> None:
 
     Calling it before the model is loaded hides the server's imports.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
+    main = getattr(sys.modules["__main__"], "__spec__", None)  # every reader imports it: let the server do it once
+    preload = [*_PRELOAD, main.name] if main is not None else _PRELOAD
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
     resource_tracker.ensure_running()  # first, because it unblocks the signals that are blocked below
     # A blocked signal stays blocked in what is started: from their first instruction on, neither the server nor
     # its forks can be ended by a Ctrl-C or a SIGTERM that was sent to the whole process group.
@@ -81,17 +84,20 @@ def read_in_processes(
     num_slots = per_worker * workers + 1
     aligned_bytes = -(-slot_bytes // _ALIGN) * _ALIGN
     slots = torch.zeros(num_slots, aligned_bytes, dtype=torch.uint8).share_memory_()
-    loader = DataLoader(
-        _SlotReader(fill, slots),
-        batch_size=None,
-        sampler=((number % num_slots, request) for number, request in enumerate(requests)),  # pyright: ignore[reportArgumentType]
-        num_workers=workers,
-        prefetch_factor=per_worker,
-        collate_fn=_unchanged,
-        worker_init_fn=_begin_reader,
-        multiprocessing_context="forkserver",
-        generator=torch.Generator(),  # otherwise it would draw from, and so change, the global generator
-    )
+    with warnings.catch_warnings():
+        # How many readers there are is the user's choice (data.workers), also where the cores are fewer.
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        loader = DataLoader(
+            _SlotReader(fill, slots),
+            batch_size=None,
+            sampler=((number % num_slots, request) for number, request in enumerate(requests)),  # pyright: ignore[reportArgumentType]
+            num_workers=workers,
+            prefetch_factor=per_worker,
+            collate_fn=_unchanged,
+            worker_init_fn=_begin_reader,
+            multiprocessing_context="forkserver",
+            generator=torch.Generator(),  # otherwise it would draw from, and so change, the global generator
+        )
     results = iter(loader)
     processes = [child for child in multiprocessing.active_children() if child not in others]
     return _in_turn(results, slots, processes)
@@ -100,20 +106,21 @@ def read_in_processes(
 def _in_turn(
     results: Iterator[Any], slots: Tensor, processes: list[BaseProcess]
 ) -> Generator[tuple[Tensor, Any], None, None]:
-    for number in itertools.count():
-        try:
-            result = next(results)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            dead = [f"{process.pid} ({_ending(process.exitcode)})" for process in processes if not process.is_alive()]
-            if not dead:
-                raise
-            raise RuntimeError(
-                f"data reader process {', '.join(dead)} died; if it was killed for want of memory, lower "
-                "data.workers or data.prefetch_batches"
-            ) from error
-        yield slots[number % len(slots)], result
+    try:
+        for number, result in enumerate(results):
+            yield slots[number % len(slots)], result
+    except (RuntimeError, OSError, EOFError) as error:
+        dead = [f"{process.pid} ({_ending(process.exitcode)})" for process in processes if not process.is_alive()]
+        if not dead:
+            raise
+        raise RuntimeError(
+            f"data reader process {', '.join(dead)} died; if it was killed for want of memory, lower "
+            "data.workers or data.prefetch_batches"
+        ) from error
+    finally:
+        # Here and not in DataLoader's destructor, which comes late where an exception keeps it alive.
+        for process in processes:
+            process.terminate()
 
 
 def _ending(exitcode: int | None) -> str:

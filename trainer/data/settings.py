@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_128
-
 from trainer.data.buckets import BucketRules
 from trainer.data.folder import FolderSource
 from trainer.errors import UserError
@@ -19,7 +17,7 @@ SETTINGS_FORMAT = 1
 class PrepareSettings:
     """Everything that decides what `prepare` writes, but for the images.
 
-    `vae` and `text_encoders` are fingerprints (see `folder_fingerprint`) with the precision they run in, such as
+    `vae` and `text_encoders` are fingerprints of the weights with the precision they run in, such as
     `xxh3:0a1b... fp32`; `text_encoders` is None unless their outputs are cached.
     """
 
@@ -119,25 +117,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """`xxh3:` and 32 hex digits over a diffusers model folder: its configuration and the bytes of its weights.
-
-    Keys of the configuration that begin with `_` (versions, names) do not count.
-    """
-    digest = xxh3_128()
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    config = json.loads((folder / "config.json").read_text())
-    described = {key: value for key, value in config.items() if not key.startswith("_")}
-    digest.update(json.dumps(described, sort_keys=True).encode())
-    block = memoryview(bytearray(4 << 20))
-    for path in weights:
-        digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb", buffering=0) as file:
-            while read := file.readinto(block):
-                digest.update(block[:read])
-    return f"xxh3:{digest.hexdigest()}"
 
 
 def _stored(prepared: Path) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ import numpy as np
 from crc32c import crc32c
 
 from trainer.data.buckets import Bucket
-from trainer.data.captions import caption_text
+from trainer.errors import UserError
 
 FORMAT = "sdxl-train shard 1"
 HEADER_BYTES = 4096
@@ -53,11 +53,15 @@ TEXT_SECTIONS = ("text_hidden", "text_pooled", "text_crc32c")
 _DTYPES = {np.dtype("<f2"): "F16", np.dtype("<u8"): "U64", np.dtype("<u4"): "U32", np.dtype("u1"): "U8"}
 
 EncodeText = Callable[[Sequence[str]], tuple[Any, Any]]
-"""Captions -> (hidden [B, 77, D], pooled [B, P]), as arrays or CPU tensors."""
+"""Captions as JSON texts -> (hidden [B, 77, D], pooled [B, P]), as arrays or CPU tensors."""
 
 
 class ShardError(Exception):
     """A shard, or a row of it, is not what was written."""
+
+
+class NotFiniteError(ValueError):
+    """A value that fp16 cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +186,14 @@ def _write_hidden(
     pooled_batches: list[np.ndarray] = []
     shape: tuple[int, ...] = ()
     for start in range(0, len(rows.captions), batch_size):
-        captions = [caption_text(caption.decode()) for caption in rows.captions[start : start + batch_size]]
-        hidden, pooled = (finite_f16(np.asarray(output)) for output in encode_text(captions))
+        captions = [caption.decode() for caption in rows.captions[start : start + batch_size]]
+        try:
+            hidden, pooled = (finite_f16(np.asarray(output)) for output in encode_text(captions))
+        except NotFiniteError as error:
+            raise UserError(
+                f"data.cache_text: the text encoders give {error} for one of {captions}; "
+                "set model.text_encoder_precision: fp32, or cache_text: false"
+            ) from error
         file.write(hidden.data)
         crcs.extend(_chained_crc(hidden[i], pooled[i]) for i in range(len(captions)))
         pooled_batches.append(pooled)
@@ -192,10 +202,10 @@ def _write_hidden(
 
 
 def finite_f16(values: np.ndarray) -> np.ndarray:
-    """`values` as contiguous f16; ValueError where one is not finite or is beyond what f16 holds."""
+    """`values` as contiguous f16; NotFiniteError where one is not finite or is beyond what f16 holds."""
     limit = float(np.finfo(np.float16).max)
     if not np.all(np.abs(values) <= limit):
-        raise ValueError(f"values that are not finite, or beyond the {limit:g} of fp16")
+        raise NotFiniteError(f"values that are not finite, or beyond the {limit:g} of fp16")
     return np.ascontiguousarray(values, dtype="<f2")
 
 

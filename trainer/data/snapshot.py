@@ -98,6 +98,7 @@ def current_snapshot(prepared: Path) -> str | None:
 def snapshot_to_json(snapshot: Snapshot) -> str:
     """One list per column, so that thousands of shards stay small and quick to read."""
     shards, infos = snapshot.shards, [shard.info for shard in snapshot.shards]
+    present = [name for name in SECTIONS if any(info.offsets[name] >= 0 for info in infos)]
     document = {
         "format": SNAPSHOT_FORMAT,
         "number": snapshot.number,
@@ -112,8 +113,8 @@ def snapshot_to_json(snapshot: Snapshot) -> str:
             "uniform_repeats": [info.uniform_repeats for info in infos],
             "file_bytes": [info.file_bytes for info in infos],
             "header_crc32c": [info.header_crc32c for info in infos],
-            "text_shape": [info.text_shape for info in infos],
-            "offsets": {name: [info.offsets[name] for info in infos] for name in SECTIONS},
+            "text_shape": next((info.text_shape for info in infos if info.text_shape), None),
+            "offsets": {name: [info.offsets[name] for info in infos] for name in present},
         },
     }
     return json.dumps(document, ensure_ascii=False, indent=None, separators=(",", ":")) + "\n"
@@ -131,7 +132,7 @@ def read_snapshot(prepared: Path, name: str) -> Snapshot:
     if document.get("format") != SNAPSHOT_FORMAT:
         raise UserError(f"{path}: is of format '{document.get('format')}', this version reads '{SNAPSHOT_FORMAT}'")
     columns = document["shards"]
-    offsets = columns["offsets"]
+    offsets, text_shape = columns["offsets"], columns["text_shape"]
     entries = tuple(
         ShardEntry(
             name=shard_name,
@@ -143,8 +144,8 @@ def read_snapshot(prepared: Path, name: str) -> Snapshot:
                 uniform_repeats=columns["uniform_repeats"][i],
                 file_bytes=columns["file_bytes"][i],
                 header_crc32c=columns["header_crc32c"][i],
-                offsets={name: offsets[name][i] for name in SECTIONS},
-                text_shape=tuple(columns["text_shape"][i]) if columns["text_shape"][i] else None,
+                offsets={name: offsets[name][i] if name in offsets else -1 for name in SECTIONS},
+                text_shape=tuple(text_shape) if text_shape else None,
                 excluded=(),
             ),
         )

@@ -26,7 +26,6 @@ KILL_WAIT_S = 30.0
 # Ctrl-C often arrives twice: from the terminal and from a wrapper that passes it on.
 SAME_SIGNAL_S = 0.3
 LOG_TAIL_LINES = 20
-_STOP_NOTICE = "finishing the step and saving; once more ends at once, without saving."
 # Left over from another launcher, or from a launch that this one runs inside of.
 _FOREIGN_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", worker.STORE_FD)
 
@@ -184,7 +183,7 @@ def _watch(started: Sequence[_Worker], log_dir: Path, signals: _Signals, stop_no
         now = time.monotonic()
         if signals.first is not None and not ending.terminated:
             with contextlib.suppress(OSError):  # the terminal may be what went away
-                print(f"{signals.first.name}: {_STOP_NOTICE}", file=sys.stderr, flush=True)
+                print(f"{signals.first.name}: {stop_notice}", file=sys.stderr, flush=True)
         if (signals.first is not None or ending.kill_at_s is not None) and not ending.terminated:
             ending.terminated = True
             for w in running:

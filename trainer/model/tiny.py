@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-SCALING_FACTOR = 0.13025  # SDXL's: latents have a standard deviation of 7.7 before it, and 1 after
 _TEXT_WIDTH_ONE, _TEXT_WIDTH_TWO, _POOLED_WIDTH = 64, 96, 80
 _VOCABULARY_SIZE, _START_ID, _END_ID = 49408, 49406, 49407
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -99,8 +98,8 @@ def write_tiny_model(
     Args:
         folder: is made; must not exist, or be empty.
         seed: of the random weights.
-        vae: a trained one, with latents of the standard deviation 1 / `SCALING_FACTOR`. Default: an untrained
-            one, which blurs.
+        vae: a trained one, with latents of the standard deviation 1 / 0.13025 as in SDXL. Default: an
+            untrained one, which blurs.
         tokenizer_from: a tokenizer folder (`vocab.json`, `merges.txt`) to use in place of CLIP's, which is read
             from an installed package.
 

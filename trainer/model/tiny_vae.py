@@ -17,11 +17,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from trainer.model.tiny import SCALING_FACTOR
-
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+SCALING_FACTOR = 0.13025  # SDXL's: latents have a standard deviation of 7.7 before it, and 1 after
 _CONSTANT = 6.0  # size of the two constant channels beside the colours; large against the colours' -1..1
 _CROP_PX, _CROPS = 64, 3
 _LAST_CROP_PX, _LAST_SHARE = 176, 0.1  # group norms see larger images in use: the last steps train on such

@@ -42,7 +42,7 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
     run = build_run(config, comm)
     rows_per_bucket = run.prepared.rows_per_bucket("train")
     arithmetic = arithmetic_of(config, comm.world, rows_per_bucket)
-    state = _starting_state(config, run, arithmetic.images_per_step)
+    state = starting_state(config, run, arithmetic.images_per_step)
     total_steps = _total_steps(config, rows_per_bucket, state)
     _announce(config, run, replace(arithmetic, total_steps=total_steps), state)
     with ExitStack() as stack:
@@ -50,7 +50,7 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
         scorer = Scorer(config, comm, run.parts.denoiser, run.prepared)
         if run.state is None:
             scorer.score_when_due(0, outputs and outputs.metrics, at_end=False)
-        loader = stack.enter_context(_open_loader(config, comm, run, state, arithmetic.accumulation))
+        loader = stack.enter_context(open_training_loader(config, comm, run, state, arithmetic.accumulation))
         done = state.step >= total_steps
         while not done:
             begin, waited_before = time.perf_counter(), loader.wait_s
@@ -79,7 +79,7 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
     return state
 
 
-def _starting_state(config: Config, run: Run, global_batch: int) -> TrainState:
+def starting_state(config: Config, run: Run, global_batch: int) -> TrainState:
     """Where the run goes on, or the start of a fresh one; a changed global batch opens a new segment."""
     rows_per_bucket = run.prepared.rows_per_bucket("train")
     if run.state is None:
@@ -100,7 +100,7 @@ def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainSta
     return state.step + this_epoch + epochs_after_this * steps_per_epoch(rows_per_bucket, state.position.global_batch)
 
 
-def _open_loader(config: Config, comm: Comm, run: Run, state: TrainState, accumulation: int) -> Loader:
+def open_training_loader(config: Config, comm: Comm, run: Run, state: TrainState, accumulation: int) -> Loader:
     tokenizers = None if config.data.cache_text else load_tokenizers(config.model.path)
     return open_loader(
         BatchReader(run.prepared, "train", config.run.seed, tokenizers),

@@ -18,6 +18,7 @@ from trainer.dist.comm import Comm, sum_floats
 from trainer.dist.strategy import Strategy
 from trainer.model.conditioning import condition_text
 from trainer.model.denoiser import Denoiser, image_losses
+from trainer.train.optim import set_lr
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,7 @@ def _update(parts: StepParts, planned_images: float, num_images: float, lr: floa
     norm = nn.utils.get_total_norm(gradients)
     if parts.max_grad_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, parts.max_grad_norm, norm)
-    for group in parts.optimizer.param_groups:
-        group["lr"] = lr
+    set_lr(parts.optimizer, lr)
     parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
     return float(norm)

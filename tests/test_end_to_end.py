@@ -1,0 +1,216 @@
+"""Whole commands in real processes: what a person types, and what must lie on the disk afterwards."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+pytestmark = pytest.mark.e2e
+
+COMMAND = [sys.executable, "-W", "error", "-m", "trainer"]
+
+
+def sdxl_train(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command and return what it printed; its exit code must be `expect`."""
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Crops of real photographs in a few shapes, with captions."""
+    from skimage import data
+
+    folder = tmp_path_factory.mktemp("photos")
+    for name in ("astronaut", "chelsea", "coffee"):
+        picture = Image.fromarray(getattr(data, name)())
+        for index, (width, height) in enumerate([(128, 128), (192, 96), (96, 192)] * 4):
+            left, top = 7 * index, 5 * index
+            crop = picture.crop((left, top, left + width, top + height))
+            crop.save(folder / f"{name}-{index:02d}.png")
+            (folder / f"{name}-{index:02d}.txt").write_text(f"photograph of {name}, part {index}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, photos: Path) -> Path:
+    """A config for quick runs; its data set is prepared by the first test that needs it."""
+    folder = tmp_path_factory.mktemp("config")
+    config = {
+        "run": {"dir": str(folder / "unused"), "seed": 3},
+        "launch": {"workers": 1, "threads_per_worker": 1},
+        "model": {"path": str(model_folder)},
+        "data": {
+            "sources": [{"path": str(photos)}],
+            "prepared": str(folder / "prepared"),
+            "buckets": {"resolution": 128, "min_px": 64, "max_px": 256, "step_px": 64},
+            "validation_fraction": 0.15,
+            "workers": 0,
+        },
+        "train": {"steps": 8, "global_batch_size": 4, "precision": "fp32"},
+        "optimizer": {"lr": 1e-3},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    sdxl_train("prepare", path)
+    return path
+
+
+def losses(run_dir: Path) -> list[float]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def unet_hash(run_dir: Path, step: int) -> str:
+    file = run_dir / f"checkpoints/step-{step:08d}/unet/diffusion_pytorch_model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_smoke(tmp_path: Path, model_folder: Path, photos: Path, config_file: Path) -> None:
+    """Two workers from nothing: prepare, train, sample, stop, resume, evaluate; exactly the promised files."""
+    run_dir, prepared = tmp_path / "run", tmp_path / "prepared"
+    overrides = [f"run.dir={run_dir}", f"data.prepared={prepared}", "launch.workers=2", "checkpoint.every_steps=3"]
+    overrides += ["validation.every_steps=4", "samples.every_steps=8", "samples.count=3", "samples.steps=2"]
+    done = sdxl_train(config_file, *overrides)
+    assert "2 workers x 1 image x 2 accumulation = 4 images per step" in done.stderr
+    names = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()}
+    events = {name for name in names if name.startswith("tensorboard/events.")}
+    assert len(events) == 1
+    checkpoint_files = ["manifest.json", "training_state/optimizer.safetensors", "training_state/state.json"]
+    checkpoint_files += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    expected = {f"checkpoints/step-{step:08d}/{name}" for step in (3, 6, 8) for name in checkpoint_files}
+    expected |= {f"samples/step-00000008/{index:02d}.png" for index in range(3)} | {"samples/step-00000008.png"}
+    expected |= {"config.resolved.yaml", "metrics.jsonl", "log.txt", "loss.png", "run.lock", "logs/rank-1.log"}
+    assert names - events == expected
+
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(run_dir / "checkpoints/step-00000008/unet", local_files_only=True)
+    assert unet.config["addition_embed_type"] == "text_time"
+
+    done = sdxl_train(run_dir / "config.resolved.yaml", "train.steps=10", "--resume", "true")
+    assert "goes on after step 8, 2 steps to go" in done.stderr
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps.count(9) == steps.count(8) - 1 == 1  # step 8 has a validation record too
+
+    done = sdxl_train("eval", run_dir, "samples.steps=2")
+    record = json.loads((run_dir / "eval/step-00000010/validation.json").read_text())
+    assert record["images"] > 0 and f"validation loss {record['loss']:.5f}" in done.stderr
+    assert (run_dir / "eval/step-00000010/samples.png").is_file()
+    sdxl_train("sample", run_dir, "--prompt", "a cat", "--out", tmp_path / "drawn", "samples.steps=2")
+    assert Image.open(tmp_path / "drawn/samples/00.png").size == (128, 128)
+
+
+def test_one_worker_equals_four_and_accumulation(tmp_path: Path, config_file: Path) -> None:
+    """The first 20 losses do not depend on how a step is cut (fp32)."""
+    cuts = {"one": (1, 4), "four": (4, 1), "accumulated": (1, 1), "uneven": (3, 1)}
+    curves = {}
+    for name, (workers, batch) in cuts.items():
+        run_dir = tmp_path / name
+        sdxl_train(
+            config_file,
+            f"run.dir={run_dir}",
+            f"launch.workers={workers}",
+            f"train.batch_size_per_gpu={batch}",
+            "train.steps=20",
+        )
+        curves[name] = losses(run_dir)
+    assert len(curves["one"]) == 20
+    for name in cuts:
+        assert curves[name] == pytest.approx(curves["one"], abs=1e-5), name
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_interrupted_run_ends_with_the_same_bits(tmp_path: Path, config_file: Path, workers: int) -> None:
+    """SIGTERM in mid-run, then the same command again: the UNet file has the hash of an uninterrupted run's."""
+    straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
+    shared = [config_file, f"launch.workers={workers}", "train.steps=30", "data.workers=1"]
+    sdxl_train(*shared, f"run.dir={straight}")
+    command = [*COMMAND, *map(str, shared), f"run.dir={interrupted}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        _wait_for_steps(interrupted, 5, process)
+        process.send_signal(signal.SIGTERM)
+        _, printed = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    (stopped,) = (interrupted / "checkpoints").iterdir()
+    assert 5 <= int(stopped.name.removeprefix("step-")) < 30, "the run ended before the signal: make it longer"
+    sdxl_train(*shared, f"run.dir={interrupted}")
+    assert unet_hash(interrupted, 30) == unet_hash(straight, 30)
+    assert losses(interrupted) == losses(straight)
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, config_file: Path) -> None:
+    """SIGKILL of the whole command: no orphan goes on, nothing half-written is taken for whole, the end is the same."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    shared = [config_file, "launch.workers=2", "train.steps=30", "checkpoint.every_steps=4"]
+    sdxl_train(*shared, f"run.dir={straight}")
+    with subprocess.Popen([*COMMAND, *map(str, shared), f"run.dir={killed}"], stderr=subprocess.DEVNULL) as process:
+        _wait_for_steps(killed, 9, process)
+        process.kill()
+    damaged = sorted((killed / "checkpoints").glob("step-????????"))[-1]
+    weights = damaged / "unet/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    time.sleep(1)  # the sentinel ends the workers
+    done = sdxl_train(*shared, f"run.dir={killed}")
+    assert f"{damaged}: unet/diffusion_pytorch_model.safetensors has changed (checksum); trying the one before" in done.stderr
+    assert unet_hash(killed, 30) == unet_hash(straight, 30)
+
+
+def test_two_commands_do_not_share_a_run_directory(tmp_path: Path, config_file: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [*COMMAND, str(config_file), f"run.dir={run_dir}", "train.steps=100000"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        _wait_for_steps(run_dir, 1, process)
+        second = sdxl_train(config_file, f"run.dir={run_dir}", expect=2)
+        process.terminate()
+    assert second.stderr == f"sdxl-train: {run_dir}: another sdxl-train is writing to this run directory\n"
+
+
+def test_torchrun_joins(tmp_path: Path, config_file: Path) -> None:
+    """Under torchrun the command is a worker of its job, and trains the same run as its own workers would."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    sdxl_train(config_file, f"run.dir={ours}", "launch.workers=2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["-m", "trainer", str(config_file), f"run.dir={theirs}"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert unet_hash(theirs, 8) == unet_hash(ours, 8)
+
+
+def test_a_wrong_config_is_one_line_per_problem(tmp_path: Path, config_file: Path) -> None:
+    done = sdxl_train(config_file, "train.stpes=5", "optimizer.lr=fast", expect=2)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 and "did you mean `steps`" in lines[0] and "must be a number" in lines[1]
+    missing = sdxl_train(tmp_path / "none.yaml", expect=2)
+    assert len(missing.stderr.splitlines()) == 1
+
+
+def test_resume_wishes_that_cannot_be_met(tmp_path: Path, config_file: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = sdxl_train(config_file, f"run.dir={run_dir}", "--resume", "true", expect=2)
+    assert "no checkpoint in" in done.stderr
+    sdxl_train(config_file, f"run.dir={run_dir}", "train.steps=1")
+    done = sdxl_train(config_file, f"run.dir={run_dir}", "--resume", "false", expect=2)
+    assert "already holds a run (step-00000001)" in done.stderr
+    done = sdxl_train(config_file, f"run.dir={run_dir}", "run.seed=4", expect=2)
+    assert "was started with 3" in done.stderr
+
+
+def _wait_for_steps(run_dir: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        metrics = run_dir / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no {count} steps in {run_dir}")

@@ -1,0 +1,90 @@
+"""Checkpoints: complete or not there, damage found, the newest ones kept."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trainer.errors import UserError
+from trainer.train.checkpoint import OPTIMIZER, read_tensors, write_checkpoint
+from trainer.train.run_dir import (
+    checkpoint_dir,
+    checkpoint_step,
+    find_damage,
+    list_checkpoints,
+    newest_checkpoint,
+    only_writer,
+    prune_checkpoints,
+    read_state,
+)
+
+TENSORS = {"a.exp_avg": torch.arange(6.0).reshape(2, 3), "a.step": torch.tensor(3.0)}
+
+
+def save(run_dir: Path, step: int) -> Path:
+    def save_unet(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        save_file({"weight": torch.full((4,), float(step))}, folder / "diffusion_pytorch_model.safetensors")
+
+    path = checkpoint_dir(run_dir, step)
+    write_checkpoint(path, save_unet, TENSORS, {"step": step})
+    return path
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    assert checkpoint_step(path) == 7
+    assert read_state(path) == {"step": 7}
+    found = dict(read_tensors(path / OPTIMIZER))
+    assert found.keys() == TENSORS.keys() and all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+    assert find_damage(path) is None
+
+
+def test_an_unfinished_write_is_invisible_and_cleaned_up(tmp_path: Path) -> None:
+    good = save(tmp_path, 1)
+
+    def fail(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(checkpoint_dir(tmp_path, 2), fail, TENSORS, {})
+    assert list_checkpoints(tmp_path) == [good]
+    prune_checkpoints(tmp_path, keep=2)
+    assert list((tmp_path / "checkpoints").iterdir()) == [good]
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "manifest"])
+def test_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, harm: str) -> None:
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    file = newer / OPTIMIZER
+    content = bytearray(file.read_bytes())
+    if harm == "flip":
+        content[-1] ^= 4
+        file.write_bytes(content)
+    elif harm == "truncate":
+        file.write_bytes(content[:-1])
+    elif harm == "delete":
+        file.unlink()
+    else:
+        (newer / "manifest.json").write_text('{"version": 1')
+    lines: list[str] = []
+    assert newest_checkpoint(tmp_path, lines.append) == older
+    assert len(lines) == 1 and lines[0].startswith(f"{newer}: ") and lines[0].endswith("; trying the one before")
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    paths = [save(tmp_path, step) for step in (1, 2, 10, 11)]
+    prune_checkpoints(tmp_path, keep=2)
+    assert list_checkpoints(tmp_path) == paths[2:]
+    assert sorted((tmp_path / "checkpoints").iterdir()) == paths[2:]
+
+
+def test_a_run_directory_has_one_writer(tmp_path: Path) -> None:
+    with only_writer(tmp_path), pytest.raises(UserError, match="another sdxl-train"), only_writer(tmp_path):
+        pass
+    with only_writer(tmp_path):
+        pass
