@@ -107,7 +107,8 @@ def test_smoke(tmp_path: Path, model_folder: Path, photos: Path, config_file: Pa
     assert record["images"] > 0 and f"validation loss {record['loss']:.5f}" in done.stderr
     assert (run_dir / "eval/step-00000010/samples.png").is_file()
     sdxl_train("sample", run_dir, "--prompt", "a cat", "--out", tmp_path / "drawn", "samples.steps=2")
-    assert Image.open(tmp_path / "drawn/samples/00.png").size == (128, 128)
+    with Image.open(tmp_path / "drawn/samples/00.png") as image:
+        assert image.size == (128, 128)
 
 
 def test_one_worker_equals_four_and_accumulation(tmp_path: Path, config_file: Path) -> None:
@@ -181,7 +182,7 @@ def test_torchrun_joins(tmp_path: Path, config_file: Path) -> None:
     """Under torchrun the command is a worker of its job, and trains the same run as its own workers would."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     sdxl_train(config_file, f"run.dir={ours}", "launch.workers=2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command += ["-m", "trainer", str(config_file), f"run.dir={theirs}"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert unet_hash(theirs, 8) == unet_hash(ours, 8)

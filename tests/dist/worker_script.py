@@ -84,6 +84,7 @@ def deaf(stop_requested: StopRequested) -> None:
         await_files("ready-0", "ready-1")
         raise ValueError("gave up")
     child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+    stop_requested()  # from here on, stop signals end nothing
     ready([os.getpid(), child.pid])
     while True:
         time.sleep(1)

@@ -7,6 +7,7 @@ from pathlib import Path
 from trainer.cli.arguments import read_config
 from trainer.cli.start import start_workers
 from trainer.cli.target import find_target
+from trainer.config.schema import SamplesConfig
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,6 +28,8 @@ def main(argv: Sequence[str]) -> int:
     out_dir = (arguments.out or config_path.parent / "sample" / checkpoint.name).absolute()
     config = read_config(config_path, arguments.overrides)
     if arguments.prompt:
-        samples = config.samples.model_copy(update={"prompts": arguments.prompt})
+        # The run's count is of captions, which are not drawn now.
+        count = SamplesConfig.model_fields["count"].default
+        samples = config.samples.model_copy(update={"prompts": arguments.prompt, "count": count})
         config = config.model_copy(update={"samples": samples})
     return start_workers("sample", config, out_dir, {"weights": str(checkpoint), "out_dir": str(out_dir)})

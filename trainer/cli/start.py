@@ -20,6 +20,8 @@ from trainer.train.preparation import prepare_settings
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 _POLL_S = 1.0
+# Not `-m`: each reader process of a worker would import that module once more, as its main module.
+_WORKER = "from trainer.cli.worker import main; main()"
 
 
 def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str, object], **launch: str) -> int:
@@ -33,7 +35,7 @@ def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str
     workers, gpu = choose_workers(config.launch.workers, detect_gpus())
     resolved = write_resolved(config, out_dir)
     result = run_workers(
-        [sys.executable, "-m", "trainer.cli.worker", task, str(resolved), json.dumps(options)],
+        [sys.executable, "-c", _WORKER, task, str(resolved), json.dumps(options)],
         workers=workers,
         log_dir=out_dir / "logs",
         env=os.environ,

@@ -1,7 +1,6 @@
-"""What each worker process runs: `python -m trainer.cli.worker TASK CONFIG OPTIONS`. Not for people."""
+"""What each worker process runs, with the arguments TASK CONFIG OPTIONS. Not for people."""
 
 import json
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +24,10 @@ def main() -> None:
 def run_task(task: str, config: Config, options: dict[str, Any], stop_requested: Callable[[], bool]) -> None:
     """Join the other workers and do this worker's part of `task`."""
     if task == "prepare":
-        # Without a process group: a worker that is slow, or gone, holds up nobody. What is finished is on the disk
-        # and the rest is done anew, so a stop signal may end it anywhere.
+        # Without a process group: a worker that is slow, or gone, holds up nobody. A stop signal may end it anywhere,
+        # for what is finished is on the disk and the rest is done anew.
         from trainer.train.preparation import encode_share
 
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         encode_share(config)
         return
     from trainer.dist.comm import close, init_comm
@@ -47,7 +45,3 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
             judge_by = {"evaluate": judge.evaluate_weights, "sample": judge.sample_weights}[task]
             judge_by(config, comm, Path(options["weights"]), Path(options["out_dir"]))
     close(comm)
-
-
-if __name__ == "__main__":
-    main()

@@ -260,6 +260,13 @@ def views(photo: Photo, photo_wh: tuple[int, int], first: int) -> list[View]:
     return found
 
 
+def _find(photo: Photo) -> Path | UserError:
+    try:
+        return find_package_file(photo.package, photo.distribution, photo.file)
+    except UserError as error:
+        return error
+
+
 def write_photos(folder: Path, show_progress: bool = True) -> int:
     """Writes the crops as `<name>.jpg` with their captions as `<name>.txt`, and their origins as `ORIGIN.md`.
 
@@ -272,16 +279,15 @@ def write_photos(folder: Path, show_progress: bool = True) -> int:
     Raises:
         UserError: a package that ships some of the photographs is missing; all missing ones are named.
     """
-    paths, problems = [], {}
-    for photo in PHOTOS:
-        try:
-            paths.append(find_package_file(photo.package, photo.distribution, photo.file))
-        except UserError as error:
-            problems.update(dict.fromkeys(error.lines))
+    found = [_find(photo) for photo in PHOTOS]
+    problems = [line for path in found if isinstance(path, UserError) for line in path.lines]
     if problems:
-        raise UserError(*problems)
+        raise UserError(*dict.fromkeys(problems))
+    paths = [path for path in found if isinstance(path, Path)]
     count = 0
-    for photo, path in tqdm(list(zip(PHOTOS, paths)), desc="photographs", unit="photo", disable=not show_progress):
+    for photo, path in tqdm(
+        dict(zip(PHOTOS, paths, strict=True)).items(), "photographs", unit="photo", disable=not show_progress
+    ):
         with Image.open(path) as file:
             image = file.convert("RGB")
         for view in views(photo, image.size, count):

@@ -8,7 +8,6 @@ the iteration with an error that names it.
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -33,9 +32,7 @@ def start_reader_server() -> None:
 
     Calling it before the model is loaded hides the server's imports.
     """
-    main = getattr(sys.modules["__main__"], "__spec__", None)  # every reader imports it: let the server do it once
-    preload = [*_PRELOAD, main.name] if main is not None else _PRELOAD
-    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     resource_tracker.ensure_running()  # first, because it unblocks the signals that are blocked below
     # A blocked signal stays blocked in what is started: from their first instruction on, neither the server nor
     # its forks can be ended by a Ctrl-C or a SIGTERM that was sent to the whole process group.

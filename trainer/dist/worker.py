@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -42,6 +43,12 @@ def run_worker(body: Callable[[Callable[[], bool]], None]) -> None:
             sys.stderr.flush()
         # No interpreter teardown: it would wait for loader processes and for peers that may be gone.
         os._exit(exit_code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Nor here: in about one of ten teardowns of a worker that had been in a process group, torch's own threads
+    # aborted it ("terminate called without an active exception").
+    os._exit(0)
 
 
 def _report(error: Exception) -> int:
@@ -61,16 +68,25 @@ def _report(error: Exception) -> int:
 
 
 def _stop_on_signals() -> Callable[[], bool]:
-    """SIGTERM and SIGINT from now on only set the returned flag."""
-    stop = False
+    """A function that says whether SIGTERM or SIGINT has come; it takes charge of both when first asked.
+
+    Until then they end this process at once: it has nothing to save yet, and may be waiting in a library.
+    """
+    stop = armed = False
 
     def request_stop(number: int, frame: FrameType | None) -> None:
         nonlocal stop
         stop = True
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, request_stop)
-    return lambda: stop
+    def stop_requested() -> bool:
+        nonlocal armed
+        if not armed:
+            armed = True
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, request_stop)
+        return stop
+
+    return stop_requested
 
 
 def _die_with_parent() -> None:

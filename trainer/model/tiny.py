@@ -107,6 +107,7 @@ def write_tiny_model(
         UserError: no installed package has CLIP's vocabulary.
     """
     import torch
+    from safetensors.torch import save_file
 
     from trainer.model.tiny_vae import make_tiny_vae
 
@@ -117,8 +118,10 @@ def write_tiny_model(
         torch.manual_seed(seed)
         make_tiny_unet().save_pretrained(folder / "unet")
         one, two = _make_text_encoders()
-    one.save_pretrained(folder / "text_encoder")
-    two.save_pretrained(folder / "text_encoder_2")
+    for encoder, name in ((one, "text_encoder"), (two, "text_encoder_2")):
+        encoder.config.save_pretrained(folder / name)
+        # Not by `save_pretrained`, which draws a progress bar of its own.
+        save_file(encoder.state_dict(), folder / name / "model.safetensors", metadata={"format": "pt"})
     (make_tiny_vae(seed) if vae is None else vae).save_pretrained(folder / "vae")
     _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
     _write_json(folder / "model_index.json", _MODEL_INDEX)
@@ -132,10 +135,10 @@ def make_tiny_unet() -> UNet2DConditionModel:
 
 
 def _make_text_encoders() -> tuple[CLIPTextModel, CLIPTextModel]:
-    """Both encoders with random weights that tell captions apart.
+    """Both encoders with random weights whose outputs tell captions apart.
 
-    CLIP's usual start gives tokens a deviation of 0.02, a trained one's are of the size of its layers'
-    outputs. At that size a frozen random encoder is a bag of words with some mixing: enough to learn from.
+    As CLIP begins its training, the end token hardly hears of the words before it. So words are large here,
+    positions small, and attention has three times its share: captions of one subject come out alike.
     """
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -148,7 +151,9 @@ def _make_text_encoders() -> tuple[CLIPTextModel, CLIPTextModel]:
                 if name.endswith("token_embedding.weight"):
                     weight.normal_(std=1.0)
                 elif name.endswith("position_embedding.weight"):
-                    weight.normal_(std=0.3)
+                    weight.normal_(std=0.05)
+                elif name.endswith("self_attn.out_proj.weight"):
+                    weight.mul_(3.0)
     return one, two
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,11 +24,17 @@ SCALING_FACTOR = 0.13025  # SDXL's: latents have a standard deviation of 7.7 bef
 _CONSTANT = 6.0  # size of the two constant channels beside the colours; large against the colours' -1..1
 _CROP_PX, _CROPS = 64, 3
 _LAST_CROP_PX, _LAST_SHARE = 176, 0.1  # group norms see larger images in use: the last steps train on such
-_PEAK_LR, _WARMUP_STEPS, _KL_WEIGHT = 7e-4, 50, 3e-4
+_PEAK_LR, _WARMUP_SHARE, _KL_WEIGHT = 7e-4, 0.04, 3e-4
 
 
 def make_tiny_vae(seed: int) -> AutoencoderKL:
-    """The VAE before training: it reconstructs colours and shapes, blurred by the factor 8."""
+    """An untrained VAE: it reconstructs colours and shapes, blurred by the factor 8; latents are scaled roughly."""
+    vae = _start(seed)
+    _normalize_latents(vae, torch.zeros(4), 0.25 * torch.eye(4), torch.full((4,), 1e-4))
+    return vae
+
+
+def _start(seed: int) -> AutoencoderKL:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     with torch.random.fork_rng(devices=[]):
@@ -44,7 +50,6 @@ def make_tiny_vae(seed: int) -> AutoencoderKL:
             mid_block_add_attention=False,
         )
     _start_linear(vae)
-    _normalize_latents(vae, torch.zeros(4), 0.25 * torch.eye(4), torch.full((4,), 0.01))
     return vae
 
 
@@ -83,7 +88,7 @@ def _start_linear(vae: AutoencoderKL) -> None:
         half.conv_out.weight[:3, :6, 1, 1] = signs.T
     encoder.conv_out.weight[3] *= 0.3
     encoder.conv_out.weight[4:] *= 0.1
-    encoder.conv_out.bias[4:] = -4.0  # pyright: ignore[reportOptionalSubscript]
+    encoder.conv_out.bias[4:] = -6.0  # pyright: ignore[reportOptionalSubscript]
     for conv in (vae.quant_conv, vae.post_quant_conv):
         assert conv is not None and conv.bias is not None
         conv.weight.copy_(torch.eye(conv.in_channels)[:, :, None, None])
@@ -107,7 +112,7 @@ def train_tiny_vae(images: Sequence[np.ndarray], steps: int, seed: int, show_pro
             0.06 CPU seconds each. 0 scales the latents alone.
         seed: of the weights, the crops and the posterior's noise. With equal threads, equal results.
     """
-    vae = make_tiny_vae(seed).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    vae = _start(seed).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=_PEAK_LR, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
@@ -115,10 +120,10 @@ def train_tiny_vae(images: Sequence[np.ndarray], steps: int, seed: int, show_pro
     bar = tqdm(range(steps), desc="VAE", unit="step", disable=not show_progress)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = _PEAK_LR * min(1, (step + 1) / _WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
-        at_end = step >= steps * (1 - _LAST_SHARE)
-        batch = _random_crops(pixels, 1, _LAST_CROP_PX, generator) if at_end else None
-        batch = _random_crops(pixels, _CROPS, _CROP_PX, generator) if batch is None else batch
+            group["lr"] = _PEAK_LR * _lr_ratio(step / steps, 1 / steps)
+        is_late = step >= steps * (1 - _LAST_SHARE)
+        count, side_px = (1, _LAST_CROP_PX) if is_late else (_CROPS, _CROP_PX)
+        batch = _random_crops(pixels, count, side_px, generator)
         posterior = vae.encode(batch, return_dict=False)[0]
         decoded = vae.decode(posterior.sample(generator), return_dict=False)[0]
         kl = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
@@ -134,11 +139,18 @@ def train_tiny_vae(images: Sequence[np.ndarray], steps: int, seed: int, show_pro
     return vae
 
 
+def _lr_ratio(done: float, step: float) -> float:
+    """Linear warm-up and half a cosine, as functions of the share of the training that is done."""
+    return min(1.0, (done + step) / _WARMUP_SHARE) * (1 + math.cos(math.pi * done)) / 2
+
+
 def _random_crops(pixels: list[Tensor], count: int, side_px: int, generator: torch.Generator) -> Tensor:
     crops = []
     for index in torch.randint(len(pixels), (count,), generator=generator).tolist():
         height, width = pixels[index].shape[1:]
-        top, left = (torch.rand(2, generator=generator) * torch.tensor([height - side_px + 1, width - side_px + 1])).int()
+        top, left = (
+            torch.rand(2, generator=generator) * torch.tensor([height - side_px + 1, width - side_px + 1])
+        ).int()
         crops.append(pixels[index][:, top : top + side_px, left : left + side_px])
     return _to_unit_range(torch.stack(crops)).contiguous(memory_format=torch.channels_last)
 
