@@ -164,7 +164,10 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, config_file
     weights.write_bytes(content)
     time.sleep(1)  # the sentinel ends the workers
     done = sdxl_train(*shared, f"run.dir={killed}")
-    assert f"{damaged}: unet/diffusion_pytorch_model.safetensors has changed (checksum); trying the one before" in done.stderr
+    assert (
+        f"{damaged}: unet/diffusion_pytorch_model.safetensors has changed (checksum); trying the one before"
+        in done.stderr
+    )
     assert unet_hash(killed, 30) == unet_hash(straight, 30)
 
 

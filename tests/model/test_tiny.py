@@ -41,6 +41,7 @@ def _pixels(path: Path) -> np.ndarray:
         return np.array(image)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
 def test_diffusers_draws_with_the_tiny_model(tiny_folder: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
@@ -99,9 +100,10 @@ def test_photographs_are_many_varied_and_captioned(photo_folder: Path) -> None:
 
 
 def test_a_few_steps_improve_the_vae_and_repeat_exactly(images: list[np.ndarray]) -> None:
-    before = reconstruction_psnr(make_tiny_vae(0), images)
+    one = images[:1]
+    before = reconstruction_psnr(make_tiny_vae(0), one)
     assert before > 18  # the linear start: blurred, in the right colours
-    assert reconstruction_psnr(train_tiny_vae(images, 25, seed=0, show_progress=False), images) > before + 0.2
+    assert reconstruction_psnr(train_tiny_vae(one, 40, seed=0, show_progress=False), one) > before + 0.3
     vae = train_tiny_vae(images, 2, seed=0, show_progress=False)
     again = train_tiny_vae(images, 2, seed=0, show_progress=False).state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in vae.state_dict().items())

@@ -37,7 +37,9 @@ def test_state_goes_through_tensors_and_back() -> None:
         optimizer.step()
         optimizer.zero_grad()
     theirs.load_state_dict(ours.state_dict())
-    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, dict(ours.named_parameters())).items()}
+    tensors = {
+        name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, dict(ours.named_parameters())).items()
+    }
     assert set(tensors) == {f"{p}.{s}" for p in ("weight", "bias") for s in ("exp_avg", "exp_avg_sq", "step")}
     other = make_optimizer(dict(theirs.named_parameters()), config)
     load_optimizer_tensors(other, dict(theirs.named_parameters()), tensors.items())

@@ -1,9 +1,9 @@
 """The worker's side of a launch: end with the parent, stop when asked, and say why it failed. No torch."""
 
+import atexit
 import contextlib
 import ctypes
 import faulthandler
-import logging
 import os
 import signal
 import sys
@@ -43,7 +43,7 @@ def run_worker(body: Callable[[Callable[[], bool]], None]) -> None:
             sys.stderr.flush()
         # No interpreter teardown: it would wait for loader processes and for peers that may be gone.
         os._exit(exit_code)
-    logging.shutdown()
+    atexit._run_exitfuncs()  # closes logs, removes multiprocessing's temporary folder
     sys.stdout.flush()
     sys.stderr.flush()
     # Nor here: in about one of ten teardowns of a worker that had been in a process group, torch's own threads

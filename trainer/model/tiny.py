@@ -18,7 +18,7 @@ from trainer.package_files import find_package_file
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 _TEXT_WIDTH_ONE, _TEXT_WIDTH_TWO, _POOLED_WIDTH = 64, 96, 80
 _VOCABULARY_SIZE, _START_ID, _END_ID = 49408, 49406, 49407
@@ -134,7 +134,7 @@ def make_tiny_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(**_UNET)
 
 
-def _make_text_encoders() -> tuple[CLIPTextModel, CLIPTextModel]:
+def _make_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """Both encoders with random weights whose outputs tell captions apart.
 
     As CLIP begins its training, the end token hardly hears of the words before it. So words are large here,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,10 +21,20 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 SCALING_FACTOR = 0.13025  # SDXL's: latents have a standard deviation of 7.7 before it, and 1 after
+_VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (16, 32, 64, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "sample_size": 256,
+    "scaling_factor": SCALING_FACTOR,
+    "mid_block_add_attention": False,
+}
 _CONSTANT = 6.0  # size of the two constant channels beside the colours; large against the colours' -1..1
 _CROP_PX, _CROPS = 64, 3
 _LAST_CROP_PX, _LAST_SHARE = 176, 0.1  # group norms see larger images in use: the last steps train on such
-_PEAK_LR, _WARMUP_SHARE, _KL_WEIGHT = 7e-4, 0.04, 3e-4
+_PEAK_LR, _WARMUP_SHARE, _KL_WEIGHT = 4e-4, 0.15, 3e-4
 
 
 def make_tiny_vae(seed: int) -> AutoencoderKL:
@@ -39,16 +49,7 @@ def _start(seed: int) -> AutoencoderKL:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(16, 32, 64, 64),
-            layers_per_block=1,
-            norm_num_groups=2,
-            sample_size=256,
-            scaling_factor=SCALING_FACTOR,
-            mid_block_add_attention=False,
-        )
+        vae = AutoencoderKL(**_VAE)
     _start_linear(vae)
     return vae
 
@@ -63,34 +64,36 @@ def _start_linear(vae: AutoencoderKL) -> None:
     from diffusers.models.resnet import ResnetBlock2D
 
     signs = torch.cat([torch.eye(3), -torch.eye(3)])
-    encoder, decoder = vae.encoder, vae.decoder
+    # The blocks' own types say little: each is a Module that may be a Tensor.
+    encoder: Any = vae.encoder
+    decoder: Any = vae.decoder
+    quant: Any = (vae.quant_conv, vae.post_quant_conv)
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D):
-            nn.init.zeros_(module.conv2.weight)
-            nn.init.zeros_(module.conv2.bias)  # pyright: ignore[reportArgumentType]
+            for parameter in module.conv2.parameters():
+                nn.init.zeros_(parameter)
             if module.conv_shortcut is not None:
                 _carry(module.conv_shortcut, torch.ones(1, 1))
     mean_of_four = F.pad(torch.full((2, 2), 0.25), (0, 1, 0, 1))
     bilinear = torch.tensor([0.25, 0.5, 0.25]).outer(torch.tensor([0.25, 0.5, 0.25]))
     for block in encoder.down_blocks:
-        for sampler in block.downsamplers or ():  # pyright: ignore[reportGeneralTypeIssues]
+        for sampler in block.downsamplers or ():
             _carry(sampler.conv, mean_of_four)
     for block in decoder.up_blocks:
-        for sampler in block.upsamplers or ():  # pyright: ignore[reportGeneralTypeIssues]
+        for sampler in block.upsamplers or ():
             _carry(sampler.conv, bilinear)
-    for half, last in ((encoder, encoder.mid_block.resnets[-1]), (decoder, decoder.up_blocks[-1].resnets[-1])):  # pyright: ignore
-        half.conv_in.weight[:6], half.conv_in.bias[:6] = 0, 0  # pyright: ignore[reportOptionalSubscript]
+    for half, last in ((encoder, encoder.mid_block.resnets[-1]), (decoder, decoder.up_blocks[-1].resnets[-1])):
+        half.conv_in.weight[:6], half.conv_in.bias[:6] = 0, 0
         half.conv_in.weight[:6, :3, 1, 1] = signs
         last.conv2.bias[6], last.conv2.bias[7] = _CONSTANT, -_CONSTANT
         channels_per_group = half.conv_norm_out.num_channels // half.conv_norm_out.num_groups
         half.conv_norm_out.weight[:6] = _CONSTANT * math.sqrt(2 / channels_per_group)
-        half.conv_out.weight[:3], half.conv_out.bias[:3] = 0, 0  # pyright: ignore[reportOptionalSubscript]
+        half.conv_out.weight[:3], half.conv_out.bias[:3] = 0, 0
         half.conv_out.weight[:3, :6, 1, 1] = signs.T
     encoder.conv_out.weight[3] *= 0.3
     encoder.conv_out.weight[4:] *= 0.1
-    encoder.conv_out.bias[4:] = -6.0  # pyright: ignore[reportOptionalSubscript]
-    for conv in (vae.quant_conv, vae.post_quant_conv):
-        assert conv is not None and conv.bias is not None
+    encoder.conv_out.bias[4:] = -6.0
+    for conv in quant:
         conv.weight.copy_(torch.eye(conv.in_channels)[:, :, None, None])
         conv.bias.zero_()
 
@@ -112,11 +115,11 @@ def train_tiny_vae(images: Sequence[np.ndarray], steps: int, seed: int, show_pro
             0.06 CPU seconds each. 0 scales the latents alone.
         seed: of the weights, the crops and the posterior's noise. With equal threads, equal results.
     """
-    vae = _start(seed).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    vae: Any = _start(seed).train()
+    vae.to(memory_format=torch.channels_last)
     pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=_PEAK_LR, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    vae.train()
     bar = tqdm(range(steps), desc="VAE", unit="step", disable=not show_progress)
     for step in bar:
         for group in optimizer.param_groups:
@@ -127,14 +130,14 @@ def train_tiny_vae(images: Sequence[np.ndarray], steps: int, seed: int, show_pro
         posterior = vae.encode(batch, return_dict=False)[0]
         decoded = vae.decode(posterior.sample(generator), return_dict=False)[0]
         kl = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
-        loss = _reconstruction_loss(decoded, batch) + _KL_WEIGHT * kl  # pyright: ignore[reportArgumentType]
+        loss = _reconstruction_loss(decoded, batch) + _KL_WEIGHT * kl
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    vae.eval().to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    vae.eval().to(memory_format=torch.contiguous_format)
     _normalize_latents(vae, *_latent_statistics(vae, pixels))
     return vae
 
@@ -211,7 +214,8 @@ def reconstruction_psnr(vae: AutoencoderKL, images: Sequence[np.ndarray]) -> flo
     for image in images:
         height, width = (side // 8 * 8 for side in image.shape[:2])
         pixels = _to_unit_range(torch.from_numpy(image[None, :height, :width]).permute(0, 3, 1, 2))
-        decoded = vae.decode(vae.encode(pixels, return_dict=False)[0].mean, return_dict=False)[0]
-        error = F.mse_loss(decoded.clamp(-1, 1), pixels)  # pyright: ignore[reportAttributeAccessIssue]
+        latents: Any = vae.encode(pixels, return_dict=False)[0].mean
+        decoded: Any = vae.decode(latents, return_dict=False)[0]
+        error = F.mse_loss(decoded.clamp(-1, 1), pixels)
         ratios.append(10 * math.log10(4 / error.item()))
     return sum(ratios) / len(ratios)
