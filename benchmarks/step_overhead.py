@@ -44,9 +44,8 @@ def main() -> None:
     starts = {name: median_of_3(name, arguments.config, overrides) for name in ("bare-start", "ours-start")}
     print(f"  import torch, diffusers, transformers; load the weights   {starts['bare-start']:.2f}")
     print(f"  sdxl-train, up to its first step                          {starts['ours-start']:.2f}")
-    print(
-        f"  difference                                                {starts['ours-start'] - starts['bare-start']:+.2f}"
-    )
+    extra_s = starts["ours-start"] - starts["bare-start"]
+    print(f"  difference                                                {extra_s:+.2f}")
 
 
 def run_part(name: str, config: Path, overrides: list[str]) -> dict[str, float]:

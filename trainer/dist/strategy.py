@@ -18,14 +18,12 @@ class Strategy:
 
     Attributes:
         model: called in the forward pass; reduces gradients in the backward pass.
-        module: the plain model, for saving and evaluation.
         parameters: what trains, by name.
         world: gradients are averaged over this many workers, so `backward` multiplies the loss by it:
             the step's loss is a sum over workers.
     """
 
     model: nn.Module
-    module: nn.Module
     parameters: dict[str, nn.Parameter] = field(repr=False)
     world: int
 
@@ -44,7 +42,7 @@ def make_strategy(unet: nn.Module, comm: Comm) -> Strategy:
     """Wrap `unet` for `comm.world` workers; a single worker runs the plain model."""
     parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
     if comm.world == 1:
-        return Strategy(unet, unet, parameters, 1)
+        return Strategy(unet, parameters, 1)
     model = nn.parallel.DistributedDataParallel(
         unet,
         device_ids=[comm.device.index] if comm.device.type == "cuda" else None,
@@ -53,7 +51,7 @@ def make_strategy(unet: nn.Module, comm: Comm) -> Strategy:
         batched_grad_copy=True,
         forward_sync_buffers=False,  # the UNet has no buffers
     )
-    return Strategy(model, unet, parameters, comm.world)
+    return Strategy(model, parameters, comm.world)
 
 
 def warm_up(strategy: Strategy, throw_away_loss: Callable[[nn.Module], Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from trainer.diffusion.objective import Objective
 from trainer.model.conditioning import unet_inputs
 from trainer.model.text import TextConditioning, TextEncoders
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +28,7 @@ class Denoiser:
         autocast_dtype: arithmetic of the UNet; None: the precision of its weights.
     """
 
-    unet: nn.Module
+    unet: UNet2DConditionModel
     objective: Objective
     text_encoders: TextEncoders | None
     scaling_factor: float

@@ -72,7 +72,7 @@ def build_run(config: Config, comm: Comm) -> Run:
     denoiser = load_denoiser(config, checkpoint or config.model.path, prepared, comm.device)
     denoiser.unet.train()
     if config.train.gradient_checkpointing:
-        denoiser.unet.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+        denoiser.unet.enable_gradient_checkpointing()
     strategy = make_strategy(denoiser.unet, comm)
     optimizer = make_optimizer(strategy.parameters, config.optimizer)
     if checkpoint is not None:
@@ -97,12 +97,11 @@ def load_denoiser(config: Config, weights: Path, prepared: PreparedSet, device: 
 
 def _throw_away_loss(denoiser: Denoiser, device: torch.device, model: nn.Module) -> Tensor:
     """A loss through every weight, on the smallest input that the UNet takes."""
-    config = denoiser.unet.config
-    latents = torch.zeros(1, config.in_channels, 8, 8, device=device)  # pyright: ignore
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim  # pyright: ignore
+    config = dict(denoiser.unet.config)
+    latents = torch.zeros(1, config["in_channels"], 8, 8, device=device)
+    pooled_dim = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     text = TextConditioning(
-        torch.zeros(1, 77, config.cross_attention_dim, device=device),  # pyright: ignore
-        torch.zeros(1, pooled, device=device),
+        torch.zeros(1, 77, config["cross_attention_dim"], device=device), torch.zeros(1, pooled_dim, device=device)
     )
     timesteps = torch.zeros(1, dtype=torch.int64, device=device)
     time_ids = torch.zeros(1, 6, device=device)

@@ -1,4 +1,4 @@
-"""From a configuration to `prepare`'s settings, and one worker's share of the encoding. Imports torch only in the latter."""
+"""From a configuration to `prepare`'s settings (without torch), and one worker's share of the encoding."""
 
 import os
 from collections.abc import Callable

@@ -89,7 +89,7 @@ class Scorer:
         for index in range(comm.rank, len(pictures), comm.world):
             picture = pictures[index]
             (image,) = sample_images(
-                unet=self.denoiser.unet,  # pyright: ignore[reportArgumentType]
+                unet=self.denoiser.unet,
                 vae=vae,
                 text_encoders=self._text_encoders,
                 tokenizer=self._tokenizers,

@@ -124,7 +124,8 @@ def _update(parts: StepParts, planned_images: float, num_images: float, lr: floa
         return 0.0
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if num_images != planned_images:
-        torch._foreach_mul_(gradients, planned_images / num_images)
+        for gradient in gradients:  # rare: once per unreadable image
+            gradient.mul_(planned_images / num_images)
     norm = nn.utils.get_total_norm(gradients)
     if parts.max_grad_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, parts.max_grad_norm, norm)

@@ -1,0 +1,120 @@
+"""The training step: it learns, and its gradient does not depend on how the step is cut, padded or damaged."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.config.schema import OptimizerConfig
+from trainer.data.loader import Batch
+from trainer.diffusion.objective import epsilon_objective
+from trainer.diffusion.schedule import scaled_linear
+from trainer.dist.comm import Comm
+from trainer.dist.strategy import make_strategy
+from trainer.model.denoiser import Denoiser
+from trainer.model.load import load_unet
+from trainer.train.optim import make_optimizer
+from trainer.train.step import StepParts, train_step
+
+ALONE = Comm(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def denoiser(model_folder: Path) -> Denoiser:
+    unet = load_unet(model_folder, torch.float32, "cpu")
+    return Denoiser(unet, epsilon_objective(scaled_linear()), None, 0.13025, None)
+
+
+def make_parts(denoiser: Denoiser, lr: float = 1e-3, max_grad_norm: float = 0.0) -> StepParts:
+    own = Denoiser(
+        copy.deepcopy(denoiser.unet).train(),
+        denoiser.objective,
+        denoiser.text_encoders,
+        denoiser.scaling_factor,
+        denoiser.autocast_dtype,
+    )
+    strategy = make_strategy(own.unet, ALONE)
+    optimizer = make_optimizer(strategy.parameters, OptimizerConfig(lr=lr, weight_decay=0.0))
+    return StepParts(ALONE, strategy, optimizer, own, max_grad_norm)
+
+
+def make_batch(rows: range, weights: list[float] | None = None, problems: tuple[str, ...] = ()) -> Batch:
+    """Row i has latents, text and noise of its own, whatever batch it is in."""
+    generators = [torch.Generator().manual_seed(row) for row in rows]
+    return Batch(
+        latents=torch.stack([torch.randn(4, 8, 8, generator=g) * 7 for g in generators]).half(),
+        input_ids=None,
+        text_hidden=torch.stack([torch.randn(77, 40, generator=g) for g in generators]).half(),
+        pooled=torch.stack([torch.randn(24, generator=g) for g in generators]).half(),
+        time_ids=torch.tensor([[64.0, 64, 0, 0, 64, 64]] * len(rows)),
+        weights=torch.tensor(weights or [1.0] * len(rows)),
+        draw_seeds=torch.tensor(list(rows), dtype=torch.int64),
+        keys=tuple(map(str, rows)),
+        problems=problems,
+    )
+
+
+def weights_after(parts: StepParts, batches: list[Batch], planned: float) -> tuple[dict[str, Tensor], float, float]:
+    result = train_step(parts, batches, len(batches), planned, 1e-3, False)
+    return dict(parts.denoiser.unet.state_dict()), result.loss, result.grad_norm
+
+
+def assert_same_step(denoiser: Denoiser, batches: list[Batch], planned: float, others: list[Batch], other: float) -> None:
+    """Two ways to take one step give the same loss, gradient norm and weights, to rounding."""
+    # SGD-like comparison through the gradient norm: AdamW's first step would hide the gradients' size.
+    first, loss_one, norm_one = weights_after(make_parts(denoiser), batches, planned)
+    second, loss_two, norm_two = weights_after(make_parts(denoiser), others, other)
+    assert loss_one == pytest.approx(loss_two, abs=1e-6)
+    assert norm_one == pytest.approx(norm_two, rel=1e-4)
+    moved = [abs(first[name] - second[name]) for name in first]
+    # A gradient that is zero but for rounding makes a full AdamW step in either direction.
+    assert torch.cat([m.flatten() for m in moved]).quantile(0.99) < 1e-5
+
+
+def test_one_batch_is_learnt_by_heart(denoiser: Denoiser) -> None:
+    parts = make_parts(denoiser, max_grad_norm=1.0)
+    batch = make_batch(range(4))
+    losses = [train_step(parts, [batch], 1, 4.0, 4e-3 if step < 300 else 1e-3, False).loss for step in range(400)]
+    assert losses[0] > 0.8
+    assert losses[-1] < 0.03
+
+
+def test_micro_batches_make_the_same_step(denoiser: Denoiser) -> None:
+    whole, halves = [make_batch(range(4))], [make_batch(range(2)), make_batch(range(2, 4))]
+    assert_same_step(denoiser, whole, 4.0, halves, 4.0)
+
+
+def test_padding_does_not_count(denoiser: Denoiser) -> None:
+    assert_same_step(denoiser, [make_batch(range(3))], 3.0, [make_batch(range(4), [1.0, 1.0, 1.0, 0.0])], 3.0)
+
+
+def test_an_unreadable_row_leaves_the_mean_of_the_others(denoiser: Denoiser) -> None:
+    """The plan counted on four images; one could not be read."""
+    damaged = make_batch(range(4), [1.0, 1.0, 1.0, 0.0], ("shard: row 3: checksum",))
+    assert_same_step(denoiser, [make_batch(range(3))], 3.0, [damaged], 4.0)
+
+
+def test_a_step_without_any_image_changes_nothing(denoiser: Denoiser) -> None:
+    parts = make_parts(denoiser)
+    before = copy.deepcopy(parts.denoiser.unet.state_dict())
+    result = train_step(parts, [make_batch(range(2), [0.0, 0.0], ("a", "b"))], 1, 2.0, 1e-3, False)
+    assert result.loss != result.loss and result.num_images == 0 and result.bad_rows == 2
+    assert all(torch.equal(before[name], value) for name, value in parts.denoiser.unet.state_dict().items())
+
+
+def test_clipping_scales_to_the_norm(denoiser: Denoiser) -> None:
+    """AdamW forgets a constant scale after its first step, so the clipped moment itself is looked at."""
+    free, clipped = make_parts(denoiser), make_parts(denoiser, max_grad_norm=0.01)
+    norm = train_step(free, [make_batch(range(4))], 1, 4.0, 1e-3, False).grad_norm
+    assert train_step(clipped, [make_batch(range(4))], 1, 4.0, 1e-3, False).grad_norm == norm > 0.01
+    moments = [torch.cat([s["exp_avg"].flatten() for s in p.optimizer.state.values()]) for p in (free, clipped)]
+    assert moments[1].norm() == pytest.approx(0.1 * 0.01, rel=1e-3)
+    assert moments[0].norm() == pytest.approx(0.1 * norm, rel=1e-3)
+
+
+def test_a_stop_request_is_passed_on(denoiser: Denoiser) -> None:
+    parts = make_parts(denoiser)
+    assert train_step(parts, [make_batch(range(2))], 1, 2.0, 1e-3, True).stop
+    assert not train_step(parts, [make_batch(range(2))], 1, 2.0, 1e-3, False).stop
