@@ -28,10 +28,10 @@ _UNET: dict[str, Any] = {
     "sample_size": 32,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (32, 64, 128),
+    "block_out_channels": (32, 64, 96),
     "layers_per_block": 2,
     "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [1, 2, 4],  # the number of heads, for all its name; 32 channels each
+    "attention_head_dim": [1, 2, 3],  # the number of heads, for all its name; 32 channels each
     "cross_attention_dim": _TEXT_WIDTH_ONE + _TEXT_WIDTH_TWO,
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
