@@ -120,7 +120,7 @@ def train_tiny_vae(images: Sequence[np.ndarray], steps: int, seed: int, show_pro
     pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in images]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=_PEAK_LR, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    bar = tqdm(range(steps), desc="VAE", unit="step", disable=not show_progress)
+    bar = tqdm(range(steps), desc="VAE", unit="step", disable=None if show_progress else True)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = _PEAK_LR * _lr_ratio(step / steps, 1 / steps)
