@@ -61,7 +61,9 @@ def weights_after(parts: StepParts, batches: list[Batch], planned: float) -> tup
     return dict(parts.denoiser.unet.state_dict()), result.loss, result.grad_norm
 
 
-def assert_same_step(denoiser: Denoiser, batches: list[Batch], planned: float, others: list[Batch], other: float) -> None:
+def assert_same_step(
+    denoiser: Denoiser, batches: list[Batch], planned: float, others: list[Batch], other: float
+) -> None:
     """Two ways to take one step give the same loss, gradient norm and weights, to rounding."""
     # SGD-like comparison through the gradient norm: AdamW's first step would hide the gradients' size.
     first, loss_one, norm_one = weights_after(make_parts(denoiser), batches, planned)

@@ -286,7 +286,10 @@ def write_photos(folder: Path, show_progress: bool = True) -> int:
     paths = [path for path in found if isinstance(path, Path)]
     count = 0
     for photo, path in tqdm(
-        dict(zip(PHOTOS, paths, strict=True)).items(), "photographs", unit="photo", disable=None if show_progress else True
+        dict(zip(PHOTOS, paths, strict=True)).items(),
+        "photographs",
+        unit="photo",
+        disable=None if show_progress else True,
     ):
         with Image.open(path) as file:
             image = file.convert("RGB")
