@@ -79,6 +79,8 @@ def test_a_missing_vocabulary_is_one_line_with_the_mend(tmp_path: Path, monkeypa
 
 def test_all_missing_photographs_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for package in ("skimage", "sklearn", "matplotlib"):  # other tests may have imported them
+        monkeypatch.delitem(sys.modules, package, raising=False)
     with pytest.raises(UserError) as error:
         photos.write_photos(tmp_path, show_progress=False)
     assert [line.split()[1] for line in error.value.lines] == ["scikit-image", "scikit-learn", "matplotlib"]

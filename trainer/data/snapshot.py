@@ -84,6 +84,7 @@ class _Group:
 
 
 def snapshot_name(number: int) -> str:
+    """File name of a snapshot."""
     return f"{number:06d}.json"
 
 

@@ -101,6 +101,7 @@ def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainSta
 
 
 def open_training_loader(config: Config, comm: Comm, run: Run, state: TrainState, accumulation: int) -> Loader:
+    """Start reading this worker's batches from where the run stands."""
     tokenizers = None if config.data.cache_text else load_tokenizers(config.model.path)
     return open_loader(
         BatchReader(run.prepared, "train", config.run.seed, tokenizers),
