@@ -5,7 +5,6 @@ The loss of a step is `sum(w_i * l_i) / sum(w_i)` over every image of the step o
 workers and micro-batches, nor on padding or unreadable rows (weight 0).
 """
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -34,7 +33,7 @@ class StepParts:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Sums and times of one optimizer step, equal on all workers except for the times.
+    """Sums over one optimizer step, equal on all workers.
 
     Attributes:
         loss: weighted mean over the step's images; NaN if none was readable.
@@ -42,7 +41,6 @@ class StepResult:
         grad_norm: global L2 norm before clipping.
         bad_rows: rows that could not be read, over all workers.
         stop: any worker was asked to stop.
-        seconds: wall time by section.
     """
 
     loss: float
@@ -50,7 +48,6 @@ class StepResult:
     grad_norm: float
     bad_rows: int
     stop: bool
-    seconds: dict[str, float]
 
 
 def batch_losses(parts: StepParts, batch: Batch) -> Tensor:
@@ -76,58 +73,42 @@ def train_step(
         stop_asked: this worker received a signal; all workers learn of it in `StepResult.stop`.
     """
     comm, strategy = parts.comm, parts.strategy
-    start = time.perf_counter()
-    forward_s = backward_s = weight_sum = 0.0
+    weight_sum = 0.0
     bad_rows = 0
     loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device)
     for index, batch in enumerate(batches):
-        begin = time.perf_counter()
         weights = batch.weights.to(comm.device, non_blocking=True)
         with strategy.reduction(last=index == accumulation - 1):
-            losses = batch_losses(parts, batch)
-            weighted = (weights * losses).sum()
-            forward_s += time.perf_counter() - begin
-            begin = time.perf_counter()
+            weighted = (weights * batch_losses(parts, batch)).sum()
             strategy.backward(weighted / planned_images)
-            backward_s += time.perf_counter() - begin
         loss_sum += weighted.detach()
         weight_sum += float(batch.weights.sum())
         bad_rows += len(batch.problems)
-    begin = time.perf_counter()
     total_loss, num_images, total_bad, stop = sum_floats(
         comm, [float(loss_sum), weight_sum, float(bad_rows), float(stop_asked)]
     )
-    reduce_s = time.perf_counter() - begin
-    begin = time.perf_counter()
-    grad_norm = _update(parts, planned_images, num_images, lr)
     return StepResult(
         loss=total_loss / num_images if num_images else float("nan"),
         num_images=num_images,
-        grad_norm=grad_norm,
+        grad_norm=_update(parts, planned_images, num_images, lr),
         bad_rows=int(total_bad),
         stop=stop > 0,
-        seconds={
-            "forward": forward_s,
-            "backward": backward_s,
-            "reduce": reduce_s,
-            "optimizer": time.perf_counter() - begin,
-            "step": time.perf_counter() - start,
-        },
     )
 
 
 def _update(parts: StepParts, planned_images: float, num_images: float, lr: float) -> float:
     """Correct, clip and apply the gradients; return their norm. A step without images changes nothing."""
-    parameters = list(parts.strategy.parameters.values())
+    parameters = parts.strategy.parameters.values()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if num_images == 0:
         parts.optimizer.zero_grad(set_to_none=True)
         return 0.0
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if num_images != planned_images:
-        for gradient in gradients:  # rare: once per unreadable image
+    if num_images != planned_images:  # rare: a row could not be read
+        for gradient in gradients:
             gradient.mul_(planned_images / num_images)
     norm = nn.utils.get_total_norm(gradients)
-    if parts.max_grad_norm > 0:
+    # Asked first, because scaling by 1 is a pass over all gradients, and most steps of a sound run need no clipping.
+    if parts.max_grad_norm > 0 and float(norm) > parts.max_grad_norm:
         nn.utils.clip_grads_with_norm_(parameters, parts.max_grad_norm, norm)
     set_lr(parts.optimizer, lr)
     parts.optimizer.step()
