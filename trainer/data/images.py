@@ -1,15 +1,17 @@
-"""One image file: its size as displayed, read from the header alone, and its pixels in a bucket.
+"""One image file, on the disk or in memory: its size as displayed, from the header alone, and its pixels in a bucket.
 
 Pillow's exceptions for hostile files are many; they all become `BadImage` with one line of reason.
 """
 
 import contextlib
 import errno
+import io
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -62,14 +64,14 @@ def pillow_rules() -> Iterator[None]:
         yield
 
 
-def image_hw(path: Path) -> tuple[int, int]:
+def image_hw(file: Path | bytes | IO[bytes]) -> tuple[int, int]:
     """Height and width as displayed (after the EXIF orientation), without decoding the pixels; raises BadImage."""
-    with _reasons(path), Image.open(path) as image:
+    with _reasons(), Image.open(_source(file)) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
-def load_pixels(path: Path, original_hw: tuple[int, int], placement: Placement) -> np.ndarray:
+def load_pixels(file: Path | bytes, original_hw: tuple[int, int], placement: Placement) -> np.ndarray:
     """The image in its bucket: u8 [bucket height, bucket width, 3], RGB, transparency over white.
 
     LANCZOS in one pass over the part that the crop keeps, which equals resizing the whole and cropping (the box of
@@ -78,7 +80,7 @@ def load_pixels(path: Path, original_hw: tuple[int, int], placement: Placement) 
     Raises:
         BadImage: it cannot be decoded, or its size is not `original_hw` any more.
     """
-    with _reasons(path), Image.open(path) as image:
+    with _reasons(), Image.open(_source(file)) as image:
         orientation = _orientation(image)
         rgb = _to_rgb(image)
         for method in _TRANSPOSITIONS.get(orientation, ()):
@@ -103,14 +105,27 @@ def to_unit_range(pixels: list[np.ndarray]) -> np.ndarray:
     return batch
 
 
+def _source(file: Path | bytes | IO[bytes]) -> Path | IO[bytes]:
+    if isinstance(file, Path):
+        empty = file.stat().st_size == 0
+    elif isinstance(file, bytes):
+        empty, file = not file, io.BytesIO(file)
+    else:
+        empty = not file.read(1)
+        file.seek(0)
+    if empty:
+        raise BadImage("is empty")
+    return file
+
+
 @contextlib.contextmanager
-def _reasons(path: Path) -> Iterator[None]:
+def _reasons() -> Iterator[None]:
     try:
         yield
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage("is empty" if path.stat().st_size == 0 else "is not an image that Pillow knows") from None
+        raise BadImage("is not an image that Pillow knows") from None
     except _DECODE_ERRORS as error:
         if isinstance(error, OSError) and error.errno in _OUT_OF_RESOURCES:
             raise
