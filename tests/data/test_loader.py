@@ -21,7 +21,7 @@ from trainer.data.captions import caption_text
 from trainer.data.keyed import draw_seed
 from trainer.data.loader import Batch, BatchReader, Loader, Request, open_loader, pack, unpack
 from trainer.data.sampler import Position, planned_steps, share
-from trainer.data.snapshot import PreparedSet
+from trainer.data.snapshot import PreparedSet, RowProblem
 
 TALL, SQUARE, WIDE = Bucket(128, 64), Bucket(64, 64), Bucket(64, 128)
 SEED = 7
@@ -142,7 +142,7 @@ def test_a_damaged_row_costs_that_row_alone(tmp_path: Path, workers: int) -> Non
                     weights[key] = weight
                     assert weight or not latents.any()
     assert weights == {"64x64/0": 1, "64x64/1": 1, "": 0, "64x64/3": 1, "64x64/4": 1}
-    assert problems == ["64x64-0.safetensors: row 2: checksum mismatch in the latents"]
+    assert problems == [RowProblem("64x64-0.safetensors", 2, 4096 + 2 * 512, "checksum mismatch in the latents")]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

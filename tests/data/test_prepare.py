@@ -18,7 +18,7 @@ from trainer.data.buckets import Bucket, Placement
 from trainer.data.captions import caption_text
 from trainer.data.catalog import count_rows, open_catalog
 from trainer.data.encode import encode_shards
-from trainer.data.folder import FolderSource
+from trainer.data.sources.folder import FolderSource
 from trainer.data.images import load_pixels, to_unit_range
 from trainer.data.keyed import draw_seed
 from trainer.data.prepare import Committed, commit, is_current, plan_prepare, progress

@@ -91,8 +91,9 @@ def test_damage_costs_its_row_only(tmp_path: Path) -> None:
     rows = PreparedSet.open(tmp_path).read("train", 0, np.arange(12))
     assert rows.ok.tolist() == [True, True, False, True, *[False] * 4, *[True] * 4]
     assert (rows.latents[2] == 0).all() and rows.captions[2] == rows.keys[2] == ""
-    assert rows.problems[0] == snapshot_module.RowProblem("0.safetensors", 2, "checksum mismatch in the latents")
-    assert [problem.shard for problem in rows.problems[1:]] == ["1.safetensors"] * 4
+    reason = "checksum mismatch in the latents"
+    assert rows.problems[0] == snapshot_module.RowProblem("0.safetensors", 2, 4096 + 2 * 1024, reason)
+    assert [(problem.file, problem.row) for problem in rows.problems[1:]] == [("1.safetensors", i) for i in range(4)]
     assert PreparedSet.open(tmp_path).missing() == ["1.safetensors: is missing"]
 
 

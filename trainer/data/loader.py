@@ -23,7 +23,7 @@ from trainer.data.keyed import draw_seed
 from trainer.data.reader_process import read_in_processes
 from trainer.data.sampler import Position, StepRows, planned_steps, share
 from trainer.data.shards import LATENT_CHANNELS, LATENT_FACTOR
-from trainer.data.snapshot import PreparedSet
+from trainer.data.snapshot import PreparedSet, RowProblem
 
 _THREADS = 2
 _ALIGN = 64
@@ -54,8 +54,8 @@ class Batch:
     """[m] int64: the seed of each row's noise and timestep."""
     keys: tuple[str, ...]
     """[m] the images' keys; empty for padding."""
-    problems: tuple[str, ...]
-    """One line per row that could not be read: where it lies and why."""
+    problems: tuple[RowProblem, ...]
+    """The rows that could not be read: where they lie and why."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same on `device`; the copy runs beside the caller where the memory is page-locked."""
@@ -79,7 +79,7 @@ class PackedBatch(NamedTuple):
     """Field name, dtype, shape and first byte of each tensor."""
     num_bytes: int
     keys: tuple[str, ...]
-    problems: tuple[str, ...]
+    problems: tuple[RowProblem, ...]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class BatchReader:
             weights=torch.from_numpy(request.weights * rows.ok),
             draw_seeds=torch.tensor(seeds, dtype=torch.int64),
             keys=tuple(rows.keys),
-            problems=tuple(f"{p.shard}: row {p.row}: {p.reason}" for p in rows.problems),
+            problems=tuple(rows.problems),
         )
 
     def fill(self, buffer: Tensor, request: Request) -> PackedBatch:

@@ -27,10 +27,11 @@ from trainer.data.catalog import (
     open_generation,
     transaction,
 )
-from trainer.data.folder import SourceItem, list_folder, read_caption, source_names
 from trainer.data.images import BadImage, image_hw, pillow_rules
 from trainer.data.keyed import draw_uniform
 from trainer.data.settings import PrepareSettings
+from trainer.data.sources.folder import list_folder, read_caption, source_names
+from trainer.data.sources.source import SourceItem
 
 _PAGE = 512
 _THREADS = 4
@@ -114,12 +115,12 @@ def _list_sources(connection: sqlite3.Connection, settings: PrepareSettings, cou
     for number, (source, name) in enumerate(zip(settings.sources, source_names(settings.sources), strict=True)):
         items = list_folder(source, name, counts.ignored)
         while page := list(islice(items, _PAGE)):
-            good = [item for item in page if _is_text(item.image_path)]
-            bad = [_unnamable(item) for item in page if not _is_text(item.image_path)]
+            good = [item for item in page if _is_text(item.file)]
+            bad = [_unnamable(item) for item in page if not _is_text(item.file)]
             with transaction(connection):
                 connection.executemany(
                     "INSERT INTO listing.listed VALUES (?, ?, ?, ?)",
-                    [(item.key, item.image_path, item.caption_path, number) for item in good],
+                    [(item.key, item.file, item.caption_path, number) for item in good],
                 )
                 add_bad(connection, bad)
             counts.listed += len(page)
@@ -134,7 +135,7 @@ def _pages(connection: sqlite3.Connection) -> Iterator[list[_Listed]]:
         WHERE (l.key, l.path) > (?, ?) ORDER BY l.key, l.path LIMIT ?"""
     after = ("", "")
     while values := connection.execute(query, (*after, _PAGE)).fetchall():
-        yield [_Listed(SourceItem(*v[:3]), v[3], v[4], FileStamp(*v[5:8]), v[8:10]) for v in values]
+        yield [_Listed(SourceItem(v[0], v[1], caption_path=v[2]), v[3], v[4], FileStamp(*v[5:8]), v[8:10]) for v in values]
         after = values[-1][:2]
 
 
@@ -145,7 +146,7 @@ def _owners(page: list[_Listed], previous: tuple[str, str]) -> tuple[list[str | 
     """
     owners: list[str | None] = []
     for listed in page:
-        key, path = listed.item.key, listed.item.image_path
+        key, path = listed.item.key, listed.item.file
         if key != previous[0]:
             previous = (key, path)
         owner = previous[1] if listed.known_path is None else listed.known_path
@@ -172,29 +173,29 @@ def _look(
     item = listed.item
     if owner is not None:
         reason = f"has the same key as {owner}; rename one of them"
-        return BadRow(item.image_path, item.key, _NEVER, _NEVER, reason)
+        return BadRow(item.file, item.key, _NEVER, _NEVER, reason)
     try:
-        stat = os.stat(item.image_path)  # noqa: PTH116 - no Path object per image
+        stat = os.stat(item.file)  # noqa: PTH116 - no Path object per image
     except OSError as error:
-        return BadRow(item.image_path, item.key, _NEVER, _NEVER, f"cannot be read: {error.strerror}")
+        return BadRow(item.file, item.key, _NEVER, _NEVER, f"cannot be read: {error.strerror}")
     stamp = FileStamp(stat.st_size, stat.st_mtime_ns, _mtime_ns(item.caption_path))
     if listed.known_path is not None:
-        return "known" if listed.known_path == item.image_path and listed.known_stamp == stamp else "changed"
+        return "known" if listed.known_path == item.file and listed.known_stamp == stamp else "changed"
     if listed.bad_stamp == (stamp.file_bytes, stamp.mtime_ns):
         return "bad"
     try:
         return _row(settings, buckets, listed, stamp)
     except (BadImage, ValueError) as error:
-        return BadRow(item.image_path, item.key, stamp.file_bytes, stamp.mtime_ns, str(error))
+        return BadRow(item.file, item.key, stamp.file_bytes, stamp.mtime_ns, str(error))
 
 
 def _row(settings: PrepareSettings, buckets: tuple[Bucket, ...], listed: _Listed, stamp: FileStamp) -> CatalogRow:
     item = listed.item
-    original_hw = image_hw(Path(item.image_path))
+    original_hw = image_hw(Path(item.file))
     held_out = draw_uniform("split", item.key) < settings.validation_fraction
     return CatalogRow(
         key=item.key,
-        path=item.image_path,
+        path=item.file,
         stamp=stamp,
         caption=read_caption(item.caption_path),
         repeats=1 if held_out else settings.sources[listed.source].repeats,
@@ -221,6 +222,6 @@ def _is_text(path: str) -> bool:
 
 def _unnamable(item: SourceItem) -> BadRow:
     path, key = (
-        text.encode(errors="surrogateescape").decode(errors="backslashreplace") for text in (item.image_path, item.key)
+        text.encode(errors="surrogateescape").decode(errors="backslashreplace") for text in (item.file, item.key)
     )
     return BadRow(path, key, _NEVER, _NEVER, "its name is not UTF-8; rename it")

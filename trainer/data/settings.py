@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.buckets import BucketRules
-from trainer.data.folder import FolderSource
+from trainer.data.sources.folder import FolderSource
 from trainer.errors import UserError
 
 SETTINGS_FORMAT = 1

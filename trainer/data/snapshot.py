@@ -23,6 +23,7 @@ OPEN_FILES = 256
 """Shards that a process keeps open; well below the usual limit of 1,024 descriptors."""
 
 _ROWS, _VIRTUAL_ROWS, _UNIFORM_REPEATS, _FILE_BYTES, _HEADER_CRC = range(5)  # columns of PreparedSet._facts
+_LATENTS = SECTIONS.index("latents")  # column of PreparedSet._offsets
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,19 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class RowProblem:
-    """A row that could not be read as it was written."""
+    """A row that could not be read as it was written.
 
-    shard: str
+    `file` is the one at fault: a shard (relative to the prepared folder), or a file that a shard refers to. `row` counts
+    in the shard, `offset` is the byte of the file where the row's payload begins; either is -1 where it is not known.
+    """
+
+    file: str
     row: int
+    offset: int
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: row {self.row}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -254,7 +263,7 @@ class PreparedSet:
 
     def _read_one(self, rows: Rows, i: int, shard_index: int, virtual: int) -> bool:
         """Fill place i; on a mismatch drop what the kernel has cached and read once more, then give the row up."""
-        row, reason = -1, ""
+        row, reason = self._uniform_row(shard_index, virtual), ""
         text = None
         if rows.text_hidden is not None and rows.text_pooled is not None:
             text = (rows.text_hidden[i], rows.text_pooled[i])
@@ -272,8 +281,14 @@ class PreparedSet:
             return True
         for output in text or ():
             output[:] = 0
-        rows.problems.append(RowProblem(self._names[shard_index], row, reason))
+        offset = int(self._offsets[shard_index, _LATENTS]) + row * rows.latents[i].nbytes if row >= 0 else -1
+        rows.problems.append(RowProblem(self._names[shard_index], row, offset, reason))
         return False
+
+    def _uniform_row(self, shard_index: int, virtual: int) -> int:
+        """The row, as far as it can be told without opening the shard; else -1."""
+        uniform = int(self._facts[shard_index, _UNIFORM_REPEATS])
+        return virtual // uniform if uniform else -1
 
     def _row_of(self, shard: OpenShard, shard_index: int, virtual: int) -> tuple[int, int]:
         uniform = int(self._facts[shard_index, _UNIFORM_REPEATS])

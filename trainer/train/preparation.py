@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.config.schema import Config
 from trainer.data.buckets import BucketRules
-from trainer.data.folder import FolderSource
+from trainer.data.sources.folder import FolderSource
 from trainer.data.settings import PrepareSettings
 from trainer.model.folder import read_config, vae_folder, weights_fingerprint
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trainer.data.captions import caption_text
-from trainer.data.folder import FolderSource, list_folder, read_caption, source_names
+from trainer.data.sources.folder import FolderSource, list_folder, read_caption, source_names
 from trainer.errors import UserError
 
 
@@ -19,7 +19,7 @@ def test_lists_images_below_the_folder(tmp_path: Path) -> None:
     ignored: Counter[str] = Counter()
     items = {item.key: item for item in list_folder(FolderSource(root), "photos", ignored)}
     assert sorted(items) == ["photos/a", "photos/e.x", "photos/sub/a", "photos/sub/deep/b"]
-    assert items["photos/sub/a"].image_path == str(root / "sub/a.webp")
+    assert items["photos/sub/a"].file == str(root / "sub/a.webp")
     assert items["photos/e.x"].caption_path == str(root / "e.x.txt")
     assert ignored == {"(hidden)": 1, ".npz": 1, "(none)": 1}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trainer.data.captions import caption_record
 from trainer.data.images import EXTENSIONS
+from trainer.data.sources.source import SourceItem
 from trainer.errors import UserError
 
 
@@ -21,15 +22,6 @@ class FolderSource:
     path: Path
     caption_extension: str = ".txt"
     repeats: int = 1
-
-
-@dataclass(frozen=True)
-class SourceItem:
-    """One image of a source: a key that is unique among all sources, and where image and caption lie."""
-
-    key: str
-    image_path: str
-    caption_path: str
 
 
 def source_names(sources: tuple[FolderSource, ...]) -> tuple[str, ...]:
@@ -83,7 +75,9 @@ def _walk(
                 stem, extension = os.path.splitext(entry.path)  # noqa: PTH122 - no Path object per image
                 if extension.lower() in EXTENSIONS:
                     key = f"{name}/{stem[root_len:].lstrip('/')}"
-                    yield SourceItem(key, entry.path, stem + source.caption_extension)
+                    yield SourceItem(
+                        key, entry.path, caption_path=stem + source.caption_extension, repeats=source.repeats
+                    )
                 elif extension != source.caption_extension:
                     ignored[extension.lower()[:20] or "(none)"] += 1
 
