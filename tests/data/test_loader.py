@@ -198,7 +198,14 @@ def test_micro_batches_cannot_be_left_out(prepared: PreparedSet) -> None:
 def _readers_and_server() -> list[psutil.Process]:
     """Processes under this one that run forks of the server, the server itself first."""
     below = psutil.Process().children(recursive=True)
-    return [process for process in below if any("forkserver" in part for part in process.cmdline())]
+    return [process for process in below if any("forkserver" in part for part in _command_line(process))]
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):  # it has ended since it was listed
+        return []
 
 
 def test_signals_to_the_group_leave_the_readers_at_work(prepared: PreparedSet) -> None:
