@@ -195,6 +195,14 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
         changed("prepared: prepared", "prepared: prepared\n  buckets:\n    max_px: 512"),
         "c.yaml:10: data.buckets.max_px = 512 with data.buckets.resolution = 1024 (the default): the longest side",
     ),
+    "flip of stored latents": (
+        changed("prepared: prepared", "prepared: prepared\n  augment: {flip_probability: 0.5}"),
+        "c.yaml:9: data.augment.flip_probability = 0.5 with data.mode = latents (the default): has no effect on stored",
+    ),
+    "stored text without stored latents": (
+        changed("prepared: prepared", "prepared: prepared\n  mode: images\n  cache_text: true"),
+        "c.yaml:10: data.cache_text = true with data.mode = images: must be false; this mode stores nothing",
+    ),
     "validation of nothing": (
         added("validation: {every_steps: 10}"),
         "c.yaml:13: validation.every_steps = 10 with data.validation_fraction = 0.0 (the default): no images are held",

@@ -21,7 +21,7 @@ PIXELS_PER_LATENT = 8
 
 def broken_rules(config: Config) -> list[Problem]:
     """Every rule between fields that `config` breaks."""
-    checks = (_length, _batch, _lr_schedule, _buckets, _sources, _validation, _samples, _written_folders)
+    checks = (_length, _batch, _lr_schedule, _buckets, _sources, _mode, _validation, _samples, _written_folders)
     return [problem for check in checks for problem in check(config)]
 
 
@@ -95,6 +95,17 @@ def _sources(config: Config) -> Iterator[Problem]:
         if not source.caption_extension.startswith(".") or len(source.caption_extension) < 2:
             key = f"data.sources.{i}.caption_extension"
             yield _clash(config, (key,), "must be a dot and an ending, such as .txt")
+
+
+def _mode(config: Config) -> Iterator[Problem]:
+    if config.data.mode == "images":
+        if config.data.cache_text:
+            keys = ("data.cache_text", "data.mode")
+            yield _clash(config, keys, "must be false; this mode stores nothing that a model has computed")
+        return
+    for key in ("data.augment.flip_probability", "data.augment.random_crop"):
+        if _is_given(config, key):
+            yield _clash(config, (key, "data.mode"), "has no effect on stored latents; use `mode: images`")
 
 
 def _validation(config: Config) -> Iterator[Problem]:

@@ -108,11 +108,24 @@ class FolderSource(Section):
     """How many times each image of this source is seen per epoch."""
 
 
+class AugmentConfig(Section):
+    flip_probability: Fraction = 0.0
+    """Chance that a visit sees the image mirrored left to right; its crop coordinates are mirrored as well."""
+    random_crop: Flag = False
+    """Crop anywhere in the resized image, anew at each visit, in place of its centre; the crop coordinates
+    that SDXL is conditioned on say where."""
+
+
 class DataConfig(Section):
     sources: Annotated[list[FolderSource], Field(min_length=1)]
     """Where the images come from; any number of entries."""
     prepared: PathField
     """Folder of the prepared data set (latents in shards). Made by `prepare`, or on the first start."""
+    mode: Literal["latents", "images"] = "latents"
+    """`latents`: the VAE encodes each image once, in `prepare`. `images`: `prepare` only lists the images; each is
+    decoded anew whenever it is seen and the VAE runs in every step, which costs time and allows `data.augment`."""
+    augment: AugmentConfig = AugmentConfig()
+    """What is drawn anew each time an image is seen. Needs `data.mode: images`."""
     buckets: BucketConfig = BucketConfig()
     """Aspect-ratio buckets."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
