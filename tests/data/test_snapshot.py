@@ -94,7 +94,7 @@ def test_damage_costs_its_row_only(tmp_path: Path) -> None:
     reason = "checksum mismatch in the latents"
     assert rows.problems[0] == snapshot_module.RowProblem("0.safetensors", 2, 4096 + 2 * 1024, reason)
     assert [(problem.file, problem.row) for problem in rows.problems[1:]] == [("1.safetensors", i) for i in range(4)]
-    assert PreparedSet.open(tmp_path).missing() == ["1.safetensors: is missing"]
+    assert PreparedSet.open(tmp_path).missing() == [("1.safetensors: is missing", 4)]
 
 
 def test_few_descriptors_and_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

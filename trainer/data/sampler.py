@@ -41,6 +41,11 @@ class Position:
     def start(num_buckets: int, global_batch: int, epoch: int = 0) -> "Position":
         return Position(epoch, 0, 0, global_batch, (0,) * num_buckets)
 
+    @property
+    def starts_epoch(self) -> bool:
+        """Whether nothing of the epoch has been taken yet."""
+        return self.step == 0 and not any(self.base_cursors)
+
     def to_json(self) -> dict[str, int | list[int]]:
         return {**asdict(self), "base_cursors": list(self.base_cursors)}
 
@@ -160,6 +165,13 @@ def with_global_batch(position: Position, rows_per_bucket: Sequence[int], seed: 
 def steps_per_epoch(rows_per_bucket: Sequence[int], global_batch: int) -> int:
     """Optimizer steps of an epoch with a constant global batch: each bucket's last step may be part-filled."""
     return sum(-(-rows // global_batch) for rows in rows_per_bucket)
+
+
+def epochs_done(position: Position, rows_per_bucket: Sequence[int]) -> float:
+    """Passes over the data up to `position`; within an epoch in proportion to its steps."""
+    before = sum(position.base_cursors) / sum(rows_per_bucket)
+    left = [rows - taken for rows, taken in zip(rows_per_bucket, position.base_cursors, strict=True)]
+    return position.epoch + before + (1 - before) * position.step / steps_per_epoch(left, position.global_batch)
 
 
 def share(

@@ -50,8 +50,8 @@ class Snapshot:
 class RowProblem:
     """A row that could not be read as it was written.
 
-    `file` is the one at fault: a shard (relative to the prepared folder), or a file that a shard refers to. `row` counts
-    in the shard, `offset` is the byte of the file where the row's payload begins; either is -1 where it is not known.
+    `file` is the one at fault: a shard (relative to the prepared folder), or a file that a shard refers to. `row`
+    counts in the shard, `offset` is the byte of the file where the row's payload begins; -1 where it is not known.
     """
 
     file: str
@@ -212,11 +212,15 @@ class PreparedSet:
         """Images of the split, each counted once."""
         return self._images[split]
 
-    def missing(self) -> list[str]:
-        """A line for each shard that is not there or has another size than was written; a stat per shard."""
+    def missing(self) -> list[tuple[str, int]]:
+        """A line for each shard that is not there or has another size than was written, and how many images it holds;
+        a stat per shard."""
         sizes = [_size(self.path / name) for name in self._names]
         return [
-            f"{name}: is missing" if size < 0 else f"{name}: has {size} bytes in place of {facts[_FILE_BYTES]}"
+            (
+                f"{name}: is missing" if size < 0 else f"{name}: has {size} bytes in place of {facts[_FILE_BYTES]}",
+                int(facts[_ROWS]),
+            )
             for name, size, facts in zip(self._names, sizes, self._facts, strict=True)
             if size != facts[_FILE_BYTES]
         ]

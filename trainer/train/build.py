@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.schema import Config
-from trainer.data.snapshot import PreparedSet
+from trainer.data.snapshot import SPLITS, PreparedSet, current_snapshot
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
-from trainer.dist.comm import Comm, broadcast_object
+from trainer.dist.comm import Comm, broadcast_object, gather_objects
 from trainer.dist.strategy import make_strategy, warm_up
 from trainer.errors import UserError
 from trainer.model.denoiser import Denoiser, image_losses
@@ -35,7 +35,7 @@ class Run:
     Attributes:
         parts: what every step uses.
         state: where the resumed run stands; None for a fresh one.
-        prepared: the data set, opened at the snapshot that `state` refers to.
+        prepared: the data set, opened at the snapshot that `state` refers to, or the newest at an epoch's start.
     """
 
     parts: StepParts
@@ -65,10 +65,11 @@ def build_run(config: Config, comm: Comm) -> Run:
     state = TrainState.from_json(read_state(checkpoint), checkpoint) if checkpoint else None
     if state is not None and state.seed != config.run.seed:
         raise UserError(f"run.seed = {config.run.seed}: the run in {config.run.dir} was started with {state.seed}")
-    prepared = PreparedSet.open(config.data.prepared, state.snapshot if state else None)
-    missing = prepared.missing()
-    if missing:
-        raise UserError(*(f"{config.data.prepared}: {line}" for line in missing[:20]))
+    # An epoch that has begun stays with its snapshot, for its position counts that one's rows.
+    within_epoch = state is not None and not state.position.starts_epoch
+    name = state.snapshot if state and within_epoch else newest_snapshot(config.data.prepared, comm)
+    prepared = PreparedSet.open(config.data.prepared, name)
+    _check_shards(prepared, config.data.max_bad_fraction)
     denoiser = load_denoiser(config, checkpoint or config.model.path, prepared, comm.device)
     denoiser.unet.train()
     if config.train.gradient_checkpointing:
@@ -79,6 +80,23 @@ def build_run(config: Config, comm: Comm) -> Run:
         load_optimizer_tensors(optimizer, strategy.parameters, read_tensors(checkpoint / OPTIMIZER))
     warm_up(strategy, partial(_throw_away_loss, denoiser, comm.device))
     return Run(StepParts(comm, strategy, optimizer, denoiser, config.train.max_grad_norm), state, prepared)
+
+
+def newest_snapshot(prepared: Path, comm: Comm) -> str | None:
+    """Name of the newest snapshot that every worker sees: hosts may have copies of their own."""
+    names = gather_objects(comm, current_snapshot(prepared))
+    return None if None in names else min(names)
+
+
+def _check_shards(prepared: PreparedSet, max_bad_fraction: float) -> None:
+    """Shards that are missing or cut short cost their rows; more than is allowed are an error at once."""
+    missing = prepared.missing()
+    images = sum(count for _, count in missing)
+    lines = [f"{prepared.path}: {line}" for line, _ in missing[:20]]
+    if images > max_bad_fraction * sum(prepared.images(split) for split in SPLITS):
+        raise UserError(*lines)
+    for line in lines:
+        _log.warning("%s; its rows are left out", line)
 
 
 def load_denoiser(config: Config, weights: Path, prepared: PreparedSet, device: torch.device) -> Denoiser:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.loader import Batch
+from trainer.data.snapshot import RowProblem
 from trainer.diffusion.noise import draw
 from trainer.dist.comm import Comm, sum_floats
 from trainer.dist.strategy import Strategy
@@ -41,6 +42,7 @@ class StepResult:
         num_images: images with weight, over all workers.
         grad_norm: global L2 norm before clipping.
         bad_rows: rows that could not be read, over all workers.
+        problems: this worker's among them.
         stop: any worker was asked to stop.
         seconds: wall time by section.
     """
@@ -49,6 +51,7 @@ class StepResult:
     num_images: float
     grad_norm: float
     bad_rows: int
+    problems: tuple[RowProblem, ...]
     stop: bool
     seconds: dict[str, float]
 
@@ -78,7 +81,7 @@ def train_step(
     comm, strategy = parts.comm, parts.strategy
     start = time.perf_counter()
     forward_s = backward_s = weight_sum = 0.0
-    bad_rows = 0
+    problems: list[RowProblem] = []
     loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device)
     for index, batch in enumerate(batches):
         begin = time.perf_counter()
@@ -92,10 +95,10 @@ def train_step(
             backward_s += time.perf_counter() - begin
         loss_sum += weighted.detach()
         weight_sum += float(batch.weights.sum())
-        bad_rows += len(batch.problems)
+        problems += batch.problems
     begin = time.perf_counter()
     total_loss, num_images, total_bad, stop = sum_floats(
-        comm, [float(loss_sum), weight_sum, float(bad_rows), float(stop_asked)]
+        comm, [float(loss_sum), weight_sum, float(len(problems)), float(stop_asked)]
     )
     reduce_s = time.perf_counter() - begin
     begin = time.perf_counter()
@@ -105,6 +108,7 @@ def train_step(
         num_images=num_images,
         grad_norm=grad_norm,
         bad_rows=int(total_bad),
+        problems=tuple(problems),
         stop=stop > 0,
         seconds={
             "forward": forward_s,
