@@ -142,6 +142,9 @@ class DataConfig(Section):
     training process."""
     prefetch_batches: PositiveInt = 4
     """Batches kept ready per training worker."""
+    max_bad_fraction: Fraction = 1e-3
+    """The run ends when more than this share of the latest images could not be read (a damaged row, a drive that
+    fails); they are listed in `bad.jsonl` in `run.dir`. Not judged before 1,000 images."""
 
 
 class TrainConfig(Section):
