@@ -198,3 +198,13 @@ def test_loading_needs_no_torch() -> None:
     code = "import sys, trainer.config.load, trainer.config.reference; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "transformers", "diffusers"} & set(ran.stdout.split())
+
+
+def test_sources_of_any_types(load: Callable[..., Config]) -> None:
+    tars = "{type: latent_tars, metadata: c.yaml, tars: more, repeats: 2}"
+    sources = f"[{{path: photos}}, {{type: kohya_json, path: c.yaml, latents: more}}, {tars}]"
+    config = load(overrides=[f"data.sources={sources}", "data.sources.2.repeats=3"])
+    assert [source.type for source in config.data.sources] == ["folder", "kohya_json", "latent_tars"]
+    assert [source.repeats for source in config.data.sources] == [1, 1, 3]
+    again = load(to_yaml(config))
+    assert [source.type for source in again.data.sources] == ["folder", "kohya_json", "latent_tars"]

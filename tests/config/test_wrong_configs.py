@@ -157,7 +157,53 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
         added("lr_schedule: {kind: 5}"),
         "c.yaml:13: lr_schedule.kind = 5: must be one of constant, linear, cosine",
     ),
-    "the only choice": (changed("path: photos", "{path: photos, type: tar}"), "0.type = tar: must be folder"),
+    "source of no known type": (
+        changed("path: photos", "{path: photos, type: kohya-json}"),
+        "c.yaml:7: data.sources.0.type = kohya-json: must be one of folder, kohya_json, latent_tars, webdataset, "
+        "parquet, hf (did you mean `kohya_json`?)",
+    ),
+    "source whose type has no value": (
+        changed("path: photos", "{path: photos, type: }"),
+        "c.yaml:7: data.sources.0.type: has no value; must be one of folder, kohya_json",
+    ),
+    "source that is no section": (
+        changed("- path: photos", "- photos"),
+        "c.yaml:7: data.sources.0 = photos: must be a section: keys below it, such as `type`",
+    ),
+    "key of another type of source": (
+        changed("path: photos", "{type: kohya_json, path: c.yaml, latents: more, caption_extension: .txt}"),
+        "c.yaml:7: data.sources.0.caption_extension: unknown key; `data.sources.0` has type, path, latents, images",
+    ),
+    "misspelt key of a typed source": (
+        changed("path: photos", "{type: kohya_json, path: c.yaml, latent: more, images: more}"),
+        "c.yaml:7: data.sources.0.latent: unknown key; did you mean `latents`?",
+    ),
+    "missing key of a typed source": (
+        changed("path: photos", "{type: latent_tars, metadata: c.yaml}"),
+        "c.yaml:7: data.sources.0.tars: missing (a folder of `.tar` files, or a pattern such as",
+    ),
+    "latents and images": (
+        changed("path: photos", "{type: kohya_json, path: c.yaml, latents: more, images: photos}"),
+        "c.yaml:7: data.sources.0.latents = more with data.sources.0.images = photos: give one of them",
+    ),
+    "neither latents nor images": (
+        changed("path: photos", "{type: kohya_json, path: c.yaml}"),
+        "with data.sources.0.images = null (the default): give one of them",
+    ),
+    "metadata that is a folder": (
+        changed("path: photos", "{type: kohya_json, path: photos, latents: more}"),
+        "c.yaml:7: data.sources.0.path = photos: must be a file",
+    ),
+    "pattern without a match": (
+        changed("path: photos", '{type: webdataset, tars: "more/*.tar"}'),
+        "c.yaml:7: data.sources.0.tars = more/*.tar: no file matches this pattern",
+    ),
+    "latents in image mode": (
+        changed("path: photos", "{type: kohya_json, path: c.yaml, latents: more}").replace(
+            "  prepared: prepared", "  prepared: prepared\n  mode: images"
+        ),
+        "data.sources.0.type = kohya_json with data.mode = images: holds latents; use `mode: latents`",
+    ),
     # rules between fields
     "steps and epochs": (
         changed("steps: 100", "steps: 100\n  epochs: 3"),
@@ -222,7 +268,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
     ),
     "same source twice": (
         changed("- path: photos", "- path: photos\n    - path: ./photos"),
-        "c.yaml:8: data.sources.1.path = photos with data.sources.0.path = photos: the same folder twice",
+        "c.yaml:8: data.sources.1.path = photos with data.sources.0.path = photos: the same source twice",
     ),
     "caption ending": (
         changed("path: photos", "{path: photos, caption_extension: txt}"),

@@ -8,7 +8,7 @@ fields live in `rules.py`.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 _YES_NO = {"yes": True, "on": True, "no": False, "off": False}
@@ -104,8 +104,78 @@ class FolderSource(Section):
     """The folder."""
     caption_extension: str = ".txt"
     """Ending of the caption file that lies beside each image."""
+    kohya_repeats: Flag = False
+    """Read kohya's layout: only sub-folders named `<repeats>_<words>` count, their images are seen `<repeats>` times,
+    and the words are the caption of images that have no caption file."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
+
+
+class KohyaJsonSource(Section):
+    type: Literal["kohya_json"]
+    """kohya's metadata file, with latents (`.npz`, used where they lie) or images beside it."""
+    path: PathField
+    """The metadata: one JSON object (`meta_lat.json`), or `.jsonl` with an object per line. Read as a stream."""
+    latents: PathField | None = None
+    """Folder of the `.npz` files, `<key>.npz` or `<key>_<W>x<H>_sdxl.npz`. Give this or `images`."""
+    images: PathField | None = None
+    """Folder of the images that the keys name, which `prepare` encodes. Give this or `latents`."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class LatentTarsSource(Section):
+    type: Literal["latent_tars"]
+    """Tars with members `<id>.npz`, read in place, and kohya's metadata file with their captions."""
+    metadata: PathField
+    """The metadata, as in `kohya_json`; a member belongs to the key whose last part is its name."""
+    tars: PathField
+    """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class WebdatasetSource(Section):
+    type: Literal["webdataset"]
+    """Tars in which the files of one image share a name: `0001.jpg`, `0001.txt`, `0001.json`."""
+    tars: PathField
+    """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class ParquetSource(Section):
+    type: Literal["parquet"]
+    """Parquet files with an image (or its path) and a caption in each row."""
+    files: PathField
+    """A `.parquet` file, a folder of them, or a pattern."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class HfSource(Section):
+    type: Literal["hf"]
+    """A data set of Hugging Face's `datasets`, on disk or from the hub."""
+    path: str
+    """Name on the hub, or a folder that `save_to_disk` wrote."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+def source_type(entry: object) -> object:
+    """The `type` of an entry of `data.sources`; one that names none is a folder."""
+    return entry.get("type", "folder") if isinstance(entry, dict) else getattr(entry, "type", "folder")
+
+
+Source = Annotated[
+    Annotated[FolderSource, Tag("folder")]
+    | Annotated[KohyaJsonSource, Tag("kohya_json")]
+    | Annotated[LatentTarsSource, Tag("latent_tars")]
+    | Annotated[WebdatasetSource, Tag("webdataset")]
+    | Annotated[ParquetSource, Tag("parquet")]
+    | Annotated[HfSource, Tag("hf")],
+    Discriminator(source_type),
+]
 
 
 class AugmentConfig(Section):
@@ -117,8 +187,8 @@ class AugmentConfig(Section):
 
 
 class DataConfig(Section):
-    sources: Annotated[list[FolderSource], Field(min_length=1)]
-    """Where the images come from; any number of entries."""
+    sources: Annotated[list[Source], Field(min_length=1)]
+    """Where the images come from; any number of entries, of any types."""
     prepared: PathField
     """Folder of the prepared data set (latents in shards). Made by `prepare`, or on the first start."""
     mode: Literal["latents", "images"] = "latents"
