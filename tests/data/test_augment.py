@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from tests.data.photographs import RULES, astronaut, coffee
-from trainer.data.augment import Augmentation, View, draw_view, load_view, view_sizes
+from trainer.data.augment import Augmentation, View, draw_view, view_sizes
 from trainer.data.buckets import Bucket, Placement, make_buckets, place
-from trainer.data.images import BadImage, load_pixels
+from trainer.data.images import BadImage, load_pixels, load_view
 
 # 600 x 400 at a height of 128 is 192 wide: 64 columns to spare over the bucket, no rows.
 WIDE = Placement(Bucket(128, 128), (128, 192), (0, 32))

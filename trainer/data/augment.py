@@ -3,12 +3,10 @@
 Both follow from the visit's own seed, so that a resumed run, on any number of workers, sees the same pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from trainer.data.buckets import Placement
-from trainer.data.images import load_pixels
 from trainer.data.keyed import draw_seed, draw_uniform
 
 
@@ -26,6 +24,15 @@ class View:
 
     placement: Placement
     flipped: bool
+
+
+ChooseView = Callable[[str, int, Placement], View]
+"""(key, repeat, placement at the centre) -> the view of this visit."""
+
+
+def centred_view(key: str, repeat: int, centred: Placement) -> View:
+    """The same view at every visit: the centre, as it lies in the file."""
+    return View(centred, False)
 
 
 def draw_view(centred: Placement, augmentation: Augmentation, seed: int) -> View:
@@ -53,13 +60,3 @@ def view_sizes(original_hw: tuple[int, int], view: View) -> tuple[int, int, int,
     if view.flipped:
         left = placement.resized_hw[1] - (left + bucket.width_px)
     return (*original_hw, top, left, bucket.height_px, bucket.width_px)
-
-
-def load_view(image: bytes, original_hw: tuple[int, int], view: View, pixels: np.ndarray) -> None:
-    """Decode an image file's bytes into `pixels`, u8 [3, bucket height, bucket width].
-
-    Raises:
-        BadImage: it cannot be decoded, or its size is not `original_hw`.
-    """
-    upright = load_pixels(image, original_hw, view.placement)
-    pixels[:] = (upright[:, ::-1] if view.flipped else upright).transpose(2, 0, 1)

@@ -16,6 +16,7 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from trainer.data.augment import View
 from trainer.data.buckets import Placement
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
@@ -82,19 +83,28 @@ def load_pixels(file: Path | bytes, original_hw: tuple[int, int], placement: Pla
     """
     with _reasons(), Image.open(_source(file)) as image:
         orientation = _orientation(image)
+        width, height = image.size[::-1] if orientation in _SIDEWAYS else image.size
+        if (height, width) != original_hw:  # told from the header, before a hostile size can take the memory
+            raise BadImage(f"is {width}x{height} px, but was {original_hw[1]}x{original_hw[0]} px when it was listed")
         rgb = _to_rgb(image)
         for method in _TRANSPOSITIONS.get(orientation, ()):
             rgb = rgb.transpose(method)
-        if (rgb.height, rgb.width) != original_hw:
-            raise BadImage(
-                f"is {rgb.width}x{rgb.height} px, but was {original_hw[1]}x{original_hw[0]} px when it was listed"
-            )
         (top, left), (resized_h, resized_w) = placement.crop_top_left, placement.resized_hw
         height, width = placement.bucket.height_px, placement.bucket.width_px
         scale_y, scale_x = original_hw[0] / resized_h, original_hw[1] / resized_w
         box = (left * scale_x, top * scale_y, (left + width) * scale_x, (top + height) * scale_y)
         box = (box[0], box[1], min(box[2], original_hw[1]), min(box[3], original_hw[0]))
         return np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def load_view(file: bytes, original_hw: tuple[int, int], view: View, pixels: np.ndarray) -> None:
+    """Decode an image file's bytes as one visit sees it into `pixels`, u8 [3, bucket height, bucket width].
+
+    Raises:
+        BadImage: it cannot be decoded, or its size is not `original_hw`.
+    """
+    upright = load_pixels(file, original_hw, view.placement)
+    pixels[:] = (upright[:, ::-1] if view.flipped else upright).transpose(2, 0, 1)
 
 
 def to_unit_range(pixels: list[np.ndarray]) -> np.ndarray:

@@ -10,26 +10,25 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data.buckets import Bucket
+from trainer.data.augment import Augmentation, View, draw_view
+from trainer.data.buckets import Placement
 from trainer.data.captions import caption_text
 from trainer.data.keyed import draw_seed
 from trainer.data.reader_process import read_in_processes
 from trainer.data.sampler import Position, StepRows, planned_steps, share
-from trainer.data.shards import LATENT_CHANNELS, LATENT_FACTOR
 from trainer.data.snapshot import PreparedSet, RowProblem
 
 _THREADS = 2
 _ALIGN = 64
-_LATENT_BYTES = 2
 _TOKEN_BYTES = 2 * 77 * 8
-_OTHER_BYTES = 6 * 4 + 4 + 8  # time_ids, weights, draw_seeds
+_OTHER_BYTES = 6 * 4 + 4 + 8 + 8  # time_ids, weights, draw_seeds, vae_seeds
 
 Tokenize = Callable[[Sequence[str]], NDArray[np.int64]]
 
@@ -38,8 +37,12 @@ Tokenize = Callable[[Sequence[str]], NDArray[np.int64]]
 class Batch:
     """One micro-batch of one rank; m rows of one bucket."""
 
-    latents: Tensor
-    """[m, 4, h, w] float16, unscaled."""
+    latents: Tensor | None
+    """[m, 4, h, w] float16, unscaled; None in a batch of images that are still to be encoded."""
+    pixels: Tensor | None
+    """[m, 3, 8h, 8w] uint8; None where there are latents."""
+    vae_seeds: Tensor | None
+    """[m] int64, beside pixels: the seed of the noise in the VAE's posterior, the same as for stored latents."""
     input_ids: Tensor | None
     """[m, 2, 77] int64 for the two text encoders; None where their outputs are cached."""
     text_hidden: Tensor | None
@@ -91,13 +94,19 @@ class BatchReader:
     seed: int
     tokenize: Tokenize | None
     """None where the prepared set holds the text encoders' outputs."""
+    augmentation: Augmentation = Augmentation()
+    """Of images; stored latents are as they are."""
 
-    def read(self, request: Request, latents: NDArray[np.float16] | None = None) -> Batch:
+    def read(self, request: Request, payload: NDArray[Any] | None = None) -> Batch:
         """The batch of a request; rows that cannot be read keep their place, with weight 0.
 
-        `latents` [m, 4, h, w] is read into, in place of new memory.
+        `payload` is filled with the latents or pixels, in place of new memory.
         """
-        rows = self.prepared.read(self.split, request.bucket, request.ids, latents)
+
+        def choose_view(key: str, repeat: int, centred: Placement) -> View:
+            return draw_view(centred, self.augmentation, draw_seed(self.seed, "augment", request.epoch, key, repeat))
+
+        rows = self.prepared.read(self.split, request.bucket, request.ids, payload, choose_view)
         input_ids = None
         if self.tokenize is not None:
             captions = [caption_text(record) if record else "" for record in rows.captions]
@@ -106,36 +115,38 @@ class BatchReader:
         draws = zip(rows.keys, rows.repeat.tolist(), strict=True)
         seeds = [draw_seed(self.seed, "draw", request.epoch, key, repeat) for key, repeat in draws]
         return Batch(
-            latents=torch.from_numpy(rows.latents),
+            latents=None if rows.latents is None else torch.from_numpy(rows.latents),
+            pixels=None if rows.pixels is None else torch.from_numpy(rows.pixels),
+            vae_seeds=None if rows.pixels is None else _seeds([draw_seed("vae", key) for key in rows.keys]),
             input_ids=input_ids,
             text_hidden=_cached(rows.text_hidden) if cached else None,
             pooled=_cached(rows.text_pooled) if cached else None,
             time_ids=torch.from_numpy(rows.sizes.astype(np.float32)),
             weights=torch.from_numpy(request.weights * rows.ok),
-            draw_seeds=torch.tensor(seeds, dtype=torch.int64),
+            draw_seeds=_seeds(seeds),
             keys=tuple(rows.keys),
             problems=tuple(rows.problems),
         )
 
     def fill(self, buffer: Tensor, request: Request) -> PackedBatch:
         """Read a request's batch into a buffer [bytes] uint8."""
-        shape = self._latent_shape(request.bucket, len(request.ids))
-        room = buffer[: _LATENT_BYTES * math.prod(shape)].view(torch.float16).view(shape)
-        return pack(self.read(request, room.numpy()), buffer)
+        shape, dtype = self.prepared.payload_shape(self.split, request.bucket)
+        num_bytes = len(request.ids) * dtype.itemsize * math.prod(shape)
+        room = buffer[:num_bytes].numpy().view(dtype).reshape(len(request.ids), *shape)
+        return pack(self.read(request, room), buffer)
 
     def batch_bytes(self, rows: int) -> int:
         """Most bytes that a batch of `rows` fills."""
-        row_bytes = [_LATENT_BYTES * math.prod(self._latent_shape(b, 1)) for b in range(len(self._buckets()))]
+        buckets = range(len(self.prepared.buckets(self.split)))
+        payloads = [self.prepared.payload_shape(self.split, bucket) for bucket in buckets]
+        row_bytes = [dtype.itemsize * math.prod(shape) for shape, dtype in payloads]
         positions, hidden_width, pooled_width = self.prepared.text_shape or (0, 0, 0)
         text_bytes = max(_TOKEN_BYTES, 2 * (positions * hidden_width + pooled_width))
         return rows * (max(row_bytes) + text_bytes + _OTHER_BYTES) + len(fields(Batch)) * _ALIGN
 
-    def _buckets(self) -> list[Bucket]:
-        return self.prepared.buckets(self.split)
 
-    def _latent_shape(self, bucket: int, rows: int) -> tuple[int, int, int, int]:
-        shape = self._buckets()[bucket]
-        return rows, LATENT_CHANNELS, shape.height_px // LATENT_FACTOR, shape.width_px // LATENT_FACTOR
+def _seeds(seeds: Sequence[int]) -> Tensor:
+    return torch.tensor(seeds, dtype=torch.int64)
 
 
 def _cached(outputs: NDArray[np.float16] | None) -> Tensor:
@@ -267,7 +278,7 @@ def _read_in_threads(
 
 
 def pack(batch: Batch, buffer: Tensor) -> PackedBatch:
-    """Put a batch's tensors into a buffer [bytes] uint8, the latents first; what lies there already stays."""
+    """Put a batch's tensors into a buffer [bytes] uint8, the latents or pixels first; what lies there already stays."""
     layout, end = [], 0
     for name, tensor in _tensors(batch).items():
         layout.append((name, tensor.dtype, tuple(tensor.shape), end))

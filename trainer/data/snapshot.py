@@ -13,8 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.augment import ChooseView, centred_view
 from trainer.data.buckets import Bucket
-from trainer.data.shards import SECTIONS, OpenShard, ShardError, ShardInfo, read_row
+from trainer.data.shards import (
+    LATENT_CHANNELS,
+    LATENT_FACTOR,
+    SECTIONS,
+    OpenShard,
+    ShardError,
+    ShardInfo,
+    read_row,
+)
 from trainer.errors import UserError
 
 SNAPSHOT_FORMAT = "sdxl-train snapshot 1"
@@ -65,14 +74,15 @@ class RowProblem:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as read. Where `ok` is false (padding, or a row in `problems`), latents are 0 and texts are empty.
+    """Rows as read. Where `ok` is false (padding, or a row in `problems`), latents or pixels are 0 and texts are empty.
 
-    latents f16 [m, 4, h, w] unscaled; captions are JSON texts {"caption": ...}; repeat int64 [m] counts from 0;
+    latents f16 [m, 4, h, w] unscaled, or in a set of images pixels u8 [m, 3, 8h, 8w], the other None; captions are JSON texts {"caption": ...}; repeat int64 [m] counts from 0;
     sizes int64 [m, 6] in the order of SDXL's time ids; text_hidden f16 [m, 77, D] and text_pooled f16 [m, P] where
     they are cached.
     """
 
-    latents: np.ndarray
+    latents: np.ndarray | None
+    pixels: np.ndarray | None
     captions: list[str]
     keys: list[str]
     repeat: np.ndarray
@@ -225,20 +235,43 @@ class PreparedSet:
             if size != facts[_FILE_BYTES]
         ]
 
-    def read(self, split: str, bucket_index: int, ids: np.ndarray, latents: np.ndarray | None = None) -> Rows:
+    @property
+    def holds_images(self) -> bool:
+        """Whether rows are images, decoded anew at each read, and not latents."""
+        return self.settings.get("data.mode") == "images"
+
+    def payload_shape(self, split: str, bucket_index: int) -> tuple[tuple[int, int, int], np.dtype]:
+        """Shape and dtype of one row's latents, or pixels, of a bucket."""
+        bucket = self._groups[split][bucket_index].bucket
+        if self.holds_images:
+            return (3, bucket.height_px, bucket.width_px), np.dtype(np.uint8)
+        shape = (LATENT_CHANNELS, bucket.height_px // LATENT_FACTOR, bucket.width_px // LATENT_FACTOR)
+        return shape, np.dtype(np.float16)
+
+    def read(
+        self,
+        split: str,
+        bucket_index: int,
+        ids: np.ndarray,
+        payload: np.ndarray | None = None,
+        choose_view: ChooseView = centred_view,
+    ) -> Rows:
         """Read virtual rows of one bucket; a row that is damaged or cannot be read never raises.
 
         Args:
             ids: int64 [m] in 0..rows_per_bucket; -1 is padding.
-            latents: f16 [m, 4, h, w] contiguous to read into (such as a view of pinned memory); default: a new array.
+            payload: latents or pixels are read into it (such as a view of pinned memory), contiguous, [m, *shape] as
+                `payload_shape` tells; default: a new array.
+            choose_view: of each image, from its key, the repeat and its view at the centre.
         """
         group = self._groups[split][bucket_index]
-        height, width = group.bucket.height_px // 8, group.bucket.width_px // 8
         m = len(ids)
-        if latents is None:
-            latents = np.empty((m, 4, height, width), dtype=np.float16)
+        if payload is None:
+            shape, dtype = self.payload_shape(split, bucket_index)
+            payload = np.empty((m, *shape), dtype=dtype)
         rows = Rows(
-            latents=latents,
+            latents=None if self.holds_images else payload,
+            pixels=payload if self.holds_images else None,
             captions=[""] * m,
             keys=[""] * m,
             repeat=np.zeros(m, dtype=np.int64),
@@ -255,8 +288,8 @@ class PreparedSet:
         within = (ids - group.starts[places]).tolist()
         shards = group.shards[places].tolist()
         for i in range(m):
-            if ids[i] < 0 or not self._read_one(rows, i, shards[i], within[i]):
-                latents[i] = 0
+            if ids[i] < 0 or not self._read_one(rows, i, payload[i], shards[i], within[i], choose_view):
+                payload[i] = 0
         return rows
 
     def _text_buffer(self, m: int, hidden: bool) -> np.ndarray | None:
@@ -265,7 +298,9 @@ class PreparedSet:
         positions, hidden_width, pooled_width = self.text_shape
         return np.zeros((m, positions, hidden_width) if hidden else (m, pooled_width), dtype=np.float16)
 
-    def _read_one(self, rows: Rows, i: int, shard_index: int, virtual: int) -> bool:
+    def _read_one(
+        self, rows: Rows, i: int, payload: np.ndarray, shard_index: int, virtual: int, choose_view: ChooseView
+    ) -> bool:
         """Fill place i; on a mismatch drop what the kernel has cached and read once more, then give the row up."""
         row, reason = self._uniform_row(shard_index, virtual), ""
         text = None
@@ -275,7 +310,7 @@ class PreparedSet:
             try:
                 shard = self._shard(shard_index)
                 row, repeat = self._row_of(shard, shard_index, virtual)
-                record = read_row(shard, row, rows.latents[i], text)
+                record = read_row(shard, row, payload, text)
             except (ShardError, OSError) as error:
                 reason = str(error)
                 self._forget(shard_index)
@@ -285,7 +320,7 @@ class PreparedSet:
             return True
         for output in text or ():
             output[:] = 0
-        offset = int(self._offsets[shard_index, _LATENTS]) + row * rows.latents[i].nbytes if row >= 0 else -1
+        offset = int(self._offsets[shard_index, _LATENTS]) + row * payload.nbytes if row >= 0 else -1
         rows.problems.append(RowProblem(self._names[shard_index], row, offset, reason))
         return False
 

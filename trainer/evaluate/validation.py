@@ -74,6 +74,7 @@ def validation_loss(
 
 def _loss_sum(denoiser: Denoiser, batch: Batch, timestep: int, device: torch.device) -> float:
     text = condition_text(denoiser.text_encoders, device, batch.input_ids, batch.text_hidden, batch.pooled)
+    assert batch.latents is not None, "images are encoded before they come here"
     latents = batch.latents.to(device)
     seeds = torch.tensor([draw_seed("validation noise", key) for key in batch.keys], dtype=torch.int64)
     noise = standard_normal(seeds, latents.shape[1:], device)

@@ -60,6 +60,7 @@ def batch_losses(parts: StepParts, batch: Batch) -> Tensor:
     """Loss of each image of a micro-batch, fp32 [B], with the graph that leads back to the weights."""
     device, denoiser = parts.comm.device, parts.denoiser
     text = condition_text(denoiser.text_encoders, device, batch.input_ids, batch.text_hidden, batch.pooled)
+    assert batch.latents is not None, "images are encoded before they come here"
     latents = batch.latents.to(device, non_blocking=True)
     noise, timesteps = draw(batch.draw_seeds, latents.shape[1:], denoiser.objective.schedule.num_timesteps, device)
     time_ids = batch.time_ids.to(device, non_blocking=True)
