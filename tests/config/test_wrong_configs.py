@@ -274,6 +274,51 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
         changed("path: photos", "{path: photos, caption_extension: txt}"),
         "c.yaml:7: data.sources.0.caption_extension = txt: must be a dot and an ending, such as .txt",
     ),
+    # captions
+    "probability without a mix": (
+        added("captions: {caption_probability: 0.3}"),
+        "c.yaml:13: captions.caption_probability = 0.3 with captions.use = caption (the default): has no effect",
+    ),
+    "order without both": (
+        added("captions: {both_order: tags_first}"),
+        "c.yaml:13: captions.both_order = tags_first with captions.use = caption (the default): has no effect",
+    ),
+    "kept tags that nothing moves": (
+        added("captions: {keep_tokens: 2}"),
+        "c.yaml:13: captions.keep_tokens = 2 with captions.shuffle_tags = false (the default): has no effect without",
+    ),
+    "separator of tags that are not cut": (
+        added("captions: {tag_separator: ;}"),
+        "c.yaml:13: captions.tag_separator = ; with captions.shuffle_tags = false (the default): has no effect",
+    ),
+    "empty separator": (
+        added("captions: {secondary_separator: ''}"),
+        "c.yaml:13: captions.secondary_separator = '': must have at least 1 character",
+    ),
+    "shuffle without tags": (
+        added("captions: {shuffle_tags: true}"),
+        "with data.sources.0.caption_files_hold = caption (the default): has no effect; if the files hold tags",
+    ),
+    "tags of files that hold none": (
+        added("captions: {use: tags}"),
+        "c.yaml:13: captions.use = tags with data.sources.0.caption_files_hold = caption (the default): has no effect",
+    ),
+    "a mix of one": (
+        changed("path: photos", "{path: photos, caption_files_hold: tags}") + "captions: {use: mix}\n",
+        "c.yaml:13: captions.use = mix with data.sources.0.caption_files_hold = tags: has no effect; no source",
+    ),
+    "dropout after the end": (
+        changed("steps: 100", "epochs: 2") + "captions: {dropout_every_n_epochs: 3}\n",
+        "c.yaml:13: captions.dropout_every_n_epochs = 3 with train.epochs = 2: has no effect; the run ends before",
+    ),
+    "cached text and dropout": (
+        changed("prepared: prepared", "prepared: prepared\n  cache_text: true") + "captions: {dropout_rate: 0.1}\n",
+        "c.yaml:9: data.cache_text = true with captions.dropout_rate = 0.1: must not go together; a text that is",
+    ),
+    "word of kohya's": (
+        added("captions: {caption_tag_dropout_rate: 0.1}"),
+        "c.yaml:13: captions.caption_tag_dropout_rate: unknown key; did you mean `tag_dropout_rate`?",
+    ),
     "run inside a source": (changed("runs/x", "photos/run"), "c.yaml:2: run.dir = photos/run with data.sources.0.path"),
     # paths
     "model missing": (changed("sdxl", "sdlx"), "c.yaml:4: model.path = sdlx: no such folder; did you mean `sdxl`?"),

@@ -26,11 +26,23 @@ from trainer.config.spelling import nearest_path
 from trainer.config.wording import shown
 
 PIXELS_PER_LATENT = 8
+_CACHED_TEXT = "must not go together; a text that is encoded once is the same at each draw"
 
 
 def broken_rules(config: Config) -> list[Problem]:
     """Every rule between fields that `config` breaks."""
-    checks = (_length, _batch, _lr_schedule, _buckets, _sources, _mode, _validation, _samples, _written_folders)
+    checks = (
+        _length,
+        _batch,
+        _lr_schedule,
+        _buckets,
+        _sources,
+        _mode,
+        _captions,
+        _validation,
+        _samples,
+        _written_folders,
+    )
     return [problem for check in checks for problem in check(config)]
 
 
@@ -139,6 +151,53 @@ def _mode(config: Config) -> Iterator[Problem]:
     for key in ("data.augment.flip_probability", "data.augment.random_crop"):
         if _is_given(config, key):
             yield _clash(config, (key, "data.mode"), "has no effect on stored latents; use `mode: images`")
+
+
+def _captions(config: Config) -> Iterator[Problem]:
+    captions = config.captions
+    cuts = captions.shuffle_tags or captions.tag_dropout_rate > 0
+    idle = {
+        "captions.caption_probability": (captions.use == "mix", ("captions.use",), "use: mix"),
+        "captions.both_order": (captions.use == "both", ("captions.use",), "use: both"),
+        "captions.both_separator": (captions.use == "both", ("captions.use",), "use: both"),
+        "captions.keep_tokens": (cuts, ("captions.shuffle_tags",), "shuffle_tags or tag_dropout_rate"),
+        "captions.keep_tokens_separator": (cuts, ("captions.shuffle_tags",), "shuffle_tags or tag_dropout_rate"),
+        "captions.tag_separator": (
+            cuts or captions.secondary_separator is not None,
+            ("captions.shuffle_tags",),
+            "shuffle_tags, tag_dropout_rate or secondary_separator",
+        ),
+    }
+    for key, (works, others, needed) in idle.items():
+        if _is_given(config, key) and not works:
+            yield _clash(config, (key, *others), f"has no effect without `{needed}`")
+    if captions.use == "mix" and captions.caption_probability in (0.0, 1.0):
+        field = "caption" if captions.caption_probability else "tags"
+        yield _clash(config, ("captions.caption_probability",), f"mixes nothing; write `use: {field}`")
+    epochs = config.train.epochs
+    if epochs is not None and captions.dropout_every_n_epochs > epochs:
+        yield _clash(config, ("captions.dropout_every_n_epochs", "train.epochs"), "has no effect; the run ends before")
+    if config.data.cache_text:
+        for key in ("shuffle_tags", "tag_dropout_rate", "wildcards", "dropout_rate", "dropout_every_n_epochs"):
+            if _is_given(config, f"captions.{key}"):
+                yield _clash(config, ("data.cache_text", f"captions.{key}"), _CACHED_TEXT)
+        if captions.use == "mix":
+            yield _clash(config, ("data.cache_text", "captions.use"), _CACHED_TEXT)
+    yield from _fields_of_text(config)
+
+
+def _fields_of_text(config: Config) -> Iterator[Problem]:
+    """What asks for captions or tags that no source can have."""
+    if not all(isinstance(source, FolderSource) for source in config.data.sources):
+        return
+    key = "data.sources.0.caption_files_hold"
+    held = {getattr(source, "caption_files_hold", "caption") for source in config.data.sources}
+    if held == {"caption"}:
+        for name in ("captions.shuffle_tags", "captions.tag_dropout_rate"):
+            if _is_given(config, name):
+                yield _clash(config, (name, key), "has no effect; if the files hold tags, write `tags`")
+    if len(held) == 1 and config.captions.use in {"tags", "both", "mix"} - (held & {"tags"}):
+        yield _clash(config, ("captions.use", key), "has no effect; no source has both captions and tags")
 
 
 def _validation(config: Config) -> Iterator[Problem]:

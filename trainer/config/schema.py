@@ -41,6 +41,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Separator = Annotated[str, Field(min_length=1)]
 PathField = Annotated[Path, Field(strict=False), BeforeValidator(_path, json_schema_input_type=Path)]
 
 
@@ -104,6 +105,8 @@ class FolderSource(Section):
     """The folder."""
     caption_extension: str = ".txt"
     """Ending of the caption file that lies beside each image."""
+    caption_files_hold: Literal["caption", "tags"] = "caption"
+    """What is in the caption files: natural language, or tags, which `captions` can shuffle and drop one by one."""
     kohya_repeats: Flag = False
     """Read kohya's layout: only sub-folders named `<repeats>_<words>` count, their images are seen `<repeats>` times,
     and the words are the caption of images that have no caption file."""
@@ -217,6 +220,44 @@ class DataConfig(Section):
     fails); they are listed in `bad.jsonl` in `run.dir`. Not judged before 1,000 images."""
 
 
+class CaptionsConfig(Section):
+    use: Literal["caption", "tags", "both", "mix"] = "caption"
+    """What the text is made of: the `caption` (natural language), the `tags`, `both`, or at each draw the one or the
+    other (`mix`). Where an image lacks one of them, the other stands in. A field of several lines gives one of them:
+    the first, or with `wildcards` a random one."""
+    caption_probability: Fraction = 0.5
+    """`mix`: how often the caption is taken, and not the tags."""
+    both_order: Literal["caption_first", "tags_first"] = "caption_first"
+    """`both`: which comes first."""
+    both_separator: str = ", "
+    """`both`: what stands between caption and tags."""
+    prefix: str = ""
+    """Put before every text, with a space between; may hold wildcards, and is cut with the tags beside it."""
+    suffix: str = ""
+    """Put after every text, in the same way."""
+    wildcards: Flag = False
+    """Read `{red|green}` as one of the two, at random, and `{{`, `}}` as a brace; groups may be nested."""
+    shuffle_tags: Flag = False
+    """Put the tags in another order at each draw."""
+    keep_tokens: Count = 0
+    """Tags at the start of the text that are neither shuffled nor dropped; a caption before them does not count."""
+    keep_tokens_separator: Separator | None = None
+    """What stands before it in the text is neither shuffled nor dropped, nor what stands after the second one;
+    `|||` by convention. In texts that hold it, `keep_tokens` does not count."""
+    tag_separator: Separator = ","
+    """What stands between tags in the data. Texts whose tags are shuffled or dropped get `, `."""
+    secondary_separator: Separator | None = None
+    """Joins tags that are shuffled and dropped as one, such as `;;;`; afterwards `tag_separator` takes its place."""
+    tag_dropout_rate: Fraction = 0.0
+    """Chance of each tag to be left out."""
+    dropout_rate: Fraction = 0.0
+    """Chance of a whole text to be left out (the empty text; sizes and crop are kept), for classifier-free guidance."""
+    dropout_every_n_epochs: Count = 0
+    """Leave out all texts of every n-th epoch; 0 for never."""
+    max_empty_fraction: Fraction = 0.05
+    """Refuse to train when more than this share of the images has an empty text, before any dropout."""
+
+
 class TrainConfig(Section):
     steps: PositiveInt | None = None
     """Optimizer steps of the whole run. Give this or `train.epochs`."""
@@ -311,6 +352,8 @@ class Config(Section):
     """The SDXL model to start from."""
     data: DataConfig
     """Images, captions, buckets and how they are read."""
+    captions: CaptionsConfig = CaptionsConfig()
+    """From captions and tags to the text of each draw; all of it is a function of seed, epoch and image."""
     train: TrainConfig = TrainConfig()
     """Length, batch and precision."""
     optimizer: OptimizerConfig

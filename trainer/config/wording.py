@@ -40,6 +40,7 @@ _LIMITS = {
     "less_than": ("lt", "must be less than {}"),
     "too_short": ("min_length", "must have at least {}"),
     "too_long": ("max_length", "must have at most {}"),
+    "string_too_short": ("min_length", "must have at least {} character"),
 }
 _ALSO_CALLED = {  # words of other trainers
     "pretrained_model_name_or_path": "model.path",
@@ -51,6 +52,15 @@ _ALSO_CALLED = {  # words of other trainers
     "max_bucket_reso": "data.buckets.max_px",
     "max_data_loader_n_workers": "data.workers",
     "output_dir": "run.dir",
+    "shuffle_caption": "captions.shuffle_tags",
+    "caption_separator": "captions.tag_separator",
+    "caption_prefix": "captions.prefix",
+    "caption_suffix": "captions.suffix",
+    "caption_dropout_rate": "captions.dropout_rate",
+    "caption_dropout_probability": "captions.dropout_rate",
+    "caption_dropout_every_n_epochs": "captions.dropout_every_n_epochs",
+    "caption_tag_dropout_rate": "captions.tag_dropout_rate",
+    "enable_wildcard": "captions.wildcards",
     "batch_size": "train.batch_size_per_gpu",
     "train_batch_size": "train.batch_size_per_gpu",
     "max_train_steps": "train.steps",
