@@ -18,6 +18,9 @@ class Augmentation:
     random_crop: bool = False
 
 
+NOT_AUGMENTED = Augmentation()
+
+
 @dataclass(frozen=True)
 class View:
     """What one visit sees: `placement` in the image as it lies in the file, mirrored afterwards where `flipped`."""

@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data.augment import Augmentation, View, draw_view
+from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, draw_view
 from trainer.data.buckets import Placement
-from trainer.data.captions import caption_text
+from trainer.data.captions import CaptionRules, compose
 from trainer.data.keyed import draw_seed
 from trainer.data.reader_process import read_in_processes
 from trainer.data.sampler import Position, StepRows, planned_steps, share
-from trainer.data.snapshot import PreparedSet, RowProblem
+from trainer.data.snapshot import PreparedSet, RowProblem, Rows
 
 _THREADS = 2
 _ALIGN = 64
@@ -94,8 +94,10 @@ class BatchReader:
     seed: int
     tokenize: Tokenize | None
     """None where the prepared set holds the text encoders' outputs."""
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = NOT_AUGMENTED
     """Of images; stored latents are as they are."""
+    captions: CaptionRules = CaptionRules()
+    """How captions and tags become the text of each draw."""
 
     def read(self, request: Request, payload: NDArray[Any] | None = None) -> Batch:
         """The batch of a request; rows that cannot be read keep their place, with weight 0.
@@ -109,8 +111,7 @@ class BatchReader:
         rows = self.prepared.read(self.split, request.bucket, request.ids, payload, choose_view)
         input_ids = None
         if self.tokenize is not None:
-            captions = [caption_text(record) if record else "" for record in rows.captions]
-            input_ids = torch.from_numpy(self.tokenize(captions))
+            input_ids = torch.from_numpy(self.tokenize(self._texts(rows, request.epoch)))
         cached = self.tokenize is None
         draws = zip(rows.keys, rows.repeat.tolist(), strict=True)
         seeds = [draw_seed(self.seed, "draw", request.epoch, key, repeat) for key, repeat in draws]
@@ -127,6 +128,20 @@ class BatchReader:
             keys=tuple(rows.keys),
             problems=tuple(rows.problems),
         )
+
+    def _texts(self, rows: Rows, epoch: int) -> list[str]:
+        """One text per row, empty where the row has no record because it could not be read."""
+        is_random = self.captions.is_random
+        draws = zip(rows.captions, rows.keys, rows.repeat.tolist(), strict=True)
+        return [
+            compose(
+                record or "{}",
+                self.captions,
+                draw_seed(self.seed, "caption", epoch, key, repeat) if is_random else 0,
+                epoch,
+            )
+            for record, key, repeat in draws
+        ]
 
     def fill(self, buffer: Tensor, request: Request) -> PackedBatch:
         """Read a request's batch into a buffer [bytes] uint8."""

@@ -16,8 +16,9 @@ from trainer.dist.comm import Comm, broadcast_object, gather_objects
 from trainer.dist.strategy import make_strategy, warm_up
 from trainer.errors import UserError
 from trainer.model.denoiser import Denoiser, image_losses
-from trainer.model.load import load_text_encoders, load_unet
+from trainer.model.load import load_text_encoders, load_unet, load_vae
 from trainer.model.text import TextConditioning
+from trainer.model.vae import ImageEncoder
 from trainer.train.checkpoint import OPTIMIZER, read_tensors
 from trainer.train.optim import load_optimizer_tensors, make_optimizer
 from trainer.train.precision import DTYPES, autocast_dtype
@@ -101,14 +102,18 @@ def _check_shards(prepared: PreparedSet, max_bad_fraction: float) -> None:
 
 def load_denoiser(config: Config, weights: Path, prepared: PreparedSet, device: torch.device) -> Denoiser:
     """The UNet of `weights`/unet in fp32, and what its loss needs, as the configuration says."""
-    encoders = None
+    model, encoders, image_encoder = config.model, None, None
     if not config.data.cache_text:
-        encoders = load_text_encoders(config.model.path, DTYPES[config.model.text_encoder_precision], device)
+        encoders = load_text_encoders(model.path, DTYPES[model.text_encoder_precision], device)
+    if prepared.holds_images:
+        vae = load_vae(model.path, model.vae, DTYPES[model.vae_precision], device)
+        image_encoder = ImageEncoder(vae, config.data.vae_batch_size)
     return Denoiser(
         unet=load_unet(weights, torch.float32, device),
         objective=epsilon_objective(scaled_linear().to(device)),
         text_encoders=encoders,
-        scaling_factor=prepared.scaling_factor,
+        image_encoder=image_encoder,
+        scaling_factor=image_encoder.vae.config["scaling_factor"] if image_encoder else prepared.scaling_factor,
         autocast_dtype=autocast_dtype(config.train.precision),
     )
 

@@ -5,26 +5,15 @@ from dataclasses import replace
 
 import torch
 
-from trainer.config.schema import Config
 from trainer.data.loader import Batch
-from trainer.model.load import load_vae
+from trainer.data.snapshot import RowProblem
 from trainer.model.vae import ImageEncoder
-from trainer.train.precision import DTYPES
-
-
-def load_image_encoder(config: Config, device: torch.device) -> ImageEncoder | None:
-    """The VAE that encodes batches of images; None where the data set holds latents."""
-    if config.data.mode == "latents":
-        return None
-    model = config.model
-    vae = load_vae(model.path, model.vae, DTYPES[model.vae_precision], device)
-    return ImageEncoder(vae, config.data.vae_batch_size)
 
 
 def encoded_batches(encoder: ImageEncoder | None, batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches with latents in place of pixels; those that hold latents already are passed on as they are.
 
-    An image for which the VAE gives values that are not finite gets weight 0 and a line in `problems`.
+    An image for which the VAE gives values that are not finite gets weight 0 and an entry in `problems`, under its key.
     """
     for batch in batches:
         yield batch if batch.pixels is None or encoder is None else _encoded(encoder, batch)
@@ -37,8 +26,9 @@ def _encoded(encoder: ImageEncoder, batch: Batch) -> Batch:
     if bool(finite.all()):
         return replace(batch, pixels=None, latents=latents)
     usable = finite.cpu()
-    lines = [
-        f"{key}: the VAE gives values for it that are not finite (model.vae_precision: fp32 may help)"
+    reason = "the VAE gives values for it that are not finite (model.vae_precision: fp32 may help)"
+    unusable = [
+        RowProblem(key, -1, -1, reason)
         for key, good, weight in zip(batch.keys, usable.tolist(), batch.weights.tolist(), strict=True)
         if weight and not good
     ]
@@ -47,5 +37,5 @@ def _encoded(encoder: ImageEncoder, batch: Batch) -> Batch:
         pixels=None,
         latents=torch.where(finite[:, None, None, None], latents, 0.0),
         weights=batch.weights * usable,
-        problems=(*batch.problems, *lines),
+        problems=(*batch.problems, *unusable),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from trainer.config.schema import Config
+from trainer.data.augment import Augmentation
 from trainer.data.loader import BatchReader, Loader, open_loader
 from trainer.data.sampler import EpochPlan, Position, epochs_done, steps_per_epoch, with_global_batch
 from trainer.data.snapshot import PreparedSet
@@ -21,7 +22,9 @@ from trainer.model.text import load_tokenizers
 from trainer.train.arithmetic import arithmetic_of
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.build import Run, build_run, newest_snapshot
+from trainer.train.captions import caption_rules
 from trainer.train.checkpoint import write_checkpoint
+from trainer.train.encoding import encoded_batches
 from trainer.train.lr_schedule import lr_at
 from trainer.train.optim import optimizer_tensors
 from trainer.train.run_dir import MANIFEST, checkpoint_dir, prune_checkpoints
@@ -59,9 +62,8 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
             begin, waited_before = time.perf_counter(), loader.wait_s
             lr = lr_at(state.step, arithmetic.total_steps, config.optimizer.lr, config.lr_schedule)
             batches = next(loader)
-            result = train_step(
-                run.parts, batches.batches, arithmetic.accumulation, batches.weight, lr, stop_requested()
-            )
+            encoded = encoded_batches(run.parts.denoiser.image_encoder, batches.batches)
+            result = train_step(run.parts, encoded, arithmetic.accumulation, batches.weight, lr, stop_requested())
             state = replace(
                 state,
                 step=state.step + 1,
@@ -145,8 +147,9 @@ def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainSta
 
 def open_training_loader(config: Config, comm: Comm, run: Run, state: TrainState, accumulation: int) -> Loader:
     tokenizers = None if config.data.cache_text else load_tokenizers(config.model.path)
+    augmentation = Augmentation(config.data.augment.flip_probability, config.data.augment.random_crop)
     return open_loader(
-        BatchReader(run.prepared, "train", config.run.seed, tokenizers),
+        BatchReader(run.prepared, "train", config.run.seed, tokenizers, augmentation, caption_rules(config)),
         state.position,
         rank=comm.rank,
         world=comm.world,
