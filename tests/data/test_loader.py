@@ -20,7 +20,7 @@ from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_text
 from trainer.data.keyed import draw_seed
 from trainer.data.loader import Batch, BatchReader, Loader, Request, open_loader, pack, unpack
-from trainer.data.sampler import Position, planned_steps, share
+from trainer.data.sampler import Position, planned_steps, share, with_global_batch
 from trainer.data.snapshot import PreparedSet, RowProblem
 
 TALL, SQUARE, WIDE = Bucket(128, 64), Bucket(64, 64), Bucket(64, 128)
@@ -108,6 +108,33 @@ def test_ranks_together_take_an_epoch_once(prepared: PreparedSet) -> None:
                 if step.position_after.epoch == 1:
                     break
     assert len(seen) == 20 and set(seen.values()) == {2}
+
+
+def test_the_number_of_workers_may_change_within_an_epoch(tmp_path: Path) -> None:
+    """4 -> 3 -> 8 workers of 2 images, 30 steps in all: every row of the epoch once, one shape in all ranks' steps."""
+    root = write_small_set(tmp_path / "prepared", {TALL: 61, SQUARE: 1, WIDE: 70, Bucket(128, 128): 3}, repeats=2)
+    reader = BatchReader(PreparedSet.open(root), "train", SEED, byte_tokens)
+    rows_per_bucket = reader.prepared.rows_per_bucket("train")
+    position, seen = Position.start(4, 0), Counter()
+    for world, steps in ((4, 10), (3, 9), (8, 100)):
+        position = (
+            with_global_batch(position, rows_per_bucket, SEED, 2 * world) if seen else Position.start(4, 2 * world)
+        )
+        ends, shapes = set(), [[] for _ in range(world)]
+        for rank in range(world):
+            with _open(reader, position, workers=0, rank=rank, world=world) as loader:
+                for _, step in zip(range(steps), loader, strict=False):
+                    for batch in step.batches:
+                        shapes[rank].append(batch.latents.shape)
+                        pairs = zip(batch.draw_seeds.tolist(), batch.weights, strict=True)
+                        seen.update(seed for seed, weight in pairs if weight)
+                    if step.position_after.starts_epoch:
+                        break
+                ends.add(step.position_after)
+        (position,) = ends
+        assert all(rank_shapes == shapes[0] for rank_shapes in shapes)
+    assert position == Position.start(4, 16, epoch=1)
+    assert len(seen) == 2 * 135 and set(seen.values()) == {1}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

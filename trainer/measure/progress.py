@@ -130,7 +130,9 @@ class ProgressLine:
         return "  ".join((self._loss(), lr, self._speed(), self._data_wait(), *self._bad(), *self._left()))
 
     def _loss(self) -> str:
-        return f"loss {self._sum('loss') / len(self._latest):.3f}"
+        # A step without one readable image has no loss.
+        losses = [metrics.loss for metrics in self._latest if metrics.images]
+        return f"loss {math.fsum(losses) / len(losses):.3f}" if losses else "loss -"
 
     def _speed(self) -> str:
         return f"{self.images_per_s:.{1 if self.images_per_s >= 1 else 2}f} img/s"

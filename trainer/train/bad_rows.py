@@ -26,18 +26,19 @@ class BadRows:
 
     Attributes:
         total: for people: a row counts each time it was tried, in earlier starts of the run as well.
-        recent_images, recent_bad: since this start, the same on all workers; what lies further back than 100,000
-            images fades away.
+        recent_images, recent_bad: since this start, the same on all workers; both are halved at 100,000 images.
     """
 
     total: int = 0
-    recent_images: float = 0.0
-    recent_bad: float = 0.0
+    recent_images: int = 0
+    recent_bad: int = 0
 
     def after(self, images: int, bad: int) -> "BadRows":
         """With a step's `images`, of which `bad` could not be read."""
-        kept = max(0.0, 1 - images / _MEMORY)
-        return BadRows(self.total + bad, kept * self.recent_images + images, kept * self.recent_bad + bad)
+        recent_images, recent_bad = self.recent_images + images, self.recent_bad + bad
+        if recent_images >= _MEMORY:
+            recent_images, recent_bad = recent_images // 2, recent_bad // 2
+        return BadRows(self.total + bad, recent_images, recent_bad)
 
     def too_many(self, max_fraction: float) -> bool:
         """Whether the share of bad rows is above `max_fraction`; not judged before `JUDGED_FROM` images."""
@@ -46,7 +47,7 @@ class BadRows:
     def as_error(self, max_fraction: float, run_dir: Path) -> UserError:
         """What ends the run."""
         return UserError(
-            f"data.max_bad_fraction = {max_fraction:g}: {self.recent_bad:,.0f} of the last {self.recent_images:,.0f} "
+            f"data.max_bad_fraction = {max_fraction:g}: {self.recent_bad:,} of the last {self.recent_images:,} "
             f"images could not be read, see {run_dir / BAD_FILE}; check the drive with `sdxl-train verify`, "
             "or allow more"
         )
