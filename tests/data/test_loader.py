@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from tests.data.small_set import byte_tokens, failing_tokens, write_small_set
 from trainer.data.buckets import Bucket
-from trainer.data.captions import caption_text
+from trainer.data.captions import CaptionRules, caption_record, caption_text, compose
 from trainer.data.keyed import draw_seed
 from trainer.data.loader import Batch, BatchReader, Loader, Request, open_loader, pack, unpack
 from trainer.data.sampler import Position, planned_steps, share, with_global_batch
@@ -192,6 +193,26 @@ def test_no_tokenizer_needs_cached_text(prepared: PreparedSet) -> None:
     request = Request(0, 0, np.array([0]), np.ones(1, dtype=np.float32))
     with pytest.raises(ValueError, match="needs tokenizers"):
         BatchReader(prepared, "train", SEED, None).read(request)
+
+
+def test_texts_follow_from_seed_epoch_key_and_repeat(tmp_path: Path) -> None:
+    root = write_small_set(tmp_path / "prepared", {SQUARE: 4}, repeats=2)
+    prepared, rules = PreparedSet.open(root), CaptionRules(wildcards=True, prefix="{a|b|c|d|e|f|g|h}" * 4)
+    reader = BatchReader(prepared, "train", SEED, byte_tokens, captions=rules)
+
+    def texts(reader: BatchReader, epoch: int, ids: list[int]) -> list[str]:
+        batch = reader.read(Request(epoch, 0, np.array(ids), np.ones(len(ids), dtype=np.float32)))
+        assert batch.input_ids is not None
+        return [bytes(row[row > 0].tolist()).decode() for row in batch.input_ids[:, 0]]
+
+    found = texts(reader, 3, [0, 1, 2, 5, -1])
+    for text, number, repeat in zip(found, (0, 0, 1, 2), (0, 1, 0, 1), strict=False):
+        seed = draw_seed(SEED, "caption", 3, f"64x64/{number}", repeat)
+        assert text == compose(caption_record(f"photo {number}"), rules, seed, 3)
+    assert found[4] == "" and found[0] != found[1]
+    assert texts(reader, 3, [5, 0]) == [found[3], found[0]] and texts(reader, 4, [0, 1, 2, 5]) != found[:4]
+    settled = replace(reader, captions=rules.as_settled())
+    assert texts(settled, 3, [0]) == texts(settled, 4, [1]) == ["aaaa photo 0"]
 
 
 def test_a_batch_survives_its_buffer(prepared: PreparedSet) -> None:

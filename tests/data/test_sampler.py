@@ -12,6 +12,7 @@ from trainer.data.sampler import (
     EpochPlan,
     Position,
     StepRows,
+    pick_rows,
     planned_steps,
     share,
     steps_per_epoch,
@@ -199,3 +200,9 @@ GOLDEN_STEPS = [
     (1, [54701, 7171, 29020, 30169, 7889, 60791]),
 ]
 GOLDEN_DIGEST = "c510c77dae08830b"
+
+
+def test_rows_are_picked_evenly_from_all_buckets() -> None:
+    assert pick_rows([3, 0, 2], 99) == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
+    assert pick_rows([10, 10], 3) == [(0, 0), (0, 9), (1, 9)]
+    assert pick_rows([], 5) == pick_rows([4], 0) == []

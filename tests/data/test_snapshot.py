@@ -65,6 +65,8 @@ def test_rows_by_virtual_number(tmp_path: Path) -> None:
         assert rows.keys[i] == f"photos/{shard}-{row}" and rows.repeat[i] == repeat
         assert caption_text(rows.captions[i]) == f"caption {shard} {row}"
         assert rows.sizes[i].tolist() == [row, 1, 2, 3, 128, 64]
+        record = prepared.read_record("train", 1, int(virtual))
+        assert record is not None and (record.key, record.caption) == (rows.keys[i], rows.captions[i])
 
 
 def test_padding_and_a_buffer_of_the_callers(tmp_path: Path) -> None:

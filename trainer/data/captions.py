@@ -72,6 +72,10 @@ class CaptionRules:
         return replace(self, settled=True)
 
 
+PLAIN = CaptionRules()
+"""The caption as it is, or the tags where there is none."""
+
+
 def compose(record_json: str | bytes, rules: CaptionRules, seed: int, epoch: int) -> str:
     """The text of one sample: a function of the arguments alone, on every machine and in every version.
 

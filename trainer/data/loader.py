@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, draw_view
 from trainer.data.buckets import Placement
-from trainer.data.captions import CaptionRules, compose
+from trainer.data.captions import PLAIN, CaptionRules, compose
 from trainer.data.keyed import draw_seed
 from trainer.data.reader_process import read_in_processes
 from trainer.data.sampler import Position, StepRows, planned_steps, share
@@ -96,7 +96,7 @@ class BatchReader:
     """None where the prepared set holds the text encoders' outputs."""
     augmentation: Augmentation = NOT_AUGMENTED
     """Of images; stored latents are as they are."""
-    captions: CaptionRules = CaptionRules()
+    captions: CaptionRules = PLAIN
     """How captions and tags become the text of each draw."""
 
     def read(self, request: Request, payload: NDArray[Any] | None = None) -> Batch:
@@ -131,17 +131,11 @@ class BatchReader:
 
     def _texts(self, rows: Rows, epoch: int) -> list[str]:
         """One text per row, empty where the row has no record because it could not be read."""
-        is_random = self.captions.is_random
-        draws = zip(rows.captions, rows.keys, rows.repeat.tolist(), strict=True)
-        return [
-            compose(
-                record or "{}",
-                self.captions,
-                draw_seed(self.seed, "caption", epoch, key, repeat) if is_random else 0,
-                epoch,
-            )
-            for record, key, repeat in draws
-        ]
+        rules, is_random, texts = self.captions, self.captions.is_random, []
+        for record, key, repeat in zip(rows.captions, rows.keys, rows.repeat.tolist(), strict=True):
+            seed = draw_seed(self.seed, "caption", epoch, key, repeat) if is_random else 0
+            texts.append(compose(record, rules, seed, epoch) if record else "")
+        return texts
 
     def fill(self, buffer: Tensor, request: Request) -> PackedBatch:
         """Read a request's batch into a buffer [bytes] uint8."""

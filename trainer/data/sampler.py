@@ -215,3 +215,12 @@ def _counts_at_blocks(bucket_of_step: NDArray[np.unsignedinteger], num_buckets: 
         part = bucket_of_step[block * _BLOCK : (block + 1) * _BLOCK]
         counts[block + 1] = counts[block] + np.bincount(part, minlength=num_buckets).astype(np.uint32)
     return counts
+
+
+def pick_rows(rows_per_bucket: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """At most `count` (bucket, row) pairs, spread evenly over all rows; always the same ones."""
+    ends = np.cumsum(rows_per_bucket, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    chosen = np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).astype(np.int64))
+    buckets = np.searchsorted(ends, chosen, side="right")
+    return [(int(b), int(i - (ends[b] - rows_per_bucket[b]))) for b, i in zip(buckets, chosen, strict=True)]

@@ -352,6 +352,11 @@ def read_row(shard: OpenShard, row: int, latents: np.ndarray, text: tuple[np.nda
     return record
 
 
+def read_record(shard: OpenShard, row: int) -> RowRecord:
+    """A row's meta data alone; raises as `read_row` does."""
+    return _read_meta(shard, row)[0]
+
+
 def read_payload(shard: OpenShard, row: int, latents: np.ndarray) -> None:
     """Fill `latents` with the row's latents; the one place that knows where they lie."""
     _read_into(shard.fd, latents, shard.offsets["latents"] + row * latents.nbytes)

@@ -20,8 +20,10 @@ from trainer.data.shards import (
     LATENT_FACTOR,
     SECTIONS,
     OpenShard,
+    RowRecord,
     ShardError,
     ShardInfo,
+    read_record,
     read_row,
 )
 from trainer.errors import UserError
@@ -291,6 +293,17 @@ class PreparedSet:
             if ids[i] < 0 or not self._read_one(rows, i, payload[i], shards[i], within[i], choose_view):
                 payload[i] = 0
         return rows
+
+    def read_record(self, split: str, bucket_index: int, virtual_row: int) -> RowRecord | None:
+        """The key, caption and sizes of one virtual row, without its payload; None where they cannot be read."""
+        group = self._groups[split][bucket_index]
+        place = int(np.searchsorted(group.starts, virtual_row, side="right")) - 1
+        shard_index = int(group.shards[place])
+        try:
+            shard = self._shard(shard_index)
+            return read_record(shard, self._row_of(shard, shard_index, virtual_row - int(group.starts[place]))[0])
+        except (ShardError, OSError):
+            return None
 
     def _text_buffer(self, m: int, hidden: bool) -> np.ndarray | None:
         if self.text_shape is None:

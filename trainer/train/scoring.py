@@ -14,17 +14,18 @@ from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.data.captions import compose
 from trainer.data.loader import BatchReader
+from trainer.data.sampler import pick_rows
 from trainer.data.snapshot import PreparedSet
 from trainer.dist.comm import Comm, barrier
 from trainer.evaluate.report import GridRow, image_grid
 from trainer.evaluate.sampling import decoded_images, sample_images
-from trainer.evaluate.validation import ValidationLoss, pick_rows, validation_batches, validation_loss
+from trainer.evaluate.validation import ValidationLoss, validation_batches, validation_loss
 from trainer.measure.telemetry import MetricsWriter
 from trainer.model.denoiser import Denoiser
 from trainer.model.load import load_text_encoders, load_vae
 from trainer.model.text import CaptionTokenizer, TextEncoders, load_tokenizers
-from trainer.train.encoding import encoded_batches
 from trainer.train.captions import caption_rules
+from trainer.train.encoding import encoded_batches
 from trainer.train.precision import DTYPES
 
 _log = logging.getLogger(__name__)
