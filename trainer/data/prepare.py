@@ -29,7 +29,7 @@ from trainer.data.settings import (
     stored_settings,
 )
 from trainer.data.shards import HEADER_BYTES, ShardError, ShardInfo, read_info
-from trainer.data.snapshot import (
+from trainer.data.snapshot_file import (
     ShardEntry,
     Snapshot,
     current_snapshot,

@@ -3,7 +3,6 @@
 Nothing is held per image: a snapshot of 12 million rows is some 6,000 shards' worth of small integers.
 """
 
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -26,35 +25,15 @@ from trainer.data.shards import (
     read_record,
     read_row,
 )
+from trainer.data.snapshot_file import ShardEntry, current_snapshot, read_snapshot
 from trainer.errors import UserError
 
-SNAPSHOT_FORMAT = "sdxl-train snapshot 1"
 SPLITS = ("train", "validation")
 OPEN_FILES = 256
 """Shards that a process keeps open; well below the usual limit of 1,024 descriptors."""
 
 _ROWS, _VIRTUAL_ROWS, _UNIFORM_REPEATS, _FILE_BYTES, _HEADER_CRC = range(5)  # columns of PreparedSet._facts
 _LATENTS = SECTIONS.index("latents")  # column of PreparedSet._offsets
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """A shard as the snapshot lists it; `name` is relative to the prepared folder."""
-
-    name: str
-    split: str
-    bucket: Bucket
-    info: ShardInfo
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What one snapshot file holds."""
-
-    number: int
-    generations: tuple[int, ...]
-    settings: dict[str, Any]
-    shards: tuple[ShardEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -96,83 +75,25 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class ShardSummary:
+    """One shard of an open prepared set; `name` is relative to the prepared folder."""
+
+    index: int
+    name: str
+    split: str
+    bucket_index: int
+    rows: int
+    virtual_rows: int
+    file_bytes: int
+
+
+@dataclass(frozen=True)
 class _Group:
     """The shards of one bucket: their places in the snapshot, and cumulative virtual rows int64 [shards + 1]."""
 
     bucket: Bucket
     shards: np.ndarray
     starts: np.ndarray
-
-
-def snapshot_name(number: int) -> str:
-    return f"{number:06d}.json"
-
-
-def current_snapshot(prepared: Path) -> str | None:
-    """The name that CURRENT holds, such as `000001.json`; None where nothing has been committed."""
-    try:
-        return (prepared / "CURRENT").read_text().strip()
-    except FileNotFoundError:
-        return None
-
-
-def snapshot_to_json(snapshot: Snapshot) -> str:
-    """One list per column, so that thousands of shards stay small and quick to read."""
-    shards, infos = snapshot.shards, [shard.info for shard in snapshot.shards]
-    present = [name for name in SECTIONS if any(info.offsets[name] >= 0 for info in infos)]
-    document = {
-        "format": SNAPSHOT_FORMAT,
-        "number": snapshot.number,
-        "generations": snapshot.generations,
-        "settings": snapshot.settings,
-        "shards": {
-            "name": [shard.name for shard in shards],
-            "split": [shard.split for shard in shards],
-            "bucket_hw": [[shard.bucket.height_px, shard.bucket.width_px] for shard in shards],
-            "rows": [info.rows for info in infos],
-            "virtual_rows": [info.virtual_rows for info in infos],
-            "uniform_repeats": [info.uniform_repeats for info in infos],
-            "file_bytes": [info.file_bytes for info in infos],
-            "header_crc32c": [info.header_crc32c for info in infos],
-            "text_shape": next((info.text_shape for info in infos if info.text_shape), None),
-            "offsets": {name: [info.offsets[name] for info in infos] for name in present},
-        },
-    }
-    return json.dumps(document, ensure_ascii=False, indent=None, separators=(",", ":")) + "\n"
-
-
-def read_snapshot(prepared: Path, name: str) -> Snapshot:
-    """UserError where the file is missing or is no snapshot that this version reads."""
-    path = prepared / "snapshots" / name
-    try:
-        document = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such snapshot of the prepared data set") from None
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read as a snapshot ({error})") from error
-    if document.get("format") != SNAPSHOT_FORMAT:
-        raise UserError(f"{path}: is of format '{document.get('format')}', this version reads '{SNAPSHOT_FORMAT}'")
-    columns = document["shards"]
-    offsets, text_shape = columns["offsets"], columns["text_shape"]
-    entries = tuple(
-        ShardEntry(
-            name=shard_name,
-            split=columns["split"][i],
-            bucket=Bucket(*columns["bucket_hw"][i]),
-            info=ShardInfo(
-                rows=columns["rows"][i],
-                virtual_rows=columns["virtual_rows"][i],
-                uniform_repeats=columns["uniform_repeats"][i],
-                file_bytes=columns["file_bytes"][i],
-                header_crc32c=columns["header_crc32c"][i],
-                offsets={name: offsets[name][i] if name in offsets else -1 for name in SECTIONS},
-                text_shape=tuple(text_shape) if text_shape else None,
-                excluded=(),
-            ),
-        )
-        for i, shard_name in enumerate(columns["name"])
-    )
-    return Snapshot(document["number"], tuple(document["generations"]), document["settings"], entries)
 
 
 class PreparedSet:
@@ -224,6 +145,22 @@ class PreparedSet:
         """Images of the split, each counted once."""
         return self._images[split]
 
+    def shards(self, split: str) -> list[ShardSummary]:
+        """The shards of a split that have rows, by bucket."""
+        return [
+            ShardSummary(
+                index,
+                self._names[index],
+                split,
+                bucket_index,
+                int(self._facts[index, _ROWS]),
+                int(self._facts[index, _VIRTUAL_ROWS]),
+                int(self._facts[index, _FILE_BYTES]),
+            )
+            for bucket_index, group in enumerate(self._groups[split])
+            for index in group.shards.tolist()
+        ]
+
     def missing(self) -> list[tuple[str, int]]:
         """A line for each shard that is not there or has another size than was written, and how many images it holds;
         a stat per shard."""
@@ -267,10 +204,33 @@ class PreparedSet:
             choose_view: of each image, from its key, the repeat and its view at the centre.
         """
         group = self._groups[split][bucket_index]
-        m = len(ids)
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(ids) and not (ids.min() >= -1 and ids.max() < group.starts[-1]):
+            raise IndexError(f"row ids {ids.min()}..{ids.max()} of a bucket of {group.starts[-1]} rows")
+        places = np.searchsorted(group.starts, ids, side="right") - 1
+        within = np.where(ids < 0, -1, ids - group.starts[places])
         if payload is None:
             shape, dtype = self.payload_shape(split, bucket_index)
-            payload = np.empty((m, *shape), dtype=dtype)
+            payload = np.empty((len(ids), *shape), dtype=dtype)
+        return self._read(payload, group.shards[places].tolist(), within.tolist(), choose_view)
+
+    def read_shard(self, shard: ShardSummary, rows: range) -> Rows:
+        """Read rows by their number in one shard, each in its first repeat; otherwise like `read`."""
+        uniform = int(self._facts[shard.index, _UNIFORM_REPEATS])
+        within = [row * uniform for row in rows]
+        if not uniform:
+            try:
+                ends = self._shard(shard.index).ends_of_repeats(shard.virtual_rows)
+                within = [int(ends[row - 1]) if row else 0 for row in rows]
+            except (ShardError, OSError):
+                pass  # each row will tell
+        shape, dtype = self.payload_shape(shard.split, shard.bucket_index)
+        payload = np.empty((len(rows), *shape), dtype=dtype)
+        return self._read(payload, [shard.index] * len(rows), within, centred_view)
+
+    def _read(self, payload: np.ndarray, shards: list[int], within: list[int], choose_view: ChooseView) -> Rows:
+        """Virtual row `within[i]` of the shard `shards[i]` into `payload[i]`, for each i; -1 is padding."""
+        m = len(payload)
         rows = Rows(
             latents=None if self.holds_images else payload,
             pixels=payload if self.holds_images else None,
@@ -283,14 +243,8 @@ class PreparedSet:
             text_pooled=self._text_buffer(m, hidden=False),
             problems=[],
         )
-        ids = np.asarray(ids, dtype=np.int64)
-        if m and not (ids.min() >= -1 and ids.max() < group.starts[-1]):
-            raise IndexError(f"row ids {ids.min()}..{ids.max()} of a bucket of {group.starts[-1]} rows")
-        places = np.searchsorted(group.starts, ids, side="right") - 1
-        within = (ids - group.starts[places]).tolist()
-        shards = group.shards[places].tolist()
         for i in range(m):
-            if ids[i] < 0 or not self._read_one(rows, i, payload[i], shards[i], within[i], choose_view):
+            if within[i] < 0 or not self._read_one(rows, i, payload[i], shards[i], within[i], choose_view):
                 payload[i] = 0
         return rows
 

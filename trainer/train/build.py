@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.schema import Config
-from trainer.data.snapshot import SPLITS, PreparedSet, current_snapshot
+from trainer.data.snapshot import SPLITS, PreparedSet
+from trainer.data.snapshot_file import current_snapshot
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
 from trainer.dist.comm import Comm, broadcast_object, gather_objects

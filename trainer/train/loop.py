@@ -146,6 +146,7 @@ def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainSta
 
 
 def open_training_loader(config: Config, comm: Comm, run: Run, state: TrainState, accumulation: int) -> Loader:
+    """This worker's batches from where the run stands."""
     tokenizers = None if config.data.cache_text else load_tokenizers(config.model.path)
     augmentation = Augmentation(config.data.augment.flip_probability, config.data.augment.random_crop)
     return open_loader(
