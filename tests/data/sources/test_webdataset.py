@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from skimage import data
 
+from trainer.data.sources.columns import files_below
 from trainer.data.sources.source import SourceItem, read_bytes
-from trainer.data.sources.webdataset import WebdatasetSource, files_below, list_webdataset
+from trainer.data.sources.webdataset import WebdatasetSource, list_webdataset
 from trainer.errors import UserError
 
 

@@ -4,7 +4,6 @@ The files of a sample stand next to each other, as all writers of the format put
 are found by offset; captions, which are small, are read while listing.
 """
 
-import glob
 import json
 import os
 from collections import Counter
@@ -16,13 +15,12 @@ from typing import Any
 
 from trainer.data.captions import caption_record
 from trainer.data.images import EXTENSIONS
+from trainer.data.sources.columns import files_below, text_of
 from trainer.data.sources.source import SourceItem, read_bytes
 from trainer.data.sources.tar_members import BadTar, TarMember, walk_tar
-from trainer.errors import UserError
 
 _CAPTIONS = (".txt", ".caption", ".json")
 _MOST_CAPTION_BYTES = 1 << 20
-_LISTED_FILES = ("*", "?", "[")
 
 
 @dataclass(frozen=True)
@@ -49,30 +47,6 @@ def list_webdataset(source: WebdatasetSource, name: str, ignored: Counter[str]) 
             yield from _items(source, path, f"{name}/{stem}/{sample}", list(members), ignored)
         for problem in damage:
             yield SourceItem(f"{name}/{stem}/", path, problem=problem)
-
-
-def files_below(place: Path, ending: str, field: str) -> list[tuple[str, str]]:
-    """The files that a folder (searched recursively), a pattern or a single path names, sorted by path.
-
-    Returns:
-        Pairs of the path and its name in keys: the path below the folder, or below the part of the pattern that
-        holds no wildcards, without the ending.
-
-    Raises:
-        UserError: there are none.
-    """
-    text = str(place)
-    if place.is_dir():
-        root, found = text, [str(path) for path in place.rglob(f"*{ending}")]
-    elif place.is_file():
-        root, found = str(place.parent), [text]
-    else:
-        parts = place.parts
-        fixed = next((i for i, part in enumerate(parts) if any(sign in part for sign in _LISTED_FILES)), len(parts) - 1)
-        root, found = str(Path(*parts[:fixed])), glob.glob(text, recursive=True)  # noqa: PTH207 - may be absolute
-    if not found:
-        raise UserError(f"data.sources: {field} ({place}): there is no {ending} file")
-    return [(path, os.path.relpath(path, root).removesuffix(ending)) for path in sorted(found)]
 
 
 def _members(path: str, ignored: Counter[str], damage: list[str]) -> Iterator[TarMember]:
@@ -136,15 +110,6 @@ def _caption(source: WebdatasetSource, path: str, by_ending: dict[str, TarMember
             raise ValueError("its .json is no object")
     text = texts.get(".txt") or texts.get(".caption") or text_of(fields.get(source.caption_field))
     return caption_record(text, text_of(fields.get(source.tags_field))).decode()
-
-
-def text_of(value: object) -> str:
-    """A caption or tags as they stand in data sets: text, or a list of texts, which is joined by ", "."""
-    if isinstance(value, str):
-        return value.strip()
-    if isinstance(value, list):
-        return ", ".join(stripped for part in value if isinstance(part, str) and (stripped := part.strip()))
-    return ""
 
 
 def _ending(name: str) -> str:
