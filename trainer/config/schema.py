@@ -140,27 +140,53 @@ class LatentTarsSource(Section):
 
 class WebdatasetSource(Section):
     type: Literal["webdataset"]
-    """Tars in which the files of one image share a name: `0001.jpg`, `0001.txt`, `0001.json`."""
+    """Tars in which the files of one image share a name: `0001.jpg`, `0001.txt`, `0001.json`. Read in place."""
     tars: PathField
     """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
+    caption_field: str = "caption"
+    """Field of the `.json` files that holds the caption, where there is no `.txt` or `.caption`."""
+    tags_field: str = "tags"
+    """Field of the `.json` files that holds the tags: text, or a list."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
 
 
 class ParquetSource(Section):
     type: Literal["parquet"]
-    """Parquet files with an image (or its path) and a caption in each row."""
+    """Parquet files with an image (or its path) and a caption in each row. Fast where row groups are small."""
     files: PathField
     """A `.parquet` file, a folder of them, or a pattern."""
+    image_column: str = "image"
+    """Column of the images: bytes, `datasets`' struct of bytes and path, or paths."""
+    caption_column: str = "caption"
+    """Column of the captions: text, or a list of texts, which become lines."""
+    tags_column: str | None = None
+    """Column of the tags: text, or a list."""
+    key_column: str | None = None
+    """Column with a name for each image, which messages then show beside file and row."""
+    images: PathField | None = None
+    """Folder that paths start from; default: that of the parquet file."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
 
 
 class HfSource(Section):
     type: Literal["hf"]
-    """A data set of Hugging Face's `datasets`, on disk or from the hub."""
+    """A data set of Hugging Face's `datasets`, on disk or from the hub; one from the hub is downloaded first."""
     path: str
-    """Name on the hub, or a folder that `save_to_disk` wrote."""
+    """Name on the hub, or a folder, such as one that `save_to_disk` wrote."""
+    subset: str | None = None
+    """The data set's configuration, where it has several."""
+    split: str = "train"
+    """The split that is trained on, as a whole."""
+    image_column: str = "image"
+    """Column of the images."""
+    caption_column: str = "text"
+    """Column of the captions: text, or a list of texts, which become lines."""
+    tags_column: str | None = None
+    """Column of the tags: text, or a list."""
+    key_column: str | None = None
+    """Column with a name for each image, which messages then show beside the row."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
 
