@@ -278,3 +278,26 @@ def _wait_for_steps(run_dir: Path, count: int, process: subprocess.Popen) -> Non
             return
         time.sleep(0.02)
     raise AssertionError(f"no {count} steps in {run_dir}")
+
+
+def test_images_without_captions_are_refused_until_they_have_some(
+    tmp_path: Path, photos: Path, config_file: Path
+) -> None:
+    source = tmp_path / "bare"
+    source.mkdir()
+    for path in sorted(photos.glob("coffee-0*.png")):
+        shutil.copy(path, source)
+    overrides = [f"data.sources=[{{path: {source}, caption_files_hold: tags}}]", f"data.prepared={tmp_path / 'p'}"]
+    overrides += ["captions={shuffle_tags: yes, keep_tokens: 1}", f"run.dir={tmp_path / 'run'}"]
+    for command in (["prepare", config_file], [config_file]):
+        refused = sdxl_train(*command, *overrides, expect=2)
+        last = refused.stderr.splitlines()[-1]
+        assert "captions.max_empty_fraction = 0.05" in last and "empty text, such as bare/" in last
+    assert not (tmp_path / "p" / "shards").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+    for path in source.glob("*.png"):
+        path.with_suffix(".txt").write_text("cup, coffee, spoon, wood, table, steam")
+    sdxl_train("prepare", config_file, *overrides)
+    shown = sdxl_train("plan", config_file, *overrides).stdout
+    texts = re.findall(r"tokens: (cup, .*)", shown)
+    assert len(texts) == 10 and len(set(texts)) > 5
+    assert "0 without text" in sdxl_train("plan", config_file, *overrides, "captions.dropout_rate=0.9").stdout

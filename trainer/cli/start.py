@@ -13,9 +13,12 @@ from tqdm import tqdm
 
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
-from trainer.data.prepare import PrepareCounts, commit, is_current, plan_prepare, progress
+from trainer.data.caption_survey import planned_records
+from trainer.data.prepare import PrepareCounts, commit, forget_plan, is_current, plan_prepare, progress
 from trainer.dist.environment import choose_workers, detect_gpus, joined_environment
 from trainer.dist.launch import run_workers
+from trainer.errors import UserError
+from trainer.train.captions import describe_captions, require_captions, survey_of
 from trainer.train.preparation import prepare_settings
 
 RESOLVED_CONFIG = "config.resolved.yaml"
@@ -84,7 +87,15 @@ def prepare(config: Config) -> int:
     counts = plan_prepare(prepare_settings(config))
     for line in describe_plan(counts):
         print(line)
+    captions = survey_of(config, planned_records(prepared))
+    for line in describe_captions(config, captions):
+        print(line)
     if counts.pending_rows:
+        try:
+            require_captions(config, captions)
+        except UserError:
+            forget_plan(prepared)
+            raise
         with _bar(prepared):
             code = start_workers(
                 "prepare", config, prepared, {}, stop_notice="ending; the same command goes on with what is missing"

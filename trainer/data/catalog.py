@@ -261,3 +261,10 @@ def mark_committed(connection: sqlite3.Connection, generations: Sequence[int], e
     add_bad(connection, excluded)
     connection.executemany("DELETE FROM rows WHERE key = ? AND path = ?", [(row.key, row.path) for row in excluded])
     connection.executemany("UPDATE generations SET committed = 1 WHERE generation = ?", [(g,) for g in generations])
+
+
+def forget_generation(connection: sqlite3.Connection, generation: int) -> None:
+    """Its rows and shards were never planned; only for one of which no shard has been written."""
+    with transaction(connection):
+        for table in ("rows", "shards", "generations"):
+            connection.execute(f"DELETE FROM {table} WHERE generation = ?", (generation,))

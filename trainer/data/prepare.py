@@ -106,6 +106,16 @@ def plan_prepare(settings: PrepareSettings, show_progress: bool = True) -> Prepa
     return PrepareCounts(counts, rows, new_rows, empty, sum(shard.rows for shard in pending), len(pending))
 
 
+def forget_plan(prepared: Path) -> None:
+    """Drop what was planned and not begun, so that the next plan looks at the sources anew."""
+    with _alone(prepared), catalog.open_catalog(prepared) as connection:
+        for generation in catalog.pending_generations(connection):
+            if not (prepared / f"shards/{generation:06d}").exists():
+                catalog.forget_generation(connection, generation)
+        if current_snapshot(prepared) is None and not catalog.pending_generations(connection):
+            (prepared / "settings.json").unlink(missing_ok=True)
+
+
 def commit(prepared: Path) -> Committed:
     """Make all planned shards part of a new snapshot, and that one current; nothing to do is no error.
 
