@@ -1,4 +1,7 @@
-"""The second part of `prepare`: decode, resize and encode the planned images, and write their shards.
+"""The second part of `prepare`: write the planned shards.
+
+Images are decoded, resized and encoded, referenced latents are converted, and of what is used where it lies only the
+place is written.
 
 Any number of workers do this at once; they share nothing but the file system. Each may be killed at any moment.
 """
@@ -17,11 +20,15 @@ from typing import Any
 import numpy as np
 
 from trainer.data import catalog
-from trainer.data.catalog import BadRow, CatalogRow, PlannedShard
+from trainer.data.catalog import BadRow, CatalogRow, Payload, PlannedShard
 from trainer.data.images import BadImage, load_pixels, pillow_rules, to_unit_range
 from trainer.data.keyed import draw_seed
+from trainer.data.npz import BadNpz
+from trainer.data.references import Reference, ReferencedFiles
 from trainer.data.settings import stored_settings, sync_folder
+from trainer.data.shard_reader import read_npz
 from trainer.data.shards import EncodeText, RowBatch, ShardHead, write_shard
+from trainer.data.sources.source import WHOLE, read_bytes
 
 Encode = Callable[[np.ndarray, np.ndarray], Any]
 """(pixels f32 [B, 3, H, W] in -1..1, draw seeds int64 [B]) -> unscaled latents [B, 4, H/8, W/8].
@@ -29,14 +36,18 @@ Encode = Callable[[np.ndarray, np.ndarray], Any]
 The result is an array or a CPU tensor. A row's noise must follow from its seed alone.
 """
 
+AS_GIVEN = "as given"
+"""Stands for the VAE of latents that were not made here."""
+
 _POLL_SECONDS = 0.2
+_CONVERTED_AT_ONCE = 32
 
 
 def encode_shards(
     prepared: Path,
     rank: int,
     world_size: int,
-    encode: Encode,
+    encode: Encode | None,
     encode_text: EncodeText | None = None,
     vae_batch_size: int = 4,
     decode_threads: int = 2,
@@ -47,6 +58,7 @@ def encode_shards(
     another but at the end, for the shards that others still write.
 
     Args:
+        encode: may be None where no image is to be encoded (see `pending_payloads`).
         encode_text: must be given exactly when the set was planned with cached text.
     """
     settings = stored_settings(prepared)
@@ -83,9 +95,17 @@ def encode_shards(
             time.sleep(_POLL_SECONDS)
 
 
+def pending_payloads(prepared: Path) -> set[Payload]:
+    """What the shards hold that are still to be written."""
+    with catalog.open_catalog(prepared, read_only=True) as connection:
+        return {
+            shard.payload for shard in catalog.pending_shards(connection) if not (prepared / shard.name).exists()
+        }
+
+
 @dataclass(frozen=True)
 class _Encoder:
-    encode: Encode
+    encode: Encode | None
     batch_size: int
     pool: ThreadPoolExecutor
 
@@ -123,26 +143,83 @@ def _write(
     encode_text: EncodeText | None,
 ) -> None:
     """Encode one shard into its claimed temporary file and rename it into place."""
+    refers = shard.payload in ("npz", "image")
     head = ShardHead(
         bucket=shard.bucket,
         split=shard.split,
         generation=shard.generation,
         scaling_factor=settings["the VAE's scaling_factor"],
-        vae_fingerprint=settings["the VAE (weights and model.vae_precision)"],
+        vae_fingerprint=settings["the VAE (weights and model.vae_precision)"] if shard.payload == "encode" else AS_GIVEN,
+        payload="npz" if shard.payload == "npz" else "image" if shard.payload == "image" else "latents",
     )
     excluded: list[dict[str, Any]] = []
     os.ftruncate(fd, 0)
     with os.fdopen(fd, "wb", closefd=False) as file:
-        write_shard(file, head, _encoded(rows, head, encoder, excluded), excluded, encode_text)
+        if refers:
+            batches = _referring(rows)
+        elif shard.payload == "repack":
+            batches = _converted(rows, head, encoder, excluded)
+        else:
+            batches = _encoded(rows, head, encoder, excluded)
+        write_shard(file, head, batches, excluded, encode_text)
         os.fsync(fd)
     _temporary(path).rename(path)
     sync_folder(path.parent)
+
+
+def _referring(rows: list[CatalogRow]) -> Iterator[RowBatch]:
+    """All rows at once, with the places of their payloads."""
+    references = [
+        Reference(row.path, row.offset, row.length, (0, 0) if row.payload == "npz" else row.placement.resized_hw)
+        for row in rows
+    ]
+    yield RowBatch(
+        latents=None,
+        captions=[row.caption for row in rows],
+        keys=[row.key for row in rows],
+        sizes=np.array([_sizes(row) for row in rows], dtype=np.uint32).reshape(-1, 6),
+        repeats=np.array([row.repeats for row in rows], dtype=np.uint32),
+        references=references,
+    )
+
+
+def _converted(
+    rows: list[CatalogRow], head: ShardHead, encoder: _Encoder, excluded: list[dict[str, Any]]
+) -> Iterator[RowBatch]:
+    """Batches of latents read from where they lie, in the order of `rows`; threads read ahead."""
+    files = ReferencedFiles()
+
+    def load(row: CatalogRow) -> tuple[np.ndarray, np.ndarray] | str:
+        latents = np.empty(head.latent_shape, dtype=np.float16)
+        try:
+            data = files.read(Reference(row.path, row.offset, row.length, (0, 0)))
+            return latents, read_npz(data, np.array(_sizes(row)), latents)
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        except (BadNpz, EOFError) as error:
+            return str(error)
+
+    for first in range(0, len(rows), _CONVERTED_AT_ONCE):
+        some = rows[first : first + _CONVERTED_AT_ONCE]
+        loaded = list(encoder.pool.map(load, some))
+        excluded += [_excluded(row, why) for row, why in zip(some, loaded, strict=True) if isinstance(why, str)]
+        good = [(row, *read) for row, read in zip(some, loaded, strict=True) if not isinstance(read, str)]
+        if good:
+            yield RowBatch(
+                latents=np.stack([latents for _, latents, _ in good]),
+                captions=[row.caption for row, _, _ in good],
+                keys=[row.key for row, _, _ in good],
+                sizes=np.array([sizes for _, _, sizes in good], dtype=np.uint32),
+                repeats=np.array([row.repeats for row, _, _ in good], dtype=np.uint32),
+            )
 
 
 def _encoded(
     rows: list[CatalogRow], head: ShardHead, encoder: _Encoder, excluded: list[dict[str, Any]]
 ) -> Iterator[RowBatch]:
     """Batches of encoded rows in the order of `rows`; images that cannot be used go to `excluded`."""
+    if encoder.encode is None:
+        raise ValueError("images are to be encoded, but there is no encoder")
     for batch in _decoded(rows, encoder, excluded):
         seeds = np.array([draw_seed("vae", row.key) for row, _ in batch], dtype=np.int64)
         latents = np.asarray(encoder.encode(to_unit_range([pixels for _, pixels in batch]), seeds))
@@ -175,7 +252,7 @@ def _decoded(
     batch: list[tuple[CatalogRow, np.ndarray]] = []
     while True:
         while len(ahead) < 2 * encoder.batch_size and (row := next(waiting, None)) is not None:
-            ahead.append((row, encoder.pool.submit(load_pixels, Path(row.path), row.original_hw, row.placement)))
+            ahead.append((row, encoder.pool.submit(_load_pixels, row)))
         if not ahead:
             break
         row, pixels = ahead.popleft()
@@ -188,6 +265,16 @@ def _decoded(
             batch = []
     if batch:
         yield batch
+
+
+def _load_pixels(row: CatalogRow) -> np.ndarray:
+    if row.length == WHOLE:
+        return load_pixels(Path(row.path), row.original_hw, row.placement)
+    try:
+        data = read_bytes(row.path, row.offset, row.length)
+    except (OSError, EOFError) as error:
+        raise BadImage(f"cannot be read: {error}") from error
+    return load_pixels(data, row.original_hw, row.placement)
 
 
 def _sizes(row: CatalogRow) -> tuple[int, ...]:

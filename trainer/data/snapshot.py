@@ -12,19 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.augment import ChooseView, centred_view
-from trainer.data.buckets import Bucket
-from trainer.data.shards import (
-    LATENT_CHANNELS,
-    LATENT_FACTOR,
-    SECTIONS,
-    OpenShard,
-    RowRecord,
-    ShardError,
-    ShardInfo,
-    read_record,
-    read_row,
-)
+from trainer.data.augment import ChooseView, View, centred_view
+from trainer.data.buckets import Bucket, Placement
+from trainer.data.references import ReferencedFiles
+from trainer.data.shard_reader import OpenShard, PayloadError, RowRecord, read_record, read_row
+from trainer.data.shards import LATENT_CHANNELS, LATENT_FACTOR, SECTIONS, ShardError, ShardInfo
 from trainer.data.snapshot_file import ShardEntry, current_snapshot, read_snapshot
 from trainer.errors import UserError
 
@@ -114,6 +106,7 @@ class PreparedSet:
         self._images = {split: sum(s.info.rows for s in snapshot.shards if s.split == split) for split in SPLITS}
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
+        self._files = ReferencedFiles()
 
     @classmethod
     def open(cls, prepared: Path, snapshot_name: str | None = None) -> "PreparedSet":
@@ -269,7 +262,8 @@ class PreparedSet:
         self, rows: Rows, i: int, payload: np.ndarray, shard_index: int, virtual: int, choose_view: ChooseView
     ) -> bool:
         """Fill place i; on a mismatch drop what the kernel has cached and read once more, then give the row up."""
-        row, reason = self._uniform_row(shard_index, virtual), ""
+        row = self._uniform_row(shard_index, virtual)
+        file, offset, reason = self._names[shard_index], -1, ""
         text = None
         if rows.text_hidden is not None and rows.text_pooled is not None:
             text = (rows.text_hidden[i], rows.text_pooled[i])
@@ -277,9 +271,17 @@ class PreparedSet:
             try:
                 shard = self._shard(shard_index)
                 row, repeat = self._row_of(shard, shard_index, virtual)
-                record = read_row(shard, row, payload, text)
+
+                def choose_place(key: str, centred: Placement, repeat: int = repeat) -> View:
+                    return choose_view(key, repeat, centred)
+
+                record = read_row(shard, row, payload, text, choose_place)
+            except PayloadError as error:
+                file, offset, reason = error.reference.file, error.reference.offset, str(error)
+                self._files.forget(error.reference)
+                continue
             except (ShardError, OSError) as error:
-                reason = str(error)
+                file, offset, reason = self._names[shard_index], -1, str(error)
                 self._forget(shard_index)
                 continue
             rows.captions[i], rows.keys[i], rows.sizes[i] = record.caption, record.key, record.sizes
@@ -287,8 +289,10 @@ class PreparedSet:
             return True
         for output in text or ():
             output[:] = 0
-        offset = int(self._offsets[shard_index, _LATENTS]) + row * payload.nbytes if row >= 0 else -1
-        rows.problems.append(RowProblem(self._names[shard_index], row, offset, reason))
+        latents = int(self._offsets[shard_index, _LATENTS])
+        if row >= 0 and offset < 0 <= latents:
+            offset = latents + row * payload.nbytes
+        rows.problems.append(RowProblem(file, row, offset, reason))
         return False
 
     def _uniform_row(self, shard_index: int, virtual: int) -> int:
@@ -312,7 +316,7 @@ class PreparedSet:
                 return shard
         rows, _, _, file_bytes, header_crc = self._facts[index].tolist()
         offsets = dict(zip(SECTIONS, self._offsets[index].tolist(), strict=True))
-        shard = OpenShard(self.path / self._names[index], rows, offsets, file_bytes, header_crc)
+        shard = OpenShard(self.path / self._names[index], rows, offsets, file_bytes, header_crc, self._files)
         with self._lock:
             self._open[index] = shard
             # An evicted shard is closed when no thread reads from it any more: its last reference closes it.

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from trainer.config.schema import Config
+from trainer.config.schema import Source as SourceConfig
 from trainer.data.buckets import BucketRules
-from trainer.data.sources.folder import FolderSource
 from trainer.data.settings import PrepareSettings
+from trainer.data.sources.listing import SOURCE_TYPES, Source
 from trainer.model.folder import read_config, vae_folder, weights_fingerprint
+from trainer.train.captions import caption_rules
 
 
 def prepare_settings(config: Config) -> PrepareSettings:
@@ -21,9 +22,7 @@ def prepare_settings(config: Config) -> PrepareSettings:
         encoders = f"{' '.join(parts)} {model.text_encoder_precision}"
     return PrepareSettings(
         prepared=config.data.prepared,
-        sources=tuple(
-            FolderSource(Path(source.path), source.caption_extension, source.repeats) for source in config.data.sources
-        ),
+        sources=tuple(map(_source, config.data.sources)),
         buckets=BucketRules(
             resolution=buckets.resolution,
             min_px=buckets.min_px,
@@ -34,9 +33,20 @@ def prepare_settings(config: Config) -> PrepareSettings:
         vae=f"{weights_fingerprint(vae)} {model.vae_precision}",
         scaling_factor=read_config(vae).get("scaling_factor", 0.18215),
         text_encoders=encoders,
+        captions=_caption_settings(config) if config.data.cache_text else None,
         validation_fraction=config.data.validation_fraction,
         rows_per_shard=config.data.rows_per_shard,
     )
+
+
+def _caption_settings(config: Config) -> dict[str, object]:
+    return config.captions.model_dump(exclude_defaults=True, exclude={"max_empty_fraction"})
+
+
+def _source(entry: SourceConfig) -> Source:
+    """The data package's own form of an entry of `data.sources`; the fields are the same."""
+    fields = {name: getattr(entry, name) for name in type(entry).model_fields if name != "type"}
+    return SOURCE_TYPES[entry.type](**fields)
 
 
 def encode_share(config: Config) -> None:
@@ -44,7 +54,7 @@ def encode_share(config: Config) -> None:
     import numpy as np
     import torch
 
-    from trainer.data.captions import caption_text
+    from trainer.data.captions import compose
     from trainer.data.encode import encode_shards
     from trainer.dist.comm import init_device
     from trainer.model.load import load_text_encoders, load_vae
@@ -64,8 +74,10 @@ def encode_share(config: Config) -> None:
         encoders = load_text_encoders(model.path, DTYPES[model.text_encoder_precision], device)
         tokenize = load_tokenizers(model.path)
 
-        def encode_captions(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-            ids = torch.from_numpy(tokenize([caption_text(caption) for caption in captions]))
+        rules = caption_rules(config)  # not random, or the configuration would have been refused
+
+        def encode_captions(records: list[str]) -> tuple[np.ndarray, np.ndarray]:
+            ids = torch.from_numpy(tokenize([compose(record, rules, 0, 0) for record in records]))
             with torch.inference_mode():
                 text = encoders.encode(ids)
             return text.hidden.float().cpu().numpy(), text.pooled.float().cpu().numpy()

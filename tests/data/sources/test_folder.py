@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from trainer.data.captions import caption_text
-from trainer.data.sources.folder import FolderSource, list_folder, read_caption, source_names
+from trainer.data.sources.folder import FolderSource, list_folder, read_caption
+from trainer.data.sources.listing import source_names
 from trainer.errors import UserError
 
 
@@ -38,6 +39,19 @@ def test_captions(tmp_path: Path) -> None:
     assert caption_text(read_caption(str(path))) == 'a "cat",\n1girl ☕'
     path.write_bytes(b"caf\xe9")
     assert caption_text(read_caption(str(path))) == "caf\ufffd"
+
+
+def test_caption_files_of_tags(tmp_path: Path) -> None:
+    for name in ("10_sks girl/a.jpg", "10_sks girl/b.jpg", "10_sks girl/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1girl, solo")
+    records = {}
+    for kohya in (False, True):
+        source = FolderSource(tmp_path, caption_files_hold="tags", kohya_repeats=kohya)
+        items = list_folder(source, "x", Counter())
+        records[kohya] = sorted(read_caption(item.caption_path, item.caption) for item in items)
+    assert records[False] == ['{"caption":"","tags":"1girl, solo"}', '{"caption":""}']
+    assert records[True] == ['{"caption":"","tags":"1girl, solo"}', '{"caption":"","tags":"sks girl"}']
 
 
 def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:

@@ -29,9 +29,9 @@ class SourceItem(NamedTuple):
     """The bytes are `length` from byte `offset` of `file` on; see `WHOLE` and `ROW`."""
     kind: Kind = "image"
     caption: str | None = None
-    """The caption record (JSON text); None: it is to be read from `caption_path`."""
+    """The caption record (JSON text), or None for an empty one; it stands in where `caption_path` does not exist."""
     caption_path: str = ""
-    """A text file; one that does not exist gives an empty caption."""
+    """A text file with the caption."""
     repeats: int = 1
     """How often the image is seen per epoch."""
     original_hw: tuple[int, int] | None = None
