@@ -10,6 +10,7 @@ from trainer.config.schema import Config
 from trainer.data.captions import PLAIN, CaptionRules, caption_record
 from trainer.errors import UserError
 from trainer.train.captions import caption_rules, describe_captions, require_captions, survey_of
+from trainer.train.preparation import prepare_settings
 
 
 @pytest.fixture
@@ -40,6 +41,12 @@ def test_rules_are_those_of_the_configuration(config_file: Path) -> None:
     assert caption_rules(_load(config_file)) == PLAIN
     given = _load(config_file, "captions={shuffle_tags: yes, keep_tokens: 2, prefix: a, max_empty_fraction: 0.5}")
     assert caption_rules(given) == CaptionRules(shuffle_tags=True, keep_tokens=2, prefix="a")
+
+
+def test_cached_text_is_of_one_set_of_rules(config_file: Path) -> None:
+    plain = prepare_settings(_load(config_file, "captions.prefix=a photo"))
+    cached = prepare_settings(_load(config_file, "captions.prefix=a photo", "data.cache_text=true"))
+    assert "captions" not in plain.to_json() and cached.to_json()["captions"] == {"prefix": "a photo"}
 
 
 def test_what_is_shown(config_file: Path) -> None:
