@@ -219,7 +219,7 @@ def test_a_batch_survives_its_buffer(prepared: PreparedSet) -> None:
     reader = BatchReader(prepared, "train", SEED, byte_tokens)
     request = Request(3, 2, np.array([0, 5, -1]), np.array([1, 1, 0], dtype=np.float32))
     expected = reader.read(request)
-    buffer = torch.full((reader.batch_bytes(3),), 255, dtype=torch.uint8)
+    buffer = torch.full((reader.batch_bytes([3, 3, 3]),), 255, dtype=torch.uint8)
     _assert_equal(unpack(buffer, pack(expected, buffer)), expected)
     _assert_equal(unpack(buffer, reader.fill(buffer, request)), expected)
 

@@ -55,7 +55,7 @@ def _print_data(config: Config) -> CaptionSurvey | None:
     print("  bucket (width x height)   images per epoch")
     for bucket, count in zip(prepared.buckets("train"), rows, strict=True):
         print(f"  {bucket.width_px:>12} x {bucket.height_px:<8} {count:>12,}")
-    arithmetic = arithmetic_of(config, worker_count(config), rows)
+    arithmetic = arithmetic_of(config, worker_count(config), prepared.buckets("train"), rows)
     captions = survey_of(config, sampled_records(prepared))
     for line in (*arithmetic.describe(), *describe_captions(config, captions)):
         print(line)

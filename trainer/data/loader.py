@@ -144,14 +144,15 @@ class BatchReader:
         room = buffer[:num_bytes].numpy().view(dtype).reshape(len(request.ids), *shape)
         return pack(self.read(request, room), buffer)
 
-    def batch_bytes(self, rows: int) -> int:
-        """Most bytes that a batch of `rows` fills."""
+    def batch_bytes(self, rows_of_bucket: Sequence[int]) -> int:
+        """Most bytes that a batch fills, which holds so many rows where it is of this bucket."""
         buckets = range(len(self.prepared.buckets(self.split)))
         payloads = [self.prepared.payload_shape(self.split, bucket) for bucket in buckets]
-        row_bytes = [dtype.itemsize * math.prod(shape) for shape, dtype in payloads]
         positions, hidden_width, pooled_width = self.prepared.text_shape or (0, 0, 0)
-        text_bytes = max(_TOKEN_BYTES, 2 * (positions * hidden_width + pooled_width))
-        return rows * (max(row_bytes) + text_bytes + _OTHER_BYTES) + len(fields(Batch)) * _ALIGN
+        other_bytes = max(_TOKEN_BYTES, 2 * (positions * hidden_width + pooled_width)) + _OTHER_BYTES
+        row_bytes = [dtype.itemsize * math.prod(shape) + other_bytes for shape, dtype in payloads]
+        most = max(rows * size for rows, size in zip(rows_of_bucket, row_bytes, strict=True))
+        return most + len(fields(Batch)) * _ALIGN
 
 
 def _seeds(seeds: Sequence[int]) -> Tensor:
@@ -236,30 +237,37 @@ def open_loader(
 
     Args:
         position: the same on all ranks; its global batch is at most world * micro_batch * accumulation.
+        micro_batch: rows of a batch; times the position's factor of the bucket.
         workers: reader processes; 0 reads in two threads of this process.
         prefetch_batches: micro-batches to keep ready.
         pin_memory: put batches into page-locked memory; needs CUDA.
     """
     steps: deque[tuple[StepRows, Position]] = deque()
     rows_per_bucket = reader.prepared.rows_per_bucket(reader.split)
+    batch_rows = [micro_batch * factor for factor in position.batch_factors]
 
     def requests() -> Iterator[Request]:
         for rows, after in planned_steps(rows_per_bucket, reader.seed, position):
             steps.append((rows, after))
-            for ids, weights in share(rows, rank, world, micro_batch, accumulation):
+            for ids, weights in share(rows, rank, world, batch_rows[rows.bucket], accumulation):
                 yield Request(rows.epoch, rows.bucket, ids, weights)
 
     if workers:
-        batches = _read_in_processes(reader, requests(), micro_batch, workers, prefetch_batches, pin_memory)
+        batches = _read_in_processes(reader, requests(), batch_rows, workers, prefetch_batches, pin_memory)
     else:
         batches = _read_in_threads(reader, requests(), prefetch_batches, pin_memory)
     return Loader(batches, steps, accumulation)
 
 
 def _read_in_processes(
-    reader: BatchReader, requests: Iterator[Request], rows: int, workers: int, prefetch_batches: int, pin_memory: bool
+    reader: BatchReader,
+    requests: Iterator[Request],
+    batch_rows: Sequence[int],
+    workers: int,
+    prefetch_batches: int,
+    pin_memory: bool,
 ) -> Generator[Batch, None, None]:
-    filled = read_in_processes(reader.fill, requests, reader.batch_bytes(rows), workers, prefetch_batches)
+    filled = read_in_processes(reader.fill, requests, reader.batch_bytes(batch_rows), workers, prefetch_batches)
     # Copied out of the slot in one piece, because the slot is filled again.
     copy = Tensor.pin_memory if pin_memory else Tensor.clone
     return (unpack(copy(buffer[: packed.num_bytes]), packed) for buffer, packed in filled)

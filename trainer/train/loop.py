@@ -19,7 +19,7 @@ from trainer.measure.arithmetic import RunArithmetic
 from trainer.measure.progress import ProgressLine
 from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
 from trainer.model.text import load_tokenizers
-from trainer.train.arithmetic import arithmetic_of
+from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.build import Run, build_run, newest_snapshot
 from trainer.train.captions import caption_rules
@@ -105,20 +105,22 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
 def starting_state(config: Config, run: Run, global_batch: int) -> TrainState:
     """Where the run goes on, or the start of a fresh one; a changed global batch opens a new segment."""
     rows_per_bucket, snapshot = run.prepared.rows_per_bucket("train"), run.prepared.snapshot_name
+    factors = batch_factors(config, run.prepared.buckets("train"))
     if run.state is None:
-        return TrainState(0, 0, Position.start(len(rows_per_bucket), global_batch), snapshot, config.run.seed)
+        start = Position.start(len(rows_per_bucket), global_batch, batch_factors=factors)
+        return TrainState(0, 0, start, snapshot, config.run.seed)
     position = run.state.position
     if position.starts_epoch:  # whatever the snapshot before: this one's buckets may be others
-        position = Position.start(len(rows_per_bucket), global_batch, position.epoch)
+        position = Position.start(len(rows_per_bucket), global_batch, position.epoch, factors)
     else:
-        position = with_global_batch(position, rows_per_bucket, config.run.seed, global_batch)
+        position = with_global_batch(position, rows_per_bucket, config.run.seed, global_batch, factors)
     return replace(run.state, position=position, snapshot=snapshot)
 
 
 def _place_in_data(config: Config, run: Run) -> tuple[TrainState, RunArithmetic]:
     """Where the run stands in the data it has, and what follows from the size of the data."""
     rows_per_bucket = run.prepared.rows_per_bucket("train")
-    arithmetic = arithmetic_of(config, run.parts.comm.world, rows_per_bucket)
+    arithmetic = arithmetic_of(config, run.parts.comm.world, run.prepared.buckets("train"), rows_per_bucket)
     state = starting_state(config, run, arithmetic.images_per_step)
     return state, replace(arithmetic, total_steps=_total_steps(config, rows_per_bucket, state))
 
@@ -142,7 +144,9 @@ def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainSta
     if epochs_after_this < 0:
         return state.step
     this_epoch = EpochPlan(rows_per_bucket, config.run.seed, state.position).num_steps - state.position.step
-    return state.step + this_epoch + epochs_after_this * steps_per_epoch(rows_per_bucket, state.position.global_batch)
+    position = state.position
+    per_epoch = steps_per_epoch(rows_per_bucket, position.global_batch, position.batch_factors)
+    return state.step + this_epoch + epochs_after_this * per_epoch
 
 
 def open_training_loader(config: Config, comm: Comm, run: Run, state: TrainState, accumulation: int) -> Loader:
