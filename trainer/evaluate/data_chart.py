@@ -73,8 +73,10 @@ def _draw_aspects(axis: "Axes", chart: DataChart) -> None:
     reach = max(1.05, float(np.abs(np.concatenate([originals, buckets])).max()) + 0.05)
     edges = np.linspace(-reach, reach, 2 * round(reach * 12) + 2)  # an odd number: squares lie in the middle of one
     weights = np.full(len(originals), 1 / len(originals))
-    axis.hist(buckets, edges, weights=weights, color=_BUCKET, label="bucket (as trained)")
-    axis.hist(originals, edges, weights=weights, histtype="step", color=_ORIGINAL, linewidth=1.6, label="image file")
+    axis.hist(buckets, edges.tolist(), weights=weights, color=_BUCKET, label="bucket (as trained)")
+    axis.hist(
+        originals, edges.tolist(), weights=weights, histtype="step", color=_ORIGINAL, linewidth=1.6, label="image file"
+    )
     shown = [ratio for ratio in _RATIOS if abs(np.log2(ratio[0] / ratio[1])) <= reach]
     axis.set_xticks([np.log2(w / h) for w, h in shown], [f"{w}:{h}" for w, h in shown])
     axis.set_xlim(-reach, reach)
@@ -90,7 +92,7 @@ def _draw_megapixels(axis: "Axes", chart: DataChart) -> None:
     target = float(chart.target_hw.prod(axis=1).max()) / 1e6
     low, high = min(megapixels.min(), target), max(megapixels.max(), target)
     edges = np.geomspace(low / 1.05, high * 1.05, 41)
-    axis.hist(megapixels, edges, weights=np.full(len(megapixels), 1 / len(megapixels)), color=_ORIGINAL)
+    axis.hist(megapixels, edges.tolist(), weights=np.full(len(megapixels), 1 / len(megapixels)), color=_ORIGINAL)
     axis.set_xscale("log")
     axis.minorticks_off()
     ticks = [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)]
