@@ -18,12 +18,12 @@ from trainer.data.buckets import Bucket, Placement
 from trainer.data.captions import caption_text
 from trainer.data.catalog import count_rows, open_catalog
 from trainer.data.encode import encode_shards
-from trainer.data.sources.folder import FolderSource
 from trainer.data.images import load_pixels, to_unit_range
 from trainer.data.keyed import draw_seed
 from trainer.data.prepare import Committed, commit, is_current, plan_prepare, progress
 from trainer.data.settings import PrepareSettings
 from trainer.data.snapshot import PreparedSet, Rows
+from trainer.data.sources.folder import FolderSource
 from trainer.errors import UserError
 
 ROOT = Path(__file__).parents[2]

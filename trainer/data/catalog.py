@@ -218,11 +218,8 @@ def plan_generation(connection: sqlite3.Connection, rows_per_shard: int) -> int:
     for group, rows in groupby(connection.execute(query, (generation,)), key=itemgetter(0, 1, 2, 3)):
         size = rows_per_shard * (REFERENCES_PER_SHARD if group[3] in ("npz", "image") else 1)
         keys = map(itemgetter(4), rows)
-        while (first := next(keys, None)) is not None:
-            last, others = first, 0
-            for last in islice(keys, size - 1):
-                others += 1
-            shards.append((names.next(group), generation, generation, *group, first, last, others + 1))
+        while some := list(islice(keys, size)):
+            shards.append((names.next(group), generation, generation, *group, some[0], some[-1], len(some)))
     _add_generation(connection, generation, shards)
     return len(shards)
 

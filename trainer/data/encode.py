@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from trainer.data.references import Reference, ReferencedFiles
 from trainer.data.settings import stored_settings, sync_folder
 from trainer.data.shard_reader import read_npz
 from trainer.data.shards import EncodeText, RowBatch, ShardHead, write_shard
-from trainer.data.sources.source import WHOLE, read_bytes
+from trainer.data.sources.parquet import CellReader
+from trainer.data.sources.source import ROW, WHOLE, read_bytes
 
 Encode = Callable[[np.ndarray, np.ndarray], Any]
 """(pixels f32 [B, 3, H, W] in -1..1, draw seeds int64 [B]) -> unscaled latents [B, 4, H/8, W/8].
@@ -98,9 +99,7 @@ def encode_shards(
 def pending_payloads(prepared: Path) -> set[Payload]:
     """What the shards hold that are still to be written."""
     with catalog.open_catalog(prepared, read_only=True) as connection:
-        return {
-            shard.payload for shard in catalog.pending_shards(connection) if not (prepared / shard.name).exists()
-        }
+        return {shard.payload for shard in catalog.pending_shards(connection) if not (prepared / shard.name).exists()}
 
 
 @dataclass(frozen=True)
@@ -149,14 +148,16 @@ def _write(
         split=shard.split,
         generation=shard.generation,
         scaling_factor=settings["the VAE's scaling_factor"],
-        vae_fingerprint=settings["the VAE (weights and model.vae_precision)"] if shard.payload == "encode" else AS_GIVEN,
+        vae_fingerprint=settings["the VAE (weights and model.vae_precision)"]
+        if shard.payload == "encode"
+        else AS_GIVEN,
         payload="npz" if shard.payload == "npz" else "image" if shard.payload == "image" else "latents",
     )
     excluded: list[dict[str, Any]] = []
     os.ftruncate(fd, 0)
     with os.fdopen(fd, "wb", closefd=False) as file:
         if refers:
-            batches = _referring(rows)
+            batches = _referring(_packed(rows, path, excluded) if shard.payload == "image" else rows)
         elif shard.payload == "repack":
             batches = _converted(rows, head, encoder, excluded)
         else:
@@ -165,6 +166,33 @@ def _write(
         os.fsync(fd)
     _temporary(path).rename(path)
     sync_folder(path.parent)
+
+
+def _packed(rows: list[CatalogRow], path: Path, excluded: list[dict[str, Any]]) -> list[CatalogRow]:
+    """The rows, with images that lie in parquet files copied to a file beside the shard `path`.
+
+    A row of a parquet file cannot be read without what is stored before it; in the copy every row can.
+    """
+    if all(row.length != ROW for row in rows):
+        return rows
+    packed = []
+    pack = path.with_suffix(".images").resolve()
+    with _temporary(pack).open("wb") as file, closing(CellReader()) as cells:
+        for row in rows:
+            if row.length != ROW:
+                packed.append(row)
+                continue
+            try:
+                image = cells.read(row.path, row.offset)
+            except BadImage as error:
+                excluded.append(_excluded(row, str(error)))
+                continue
+            packed.append(row._replace(path=str(pack), offset=file.tell(), length=len(image)))
+            file.write(image)
+        file.flush()
+        os.fsync(file.fileno())
+    _temporary(pack).rename(pack)
+    return packed
 
 
 def _referring(rows: list[CatalogRow]) -> Iterator[RowBatch]:
@@ -250,31 +278,43 @@ def _decoded(
     ahead: deque[tuple[CatalogRow, Future[np.ndarray]]] = deque()
     waiting = iter(rows)
     batch: list[tuple[CatalogRow, np.ndarray]] = []
-    while True:
-        while len(ahead) < 2 * encoder.batch_size and (row := next(waiting, None)) is not None:
-            ahead.append((row, encoder.pool.submit(_load_pixels, row)))
-        if not ahead:
-            break
-        row, pixels = ahead.popleft()
-        try:
-            batch.append((row, pixels.result()))
-        except BadImage as error:
-            excluded.append(_excluded(row, str(error)))
-        if len(batch) == encoder.batch_size:
-            yield batch
-            batch = []
+    with closing(CellReader()) as cells:
+        while True:
+            while len(ahead) < 2 * encoder.batch_size and (row := next(waiting, None)) is not None:
+                ahead.append((row, _decode_ahead(row, cells, encoder.pool)))
+            if not ahead:
+                break
+            row, pixels = ahead.popleft()
+            try:
+                batch.append((row, pixels.result()))
+            except BadImage as error:
+                excluded.append(_excluded(row, str(error)))
+            if len(batch) == encoder.batch_size:
+                yield batch
+                batch = []
     if batch:
         yield batch
 
 
-def _load_pixels(row: CatalogRow) -> np.ndarray:
-    if row.length == WHOLE:
-        return load_pixels(Path(row.path), row.original_hw, row.placement)
+def _decode_ahead(row: CatalogRow, cells: CellReader, pool: ThreadPoolExecutor) -> Future[np.ndarray]:
     try:
-        data = read_bytes(row.path, row.offset, row.length)
+        return pool.submit(load_pixels, _image(row, cells), row.original_hw, row.placement)
+    except BadImage as error:
+        failed: Future[np.ndarray] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _image(row: CatalogRow, cells: CellReader) -> Path | bytes:
+    """The image's file, or its bytes where they are a part of one."""
+    if row.length == WHOLE:
+        return Path(row.path)
+    if row.length == ROW:
+        return cells.read(row.path, row.offset)
+    try:
+        return read_bytes(row.path, row.offset, row.length)
     except (OSError, EOFError) as error:
         raise BadImage(f"cannot be read: {error}") from error
-    return load_pixels(data, row.original_hw, row.placement)
 
 
 def _sizes(row: CatalogRow) -> tuple[int, ...]:

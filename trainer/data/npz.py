@@ -112,14 +112,13 @@ def _checked_hw(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[1], shape[2]
 
 
-
 def _members(data: bytes | bytearray) -> dict[str, _Member]:
     """The archive's members by name, without `.npy`."""
     end = len(data) - 22
     if end < 0:
         raise BadNpz("is empty" if not data else "no zip archive, or cut off")
     if not data.startswith(_END_SIGN, end):
-        end = data.rfind(_END_SIGN, max(0, end - _LONGEST_COMMENT))
+        end = data.rfind(_END_SIGN, max(0, end - _LONGEST_COMMENT), end + len(_END_SIGN))
         if end < 0:
             raise BadNpz("no zip archive, or cut off")
     _, count, _, at = _END.unpack_from(data, end)

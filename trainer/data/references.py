@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -54,9 +55,14 @@ def file_table(references: Sequence[Reference]) -> FileTable:
         code = _SPECIAL.get(length, length)
         columns[i] = number, offset & 0xFFFFFFFF, offset >> 32, code, *resized_hw
     files = list(numbers)
-    shared = os.path.commonprefix([min(files), max(files)]) if files else ""
-    root = shared[: shared.rfind("/") + 1]
+    # Of sorted paths, the first and the last have in common what all have.
+    root = _shared_folder(min(files), max(files)) if files else ""
     return FileTable(root, [file[len(root) :].encode() for file in files], columns)
+
+
+def _shared_folder(one: str, other: str) -> str:
+    equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    return one[: one.rfind("/", 0, equal) + 1]
 
 
 def reference_of(record: bytes, file: str) -> Reference:

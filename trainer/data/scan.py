@@ -39,7 +39,7 @@ from trainer.data.settings import PrepareSettings
 from trainer.data.shards import LATENT_FACTOR
 from trainer.data.sources.folder import read_caption
 from trainer.data.sources.listing import list_source, source_names
-from trainer.data.sources.source import WHOLE, SourceItem, read_bytes
+from trainer.data.sources.source import ROW, WHOLE, SourceItem, open_range, read_bytes
 
 _PAGE = 2048
 _THREADS = 4
@@ -106,7 +106,7 @@ def scan(
         with bar, pillow_rules(), ThreadPoolExecutor(_THREADS) as pool, closing(_pages(connection)) as pages:
             previous = ("", ("", 0))
             for page in pages:
-                known, judged = _catalogued(connection, page)
+                known, judged, stale = _catalogued(connection, page, previous[0])
                 owners, previous = _owners(page, known, previous)
                 looked = [
                     look(item, owner, known.get(item.key), judged.get((item.key, item.file)), pool)
@@ -114,18 +114,20 @@ def scan(
                 ]
                 found = [result.result() if isinstance(result, Future) else result for result in looked]
                 with transaction(connection):
+                    connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", stale)
                     add_rows(connection, generation, [row for row in found if isinstance(row, CatalogRow)])
                     add_bad(connection, [row for row in found if isinstance(row, BadRow)])
                 _count(found, counts)
                 bar.update(len(page))
     if limit is None:
+        connection.execute("DELETE FROM bad WHERE key > ? AND file_bytes != ?", (previous[0], _NEVER))
         counts.removed = rows_before - counts.known - counts.changed
     return counts
 
 
 def _forget_gone(connection: sqlite3.Connection) -> None:
     """Bad images that were deleted need no mention, and those that are judged anew will be mentioned again."""
-    gone = [(row.key, row.path) for row in bad_rows(connection) if not os.path.lexists(row.path)]
+    gone = [(row.key, row.path) for row in bad_rows(connection) if not _exists(row.path)]
     with transaction(connection):
         connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", gone)
         connection.execute("DELETE FROM bad WHERE file_bytes = ?", (_NEVER,))
@@ -199,14 +201,27 @@ def _pages(connection: sqlite3.Connection) -> Generator[list[SourceItem], None, 
 
 
 def _catalogued(
-    connection: sqlite3.Connection, page: list[SourceItem]
-) -> tuple[dict[str, _Known], dict[tuple[str, str], tuple[int, int]]]:
-    """The rows among the page's keys, and by key and path the size and time of the files that were judged to be bad."""
-    ends = page[0].key, page[-1].key
-    query = """SELECT key, path, offset, file_bytes, mtime_ns, caption_stamp FROM rows WHERE key BETWEEN ? AND ?"""
-    known = {v[0]: _Known(v[1:3], FileStamp(*v[3:])) for v in connection.execute(query, ends)}
+    connection: sqlite3.Connection, page: list[SourceItem], after: str
+) -> tuple[dict[str, _Known], dict[tuple[str, str], tuple[int, int]], list[tuple[str, str]]]:
+    """What the catalogue holds of a page whose keys follow the key `after`.
+
+    Returns:
+        The rows by key; by key and path the size and time of the files that were judged to be bad; and of the bad, the
+        key and path of those that are listed no more.
+    """
+    last = page[-1].key
+    query = "SELECT key, path, offset, file_bytes, mtime_ns, caption_stamp FROM rows WHERE key BETWEEN ? AND ?"
+    known = {v[0]: _Known(v[1:3], FileStamp(*v[3:])) for v in connection.execute(query, (page[0].key, last))}
     query = "SELECT key, path, file_bytes, mtime_ns FROM bad WHERE key BETWEEN ? AND ?"
-    return known, {v[:2]: v[2:] for v in connection.execute(query, ends)}
+    judged = {v[:2]: v[2:] for v in connection.execute(query, (after, last))}
+    listed = {(item.key, item.file) for item in page} if judged else set()
+    # The first and the last key may have items on another page.
+    stale = [
+        place
+        for place, (file_bytes, _) in judged.items()
+        if file_bytes != _NEVER and after < place[0] < last and place not in listed
+    ]
+    return known, judged, stale
 
 
 def _owners(
@@ -223,7 +238,7 @@ def _owners(
             previous = (key, place)
         owner = known[key].place if key in known else previous[1]
         is_other = owner[0] != item.file or (key not in known and owner != place)
-        owners.append(owner[0] if is_other and os.path.lexists(owner[0]) else None)
+        owners.append(owner[0] if is_other and _exists(owner[0]) else None)
     return owners, previous
 
 
@@ -255,9 +270,7 @@ def _look(
     return pool.submit(_judge, rules, item, known, judged)
 
 
-def _judge(
-    rules: _Rules, item: SourceItem, known: _Known | None, judged: tuple[int, int] | None
-) -> _Verdict:
+def _judge(rules: _Rules, item: SourceItem, known: _Known | None, judged: tuple[int, int] | None) -> _Verdict:
     file_bytes, mtime_ns = item.file_bytes, item.mtime_ns
     try:
         if file_bytes < 0:
@@ -289,7 +302,7 @@ def _row(rules: _Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
         original_hw = item.original_hw or _sides(placement.bucket)
     else:
         payload = "image" if settings.mode == "images" else "encode"
-        original_hw = image_hw(_image_bytes(item) if item.length != WHOLE else Path(item.file))
+        original_hw = item.original_hw if item.length == ROW and item.original_hw else _image_hw(item)
         placement = place(original_hw, rules.buckets, settings.buckets)
     caption = item.caption or caption_record("").decode()
     return CatalogRow(
@@ -307,8 +320,16 @@ def _row(rules: _Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
     )
 
 
-def _image_bytes(item: SourceItem) -> bytes:
-    return read_bytes(item.file, item.offset, item.length)
+def _image_hw(item: SourceItem) -> tuple[int, int]:
+    if item.length == WHOLE:
+        return image_hw(Path(item.file))
+    with open_range(item.file, item.offset, item.length) as file:
+        return image_hw(file)
+
+
+def _exists(path: str) -> bool:
+    """Whether the file is there, or where the path is that of a file's column, the file."""
+    return os.path.lexists(path) or os.path.lexists(path.rpartition("::")[0])
 
 
 def _sides(bucket: Bucket) -> tuple[int, int]:

@@ -186,7 +186,7 @@ def read_payload(
 
 
 def read_npz(data: bytes | bytearray, sizes: np.ndarray, latents: np.ndarray) -> np.ndarray:
-    """Fill `latents` from an `.npz`; returns the sizes [6] with the original size and crop that it tells, if it does."""
+    """Fill `latents` from an `.npz`; returns the sizes [6], original size and crop as it tells them, if it does."""
     told = read_latents(data, latents)
     if told.original_hw is None and told.crop_top_left is None:
         return sizes

@@ -1,4 +1,4 @@
-"""From a configuration to `prepare`'s settings, and one worker's share of the encoding. Imports torch only in the latter."""
+"""From a configuration to the settings of `prepare`, and one worker's share of the encoding (with torch)."""
 
 import os
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from trainer.config.schema import Config
 from trainer.config.schema import Source as SourceConfig
 from trainer.data.buckets import BucketRules
+from trainer.data.encode import encode_shards, pending_payloads
 from trainer.data.settings import PrepareSettings
 from trainer.data.sources.listing import SOURCE_TYPES, Source
 from trainer.model.folder import read_config, vae_folder, weights_fingerprint
@@ -15,8 +16,12 @@ from trainer.train.captions import caption_rules
 def prepare_settings(config: Config) -> PrepareSettings:
     """What decides the prepared data set; reads the weights of the VAE (and of cached text encoders) once."""
     model, buckets = config.model, config.data.buckets
-    vae = vae_folder(model.path, model.vae)
-    encoders = None
+    # A set of images is the same for every VAE: each run encodes with its own.
+    vae_fingerprint, scaling_factor, encoders = "of the run", 1.0, None
+    if config.data.mode == "latents":
+        vae = vae_folder(model.path, model.vae)
+        vae_fingerprint = f"{weights_fingerprint(vae)} {model.vae_precision}"
+        scaling_factor = read_config(vae).get("scaling_factor", 0.18215)
     if config.data.cache_text:
         parts = [weights_fingerprint(model.path / name) for name in ("text_encoder", "text_encoder_2")]
         encoders = f"{' '.join(parts)} {model.text_encoder_precision}"
@@ -30,12 +35,13 @@ def prepare_settings(config: Config) -> PrepareSettings:
             step_px=buckets.step_px,
             no_upscale=buckets.no_upscale,
         ),
-        vae=f"{weights_fingerprint(vae)} {model.vae_precision}",
-        scaling_factor=read_config(vae).get("scaling_factor", 0.18215),
+        vae=vae_fingerprint,
+        scaling_factor=scaling_factor,
         text_encoders=encoders,
         captions=_caption_settings(config) if config.data.cache_text else None,
         validation_fraction=config.data.validation_fraction,
         rows_per_shard=config.data.rows_per_shard,
+        mode=config.data.mode,
     )
 
 
@@ -49,13 +55,22 @@ def _source(entry: SourceConfig) -> Source:
     return SOURCE_TYPES[entry.type](**fields)
 
 
+def needs_workers(config: Config) -> bool:
+    """Whether the pending shards take more than noting where images or latents lie."""
+    return config.data.cache_text or bool(pending_payloads(config.data.prepared) & {"encode", "repack"})
+
+
+def note_references(config: Config) -> None:
+    """Write the pending shards in this process, which has no model and no torch."""
+    encode_shards(config.data.prepared, 0, 1, encode=None)
+
+
 def encode_share(config: Config) -> None:
     """Encode shards beside the other workers until none is left, without a process group: none waits for another."""
     import numpy as np
     import torch
 
     from trainer.data.captions import compose
-    from trainer.data.encode import encode_shards
     from trainer.dist.comm import init_device
     from trainer.model.load import load_text_encoders, load_vae
     from trainer.model.text import load_tokenizers
@@ -64,11 +79,14 @@ def encode_share(config: Config) -> None:
 
     device = init_device()
     model = config.model
-    vae = load_vae(model.path, model.vae, DTYPES[model.vae_precision], device)
+    encode: Callable[..., np.ndarray] | None = None
+    if "encode" in pending_payloads(config.data.prepared):
+        vae = load_vae(model.path, model.vae, DTYPES[model.vae_precision], device)
 
-    def encode(pixels: np.ndarray, draw_seeds: np.ndarray) -> np.ndarray:
-        return encode_latents(vae, torch.from_numpy(pixels).to(device), torch.from_numpy(draw_seeds)).cpu().numpy()
+        def encode_images(pixels: np.ndarray, draw_seeds: np.ndarray) -> np.ndarray:
+            return encode_latents(vae, torch.from_numpy(pixels).to(device), torch.from_numpy(draw_seeds)).cpu().numpy()
 
+        encode = encode_images
     encode_text: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None
     if config.data.cache_text:
         encoders = load_text_encoders(model.path, DTYPES[model.text_encoder_precision], device)

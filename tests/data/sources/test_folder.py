@@ -57,3 +57,27 @@ def test_caption_files_of_tags(tmp_path: Path) -> None:
 def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         list(list_folder(FolderSource(tmp_path / "nope"), "nope", Counter()))
+
+
+def test_kohyas_layout(tmp_path: Path) -> None:
+    root = tmp_path / "train"
+    for name in (
+        "10_sks girl/a.png",
+        "10_sks girl/sub/b.png",
+        "10_sks girl/a.txt",
+        "3_x/a.png",
+        "other/c.png",
+        "d.png",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("a caption")
+    ignored: Counter[str] = Counter()
+    items = {item.key: item for item in list_folder(FolderSource(root, kohya_repeats=True, repeats=2), "t", ignored)}
+    assert {key: item.repeats for key, item in items.items()} == {
+        "t/10_sks girl/a": 20,
+        "t/10_sks girl/sub/b": 20,
+        "t/3_x/a": 6,
+    }
+    captions = {key: caption_text(read_caption(item.caption_path, item.caption)) for key, item in items.items()}
+    assert captions == {"t/10_sks girl/a": "a caption", "t/10_sks girl/sub/b": "sks girl", "t/3_x/a": "x"}
+    assert ignored == {"(outside of <repeats>_<words> folders)": 2}

@@ -33,9 +33,7 @@ class KohyaJsonSource:
     repeats: int = 1
 
 
-def list_kohya_json(
-    source: KohyaJsonSource, name: str, ignored: Counter[str], scratch: Path
-) -> Iterator[SourceItem]:
+def list_kohya_json(source: KohyaJsonSource, name: str, ignored: Counter[str], scratch: Path) -> Iterator[SourceItem]:
     """An item for each entry of the metadata; one whose file is not there has a `problem`.
 
     Args:
@@ -105,9 +103,7 @@ def _list_latents(source: KohyaJsonSource, name: str, root: str, scratch: Path) 
                 yield _latents(source, name, entry, file, stamp)
 
 
-def _latents(
-    source: KohyaJsonSource, name: str, entry: MetadataEntry, file: str, stamp: tuple[int, int]
-) -> SourceItem:
+def _latents(source: KohyaJsonSource, name: str, entry: MetadataEntry, file: str, stamp: tuple[int, int]) -> SourceItem:
     return SourceItem(
         f"{name}/{entry.key}",
         file,

@@ -37,9 +37,7 @@ class LatentTarsSource:
     repeats: int = 1
 
 
-def list_latent_tars(
-    source: LatentTarsSource, name: str, ignored: Counter[str], scratch: Path
-) -> Iterator[SourceItem]:
+def list_latent_tars(source: LatentTarsSource, name: str, ignored: Counter[str], scratch: Path) -> Iterator[SourceItem]:
     """An item for each entry of the metadata that has a member.
 
     Args:

@@ -1,22 +1,27 @@
 """All kinds of sources under one roof: their names, and the stream of what they hold."""
 
+import glob
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.data.sources.folder import FolderSource, list_folder
+from trainer.data.sources.hf import HfSource, list_hf
 from trainer.data.sources.kohya import KohyaJsonSource, list_kohya_json
 from trainer.data.sources.latent_tars import LatentTarsSource, list_latent_tars
+from trainer.data.sources.parquet import ParquetSource, list_parquet
 from trainer.data.sources.source import SourceItem
 from trainer.data.sources.webdataset import WebdatasetSource, list_webdataset
 
-Source = FolderSource | KohyaJsonSource | LatentTarsSource | WebdatasetSource
+Source = FolderSource | KohyaJsonSource | LatentTarsSource | WebdatasetSource | ParquetSource | HfSource
 
 SOURCE_TYPES: dict[str, type[Source]] = {
     "folder": FolderSource,
     "kohya_json": KohyaJsonSource,
     "latent_tars": LatentTarsSource,
     "webdataset": WebdatasetSource,
+    "parquet": ParquetSource,
+    "hf": HfSource,
 }
 """By the `type` of a `data.sources` entry."""
 
@@ -51,16 +56,26 @@ def list_source(source: Source, name: str, ignored: Counter[str], scratch: Path)
         return list_kohya_json(source, name, ignored, scratch)
     if isinstance(source, WebdatasetSource):
         return list_webdataset(source, name, ignored)
+    if isinstance(source, ParquetSource):
+        return list_parquet(source, name, ignored)
+    if isinstance(source, HfSource):
+        return list_hf(source, name, ignored)
     return list_latent_tars(source, name, ignored, scratch)
 
 
 def main_path(source: Source) -> Path:
-    """The path by which a user knows the source."""
+    """The path by which a user knows the source; for one of the hub, its name."""
     if isinstance(source, LatentTarsSource):
         return source.metadata
-    return source.tars if isinstance(source, WebdatasetSource) else source.path
+    if isinstance(source, WebdatasetSource):
+        return source.tars
+    return source.files if isinstance(source, ParquetSource) else Path(source.path)
 
 
 def _main_name(source: Source) -> str:
     path = main_path(source)
-    return path.resolve().name if isinstance(source, FolderSource) else path.stem
+    if isinstance(source, KohyaJsonSource | LatentTarsSource):
+        return path.stem
+    if glob.has_magic(path.name):
+        return path.parent.name
+    return path.resolve().name if isinstance(source, FolderSource) else path.name
