@@ -8,7 +8,6 @@ import pytest
 import torch
 from skimage import data
 
-from trainer.data.images import to_unit_range
 from trainer.data.keyed import draw_seed
 from trainer.data.loader import Batch
 from trainer.model.load import load_vae
@@ -47,7 +46,8 @@ def test_the_latents_that_prepare_stores(encoder: ImageEncoder) -> None:
     assert encoded.latents is not None and encoded.pixels is None and encoded.problems == ()
     assert encoded.latents.dtype == torch.float32 and encoded.weights.tolist() == [1, 1, 1, 0, 1]
     for start in (0, 2, 4):  # batch by batch as `prepare` does it
-        pixels = torch.from_numpy(to_unit_range(PHOTOS[start : start + 2]))
+        photos = np.stack(PHOTOS[start : start + 2]).transpose(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.ascontiguousarray(photos / np.float32(127.5) - 1))
         seeds = torch.tensor([draw_seed("vae", key) for key in KEYS[start : start + 2]])
         assert torch.equal(encoded.latents[start : start + 2], encode_latents(encoder.vae, pixels, seeds))
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from trainer.data import catalog
 from trainer.data.catalog import BadRow, CatalogRow, Payload, PlannedShard
-from trainer.data.images import BadImage, load_pixels, pillow_rules, to_unit_range
+from trainer.data.images import BadImage, load_pixels, pillow_rules
 from trainer.data.keyed import draw_seed
 from trainer.data.npz import BadNpz
 from trainer.data.references import Reference, ReferencedFiles
@@ -32,7 +32,7 @@ from trainer.data.sources.parquet import CellReader
 from trainer.data.sources.source import ROW, WHOLE, read_bytes
 
 Encode = Callable[[np.ndarray, np.ndarray], Any]
-"""(pixels f32 [B, 3, H, W] in -1..1, draw seeds int64 [B]) -> unscaled latents [B, 4, H/8, W/8].
+"""(pixels u8 [B, 3, H, W], draw seeds int64 [B]) -> unscaled latents [B, 4, H/8, W/8].
 
 The result is an array or a CPU tensor. A row's noise must follow from its seed alone.
 """
@@ -59,6 +59,8 @@ def encode_shards(
     another but at the end, for the shards that others still write.
 
     Args:
+        vae_batch_size: images of the square bucket that are encoded at once; more of small ones.
+        decode_threads: that decode and resize images while others are encoded.
         encode: may be None where no image is to be encoded (see `pending_payloads`).
         encode_text: must be given exactly when the set was planned with cached text.
     """
@@ -88,7 +90,9 @@ def encode_shards(
                         held_by_others.append(shard)
                     elif not path.exists():
                         rows = catalog.rows_of_shard(connection, shard)
-                        _write(fd, path, shard, settings, rows, _Encoder(encode, vae_batch_size, pool), encode_text)
+                        batch_size = vae_batch_size * _batches_of_area(shard, settings)
+                        encoder = _Encoder(encode, batch_size, batch_size + 2 * decode_threads, pool)
+                        _write(fd, path, shard, settings, rows, encoder, encode_text)
                         written += 1
             remaining = held_by_others
             if not remaining:
@@ -102,10 +106,18 @@ def pending_payloads(prepared: Path) -> set[Payload]:
         return {shard.payload for shard in catalog.pending_shards(connection) if not (prepared / shard.name).exists()}
 
 
+def _batches_of_area(shard: PlannedShard, settings: dict[str, Any]) -> int:
+    """How many times the batch of the square bucket takes no more memory."""
+    area = settings["data.buckets.resolution"] ** 2
+    return max(1, area // (shard.bucket.height_px * shard.bucket.width_px))
+
+
 @dataclass(frozen=True)
 class _Encoder:
     encode: Encode | None
     batch_size: int
+    ahead: int
+    """Images that are decoded or being decoded, at most."""
     pool: ThreadPoolExecutor
 
 
@@ -250,7 +262,7 @@ def _encoded(
         raise ValueError("images are to be encoded, but there is no encoder")
     for batch in _decoded(rows, encoder, excluded):
         seeds = np.array([draw_seed("vae", row.key) for row, _ in batch], dtype=np.int64)
-        latents = np.asarray(encoder.encode(to_unit_range([pixels for _, pixels in batch]), seeds))
+        latents = np.asarray(encoder.encode(np.stack([pixels for _, pixels in batch]), seeds))
         if latents.shape != (len(batch), *head.latent_shape):
             raise ValueError(f"the VAE gave latents of shape {latents.shape} for bucket {head.bucket}")
         with np.errstate(invalid="ignore"):
@@ -280,7 +292,7 @@ def _decoded(
     batch: list[tuple[CatalogRow, np.ndarray]] = []
     with closing(CellReader()) as cells:
         while True:
-            while len(ahead) < 2 * encoder.batch_size and (row := next(waiting, None)) is not None:
+            while len(ahead) < encoder.ahead and (row := next(waiting, None)) is not None:
                 ahead.append((row, _decode_ahead(row, cells, encoder.pool)))
             if not ahead:
                 break
@@ -298,11 +310,15 @@ def _decoded(
 
 def _decode_ahead(row: CatalogRow, cells: CellReader, pool: ThreadPoolExecutor) -> Future[np.ndarray]:
     try:
-        return pool.submit(load_pixels, _image(row, cells), row.original_hw, row.placement)
+        return pool.submit(_channels_first, _image(row, cells), row)
     except BadImage as error:
         failed: Future[np.ndarray] = Future()
         failed.set_exception(error)
         return failed
+
+
+def _channels_first(image: Path | bytes, row: CatalogRow) -> np.ndarray:
+    return np.ascontiguousarray(load_pixels(image, row.original_hw, row.placement).transpose(2, 0, 1))
 
 
 def _image(row: CatalogRow, cells: CellReader) -> Path | bytes:

@@ -97,22 +97,14 @@ def load_pixels(file: Path | bytes, original_hw: tuple[int, int], placement: Pla
         return np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
-def load_view(file: bytes, original_hw: tuple[int, int], view: View, pixels: np.ndarray) -> None:
-    """Decode an image file's bytes as one visit sees it into `pixels`, u8 [3, bucket height, bucket width].
+def load_view(file: Path | bytes, original_hw: tuple[int, int], view: View, pixels: np.ndarray) -> None:
+    """Decode an image as one visit sees it into `pixels`, u8 [3, bucket height, bucket width].
 
     Raises:
         BadImage: it cannot be decoded, or its size is not `original_hw`.
     """
     upright = load_pixels(file, original_hw, view.placement)
     pixels[:] = (upright[:, ::-1] if view.flipped else upright).transpose(2, 0, 1)
-
-
-def to_unit_range(pixels: list[np.ndarray]) -> np.ndarray:
-    """u8 images [H, W, 3] -> f32 [B, 3, H, W] in -1..1."""
-    batch = np.stack(pixels).transpose(0, 3, 1, 2).astype(np.float32, order="C")
-    batch /= 127.5
-    batch -= 1.0
-    return batch
 
 
 def _source(file: Path | bytes | IO[bytes]) -> Path | IO[bytes]:

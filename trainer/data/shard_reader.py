@@ -11,7 +11,7 @@ from crc32c import crc32c
 
 from trainer.data.augment import View, view_sizes
 from trainer.data.buckets import Bucket, Placement
-from trainer.data.images import BadImage, load_pixels
+from trainer.data.images import BadImage, load_view
 from trainer.data.npz import BadNpz, read_latents
 from trainer.data.references import REFERENCE_BYTES, Reference, ReferencedFiles, reference_of
 from trainer.data.shards import HEADER_BYTES, ShardError, chained_crc
@@ -203,8 +203,7 @@ def _read_image(
     original_h, original_w, top, left, height, width = record.sizes.tolist()
     centred = Placement(Bucket(height, width), reference.resized_hw, (top, left))
     view = choose_place(record.key, centred) if choose_place else View(centred, False)
-    image = load_pixels(data, (original_h, original_w), view.placement)
-    pixels[:] = (image[:, ::-1] if view.flipped else image).transpose(2, 0, 1)
+    load_view(data, (original_h, original_w), view, pixels)
     return np.array(view_sizes((original_h, original_w), view), dtype=np.int64)
 
 

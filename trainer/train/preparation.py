@@ -74,7 +74,7 @@ def encode_share(config: Config) -> None:
     from trainer.dist.comm import init_device
     from trainer.model.load import load_text_encoders, load_vae
     from trainer.model.text import load_tokenizers
-    from trainer.model.vae import encode_latents
+    from trainer.model.vae import ImageEncoder
     from trainer.train.precision import DTYPES
 
     device = init_device()
@@ -84,7 +84,8 @@ def encode_share(config: Config) -> None:
         vae = load_vae(model.path, model.vae, DTYPES[model.vae_precision], device)
 
         def encode_images(pixels: np.ndarray, draw_seeds: np.ndarray) -> np.ndarray:
-            return encode_latents(vae, torch.from_numpy(pixels).to(device), torch.from_numpy(draw_seeds)).cpu().numpy()
+            encoder = ImageEncoder(vae, len(pixels))
+            return encoder.encode(torch.from_numpy(pixels), torch.from_numpy(draw_seeds)).cpu().numpy()
 
         encode = encode_images
     encode_text: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None
@@ -108,4 +109,5 @@ def encode_share(config: Config) -> None:
         encode,
         encode_text,
         vae_batch_size=config.data.vae_batch_size,
+        decode_threads=max(2, config.data.workers),
     )
