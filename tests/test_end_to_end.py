@@ -301,3 +301,22 @@ def test_images_without_captions_are_refused_until_they_have_some(
     texts = re.findall(r"tokens: (cup, .*)", shown)
     assert len(texts) == 10 and len(set(texts)) > 5
     assert "0 without text" in sdxl_train("plan", config_file, *overrides, "captions.dropout_rate=0.9").stdout
+
+
+def test_images_mode(tmp_path: Path, config_file: Path) -> None:
+    """The VAE in the loop on two workers, decoded by processes, flipped and cropped; stopped, gone on, evaluated."""
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    shared = [config_file, f"data.prepared={tmp_path / 'prepared'}", "data.mode=images", "launch.workers=2"]
+    shared += ["data.augment.flip_probability=0.5", "data.augment.random_crop=true", "data.workers=1"]
+    shared += ["validation.every_steps=6", "samples.every_steps=12", "samples.count=2", "samples.steps=2"]
+    done = sdxl_train("prepare", *shared)
+    assert "prepared 36 images" in done.stdout
+    assert not list((tmp_path / "prepared").rglob("*.log"))  # no worker was started
+    sdxl_train(*shared, f"run.dir={straight}", "train.steps=12")
+    sdxl_train(*shared, f"run.dir={run_dir}", "train.steps=5")
+    sdxl_train(*shared, f"run.dir={run_dir}", "train.steps=12")
+    assert losses(run_dir) == losses(straight) and len(losses(straight)) == 12
+    assert unet_hash(run_dir, 12) == unet_hash(straight, 12)
+    assert (straight / "samples/step-00000012.png").is_file()
+    done = sdxl_train("eval", run_dir, "samples.steps=2")
+    assert json.loads((run_dir / "eval/step-00000012/validation.json").read_text())["images"] > 0

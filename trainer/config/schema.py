@@ -235,10 +235,10 @@ class DataConfig(Section):
     """Store the text encoders' outputs with the latents (about 320 KB an image in real SDXL) in place of
     running the frozen encoders in each step."""
     vae_batch_size: PositiveInt = 4
-    """Images that a worker encodes at once in `prepare`."""
+    """Images of the square bucket that a worker encodes at once, in `prepare` or with `mode: images` in each step."""
     workers: Count = 2
     """CPU processes per training worker that read and assemble batches; 0 reads in threads of the
-    training process."""
+    training process. In `prepare`, threads per worker that decode images, at least 2."""
     prefetch_batches: PositiveInt = 4
     """Batches kept ready per training worker."""
     max_bad_fraction: Fraction = 1e-3
