@@ -99,7 +99,7 @@ def ours_start(config_path: Path, overrides: list[str]) -> dict[str, float]:
     config = load_config(resolved, check_paths=False)
     comm = init_comm()
     run = build_run(config, comm)
-    arithmetic = arithmetic_of(config, 1, run.prepared.rows_per_bucket("train"))
+    arithmetic = arithmetic_of(config, 1, run.prepared.buckets("train"), run.prepared.rows_per_bucket("train"))
     with open_training_loader(config, comm, run, starting_state(config, run, arithmetic.images_per_step), 1) as loader:
         next(iter(next(loader).batches))
         return {"cpu_s": time.process_time() + parent_s}
@@ -121,7 +121,7 @@ def steps(config_path: Path, overrides: list[str]) -> dict[str, float]:
     config = load_config(config_path, [*overrides, "run.resume=false", f"run.dir=/tmp/step-overhead-{os.getpid()}"])
     comm = init_comm()
     run = build_run(config, comm)
-    arithmetic = arithmetic_of(config, 1, run.prepared.rows_per_bucket("train"))
+    arithmetic = arithmetic_of(config, 1, run.prepared.buckets("train"), run.prepared.rows_per_bucket("train"))
     state = starting_state(config, run, arithmetic.images_per_step)
     bare = load_unet(config.model.path, torch.float32, comm.device).train()
     optimizer = make_optimizer(dict(bare.named_parameters()), config.optimizer)

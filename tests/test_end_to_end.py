@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +173,64 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, config_file
     assert unet_hash(killed, 30) == unet_hash(straight, 30)
 
 
+def _copy_with_a_flipped_bit(config_file: Path, to: Path) -> Path:
+    """The prepared set with one bit of one training image's latents flipped."""
+    shutil.copytree(config_file.parent / "prepared", to)
+    shard = next(path for path in sorted(to.rglob("train-*.safetensors")))
+    content = bytearray(shard.read_bytes())
+    content[4096 + 1000] ^= 4
+    shard.write_bytes(content)
+    return to
+
+
+def test_a_flipped_bit_is_reported_and_workers_stay_in_step(tmp_path: Path, config_file: Path) -> None:
+    """Three epochs on two workers: the row is missed in each, and the run ends as planned."""
+    run_dir, prepared = tmp_path / "run", _copy_with_a_flipped_bit(config_file, tmp_path / "prepared")
+    overrides = [f"run.dir={run_dir}", f"data.prepared={prepared}", "launch.workers=2", "train.steps=null"]
+    done = sdxl_train(config_file, *overrides, "train.epochs=3")
+    assert "  bad 3" in done.stderr
+    lines = [json.loads(line) for line in (run_dir / "bad.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and len({(line["file"], line["row"], line["offset"]) for line in lines}) == 1
+    assert lines[0]["offset"] == 4096 and lines[0]["reason"] == "checksum mismatch in the latents"
+    state = json.loads((sorted((run_dir / "checkpoints").iterdir())[-1] / "training_state/state.json").read_text())
+    assert state["position"]["epoch"] == 3
+    assert (state["images_seen"] + 3) % 3 == 0
+
+
+def test_too_many_bad_rows_stop_all_workers_with_one_line(tmp_path: Path, config_file: Path) -> None:
+    run_dir, prepared = tmp_path / "run", _copy_with_a_flipped_bit(config_file, tmp_path / "prepared")
+    overrides = [f"run.dir={run_dir}", f"data.prepared={prepared}", "launch.workers=2", "train.steps=1000"]
+    overrides += ["train.global_batch_size=32", "train.batch_size_per_gpu=16", "data.max_bad_fraction=0.01"]
+    done = sdxl_train(config_file, *overrides, expect=2)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("sdxl-train:")]
+    assert re.match(r"sdxl-train: data.max_bad_fraction = 0.01: \d+ of the last 1,0\d\d images could not be read", line)
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    assert (checkpoint / "manifest.json").is_file()
+    assert done.stderr.count("\n") < 30
+
+
+def test_more_workers_take_over_in_mid_epoch(tmp_path: Path, config_file: Path) -> None:
+    """2 workers, then 3, whose step is larger: the epoch still sees every image once."""
+    run_dir = tmp_path / "run"
+    shared = [config_file, f"run.dir={run_dir}", "train.global_batch_size=null", "train.steps=null"]
+    plan = sdxl_train("plan", *shared, "train.epochs=1", "launch.workers=2").stdout
+    match = re.search(r"(\d+) training images in", plan)
+    assert match
+    command = [*COMMAND, *map(str, shared), "train.epochs=1", "launch.workers=2", "checkpoint.every_steps=3"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        _wait_for_steps(run_dir, 3, process)
+        process.send_signal(signal.SIGTERM)
+        _, printed = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    stopped_at = len(losses(run_dir))
+    sdxl_train(*shared, "train.epochs=1", "launch.workers=3")
+    newest = sorted((run_dir / "checkpoints").iterdir())[-1]
+    state = json.loads((newest / "training_state/state.json").read_text())
+    assert 3 <= stopped_at < state["step"]
+    assert state["images_seen"] == int(match.group(1))
+    assert (state["position"]["epoch"], state["position"]["step"]) == (1, 0)
+
+
 def test_two_commands_do_not_share_a_run_directory(tmp_path: Path, config_file: Path) -> None:
     run_dir = tmp_path / "run"
     command = [*COMMAND, str(config_file), f"run.dir={run_dir}", "train.steps=100000"]
@@ -218,3 +278,45 @@ def _wait_for_steps(run_dir: Path, count: int, process: subprocess.Popen) -> Non
             return
         time.sleep(0.02)
     raise AssertionError(f"no {count} steps in {run_dir}")
+
+
+def test_images_without_captions_are_refused_until_they_have_some(
+    tmp_path: Path, photos: Path, config_file: Path
+) -> None:
+    source = tmp_path / "bare"
+    source.mkdir()
+    for path in sorted(photos.glob("coffee-0*.png")):
+        shutil.copy(path, source)
+    overrides = [f"data.sources=[{{path: {source}, caption_files_hold: tags}}]", f"data.prepared={tmp_path / 'p'}"]
+    overrides += ["captions={shuffle_tags: yes, keep_tokens: 1}", f"run.dir={tmp_path / 'run'}"]
+    for command in (["prepare", config_file], [config_file]):
+        refused = sdxl_train(*command, *overrides, expect=2)
+        last = refused.stderr.splitlines()[-1]
+        assert "captions.max_empty_fraction = 0.05" in last and "empty text, such as bare/" in last
+    assert not (tmp_path / "p" / "shards").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+    for path in source.glob("*.png"):
+        path.with_suffix(".txt").write_text("cup, coffee, spoon, wood, table, steam")
+    sdxl_train("prepare", config_file, *overrides)
+    shown = sdxl_train("plan", config_file, *overrides).stdout
+    texts = re.findall(r"tokens: (cup, .*)", shown)
+    assert len(texts) == 10 and len(set(texts)) > 5
+    assert "0 without text" in sdxl_train("plan", config_file, *overrides, "captions.dropout_rate=0.9").stdout
+
+
+def test_images_mode(tmp_path: Path, config_file: Path) -> None:
+    """The VAE in the loop on two workers, decoded by processes, flipped and cropped; stopped, gone on, evaluated."""
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    shared = [config_file, f"data.prepared={tmp_path / 'prepared'}", "data.mode=images", "launch.workers=2"]
+    shared += ["data.augment.flip_probability=0.5", "data.augment.random_crop=true", "data.workers=1"]
+    shared += ["validation.every_steps=6", "samples.every_steps=12", "samples.count=2", "samples.steps=2"]
+    done = sdxl_train("prepare", *shared)
+    assert "prepared 36 images" in done.stdout
+    assert not list((tmp_path / "prepared").rglob("*.log"))  # no worker was started
+    sdxl_train(*shared, f"run.dir={straight}", "train.steps=12")
+    sdxl_train(*shared, f"run.dir={run_dir}", "train.steps=5")
+    sdxl_train(*shared, f"run.dir={run_dir}", "train.steps=12")
+    assert losses(run_dir) == losses(straight) and len(losses(straight)) == 12
+    assert unet_hash(run_dir, 12) == unet_hash(straight, 12)
+    assert (straight / "samples/step-00000012.png").is_file()
+    done = sdxl_train("eval", run_dir, "samples.steps=2")
+    assert json.loads((run_dir / "eval/step-00000012/validation.json").read_text())["images"] > 0

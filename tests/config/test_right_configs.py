@@ -198,3 +198,37 @@ def test_loading_needs_no_torch() -> None:
     code = "import sys, trainer.config.load, trainer.config.reference; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "transformers", "diffusers"} & set(ran.stdout.split())
+
+
+def test_sources_of_any_types(load: Callable[..., Config]) -> None:
+    tars = "{type: latent_tars, metadata: c.yaml, tars: more, repeats: 2}"
+    sources = f"[{{path: photos}}, {{type: kohya_json, path: c.yaml, latents: more}}, {tars}]"
+    config = load(overrides=[f"data.sources={sources}", "data.sources.2.repeats=3"])
+    assert [source.type for source in config.data.sources] == ["folder", "kohya_json", "latent_tars"]
+    assert [source.repeats for source in config.data.sources] == [1, 1, 3]
+    again = load(to_yaml(config))
+    assert [source.type for source in again.data.sources] == ["folder", "kohya_json", "latent_tars"]
+
+
+def test_captions_in_full(load: Load) -> None:
+    sources = "sources: [{path: photos}, {path: more, caption_files_hold: tags}]"
+    captions = """
+captions:
+  use: mix
+  caption_probability: 0.3
+  prefix: '{photo|picture} of'
+  wildcards: yes
+  shuffle_tags: yes
+  keep_tokens: 1
+  keep_tokens_separator: '|||'
+  tag_separator: ';'
+  secondary_separator: ';;;'
+  tag_dropout_rate: 0.1
+  dropout_rate: 0.1
+  dropout_every_n_epochs: 5
+  max_empty_fraction: 1
+"""
+    config = load(RIGHT.replace("sources:\n    - path: photos", sources) + captions)
+    assert config.captions.keep_tokens_separator == "|||" and config.captions.prefix == "{photo|picture} of"
+    cached = load(RIGHT.replace("prepared: prepared", "prepared: p\n  cache_text: yes") + "captions: {prefix: a photo}")
+    assert cached.data.cache_text and cached.captions.prefix == "a photo"

@@ -157,7 +157,53 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
         added("lr_schedule: {kind: 5}"),
         "c.yaml:13: lr_schedule.kind = 5: must be one of constant, linear, cosine",
     ),
-    "the only choice": (changed("path: photos", "{path: photos, type: tar}"), "0.type = tar: must be folder"),
+    "source of no known type": (
+        changed("path: photos", "{path: photos, type: kohya-json}"),
+        "c.yaml:7: data.sources.0.type = kohya-json: must be one of folder, kohya_json, latent_tars, webdataset, "
+        "parquet, hf (did you mean `kohya_json`?)",
+    ),
+    "source whose type has no value": (
+        changed("path: photos", "{path: photos, type: }"),
+        "c.yaml:7: data.sources.0.type: has no value; must be one of folder, kohya_json",
+    ),
+    "source that is no section": (
+        changed("- path: photos", "- photos"),
+        "c.yaml:7: data.sources.0 = photos: must be a section: keys below it, such as `type`",
+    ),
+    "key of another type of source": (
+        changed("path: photos", "{type: kohya_json, path: c.yaml, latents: more, caption_extension: .txt}"),
+        "c.yaml:7: data.sources.0.caption_extension: unknown key; `data.sources.0` has type, path, latents, images",
+    ),
+    "misspelt key of a typed source": (
+        changed("path: photos", "{type: kohya_json, path: c.yaml, latent: more, images: more}"),
+        "c.yaml:7: data.sources.0.latent: unknown key; did you mean `latents`?",
+    ),
+    "missing key of a typed source": (
+        changed("path: photos", "{type: latent_tars, metadata: c.yaml}"),
+        "c.yaml:7: data.sources.0.tars: missing (a folder of `.tar` files, or a pattern such as",
+    ),
+    "latents and images": (
+        changed("path: photos", "{type: kohya_json, path: c.yaml, latents: more, images: photos}"),
+        "c.yaml:7: data.sources.0.latents = more with data.sources.0.images = photos: give one of them",
+    ),
+    "neither latents nor images": (
+        changed("path: photos", "{type: kohya_json, path: c.yaml}"),
+        "with data.sources.0.images = null (the default): give one of them",
+    ),
+    "metadata that is a folder": (
+        changed("path: photos", "{type: kohya_json, path: photos, latents: more}"),
+        "c.yaml:7: data.sources.0.path = photos: must be a file",
+    ),
+    "pattern without a match": (
+        changed("path: photos", '{type: webdataset, tars: "more/*.tar"}'),
+        "c.yaml:7: data.sources.0.tars = more/*.tar: no file matches this pattern",
+    ),
+    "latents in image mode": (
+        changed("path: photos", "{type: kohya_json, path: c.yaml, latents: more}").replace(
+            "  prepared: prepared", "  prepared: prepared\n  mode: images"
+        ),
+        "data.sources.0.type = kohya_json with data.mode = images: holds latents; use `mode: latents`",
+    ),
     # rules between fields
     "steps and epochs": (
         changed("steps: 100", "steps: 100\n  epochs: 3"),
@@ -195,6 +241,14 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
         changed("prepared: prepared", "prepared: prepared\n  buckets:\n    max_px: 512"),
         "c.yaml:10: data.buckets.max_px = 512 with data.buckets.resolution = 1024 (the default): the longest side",
     ),
+    "flip of stored latents": (
+        changed("prepared: prepared", "prepared: prepared\n  augment: {flip_probability: 0.5}"),
+        "c.yaml:9: data.augment.flip_probability = 0.5 with data.mode = latents (the default): has no effect on stored",
+    ),
+    "stored text without stored latents": (
+        changed("prepared: prepared", "prepared: prepared\n  mode: images\n  cache_text: true"),
+        "c.yaml:10: data.cache_text = true with data.mode = images: must be false; this mode stores nothing",
+    ),
     "validation of nothing": (
         added("validation: {every_steps: 10}"),
         "c.yaml:13: validation.every_steps = 10 with data.validation_fraction = 0.0 (the default): no images are held",
@@ -214,11 +268,56 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
     ),
     "same source twice": (
         changed("- path: photos", "- path: photos\n    - path: ./photos"),
-        "c.yaml:8: data.sources.1.path = photos with data.sources.0.path = photos: the same folder twice",
+        "c.yaml:8: data.sources.1.path = photos with data.sources.0.path = photos: the same source twice",
     ),
     "caption ending": (
         changed("path: photos", "{path: photos, caption_extension: txt}"),
         "c.yaml:7: data.sources.0.caption_extension = txt: must be a dot and an ending, such as .txt",
+    ),
+    # captions
+    "probability without a mix": (
+        added("captions: {caption_probability: 0.3}"),
+        "c.yaml:13: captions.caption_probability = 0.3 with captions.use = caption (the default): has no effect",
+    ),
+    "order without both": (
+        added("captions: {both_order: tags_first}"),
+        "c.yaml:13: captions.both_order = tags_first with captions.use = caption (the default): has no effect",
+    ),
+    "kept tags that nothing moves": (
+        added("captions: {keep_tokens: 2}"),
+        "c.yaml:13: captions.keep_tokens = 2 with captions.shuffle_tags = false (the default): has no effect without",
+    ),
+    "separator of tags that are not cut": (
+        added("captions: {tag_separator: ;}"),
+        "c.yaml:13: captions.tag_separator = ; with captions.shuffle_tags = false (the default): has no effect",
+    ),
+    "empty separator": (
+        added("captions: {secondary_separator: ''}"),
+        "c.yaml:13: captions.secondary_separator = '': must have at least 1 character",
+    ),
+    "shuffle without tags": (
+        added("captions: {shuffle_tags: true}"),
+        "with data.sources.0.caption_files_hold = caption (the default): has no effect; if the files hold tags",
+    ),
+    "tags of files that hold none": (
+        added("captions: {use: tags}"),
+        "c.yaml:13: captions.use = tags with data.sources.0.caption_files_hold = caption (the default): has no effect",
+    ),
+    "a mix of one": (
+        changed("path: photos", "{path: photos, caption_files_hold: tags}") + "captions: {use: mix}\n",
+        "c.yaml:13: captions.use = mix with data.sources.0.caption_files_hold = tags: has no effect; no source",
+    ),
+    "dropout after the end": (
+        changed("steps: 100", "epochs: 2") + "captions: {dropout_every_n_epochs: 3}\n",
+        "c.yaml:13: captions.dropout_every_n_epochs = 3 with train.epochs = 2: has no effect; the run ends before",
+    ),
+    "cached text and dropout": (
+        changed("prepared: prepared", "prepared: prepared\n  cache_text: true") + "captions: {dropout_rate: 0.1}\n",
+        "c.yaml:9: data.cache_text = true with captions.dropout_rate = 0.1: must not go together; a text that is",
+    ),
+    "word of kohya's": (
+        added("captions: {caption_tag_dropout_rate: 0.1}"),
+        "c.yaml:13: captions.caption_tag_dropout_rate: unknown key; did you mean `tag_dropout_rate`?",
     ),
     "run inside a source": (changed("runs/x", "photos/run"), "c.yaml:2: run.dir = photos/run with data.sources.0.path"),
     # paths

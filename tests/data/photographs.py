@@ -7,8 +7,8 @@ from PIL import Image
 from skimage import data
 
 from trainer.data.buckets import BucketRules
-from trainer.data.folder import FolderSource
 from trainer.data.settings import PrepareSettings
+from trainer.data.sources.folder import FolderSource
 
 RULES = BucketRules(resolution=128, min_px=64, max_px=256, step_px=64)
 
@@ -48,8 +48,12 @@ def settings_for(prepared: Path, *folders: Path, **changes: object) -> PrepareSe
 
 
 def pooled(pixels: np.ndarray, draw_seeds: np.ndarray) -> np.ndarray:
-    """Means of 8 x 8 pixels as the first three latents, noise of each sample's own as the fourth."""
+    """Means of 8 x 8 pixels in -1..1 as the first three latents, noise of each sample's own as the fourth."""
     b, _, height, width = pixels.shape
-    means = pixels.reshape(b, 3, height // 8, 8, width // 8, 8).mean(axis=(3, 5))
+    means = (
+        (np.ascontiguousarray(pixels) / np.float32(127.5) - 1)
+        .reshape(b, 3, height // 8, 8, width // 8, 8)
+        .mean(axis=(3, 5))
+    )
     noise = [np.random.default_rng(seed).standard_normal((1, height // 8, width // 8)) for seed in draw_seeds]
     return np.concatenate([means, np.stack(noise)], axis=1).astype(np.float32)

@@ -9,20 +9,28 @@ from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record
 from trainer.data.settings import replace_file
 from trainer.data.shards import EncodeText, RowBatch, ShardHead, read_info, write_shard
-from trainer.data.snapshot import ShardEntry, Snapshot, snapshot_to_json
+from trainer.data.snapshot_file import ShardEntry, Snapshot, snapshot_name, snapshot_to_json
 
 ROWS_PER_SHARD = 5
 
 
 def write_small_set(
-    root: Path, rows: dict[Bucket, int], repeats: int = 1, encode_text: EncodeText | None = None
+    root: Path,
+    rows: dict[Bucket, int],
+    repeats: int = 1,
+    encode_text: EncodeText | None = None,
+    keep: Snapshot | None = None,
 ) -> Path:
-    """Image i of a bucket has the key `HxW/i`, the caption `photo i` and latents that are all i."""
-    entries = []
-    (root / "snapshots").mkdir(parents=True)
+    """Image i of a bucket has the key `HxW/i`, the caption `photo i` and latents that are all i.
+
+    With `keep`, the rows are appended to that snapshot's as its next generation, with keys that begin with its number.
+    """
+    number = keep.number + 1 if keep else 1
+    entries = list(keep.shards) if keep else []
+    (root / "snapshots").mkdir(parents=True, exist_ok=True)
     for bucket, count in rows.items():
-        shape = f"{bucket.height_px}x{bucket.width_px}"
-        head = ShardHead(bucket, "train", 1, 0.13025, "xxh3:00")
+        shape = f"{bucket.height_px}x{bucket.width_px}" + (f"-{number}" if keep else "")
+        head = ShardHead(bucket, "train", number, 0.13025, "xxh3:00")
         for begin in range(0, count, ROWS_PER_SHARD):
             images = range(begin, min(begin + ROWS_PER_SHARD, count))
             batch = RowBatch(
@@ -36,8 +44,9 @@ def write_small_set(
             with (root / name).open("wb") as file:
                 write_shard(file, head, [batch], [], encode_text)
             entries.append(ShardEntry(name, "train", bucket, read_info(root / name)))
-    replace_file(root / "snapshots" / "000001.json", snapshot_to_json(Snapshot(1, (1,), {}, tuple(entries))))
-    replace_file(root / "CURRENT", "000001.json\n")
+    snapshot = Snapshot(number, (1,), {"the VAE's scaling_factor": 0.13025}, tuple(entries))
+    replace_file(root / "snapshots" / snapshot_name(number), snapshot_to_json(snapshot))
+    replace_file(root / "CURRENT", snapshot_name(number) + "\n")
     return root
 
 

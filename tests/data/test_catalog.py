@@ -17,6 +17,9 @@ def _row(key: str, bucket: Bucket, split: str = "train") -> CatalogRow:
     return CatalogRow(
         key=key,
         path=f"/images/{key}.jpg",
+        offset=0,
+        length=-1,
+        payload="encode",
         stamp=FileStamp(10, 20, 30),
         caption='{"caption":"☕"}',
         repeats=2,

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.data.photographs import RULES, astronaut, coffee
 from trainer.data.buckets import Bucket, Placement, make_buckets, place
-from trainer.data.images import BadImage, image_hw, load_pixels, pillow_rules, to_unit_range
+from trainer.data.images import BadImage, image_hw, load_pixels, pillow_rules
 
 BUCKETS = make_buckets(RULES.resolution, RULES.min_px, RULES.max_px, RULES.step_px)
 
@@ -149,11 +149,3 @@ def test_every_cut_and_flip_of_a_file_is_judged(tmp_path: Path) -> None:
                     assert _load(path).dtype == np.uint8
                 except BadImage as error:
                     assert str(error)
-
-
-def test_unit_range() -> None:
-    pixels = np.zeros((16, 8, 3), dtype=np.uint8)
-    pixels[..., 0], pixels[..., 2] = 255, 51
-    batch = to_unit_range([pixels, pixels])
-    assert batch.shape == (2, 3, 16, 8) and batch.dtype == np.float32 and batch.flags.c_contiguous
-    assert np.allclose(batch[1, :, 3, 4], [1.0, -1.0, -0.6])

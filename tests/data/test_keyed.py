@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trainer.data.keyed import draw_seed, draw_uniform
+from trainer.data.keyed import draw_seed, draw_uniform, draw_words
 
 
 def test_seeds_never_change() -> None:
@@ -34,3 +34,12 @@ def test_uniform_numbers_are_even() -> None:
     counts = np.histogram(values, bins=50, range=(0, 1))[0]
     assert ((counts - 400) ** 2 / 400).sum() < 90  # chi2 of 49 degrees of freedom, p = 3e-4
     assert 0 <= draw_seed("x") < 2**63
+
+
+def test_words_never_change_and_are_even() -> None:
+    assert draw_words(7, b"shuffle", 3) == (2570424526, 2209404469, 1333447471)
+    values = np.array(draw_words(2**63 - 1, b"x", 20_000))
+    counts = np.histogram(values, bins=50, range=(0, 2**32))[0]
+    assert ((counts - 400) ** 2 / 400).sum() < 90
+    assert not set(draw_words(7, b"shuffle", 9)) & set(draw_words(7, b"mix", 9) + draw_words(8, b"shuffle", 9))
+    assert draw_words(1, b"x", 0) == ()

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,11 @@ import torch
 
 from tests.data.small_set import byte_tokens, failing_tokens, write_small_set
 from trainer.data.buckets import Bucket
-from trainer.data.captions import caption_text
+from trainer.data.captions import CaptionRules, caption_record, caption_text, compose
 from trainer.data.keyed import draw_seed
 from trainer.data.loader import Batch, BatchReader, Loader, Request, open_loader, pack, unpack
-from trainer.data.sampler import Position, planned_steps, share
-from trainer.data.snapshot import PreparedSet
+from trainer.data.sampler import Position, planned_steps, share, with_global_batch
+from trainer.data.snapshot import PreparedSet, RowProblem
 
 TALL, SQUARE, WIDE = Bucket(128, 64), Bucket(64, 64), Bucket(64, 128)
 SEED = 7
@@ -110,6 +111,33 @@ def test_ranks_together_take_an_epoch_once(prepared: PreparedSet) -> None:
     assert len(seen) == 20 and set(seen.values()) == {2}
 
 
+def test_the_number_of_workers_may_change_within_an_epoch(tmp_path: Path) -> None:
+    """4 -> 3 -> 8 workers of 2 images, 30 steps in all: every row of the epoch once, one shape in all ranks' steps."""
+    root = write_small_set(tmp_path / "prepared", {TALL: 61, SQUARE: 1, WIDE: 70, Bucket(128, 128): 3}, repeats=2)
+    reader = BatchReader(PreparedSet.open(root), "train", SEED, byte_tokens)
+    rows_per_bucket = reader.prepared.rows_per_bucket("train")
+    position, seen = Position.start(4, 0), Counter()
+    for world, steps in ((4, 10), (3, 9), (8, 100)):
+        position = (
+            with_global_batch(position, rows_per_bucket, SEED, 2 * world) if seen else Position.start(4, 2 * world)
+        )
+        ends, shapes = set(), [[] for _ in range(world)]
+        for rank in range(world):
+            with _open(reader, position, workers=0, rank=rank, world=world) as loader:
+                for _, step in zip(range(steps), loader, strict=False):
+                    for batch in step.batches:
+                        shapes[rank].append(batch.latents.shape)
+                        pairs = zip(batch.draw_seeds.tolist(), batch.weights, strict=True)
+                        seen.update(seed for seed, weight in pairs if weight)
+                    if step.position_after.starts_epoch:
+                        break
+                ends.add(step.position_after)
+        (position,) = ends
+        assert all(rank_shapes == shapes[0] for rank_shapes in shapes)
+    assert position == Position.start(4, 16, epoch=1)
+    assert len(seen) == 2 * 135 and set(seen.values()) == {1}
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_was_read_ahead_is_not_lost_at_a_resume(prepared: PreparedSet, workers: int) -> None:
     reader = BatchReader(prepared, "train", SEED, byte_tokens)
@@ -142,7 +170,7 @@ def test_a_damaged_row_costs_that_row_alone(tmp_path: Path, workers: int) -> Non
                     weights[key] = weight
                     assert weight or not latents.any()
     assert weights == {"64x64/0": 1, "64x64/1": 1, "": 0, "64x64/3": 1, "64x64/4": 1}
-    assert problems == ["64x64-0.safetensors: row 2: checksum mismatch in the latents"]
+    assert problems == [RowProblem("64x64-0.safetensors", 2, 4096 + 2 * 512, "checksum mismatch in the latents")]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -167,11 +195,31 @@ def test_no_tokenizer_needs_cached_text(prepared: PreparedSet) -> None:
         BatchReader(prepared, "train", SEED, None).read(request)
 
 
+def test_texts_follow_from_seed_epoch_key_and_repeat(tmp_path: Path) -> None:
+    root = write_small_set(tmp_path / "prepared", {SQUARE: 4}, repeats=2)
+    prepared, rules = PreparedSet.open(root), CaptionRules(wildcards=True, prefix="{a|b|c|d|e|f|g|h}" * 4)
+    reader = BatchReader(prepared, "train", SEED, byte_tokens, captions=rules)
+
+    def texts(reader: BatchReader, epoch: int, ids: list[int]) -> list[str]:
+        batch = reader.read(Request(epoch, 0, np.array(ids), np.ones(len(ids), dtype=np.float32)))
+        assert batch.input_ids is not None
+        return [bytes(row[row > 0].tolist()).decode() for row in batch.input_ids[:, 0]]
+
+    found = texts(reader, 3, [0, 1, 2, 5, -1])
+    for text, number, repeat in zip(found, (0, 0, 1, 2), (0, 1, 0, 1), strict=False):
+        seed = draw_seed(SEED, "caption", 3, f"64x64/{number}", repeat)
+        assert text == compose(caption_record(f"photo {number}"), rules, seed, 3)
+    assert found[4] == "" and found[0] != found[1]
+    assert texts(reader, 3, [5, 0]) == [found[3], found[0]] and texts(reader, 4, [0, 1, 2, 5]) != found[:4]
+    settled = replace(reader, captions=rules.as_settled())
+    assert texts(settled, 3, [0]) == texts(settled, 4, [1]) == ["aaaa photo 0"]
+
+
 def test_a_batch_survives_its_buffer(prepared: PreparedSet) -> None:
     reader = BatchReader(prepared, "train", SEED, byte_tokens)
     request = Request(3, 2, np.array([0, 5, -1]), np.array([1, 1, 0], dtype=np.float32))
     expected = reader.read(request)
-    buffer = torch.full((reader.batch_bytes(3),), 255, dtype=torch.uint8)
+    buffer = torch.full((reader.batch_bytes([3, 3, 3]),), 255, dtype=torch.uint8)
     _assert_equal(unpack(buffer, pack(expected, buffer)), expected)
     _assert_equal(unpack(buffer, reader.fill(buffer, request)), expected)
 
@@ -198,13 +246,13 @@ def test_micro_batches_cannot_be_left_out(prepared: PreparedSet) -> None:
 def _readers_and_server() -> list[psutil.Process]:
     """Processes under this one that run forks of the server, the server itself first."""
     below = psutil.Process().children(recursive=True)
-    return [process for process in below if any("forkserver" in part for part in _command_of(process))]
+    return [process for process in below if any("forkserver" in part for part in _command_line(process))]
 
 
-def _command_of(process: psutil.Process) -> list[str]:
+def _command_line(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
-    except psutil.Error:  # it has just ended
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):  # it has ended since it was listed
         return []
 
 

@@ -18,12 +18,12 @@ from trainer.data.buckets import Bucket, Placement
 from trainer.data.captions import caption_text
 from trainer.data.catalog import count_rows, open_catalog
 from trainer.data.encode import encode_shards
-from trainer.data.folder import FolderSource
-from trainer.data.images import load_pixels, to_unit_range
+from trainer.data.images import load_pixels
 from trainer.data.keyed import draw_seed
 from trainer.data.prepare import Committed, commit, is_current, plan_prepare, progress
 from trainer.data.settings import PrepareSettings
 from trainer.data.snapshot import PreparedSet, Rows
+from trainer.data.sources.folder import FolderSource
 from trainer.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def test_latents_are_those_of_the_image(photos: Path, tmp_path: Path) -> None:
             with Image.open(path) as image:
                 assert image.size == (width, height)
             placement = Placement(bucket, (resized_h, resized_w), (top, left))
-            pixels = to_unit_range([load_pixels(Path(path), (height, width), placement)])
+            pixels = load_pixels(Path(path), (height, width), placement).transpose(2, 0, 1)[None]
             expected = pooled(pixels, np.array([draw_seed("vae", key)])).astype(np.float16)
             assert np.array_equal(rows.latents[i], expected[0])
             stem = Path(path).with_suffix(".txt")

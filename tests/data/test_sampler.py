@@ -12,6 +12,7 @@ from trainer.data.sampler import (
     EpochPlan,
     Position,
     StepRows,
+    pick_rows,
     planned_steps,
     share,
     steps_per_epoch,
@@ -76,6 +77,39 @@ def test_changes_of_the_global_batch_lose_and_repeat_nothing(case: int) -> None:
     if not position.epoch:
         taken += _taken(_rest_of_epoch(rows, position)[0])
     assert taken == _everything(rows)
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_buckets_with_larger_batches(case: int) -> None:
+    """Factors that change in mid-epoch, with and without the global batch: every row once, sizes as asked for."""
+    rng = np.random.default_rng(200 + case)
+    rows = _random_rows(rng, 8)
+    factors, others, third = (rng.integers(1, 5, len(rows)).tolist() for _ in range(3))
+    assert steps_per_epoch(rows, 4, factors) == sum(-(-n // (4 * f)) for n, f in zip(rows, factors, strict=True))
+    position = Position.start(len(rows), 4, batch_factors=factors)
+    taken: Counter[tuple[int, int]] = Counter()
+    for global_batch, new in ((4, factors), (4, others), (6, third), (6, None)):
+        segment = position.segment
+        position = with_global_batch(position, rows, SEED, global_batch, new)
+        assert (position.segment == segment) == (new is factors)
+        steps, position = _rest_of_epoch(rows, position, limit=int(rng.integers(1, 8)))
+        for step in steps:
+            assert len(step.ids) == global_batch * (new[step.bucket] if new else 1)
+        taken += _taken(steps)
+        position = Position.from_json(json.loads(json.dumps(position.to_json())))
+        if position.epoch:
+            break
+    if not position.epoch:
+        steps, position = _rest_of_epoch(rows, position)
+        taken += _taken(steps)
+    assert taken == _everything(rows)
+    assert position.starts_epoch and position.epoch == 1
+
+
+def test_positions_of_older_checkpoints_are_read() -> None:
+    record = Position.start(3, 8).to_json()
+    del record["batch_factors"]
+    assert Position.from_json(record) == Position.start(3, 8)
 
 
 def test_a_large_set_over_changing_worlds() -> None:
@@ -161,9 +195,9 @@ def test_a_position_of_other_data_is_refused() -> None:
     with pytest.raises(UserError, match="does not fit this data set"):
         EpochPlan([10, 10], SEED, Position.start(3, 2))
     with pytest.raises(UserError, match="does not fit this data set"):
-        EpochPlan([10], SEED, Position(0, 1, 0, 2, (11,)))
+        EpochPlan([10], SEED, Position(0, 1, 0, 2, (11,), (1,)))
     with pytest.raises(UserError, match="past the end"):
-        EpochPlan([10], SEED, Position(0, 0, 6, 2, (0,)))
+        EpochPlan([10], SEED, Position(0, 0, 6, 2, (0,), (1,)))
     with pytest.raises(UserError, match="no images"):
         EpochPlan([0, 0], SEED, Position.start(2, 2))
 
@@ -172,7 +206,7 @@ def test_twelve_million_rows_cost_next_to_nothing() -> None:
     """Bounds are five to ten times what was measured, in CPU time, so that a busy machine does not fail them."""
     rows = (np.random.default_rng(0).dirichlet(np.full(40, 0.8)) * 12_446_670).astype(int).tolist()
     before = time.process_time()
-    plan = EpochPlan(rows, SEED, Position(3, 0, 200_000, 32, (0,) * 40))
+    plan = EpochPlan(rows, SEED, Position(3, 0, 200_000, 32, (0,) * 40, (1,) * 40))
     plan.step(200_000)
     opened = time.process_time()
     for t in range(200_000, 202_000):
@@ -199,3 +233,9 @@ GOLDEN_STEPS = [
     (1, [54701, 7171, 29020, 30169, 7889, 60791]),
 ]
 GOLDEN_DIGEST = "c510c77dae08830b"
+
+
+def test_rows_are_picked_evenly_from_all_buckets() -> None:
+    assert pick_rows([3, 0, 2], 99) == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
+    assert pick_rows([10, 10], 3) == [(0, 0), (0, 9), (1, 9)]
+    assert pick_rows([], 5) == pick_rows([4], 0) == []

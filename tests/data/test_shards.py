@@ -9,15 +9,14 @@ import safetensors
 
 from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record, caption_text
+from trainer.data.shard_reader import OpenShard, read_row
 from trainer.data.shards import (
     HEADER_BYTES,
-    OpenShard,
     RowBatch,
     ShardError,
     ShardHead,
     finite_f16,
     read_info,
-    read_row,
     write_shard,
 )
 

@@ -12,7 +12,8 @@ from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record, caption_text
 from trainer.data.settings import replace_file
 from trainer.data.shards import RowBatch, ShardHead, read_info, write_shard
-from trainer.data.snapshot import PreparedSet, ShardEntry, Snapshot, snapshot_to_json
+from trainer.data.snapshot import PreparedSet
+from trainer.data.snapshot_file import ShardEntry, Snapshot, snapshot_to_json
 from trainer.errors import UserError
 
 TALL, WIDE = Bucket(128, 64), Bucket(64, 128)
@@ -65,6 +66,8 @@ def test_rows_by_virtual_number(tmp_path: Path) -> None:
         assert rows.keys[i] == f"photos/{shard}-{row}" and rows.repeat[i] == repeat
         assert caption_text(rows.captions[i]) == f"caption {shard} {row}"
         assert rows.sizes[i].tolist() == [row, 1, 2, 3, 128, 64]
+        record = prepared.read_record("train", 1, int(virtual))
+        assert record is not None and (record.key, record.caption) == (rows.keys[i], rows.captions[i])
 
 
 def test_padding_and_a_buffer_of_the_callers(tmp_path: Path) -> None:
@@ -91,9 +94,10 @@ def test_damage_costs_its_row_only(tmp_path: Path) -> None:
     rows = PreparedSet.open(tmp_path).read("train", 0, np.arange(12))
     assert rows.ok.tolist() == [True, True, False, True, *[False] * 4, *[True] * 4]
     assert (rows.latents[2] == 0).all() and rows.captions[2] == rows.keys[2] == ""
-    assert rows.problems[0] == snapshot_module.RowProblem("0.safetensors", 2, "checksum mismatch in the latents")
-    assert [problem.shard for problem in rows.problems[1:]] == ["1.safetensors"] * 4
-    assert PreparedSet.open(tmp_path).missing() == ["1.safetensors: is missing"]
+    reason = "checksum mismatch in the latents"
+    assert rows.problems[0] == snapshot_module.RowProblem("0.safetensors", 2, 4096 + 2 * 1024, reason)
+    assert [(problem.file, problem.row) for problem in rows.problems[1:]] == [("1.safetensors", i) for i in range(4)]
+    assert PreparedSet.open(tmp_path).missing() == [("1.safetensors: is missing", 4)]
 
 
 def test_few_descriptors_and_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

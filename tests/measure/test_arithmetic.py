@@ -58,6 +58,19 @@ def test_the_lines_of_a_large_run_that_goes_on() -> None:
     ]
 
 
+def test_buckets_with_larger_batches() -> None:
+    """40 + 21 images in steps of 8, 17 in steps of 16, 9 + 9 in steps of 32."""
+    run = arithmetic(rows_per_bucket=[40, 21, 17, 9, 9], batch_factors=[1, 1, 2, 4, 4], steps=None, epochs=2)
+    assert run.steps_per_epoch == 5 + 3 + 2 + 1 + 1 and run.total_steps == 24
+    assert run.padded_share == pytest.approx(1 - 96 / (5 * 8 + 3 * 8 + 2 * 16 + 32 + 32))
+    step, epoch, length, _ = run.describe()
+    assert step.endswith("= 8 images per step; up to 4 times as many in buckets of small images")
+    assert (
+        epoch == "96 training images in 5 buckets -> 12 steps per epoch (40 % of slots padded: buckets with few images)"
+    )
+    assert length == "24 steps = 2 epochs = 192 images; ends at step 24"
+
+
 def test_a_global_batch_that_the_workers_do_not_divide() -> None:
     run = arithmetic(workers=3, global_batch_size=8, rows_per_bucket=[16], steps=None, epochs=5)
     assert (run.accumulation, run.slots_per_step, run.images_per_step, run.total_steps) == (2, 12, 8, 10)

@@ -1,6 +1,7 @@
 import fcntl
 import io
 import logging
+import math
 import os
 import pty
 import re
@@ -45,6 +46,18 @@ def test_plain_lines_at_a_sane_rate(tmp_path: Path) -> None:
     assert lines[-1] == "step 120/120  loss 0.800  lr 1.0e-04  5.3 img/s  data wait 1 %"
     assert [int(line.split("/")[0].removeprefix("step ")) for line in lines[:4]] == [1, 8, 15, 22]
     assert len(lines) == 1 + 119 // 7
+
+
+def test_bad_rows_are_shown_and_a_step_of_nothing_else_has_no_loss(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with open_log(tmp_path, 0, stream), ProgressLine(4, 0, stream, Clock()) as progress:
+        progress.update(replace(STEP, loss=math.nan, images=0, bad_rows=8))
+        progress.set_total_steps(3)
+        progress.update(replace(STEP, step=2, loss=math.nan, images=0, bad_rows=1016))
+        progress.update(replace(STEP, step=3, bad_rows=1016))
+    first, last = stream.getvalue().splitlines()
+    assert first.startswith("step 1/4  loss -  lr 1.0e-04  0.00 img/s  data wait 1 %  bad 8  left")
+    assert last == "step 3/3  loss 0.800  lr 1.0e-04  2.7 img/s  data wait 1 %  bad 1,016"
 
 
 def test_lines_become_rarer_in_a_long_run(tmp_path: Path) -> None:

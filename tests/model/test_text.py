@@ -135,3 +135,10 @@ def test_encode_keeps_its_precision_under_autocast(tokenize: CaptionTokenizer, m
         inside = encoders.encode(ids)
     torch.testing.assert_close(inside.hidden, plain.hidden, rtol=0, atol=0)
     torch.testing.assert_close(inside.pooled, plain.pooled, rtol=0, atol=0)
+
+
+def test_tokens_are_counted_beyond_what_is_used(
+    tokenize: CaptionTokenizer, pipeline: StableDiffusionXLPipeline
+) -> None:
+    expected = [len(pipeline.tokenizer(caption).input_ids) - 2 for caption in ODD_CAPTIONS]
+    assert tokenize.count_tokens(ODD_CAPTIONS) == expected and max(expected) > 150

@@ -14,6 +14,8 @@ COMMANDS = {
     "train": "train from a config; the word may be left out",
     "plan": "say what a config would do: what trains, how many steps, what data",
     "prepare": "encode the images of a config into its prepared data set",
+    "verify": "re-read a prepared data set and compare it with its checksums",
+    "data": "look at a prepared data set: `data stats`",
     "eval": "validation loss and a sample grid of a run or checkpoint",
     "sample": "draw images from a run or checkpoint",
     "schema": "print the configuration's JSON Schema, for editors",

@@ -1,4 +1,4 @@
-"""`sdxl-train prepare CONFIG.yaml`: encode images into the prepared data set, new ones included."""
+"""`sdxl-train prepare CONFIG.yaml`: encode or index the sources into the prepared data set, new images included."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,13 +8,28 @@ from trainer.cli.start import prepare
 
 
 def main(argv: Sequence[str]) -> int:
-    """Encode the images of a config's sources with the VAE, on all workers. Can be stopped and run again at any time:
-    it goes on with what is missing, and picks up new images."""
+    """Encode the images of a config's sources with the VAE, on all workers; latents that are there already are only
+    indexed. Can be stopped and run again at any time: it goes on with what is missing, and picks up new images."""
     parser = argparse.ArgumentParser(
         prog="sdxl-train prepare",
         description=main.__doc__,
         epilog="example: sdxl-train prepare configs/4x3090.yaml data.prepared=/nvme/prepared",
     )
     add_config_arguments(parser)
+    parser.add_argument(
+        "--repack",
+        action="store_true",
+        help="also convert latents that are used where they lie (.npz files, tars) into fp16 shards with checksums; "
+        "half the bytes",
+    )
+    parser.add_argument(
+        "--limit", type=_count, metavar="N", help="look at no more than the first N images that each source lists"
+    )
     arguments = parser.parse_intermixed_args(argv)
-    return prepare(read_config(arguments.config, arguments.overrides))
+    return prepare(read_config(arguments.config, arguments.overrides), arguments.repack, arguments.limit)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no positive whole number")
+    return int(text)

@@ -13,10 +13,13 @@ from tqdm import tqdm
 
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
-from trainer.data.prepare import PrepareCounts, commit, is_current, plan_prepare, progress
+from trainer.data.caption_survey import planned_records
+from trainer.data.prepare import PrepareCounts, commit, forget_plan, is_current, plan_prepare, plan_repack, progress
 from trainer.dist.environment import choose_workers, detect_gpus, joined_environment
 from trainer.dist.launch import run_workers
-from trainer.train.preparation import prepare_settings
+from trainer.errors import UserError
+from trainer.train.captions import describe_captions, require_captions, survey_of
+from trainer.train.preparation import needs_workers, note_references, prepare_settings
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 _POLL_S = 1.0
@@ -77,24 +80,47 @@ def await_prepared(config: Config) -> None:
         time.sleep(_POLL_S)
 
 
-def prepare(config: Config) -> int:
-    """Find new images, encode them on all workers, and make them part of the data set; returns an exit code."""
+def prepare(config: Config, repack: bool = False, limit: int | None = None) -> int:
+    """Find new images, encode them on all workers, and make them part of the data set; returns an exit code.
+
+    Args:
+        repack: store latents that are used where they lie in the data set's own shards, on all workers.
+        limit: look at no more than the first so many images that each source lists.
+    """
     prepared = config.data.prepared
     print(f"preparing {prepared}")
-    counts = plan_prepare(prepare_settings(config))
+    counts = plan_prepare(prepare_settings(config), limit=limit)
     for line in describe_plan(counts):
         print(line)
+    captions = survey_of(config, planned_records(prepared))
+    for line in describe_captions(config, captions):
+        print(line)
     if counts.pending_rows:
-        with _bar(prepared):
-            code = start_workers(
-                "prepare", config, prepared, {}, stop_notice="ending; the same command goes on with what is missing"
-            )
-        if code:
+        try:
+            require_captions(config, captions)
+        except UserError:
+            forget_plan(prepared)
+            raise
+        if code := _write_shards(config):
             return code
     done = commit(prepared)
+    if repack and plan_repack(prepared)[0]:
+        if code := _write_shards(config):
+            return code
+        done = commit(prepared)
     left_out = f"; {done.left_out} left out, with the reason in {prepared / 'bad.jsonl'}" if done.left_out else ""
     print(f"prepared {done.images:,} images{left_out}")
     return 0
+
+
+def _write_shards(config: Config) -> int:
+    """Write what is planned, on all workers if it takes a model or the reading of much; returns an exit code."""
+    with _bar(config.data.prepared):
+        if not needs_workers(config):
+            note_references(config)
+            return 0
+        notice = "ending; the same command goes on with what is missing"
+        return start_workers("prepare", config, config.data.prepared, {}, stop_notice=notice)
 
 
 def describe_plan(counts: PrepareCounts) -> list[str]:

@@ -10,6 +10,7 @@ from trainer.cli.start import await_prepared, ensure_prepared, start_workers, wr
 from trainer.config.schema import Config
 from trainer.dist.environment import joined_environment
 from trainer.errors import UserError
+from trainer.train.captions import check_captions
 from trainer.train.run_dir import list_checkpoints, only_writer
 
 
@@ -32,7 +33,11 @@ def main(argv: Sequence[str]) -> int:
     if joined is not None:
         return _join(config, joined)
     with only_writer(config.run.dir):
-        return ensure_prepared(config) or start_workers("train", config, config.run.dir, {})
+        code = ensure_prepared(config)
+        if code:
+            return code
+        check_captions(config)
+        return start_workers("train", config, config.run.dir, {})
 
 
 def _join(config: Config, joined: dict[str, str]) -> int:
@@ -44,6 +49,7 @@ def _join(config: Config, joined: dict[str, str]) -> int:
         code = ensure_prepared(config)
         if code:
             return code
+        check_captions(config)
         write_resolved(config, config.run.dir)
     else:
         await_prepared(config)

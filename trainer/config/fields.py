@@ -2,15 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args, get_origin
+from typing import Annotated, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic import Tag as PydanticTag
 from pydantic.fields import FieldInfo
 
 from trainer.config.schema import Config
 
 Key = tuple[str | int, ...]
 """The place of a value in the configuration: `("data", "sources", 0, "path")`."""
+
+
+class Tag(str):
+    """A part of a key that stands in no file: which type the entry before it is of."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,12 @@ class Problem:
 
 def dotted(key: Key) -> str:
     """`("data", "sources", 0)` as `data.sources.0`."""
-    return ".".join(map(str, key))
+    return ".".join(map(str, untagged(key)))
+
+
+def untagged(key: Key) -> Key:
+    """The key as it stands in a file."""
+    return tuple(part for part in key if not isinstance(part, Tag))
 
 
 def is_under(key: Key, ancestor: Key) -> bool:
@@ -43,21 +55,45 @@ def section_of(annotation: object) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def entry_of(annotation: object) -> type[BaseModel] | None:
-    """The section that each entry of a field of this type is, if the field is a list of sections."""
-    return section_of(get_args(annotation)[0]) if get_origin(annotation) is list else None
+def entries_of(annotation: object) -> dict[Tag | None, type[BaseModel]]:
+    """The sections that an entry of a field of this type may be; under None where there is but one.
+
+    Empty if the field is no list of sections.
+    """
+    if get_origin(annotation) is not list:
+        return {}
+    (entry,) = get_args(annotation)
+    if section := section_of(entry):
+        return {None: section}
+    members = get_args(get_args(entry)[0]) if get_origin(entry) is Annotated else ()
+    tagged = [get_args(member) for member in members if get_origin(member) is Annotated]
+    return {Tag(tag.tag): section for section, tag in tagged if isinstance(tag, PydanticTag)}
+
+
+def entry_of(annotation: object, value: object) -> type[BaseModel] | None:
+    """The section that `value` is to be read as, if the field is a list of sections: the one that its `type` names, or
+    the first."""
+    entries = entries_of(annotation)
+    named = value.get("type") if isinstance(value, dict) else None
+    first = next(iter(entries.values()), None)
+    return entries.get(named, first) if isinstance(named, Tag | str) else first
 
 
 def section_at(key: Key) -> type[BaseModel] | None:
-    """The section that lies at `key`, or None where there is a value or nothing."""
+    """The section that lies at `key`, or None where there is a value or nothing.
+
+    An entry of a list whose entries may be of several types is told by a `Tag` behind its number.
+    """
     section: type[BaseModel] | None = Config
-    entries: type[BaseModel] | None = None
+    entries: dict[Tag | None, type[BaseModel]] = {}
     for part in key:
         if isinstance(part, int):
-            section, entries = entries, None
+            section = entries.get(None)
+        elif isinstance(part, Tag):
+            section, entries = entries.get(part), {}
         elif section is not None and part in section.model_fields:
             annotation = section.model_fields[part].annotation
-            section, entries = section_of(annotation), entry_of(annotation)
+            section, entries = section_of(annotation), entries_of(annotation)
         else:
             return None
     return section
@@ -65,7 +101,7 @@ def section_at(key: Key) -> type[BaseModel] | None:
 
 def field_at(key: Key) -> FieldInfo | None:
     """The declaration of the field at `key`; for an entry of a list, that of the list."""
-    while key and isinstance(key[-1], int):
+    while key and isinstance(key[-1], int | Tag):
         key = key[:-1]
     section = section_at(key[:-1]) if key else None
     return section.model_fields.get(str(key[-1])) if section else None
@@ -74,12 +110,12 @@ def field_at(key: Key) -> FieldInfo | None:
 def all_keys(section: type[BaseModel] = Config, at: Key = ()) -> Iterator[Key]:
     """Every key of the schema that holds a value; entries of a list of sections stand under index 0."""
     for name, field in section.model_fields.items():
-        inner, entries = section_of(field.annotation), entry_of(field.annotation)
+        inner, entries = section_of(field.annotation), entries_of(field.annotation)
         if inner:
             yield from all_keys(inner, (*at, name))
-        elif entries:
-            yield from all_keys(entries, (*at, name, 0))
-        else:
+        for tag, entry in entries.items():
+            yield from all_keys(entry, (*at, name, 0) if tag is None else (*at, name, 0, tag))
+        if not inner and not entries:
             yield (*at, name)
 
 

@@ -6,11 +6,11 @@ Relative paths are relative to the current directory, not to the file.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from trainer.config.fields import Key, Problem, dotted, entry_of, is_under, section_of
+from trainer.config.fields import Key, Problem, dotted, entries_of, entry_of, is_under, section_of
 from trainer.config.rules import bad_paths, broken_rules
 from trainer.config.schema import Config
 from trainer.config.spelling import nearest_path
@@ -216,17 +216,22 @@ def _with_standins(section: type[BaseModel], tree: object, settled: list[Key], a
     filled: dict[str, object] = {}
     for name, declared in section.model_fields.items():
         key = (*at, name)
-        inner, entries = section_of(declared.annotation), entry_of(declared.annotation)
+        inner, entries = section_of(declared.annotation), entries_of(declared.annotation)
         if inner and (name in given or declared.is_required()):
             filled[name] = _with_standins(inner, given.get(name), settled, key)
         elif entries and (name in given or declared.is_required()):
             listed = given.get(name)
             listed = listed if isinstance(listed, list) and listed else [{}]
-            filled[name] = [_with_standins(entries, entry, settled, (*key, i)) for i, entry in enumerate(listed)]
+            filled[name] = [
+                _with_standins(member, entry, settled, (*key, i))
+                for i, entry in enumerate(listed)
+                if (member := entry_of(declared.annotation, entry))
+            ]
         elif name in given and not any(is_under(bad, key) for bad in settled):
             filled[name] = given[name]
         elif declared.is_required():
-            filled[name] = "." if declared.annotation is Path else 1
+            choices = get_args(declared.annotation)
+            filled[name] = choices[0] if choices else "." if declared.annotation in (Path, str) else 1
     return filled
 
 

@@ -53,7 +53,7 @@ def _tidy(schema: Any) -> None:
             _tidy(part)
 
 
-def _section(above: str, name: str, part: Schema, definitions: Schema) -> str:
+def _section(above: str, name: str, part: Schema, definitions: Schema, of_type: str = "") -> str:
     """The table of one section, followed by those of the sections in it."""
     body = _body(part, definitions)
     path = f"{above}{name}"
@@ -61,6 +61,12 @@ def _section(above: str, name: str, part: Schema, definitions: Schema) -> str:
     below = ""
     for key, field in body["properties"].items():
         inner = field["items"] if field.get("type") == "array" else field
+        for member in inner.get("oneOf", ()):
+            kind = _body(member, definitions)["properties"]["type"]
+            described = {"description": kind["description"], **member}
+            below += _section(f"{path}.", f"{key}[]", described, definitions, of_type=kind["const"])
+        if "oneOf" in inner:
+            continue
         if "$ref" in inner:
             suffix = "[]" if inner is not field else ""
             described = {"description": field.get("description", ""), **inner}
@@ -68,7 +74,8 @@ def _section(above: str, name: str, part: Schema, definitions: Schema) -> str:
             continue
         cells = (f"`{key}`", _values(field), _default(key, field, body), field.get("description", ""))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return f"\n## `{path}`\n\n{part.get('description', '')}\n\n" + "\n".join(rows) + "\n" + below
+    title = f"`{path}` of type `{of_type}`" if of_type else f"`{path}`"
+    return f"\n## {title}\n\n{part.get('description', '')}\n\n" + "\n".join(rows) + "\n" + below
 
 
 def _body(part: Schema, definitions: Schema) -> Schema:

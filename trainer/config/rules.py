@@ -4,6 +4,7 @@ An option that would do nothing is a mistake. It counts as given when the user w
 than the default, so that a configuration written out in full can be read again.
 """
 
+import glob
 import os
 import stat
 from collections.abc import Iterator
@@ -11,17 +12,37 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from trainer.config.fields import Key, Problem, dotted, field_at
-from trainer.config.schema import Config
+from trainer.config.fields import Key, Problem, dotted
+from trainer.config.schema import (
+    Config,
+    FolderSource,
+    KohyaJsonSource,
+    LatentTarsSource,
+    ParquetSource,
+    Source,
+    WebdatasetSource,
+)
 from trainer.config.spelling import nearest_path
 from trainer.config.wording import shown
 
 PIXELS_PER_LATENT = 8
+_CACHED_TEXT = "must not go together; a text that is encoded once is the same at each draw"
 
 
 def broken_rules(config: Config) -> list[Problem]:
     """Every rule between fields that `config` breaks."""
-    checks = (_length, _batch, _lr_schedule, _buckets, _sources, _validation, _samples, _written_folders)
+    checks = (
+        _length,
+        _batch,
+        _lr_schedule,
+        _buckets,
+        _sources,
+        _mode,
+        _captions,
+        _validation,
+        _samples,
+        _written_folders,
+    )
     return [problem for check in checks for problem in check(config)]
 
 
@@ -30,12 +51,13 @@ def bad_paths(config: Config) -> list[Problem]:
     must_exist: list[Key] = [("model", "path")]
     if config.model.vae is not None:
         must_exist.append(("model", "vae"))
-    must_exist += [("data", "sources", i, "path") for i in range(len(config.data.sources))]
     if isinstance(config.run.resume, str) and config.run.resume != "auto":
         must_exist.append(("run", "resume"))
     may_exist: list[Key] = [("run", "dir"), ("data", "prepared")]
     found = [_bad_folder(config, key, must_exist=True) for key in must_exist]
     found += [_bad_folder(config, key, must_exist=False) for key in may_exist]
+    for i, source in enumerate(config.data.sources):
+        found += [_bad_source_path(config, ("data", "sources", i, name), kind) for name, kind in _paths_of(source)]
     return [problem for problem in found if problem]
 
 
@@ -86,15 +108,96 @@ def _buckets(config: Config) -> Iterator[Problem]:
 
 
 def _sources(config: Config) -> Iterator[Problem]:
-    first: dict[Path, int] = {}
+    first: dict[tuple[object, ...], int] = {}
     for i, source in enumerate(config.data.sources):
-        other = first.setdefault(_full(source.path), i)
+        at = f"data.sources.{i}"
+        names = [name for name, _ in _paths_of(source)]
+        paths = [_full(getattr(source, name)) for name in names]
+        other = first.setdefault((source.type, *paths), i) if names else i
         if other != i:
-            keys = (f"data.sources.{i}.path", f"data.sources.{other}.path")
-            yield _clash(config, keys, "the same folder twice; use `repeats` to see its images more often")
-        if not source.caption_extension.startswith(".") or len(source.caption_extension) < 2:
-            key = f"data.sources.{i}.caption_extension"
-            yield _clash(config, (key,), "must be a dot and an ending, such as .txt")
+            keys = (f"{at}.{names[0]}", f"data.sources.{other}.{names[0]}")
+            yield _clash(config, keys, "the same source twice; use `repeats` to see its images more often")
+        if isinstance(source, FolderSource):
+            if not source.caption_extension.startswith(".") or len(source.caption_extension) < 2:
+                yield _clash(config, (f"{at}.caption_extension",), "must be a dot and an ending, such as .txt")
+        elif isinstance(source, KohyaJsonSource):
+            keys = (f"{at}.latents", f"{at}.images")
+            if (source.latents is None) == (source.images is None):
+                yield _clash(config, keys, "give one of them: the folder of the `.npz` files, or that of the images")
+        if config.data.mode == "images" and (isinstance(source, LatentTarsSource) or getattr(source, "latents", None)):
+            yield _clash(config, (f"{at}.type", "data.mode"), "holds latents; use `mode: latents`")
+
+
+def _paths_of(source: Source) -> list[tuple[str, str]]:
+    """The fields of a source that are paths on this host and given, each a `folder`, a `file` or `files`."""
+    if isinstance(source, FolderSource):
+        return [("path", "folder")]
+    if isinstance(source, KohyaJsonSource):
+        folders = [("latents", "folder"), ("images", "folder")]
+        return [("path", "file"), *(pair for pair in folders if getattr(source, pair[0]) is not None)]
+    if isinstance(source, LatentTarsSource):
+        return [("metadata", "file"), ("tars", "files")]
+    if isinstance(source, WebdatasetSource):
+        return [("tars", "files")]
+    return [("files", "files")] if isinstance(source, ParquetSource) else []
+
+
+def _mode(config: Config) -> Iterator[Problem]:
+    if config.data.mode == "images":
+        if config.data.cache_text:
+            keys = ("data.cache_text", "data.mode")
+            yield _clash(config, keys, "must be false; this mode stores nothing that a model has computed")
+        return
+    for key in ("data.augment.flip_probability", "data.augment.random_crop"):
+        if _is_given(config, key):
+            yield _clash(config, (key, "data.mode"), "has no effect on stored latents; use `mode: images`")
+
+
+def _captions(config: Config) -> Iterator[Problem]:
+    captions = config.captions
+    cuts = captions.shuffle_tags or captions.tag_dropout_rate > 0
+    idle = {
+        "captions.caption_probability": (captions.use == "mix", ("captions.use",), "use: mix"),
+        "captions.both_order": (captions.use == "both", ("captions.use",), "use: both"),
+        "captions.both_separator": (captions.use == "both", ("captions.use",), "use: both"),
+        "captions.keep_tokens": (cuts, ("captions.shuffle_tags",), "shuffle_tags or tag_dropout_rate"),
+        "captions.keep_tokens_separator": (cuts, ("captions.shuffle_tags",), "shuffle_tags or tag_dropout_rate"),
+        "captions.tag_separator": (
+            cuts or captions.secondary_separator is not None,
+            ("captions.shuffle_tags",),
+            "shuffle_tags, tag_dropout_rate or secondary_separator",
+        ),
+    }
+    for key, (works, others, needed) in idle.items():
+        if _is_given(config, key) and not works:
+            yield _clash(config, (key, *others), f"has no effect without `{needed}`")
+    if captions.use == "mix" and captions.caption_probability in (0.0, 1.0):
+        field = "caption" if captions.caption_probability else "tags"
+        yield _clash(config, ("captions.caption_probability",), f"mixes nothing; write `use: {field}`")
+    epochs = config.train.epochs
+    if epochs is not None and captions.dropout_every_n_epochs > epochs:
+        yield _clash(config, ("captions.dropout_every_n_epochs", "train.epochs"), "has no effect; the run ends before")
+    if config.data.cache_text:
+        for key in ("shuffle_tags", "tag_dropout_rate", "wildcards", "dropout_rate", "dropout_every_n_epochs"):
+            if _is_given(config, f"captions.{key}"):
+                yield _clash(config, ("data.cache_text", f"captions.{key}"), _CACHED_TEXT)
+        if captions.use == "mix":
+            yield _clash(config, ("data.cache_text", "captions.use"), _CACHED_TEXT)
+    yield from _fields_of_text(config)
+
+
+def _fields_of_text(config: Config) -> Iterator[Problem]:
+    """What asks for captions or tags that no source can have."""
+    if not all(isinstance(source, FolderSource) for source in config.data.sources):
+        return
+    key = "data.sources.0.caption_files_hold"
+    held = {getattr(source, "caption_files_hold", "caption") for source in config.data.sources}
+    if held == {"caption"}:
+        for name in ("captions.shuffle_tags", "captions.tag_dropout_rate"):
+            if _is_given(config, name):
+                yield _clash(config, (name, key), "has no effect; if the files hold tags, write `tags`")
+    if len(held) == 1 and config.captions.use in {"tags", "both", "mix"} - (held & {"tags"}):
+        yield _clash(config, ("captions.use", key), "has no effect; no source has both captions and tags")
 
 
 def _validation(config: Config) -> Iterator[Problem]:
@@ -125,7 +228,7 @@ def _written_folders(config: Config) -> Iterator[Problem]:
     """Samples written inside a source would be read as training images."""
     for key, path in (("run.dir", config.run.dir), ("data.prepared", config.data.prepared)):
         for i, source in enumerate(config.data.sources):
-            if _full(path).is_relative_to(_full(source.path)):
+            if isinstance(source, FolderSource) and _full(path).is_relative_to(_full(source.path)):
                 keys = (key, f"data.sources.{i}.path")
                 yield _clash(config, keys, "must not lie in a source, which is searched for images")
 
@@ -141,6 +244,26 @@ def _bad_folder(config: Config, key: Key, must_exist: bool) -> Problem | None:
     except OSError as error:
         return Problem((key,), f"{said}: cannot be reached: {error.strerror}")
     return Problem((key,), f"{said}: must be a folder; this is a file")
+
+
+def _bad_source_path(config: Config, key: Key, kind: str) -> Problem | None:
+    """What is wrong with a path of a source: a `folder`, a `file`, or `files` (a file, a folder or a pattern)."""
+    if kind == "folder":
+        return _bad_folder(config, key, must_exist=True)
+    path = Path(str(_get(config, dotted(key))))
+    said = f"{dotted(key)} = {shown(str(path))}"
+    if kind == "files" and glob.has_magic(str(path)):
+        found = next(glob.iglob(str(path), recursive=True), None)  # noqa: PTH207 - the pattern may be absolute
+        return None if found else Problem((key,), f"{said}: no file matches this pattern")
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return Problem((key,), f"{said}: no such file{nearest_path(path)}")
+    except OSError as error:
+        return Problem((key,), f"{said}: cannot be reached: {error.strerror}")
+    if kind == "file" and not stat.S_ISREG(mode):
+        return Problem((key,), f"{said}: must be a file")
+    return None
 
 
 def _clash(config: Config, names: tuple[str, ...], rule: str) -> Problem:
@@ -173,8 +296,9 @@ def _is_written(config: Config, name: str) -> bool:
 
 
 def _is_given(config: Config, name: str) -> bool:
-    declared = field_at(_key(name))
-    return declared is not None and _is_written(config, name) and _get(config, name) != declared.get_default()
+    section, _, field = name.rpartition(".")
+    declared = type(_get(config, section)).model_fields[field]
+    return _is_written(config, name) and _get(config, name) != declared.get_default()
 
 
 def _plain(value: object) -> object:

@@ -8,7 +8,7 @@ fields live in `rules.py`.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 _YES_NO = {"yes": True, "on": True, "no": False, "off": False}
@@ -41,6 +41,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Separator = Annotated[str, Field(min_length=1)]
 PathField = Annotated[Path, Field(strict=False), BeforeValidator(_path, json_schema_input_type=Path)]
 
 
@@ -104,15 +105,126 @@ class FolderSource(Section):
     """The folder."""
     caption_extension: str = ".txt"
     """Ending of the caption file that lies beside each image."""
+    caption_files_hold: Literal["caption", "tags"] = "caption"
+    """What is in the caption files: natural language, or tags, which `captions` can shuffle and drop one by one."""
+    kohya_repeats: Flag = False
+    """Read kohya's layout: only sub-folders named `<repeats>_<words>` count, their images are seen `<repeats>` times,
+    and the words are the caption of images that have no caption file."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
 
 
+class KohyaJsonSource(Section):
+    type: Literal["kohya_json"]
+    """kohya's metadata file, with latents (`.npz`, used where they lie) or images beside it."""
+    path: PathField
+    """The metadata: one JSON object (`meta_lat.json`), or `.jsonl` with an object per line. Read as a stream."""
+    latents: PathField | None = None
+    """Folder of the `.npz` files, `<key>.npz` or `<key>_<W>x<H>_sdxl.npz`. Give this or `images`."""
+    images: PathField | None = None
+    """Folder of the images that the keys name, which `prepare` encodes. Give this or `latents`."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class LatentTarsSource(Section):
+    type: Literal["latent_tars"]
+    """Tars with members `<id>.npz`, read in place, and kohya's metadata file with their captions."""
+    metadata: PathField
+    """The metadata, as in `kohya_json`; a member belongs to the key whose last part is its name."""
+    tars: PathField
+    """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class WebdatasetSource(Section):
+    type: Literal["webdataset"]
+    """Tars in which the files of one image share a name: `0001.jpg`, `0001.txt`, `0001.json`. Read in place."""
+    tars: PathField
+    """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
+    caption_field: str = "caption"
+    """Field of the `.json` files that holds the caption, where there is no `.txt` or `.caption`."""
+    tags_field: str = "tags"
+    """Field of the `.json` files that holds the tags: text, or a list."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class ParquetSource(Section):
+    type: Literal["parquet"]
+    """Parquet files with an image (or its path) and a caption in each row. Fast where row groups are small."""
+    files: PathField
+    """A `.parquet` file, a folder of them, or a pattern."""
+    image_column: str = "image"
+    """Column of the images: bytes, `datasets`' struct of bytes and path, or paths."""
+    caption_column: str = "caption"
+    """Column of the captions: text, or a list of texts, which become lines."""
+    tags_column: str | None = None
+    """Column of the tags: text, or a list."""
+    key_column: str | None = None
+    """Column with a name for each image, which messages then show beside file and row."""
+    images: PathField | None = None
+    """Folder that paths start from; default: that of the parquet file."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class HfSource(Section):
+    type: Literal["hf"]
+    """A data set of Hugging Face's `datasets`, on disk or from the hub; one from the hub is downloaded first."""
+    path: str
+    """Name on the hub, or a folder, such as one that `save_to_disk` wrote."""
+    subset: str | None = None
+    """The data set's configuration, where it has several."""
+    split: str = "train"
+    """The split that is trained on, as a whole."""
+    image_column: str = "image"
+    """Column of the images."""
+    caption_column: str = "text"
+    """Column of the captions: text, or a list of texts, which become lines."""
+    tags_column: str | None = None
+    """Column of the tags: text, or a list."""
+    key_column: str | None = None
+    """Column with a name for each image, which messages then show beside the row."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+def source_type(entry: object) -> object:
+    """The `type` of an entry of `data.sources`; one that names none is a folder."""
+    return entry.get("type", "folder") if isinstance(entry, dict) else getattr(entry, "type", "folder")
+
+
+Source = Annotated[
+    Annotated[FolderSource, Tag("folder")]
+    | Annotated[KohyaJsonSource, Tag("kohya_json")]
+    | Annotated[LatentTarsSource, Tag("latent_tars")]
+    | Annotated[WebdatasetSource, Tag("webdataset")]
+    | Annotated[ParquetSource, Tag("parquet")]
+    | Annotated[HfSource, Tag("hf")],
+    Discriminator(source_type),
+]
+
+
+class AugmentConfig(Section):
+    flip_probability: Fraction = 0.0
+    """Chance that a visit sees the image mirrored left to right; its crop coordinates are mirrored as well."""
+    random_crop: Flag = False
+    """Crop anywhere in the resized image, anew at each visit, in place of its centre; the crop coordinates
+    that SDXL is conditioned on say where."""
+
+
 class DataConfig(Section):
-    sources: Annotated[list[FolderSource], Field(min_length=1)]
-    """Where the images come from; any number of entries."""
+    sources: Annotated[list[Source], Field(min_length=1)]
+    """Where the images come from; any number of entries, of any types."""
     prepared: PathField
     """Folder of the prepared data set (latents in shards). Made by `prepare`, or on the first start."""
+    mode: Literal["latents", "images"] = "latents"
+    """`latents`: the VAE encodes each image once, in `prepare`. `images`: `prepare` only lists the images; each is
+    decoded anew whenever it is seen and the VAE runs in every step, which costs time and allows `data.augment`."""
+    augment: AugmentConfig = AugmentConfig()
+    """What is drawn anew each time an image is seen. Needs `data.mode: images`."""
     buckets: BucketConfig = BucketConfig()
     """Aspect-ratio buckets."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -123,12 +235,53 @@ class DataConfig(Section):
     """Store the text encoders' outputs with the latents (about 320 KB an image in real SDXL) in place of
     running the frozen encoders in each step."""
     vae_batch_size: PositiveInt = 4
-    """Images that a worker encodes at once in `prepare`."""
+    """Images of the square bucket that a worker encodes at once, in `prepare` or with `mode: images` in each step."""
     workers: Count = 2
     """CPU processes per training worker that read and assemble batches; 0 reads in threads of the
-    training process."""
+    training process. In `prepare`, threads per worker that decode images, at least 2."""
     prefetch_batches: PositiveInt = 4
     """Batches kept ready per training worker."""
+    max_bad_fraction: Fraction = 1e-3
+    """The run ends when more than this share of the latest images could not be read (a damaged row, a drive that
+    fails); they are listed in `bad.jsonl` in `run.dir`. Not judged before 1,000 images."""
+
+
+class CaptionsConfig(Section):
+    use: Literal["caption", "tags", "both", "mix"] = "caption"
+    """What the text is made of: the `caption` (natural language), the `tags`, `both`, or at each draw the one or the
+    other (`mix`). Where an image lacks one of them, the other stands in. A field of several lines gives one of them:
+    the first, or with `wildcards` a random one."""
+    caption_probability: Fraction = 0.5
+    """`mix`: how often the caption is taken, and not the tags."""
+    both_order: Literal["caption_first", "tags_first"] = "caption_first"
+    """`both`: which comes first."""
+    both_separator: str = ", "
+    """`both`: what stands between caption and tags."""
+    prefix: str = ""
+    """Put before every text, with a space between; may hold wildcards, and is cut with the tags beside it."""
+    suffix: str = ""
+    """Put after every text, in the same way."""
+    wildcards: Flag = False
+    """Read `{red|green}` as one of the two, at random, and `{{`, `}}` as a brace; groups may be nested."""
+    shuffle_tags: Flag = False
+    """Put the tags in another order at each draw."""
+    keep_tokens: Count = 0
+    """Tags at the start of the text that are neither shuffled nor dropped; a caption before them does not count."""
+    keep_tokens_separator: Separator | None = None
+    """What stands before it in the text is neither shuffled nor dropped, nor what stands after the second one;
+    `|||` by convention. In texts that hold it, `keep_tokens` does not count."""
+    tag_separator: Separator = ","
+    """What stands between tags in the data. Texts whose tags are shuffled or dropped get `, `."""
+    secondary_separator: Separator | None = None
+    """Joins tags that are shuffled and dropped as one, such as `;;;`; afterwards `tag_separator` takes its place."""
+    tag_dropout_rate: Fraction = 0.0
+    """Chance of each tag to be left out."""
+    dropout_rate: Fraction = 0.0
+    """Chance of a whole text to be left out (the empty text; sizes and crop are kept), for classifier-free guidance."""
+    dropout_every_n_epochs: Count = 0
+    """Leave out all texts of every n-th epoch; 0 for never."""
+    max_empty_fraction: Fraction = 0.05
+    """Refuse to train when more than this share of the images has an empty text, before any dropout."""
 
 
 class TrainConfig(Section):
@@ -138,6 +291,10 @@ class TrainConfig(Section):
     """Passes over the data of the whole run. Give this or `train.steps`."""
     batch_size_per_gpu: PositiveInt = 1
     """Images in one forward and backward pass of one worker."""
+    batch_by_area: Flag = False
+    """Give buckets of small images larger batches: a bucket of 1/n of the area of `data.buckets.resolution`^2 takes n
+    times as many images in each pass and in each step, n being a whole number up to 16. Helps with
+    `data.buckets.no_upscale`; without it, nearly all buckets are of the same area."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Forward and backward passes per optimizer step. Default 1, or what `global_batch_size` needs."""
     global_batch_size: PositiveInt | None = None
@@ -225,6 +382,8 @@ class Config(Section):
     """The SDXL model to start from."""
     data: DataConfig
     """Images, captions, buckets and how they are read."""
+    captions: CaptionsConfig = CaptionsConfig()
+    """From captions and tags to the text of each draw; all of it is a function of seed, epoch and image."""
     train: TrainConfig = TrainConfig()
     """Length, batch and precision."""
     optimizer: OptimizerConfig

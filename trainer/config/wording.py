@@ -3,9 +3,21 @@
 import re
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from trainer.config.fields import Key, Problem, all_keys, dotted, is_under, meaning, section_at
+from trainer.config.fields import (
+    Key,
+    Problem,
+    Tag,
+    all_keys,
+    dotted,
+    entries_of,
+    field_at,
+    is_under,
+    meaning,
+    section_at,
+    untagged,
+)
 from trainer.config.spelling import nearest
 from trainer.config.yaml_source import dump, plain_value
 
@@ -28,6 +40,7 @@ _LIMITS = {
     "less_than": ("lt", "must be less than {}"),
     "too_short": ("min_length", "must have at least {}"),
     "too_long": ("max_length", "must have at most {}"),
+    "string_too_short": ("min_length", "must have at least {} character"),
 }
 _ALSO_CALLED = {  # words of other trainers
     "pretrained_model_name_or_path": "model.path",
@@ -39,6 +52,15 @@ _ALSO_CALLED = {  # words of other trainers
     "max_bucket_reso": "data.buckets.max_px",
     "max_data_loader_n_workers": "data.workers",
     "output_dir": "run.dir",
+    "shuffle_caption": "captions.shuffle_tags",
+    "caption_separator": "captions.tag_separator",
+    "caption_prefix": "captions.prefix",
+    "caption_suffix": "captions.suffix",
+    "caption_dropout_rate": "captions.dropout_rate",
+    "caption_dropout_probability": "captions.dropout_rate",
+    "caption_dropout_every_n_epochs": "captions.dropout_every_n_epochs",
+    "caption_tag_dropout_rate": "captions.tag_dropout_rate",
+    "enable_wildcard": "captions.wildcards",
     "batch_size": "train.batch_size_per_gpu",
     "train_batch_size": "train.batch_size_per_gpu",
     "max_train_steps": "train.steps",
@@ -59,13 +81,16 @@ def problems_of(error: ValidationError) -> list[Problem]:
     unknown = [_unknown_key(key, item) for key, item in found if item["type"] == "extra_forbidden"]
     explained = [key for problem in unknown for key in problem.explains]
     missing: list[Problem] = []
+    wrong_types: list[Problem] = []
     wrong: dict[Key, list[dict[str, Any]]] = {}
     for key, item in found:
         if item["type"] == "missing":
-            missing += [_missing(k) for k in _required(key) if not any(is_under(k, e) for e in explained)]
+            missing += [_missing(k) for k in _required(key) if not any(is_under(untagged(k), e) for e in explained)]
+        elif item["type"].startswith("union_tag_"):
+            wrong_types.append(_wrong_type(key, item["input"]))
         elif item["type"] != "extra_forbidden":
             wrong.setdefault(key, []).append(item)
-    return unknown + missing + [_wrong_value(key, items) for key, items in wrong.items()]
+    return unknown + missing + wrong_types + [_wrong_value(key, items) for key, items in wrong.items()]
 
 
 def shown(value: object) -> str:
@@ -74,11 +99,24 @@ def shown(value: object) -> str:
 
 
 def _real_key(loc: Key) -> Key:
-    """`loc` up to the part that names a member of a union: a word below something that is no section."""
-    for length, part in enumerate(loc):
-        if isinstance(part, str) and section_at(loc[:length]) is None:
-            return loc[:length]
-    return loc
+    """`loc` up to the part that names a member of a union: a word below something that is no section.
+
+    A word that says of which type an entry of a list is becomes a `Tag`; at the end of a key it says nothing.
+    """
+    key: Key = ()
+    for part in loc:
+        if isinstance(part, str) and section_at(key) is None:
+            if not _types_at(key):
+                return key
+            part = Tag(part)
+        key = (*key, part)
+    return key[:-1] if key and isinstance(key[-1], Tag) else key
+
+
+def _types_at(key: Key) -> list[str]:
+    """The types that the entry of a list at `key` may be of, if there are several."""
+    field = field_at(key) if key and isinstance(key[-1], int) else None
+    return [tag for tag in entries_of(field.annotation) if tag is not None] if field else []
 
 
 def _required(key: Key) -> list[Key]:
@@ -90,7 +128,7 @@ def _required(key: Key) -> list[Key]:
 
 
 def _missing(key: Key) -> Problem:
-    return Problem((key,), f"{dotted(key)}: missing ({meaning(key)})")
+    return Problem((untagged(key),), f"{dotted(key)}: missing ({meaning(key)})")
 
 
 def _unknown_key(key: Key, item: dict[str, Any]) -> Problem:
@@ -105,7 +143,8 @@ def _unknown_key(key: Key, item: dict[str, Any]) -> Problem:
     else:
         mend = f"`{dotted(section)}` has " if section else "the sections are "
         mend += ", ".join(here.model_fields) if here else ""
-    return Problem((key,), f"{short(dotted(key))}: unknown key; {mend}", explains=tuple(offered))
+    explains = tuple(map(untagged, offered))
+    return Problem((untagged(key),), f"{short(dotted(key))}: unknown key; {mend}", explains=explains)
 
 
 def _offered(section: Key, name: str) -> list[Key]:
@@ -123,11 +162,21 @@ def _offered(section: Key, name: str) -> list[Key]:
     if like := nearest(name, names, likeness=0.8):
         return [(*section, like)]
     like = nearest(name, (str(key[-1]) for key in known.values()), likeness=0.8)
-    elsewhere = [key for key in known.values() if key[-1] == like]
+    elsewhere = [key for key in known.values() if key[-1] == like and untagged(key[:-1]) != untagged(section)]
     if 1 <= len(elsewhere) <= 2:
         return elsewhere
     like = nearest(name, names)
     return [(*section, like)] if like else []
+
+
+def _wrong_type(key: Key, entry: dict[str, Any]) -> Problem:
+    """The entry's `type` names none of those that its list may hold."""
+    allowed, given = _types_at(key), entry["type"]
+    like = nearest(given, allowed, likeness=0.5) if isinstance(given, str) else None
+    mend = f" (did you mean `{like}`?)" if like else ""
+    said = ": has no value;" if given is None else f" = {shown(given)}:"
+    place = (*key, "type")
+    return Problem((place,), f"{dotted(place)}{said} must be one of {', '.join(allowed)}{mend}")
 
 
 def _wrong_value(key: Key, items: list[dict[str, Any]]) -> Problem:
@@ -135,9 +184,9 @@ def _wrong_value(key: Key, items: list[dict[str, Any]]) -> Problem:
     rules = [_rule(key, item) for item in items]
     rule = rules[0] + "".join(" or " + other.removeprefix("must be ") for other in rules[1:])
     if value is None:
-        return Problem((key,), f"{dotted(key)}: has no value; {rule}")
+        return Problem((untagged(key),), f"{dotted(key)}: has no value; {rule}")
     mend = _mend(items[0]["type"], value)
-    return Problem((key,), f"{dotted(key)} = {shown(value)}: {rule}" + (f"; {mend}" if mend else ""))
+    return Problem((untagged(key),), f"{dotted(key)} = {shown(value)}: {rule}" + (f"; {mend}" if mend else ""))
 
 
 def _rule(key: Key, item: dict[str, Any]) -> str:
@@ -154,11 +203,12 @@ def _rule(key: Key, item: dict[str, Any]) -> str:
         mend = f" (did you mean `{like}`?)" if like else ""
         return ("must be one of " if len(allowed) > 1 else "must be ") + ", ".join(allowed) + mend
     if kind == "model_type":
-        return f"must be a section: keys below it, such as `{_first_key(section_at(key))}`"
+        return f"must be a section: keys below it, such as `{_first_key(key)}`"
     return _RULES.get(kind) or str(item["msg"])
 
 
-def _first_key(section: type[BaseModel] | None) -> str:
+def _first_key(key: Key) -> str:
+    section = section_at((*key, Tag(types[0])) if (types := _types_at(key)) else key)
     return next(iter(section.model_fields), "") if section else ""
 
 

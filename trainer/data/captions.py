@@ -1,13 +1,199 @@
-"""From the caption record that a shard stores to the text that the tokenizers see."""
+"""From the caption record that a shard stores to the text that the tokenizers see.
+
+A record holds an image's natural-language caption and its tags as they were found. What becomes of them, anything
+random included, is decided each time a sample is read, as a function of its draw seed.
+"""
 
 import json
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from trainer.data.keyed import draw_words
+from trainer.data.wildcards import count_groups, expand
+
+_JOINT = ", "
+_MARK = "\ufdd0"
+"""Stands for the caption while the tags beside it are cut: a code point that is set aside for such use."""
 
 
-def caption_record(caption: str) -> bytes:
-    """What a shard stores for an image: a UTF-8 JSON object, so that fields can be added beside the caption."""
-    return json.dumps({"caption": caption}, ensure_ascii=False, separators=(",", ":")).encode()
+def caption_record(caption: str = "", tags: str = "") -> bytes:
+    """What a shard stores for an image: a UTF-8 JSON object; empty tags are left out."""
+    fields = {"caption": caption, "tags": tags} if tags else {"caption": caption}
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def caption_text(record: str | bytes) -> str:
-    """The caption of a stored record."""
-    return json.loads(record)["caption"]
+    """The caption of a stored record, as it was found."""
+    return json.loads(record).get("caption") or ""
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """How records become texts; the fields are those of the configuration's `captions` section.
+
+    A field of several lines gives one of them: a random one with `wildcards`, else the first. The order of what is
+    done is kohya's (sd-scripts, `process_caption`), with these differences: prefix and suffix go to whichever line is
+    chosen; a caption beside tags is one piece, neither cut at its commas nor shuffled nor dropped; empty tags are left
+    out; wildcards may be nested.
+    """
+
+    use: Literal["caption", "tags", "both", "mix"] = "caption"
+    caption_probability: float = 0.5
+    both_order: Literal["caption_first", "tags_first"] = "caption_first"
+    both_separator: str = _JOINT
+    prefix: str = ""
+    suffix: str = ""
+    wildcards: bool = False
+    shuffle_tags: bool = False
+    keep_tokens: int = 0
+    keep_tokens_separator: str | None = None
+    tag_separator: str = ","
+    secondary_separator: str | None = None
+    tag_dropout_rate: float = 0.0
+    dropout_rate: float = 0.0
+    dropout_every_n_epochs: int = 0
+    settled: bool = False
+    """Nothing is random: nothing is dropped, tags stay in their order, and of several choices the first is taken."""
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a record may give another text at another draw or in another epoch."""
+        mixes = self.use == "mix" and 0 < self.caption_probability < 1
+        drops = self.dropout_rate > 0 or self.dropout_every_n_epochs > 0
+        return not self.settled and (mixes or drops or self.wildcards or self.cuts_tags)
+
+    @property
+    def cuts_tags(self) -> bool:
+        """Whether tags are handled one by one."""
+        return self.shuffle_tags or self.tag_dropout_rate > 0
+
+    def as_settled(self) -> "CaptionRules":
+        """The same without anything random, as validation and sample prompts use it."""
+        return replace(self, settled=True)
+
+
+PLAIN = CaptionRules()
+"""The caption as it is, or the tags where there is none."""
+
+
+def compose(record_json: str | bytes, rules: CaptionRules, seed: int, epoch: int) -> str:
+    """The text of one sample: a function of the arguments alone, on every machine and in every version.
+
+    Args:
+        record_json: what `caption_record` gave; null stands for a missing field as well.
+        seed: of this draw of the sample; not used where the rules are not random.
+        epoch: counted from 0, but as users count, from 1, for `dropout_every_n_epochs`.
+    """
+    if not rules.settled and _is_dropped(rules, seed, epoch):
+        return ""
+    caption, tags = _chosen_fields(json.loads(record_json), rules, seed)
+    caption = _one_line(caption, rules, seed, b"caption line")
+    tags = _one_line(tags, rules, seed, b"tags line")
+    prefix, suffix = rules.prefix, rules.suffix
+    if rules.wildcards:
+        caption = _expanded(caption, rules, seed, b"caption wildcards")
+        tags = _expanded(tags, rules, seed, b"tags wildcards")
+        prefix = _expanded(prefix, rules, seed, b"prefix wildcards")
+        suffix = _expanded(suffix, rules, seed, b"suffix wildcards")
+    if rules.cuts_tags:
+        text = _with_cut_tags(prefix, caption, tags, suffix, rules, seed)
+    else:
+        text = _joined(prefix, _in_order(caption, tags, rules, rules.both_separator), suffix)
+    if rules.secondary_separator:
+        text = text.replace(rules.secondary_separator, rules.tag_separator)
+    return text.strip()
+
+
+def _is_dropped(rules: CaptionRules, seed: int, epoch: int) -> bool:
+    if rules.dropout_rate > 0 and draw_words(seed, b"dropout", 1)[0] < rules.dropout_rate * 2**32:
+        return True
+    return rules.dropout_every_n_epochs > 0 and (epoch + 1) % rules.dropout_every_n_epochs == 0
+
+
+def _chosen_fields(record: dict[str, Any], rules: CaptionRules, seed: int) -> tuple[str, str]:
+    """The caption and the tags to use, either maybe empty; the one stands in where the other is missing."""
+    caption, tags = (record.get("caption") or "").strip(), (record.get("tags") or "").strip()
+    use = rules.use
+    if use == "both" or not caption or not tags:
+        return caption, tags
+    if use == "mix":
+        draw = 0 if rules.settled else draw_words(seed, b"mix", 1)[0]
+        use = "caption" if draw < rules.caption_probability * 2**32 else "tags"
+    return (caption, "") if use == "caption" else ("", tags)
+
+
+def _one_line(text: str, rules: CaptionRules, seed: int, purpose: bytes) -> str:
+    if "\n" not in text:
+        return text
+    lines = [stripped for line in text.split("\n") if (stripped := line.strip())]
+    if rules.wildcards and not rules.settled:
+        return lines[draw_words(seed, purpose, 1)[0] * len(lines) >> 32]
+    return lines[0]
+
+
+def _expanded(text: str, rules: CaptionRules, seed: int, purpose: bytes) -> str:
+    count = count_groups(text)
+    return expand(text, draw_words(seed, purpose, count) if count and not rules.settled else (0,) * count)
+
+
+def _in_order(caption: str, tags: str, rules: CaptionRules, separator: str) -> str:
+    if not caption or not tags:
+        return caption or tags
+    first, second = (caption, tags) if rules.both_order == "caption_first" else (tags, caption)
+    return f"{first}{separator}{second}"
+
+
+def _joined(prefix: str, text: str, suffix: str) -> str:
+    return " ".join(part for part in (prefix, text, suffix) if part)
+
+
+def _with_cut_tags(prefix: str, caption: str, tags: str, suffix: str, rules: CaptionRules, seed: int) -> str:
+    """The text with its tags shuffled and some left out."""
+    tags = tags.replace(_MARK, "")
+    text = _joined(prefix, _in_order(caption and _MARK, tags, rules, rules.tag_separator), suffix)
+    head, loose, tail, is_marked = _cut(text, rules)
+    if caption:
+        at = next((i for i, tag in enumerate(loose) if _MARK in tag), None)
+        if not tags:
+            head, loose = head + loose, []
+        elif at is not None and rules.both_order == "caption_first":
+            head, loose = head + loose[: at + 1], loose[at + 1 :]
+        elif at is not None:
+            loose, tail = loose[:at], loose[at:] + tail
+    if rules.keep_tokens and not is_marked:
+        head, loose = head + loose[: rules.keep_tokens], loose[rules.keep_tokens :]
+    if not rules.settled:
+        if rules.shuffle_tags:
+            loose = _shuffled(loose, seed)
+        if rules.tag_dropout_rate > 0:
+            limit = rules.tag_dropout_rate * 2**32
+            draws = draw_words(seed, b"tag dropout", len(loose))
+            loose = [tag for tag, draw in zip(loose, draws, strict=True) if draw >= limit]
+    text = _JOINT.join(head + loose + tail)
+    if caption and tags:
+        between = (_MARK, _JOINT) if rules.both_order == "caption_first" else (_JOINT, _MARK)
+        text = text.replace("".join(between), "".join(between).replace(_JOINT, rules.both_separator), 1)
+    return text.replace(_MARK, caption) if caption else text
+
+
+def _cut(text: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str], bool]:
+    """The tags before, between and after the keep separators, and whether there was one."""
+    mark, separator = rules.keep_tokens_separator, rules.tag_separator
+    if mark is None or mark not in text:
+        return [], _tags(text, separator), [], False
+    head, _, rest = text.partition(mark)
+    loose, _, tail = rest.partition(mark)
+    return _tags(head, separator), _tags(loose, separator), _tags(tail, separator), True
+
+
+def _tags(text: str, separator: str) -> list[str]:
+    return [*filter(None, map(str.strip, text.split(separator)))]
+
+
+def _shuffled(tags: list[str], seed: int) -> list[str]:
+    """Fisher and Yates' shuffle; that 2^32 is no multiple of the number of tags shifts no chance by 1e-7."""
+    tags = tags.copy()
+    for i, draw in enumerate(draw_words(seed, b"shuffle", len(tags))):
+        j = draw * (i + 1) >> 32
+        tags[i], tags[j] = tags[j], tags[i]
+    return tags

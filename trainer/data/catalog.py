@@ -6,54 +6,69 @@ change.
 """
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from trainer.data.buckets import Bucket, Placement
 from trainer.data.captions import caption_record
 from trainer.errors import UserError
 
-CATALOG_FORMAT = 1
+CATALOG_FORMAT = 2
+REFERENCES_PER_SHARD = 4
+"""A shard that only says where the payload lies holds as many times more rows."""
+
+Payload = Literal["encode", "npz", "image", "repack"]
+"""What a row's shard is to hold: latents that the VAE gives for an image (`encode`) or that lie in an `.npz`
+(`repack`), or only where the `.npz` or the `image` lies."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
-    key TEXT NOT NULL UNIQUE, path TEXT NOT NULL,
-    file_bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, caption_mtime_ns INTEGER NOT NULL,
+    key TEXT NOT NULL UNIQUE, path TEXT NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL,
+    file_bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, caption_stamp INTEGER NOT NULL,
     caption TEXT NOT NULL, repeats INTEGER NOT NULL,
     generation INTEGER NOT NULL, split TEXT NOT NULL, bucket_h INTEGER NOT NULL, bucket_w INTEGER NOT NULL,
+    payload TEXT NOT NULL,
     original_h INTEGER NOT NULL, original_w INTEGER NOT NULL,
     resized_h INTEGER NOT NULL, resized_w INTEGER NOT NULL,
     crop_top INTEGER NOT NULL, crop_left INTEGER NOT NULL);
-CREATE INDEX IF NOT EXISTS rows_by_shard ON rows (generation, split, bucket_h, bucket_w, key);
+CREATE INDEX IF NOT EXISTS rows_by_shard ON rows (generation, split, bucket_h, bucket_w, payload, key);
 CREATE TABLE IF NOT EXISTS bad (
-    path TEXT PRIMARY KEY, key TEXT NOT NULL,
-    file_bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID;
+    key TEXT NOT NULL, path TEXT NOT NULL,
+    file_bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, reason TEXT NOT NULL,
+    PRIMARY KEY (key, path)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS shards (
-    name TEXT PRIMARY KEY, generation INTEGER NOT NULL, split TEXT NOT NULL,
-    bucket_h INTEGER NOT NULL, bucket_w INTEGER NOT NULL,
+    name TEXT PRIMARY KEY, generation INTEGER NOT NULL, row_generation INTEGER NOT NULL, split TEXT NOT NULL,
+    bucket_h INTEGER NOT NULL, bucket_w INTEGER NOT NULL, payload TEXT NOT NULL,
     first_key TEXT NOT NULL, last_key TEXT NOT NULL, rows INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS generations (
     generation INTEGER PRIMARY KEY, committed INTEGER NOT NULL);
 """
 
 
-@dataclass(frozen=True)
-class FileStamp:
-    """Size and time of an image file, and the time of its caption file (0: none): whether they are what they were."""
+class FileStamp(NamedTuple):
+    """By which a change is noticed: size and time of the file, and the caption file's time (0: none) or the given
+    caption's checksum."""
 
     file_bytes: int
     mtime_ns: int
-    caption_mtime_ns: int
+    caption_stamp: int
 
 
-@dataclass(frozen=True)
-class CatalogRow:
-    """One usable image: caption is a JSON text, original_hw its size as displayed."""
+class CatalogRow(NamedTuple):
+    """One usable image: caption is a JSON text, original_hw its size as displayed; where it lies is told as in
+    `sources.source.SourceItem`."""
 
     key: str
     path: str
+    offset: int
+    length: int
+    payload: Payload
     stamp: FileStamp
     caption: str
     repeats: int
@@ -64,7 +79,7 @@ class CatalogRow:
 
 @dataclass(frozen=True)
 class BadRow:
-    """An image that is left out, with the reason."""
+    """An image that is left out, with the reason; `path` is that of the tar where it lies in one."""
 
     path: str
     key: str
@@ -75,12 +90,18 @@ class BadRow:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """A shard to be written: the rows of one generation, split and bucket whose keys lie in first_key..last_key."""
+    """A shard to be written: the rows of one generation, split, bucket and kind whose keys lie in first_key..last_key.
+
+    `payload` is what the shard will hold. It is that of the rows, but for a `repack` of rows that are `npz`; then
+    `row_generation`, under which the rows were found, is older than `generation`, under which they are written.
+    """
 
     name: str
     generation: int
+    row_generation: int
     split: str
     bucket: Bucket
+    payload: Payload
     first_key: str
     last_key: str
     rows: int
@@ -134,12 +155,12 @@ def open_generation(connection: sqlite3.Connection) -> int:
 def add_rows(connection: sqlite3.Connection, generation: int, rows: Sequence[CatalogRow]) -> None:
     """Add usable images to the open generation; what was said of them as bad is forgotten."""
     connection.executemany(
-        f"INSERT INTO rows VALUES ({', '.join('?' * 17)})",
+        f"INSERT INTO rows VALUES ({', '.join('?' * 20)})",
         [
             (
-                *(row.key, row.path, row.stamp.file_bytes, row.stamp.mtime_ns, row.stamp.caption_mtime_ns),
+                *(row.key, row.path, row.offset, row.length, *row.stamp),
                 *(row.caption, row.repeats, generation, row.split),
-                *(row.placement.bucket.height_px, row.placement.bucket.width_px),
+                *(row.placement.bucket.height_px, row.placement.bucket.width_px, row.payload),
                 *row.original_hw,
                 *row.placement.resized_hw,
                 *row.placement.crop_top_left,
@@ -147,20 +168,21 @@ def add_rows(connection: sqlite3.Connection, generation: int, rows: Sequence[Cat
             for row in rows
         ],
     )
-    connection.executemany("DELETE FROM bad WHERE path = ?", [(row.path,) for row in rows])
+    if connection.execute("SELECT 1 FROM bad LIMIT 1").fetchone():
+        connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", [(row.key, row.path) for row in rows])
 
 
 def add_bad(connection: sqlite3.Connection, rows: Sequence[BadRow]) -> None:
     """Record images that are left out."""
     connection.executemany(
         "INSERT OR REPLACE INTO bad VALUES (?, ?, ?, ?, ?)",
-        [(row.path, row.key, row.file_bytes, row.mtime_ns, row.reason) for row in rows],
+        [(row.key, row.path, row.file_bytes, row.mtime_ns, row.reason) for row in rows],
     )
 
 
 def bad_rows(connection: sqlite3.Connection) -> Iterator[BadRow]:
     """All images that are left out, by path."""
-    for values in connection.execute("SELECT path, key, file_bytes, mtime_ns, reason FROM bad ORDER BY path"):
+    for values in connection.execute("SELECT path, key, file_bytes, mtime_ns, reason FROM bad ORDER BY path, key"):
         yield BadRow(*values)
 
 
@@ -184,36 +206,66 @@ def count_new(connection: sqlite3.Connection) -> tuple[int, int]:
 
 
 def plan_generation(connection: sqlite3.Connection, rows_per_shard: int) -> int:
-    """Group the open generation's rows into shards by split, bucket and key, and close it; returns its shards.
+    """Group the open generation's rows into shards by split, bucket, kind and key, and close it; returns its shards.
 
     The grouping is a function of the rows alone, so that a plan made after any interruption is the same.
     """
     generation = open_generation(connection)
-    query = "SELECT split, bucket_h, bucket_w, key FROM rows WHERE generation = ? ORDER BY 1, 2, 3, 4"
-    shards: list[tuple[object, ...]] = []
-    group: tuple[str, int, int] | None = None
-    index = count = 0
-    first = last = ""
+    query = """SELECT split, bucket_h, bucket_w, payload, key FROM rows WHERE generation = ?
+        ORDER BY split, bucket_h, bucket_w, payload, key"""
+    shards = []
+    names = _ShardNames(generation)
+    for group, rows in groupby(connection.execute(query, (generation,)), key=itemgetter(0, 1, 2, 3)):
+        size = rows_per_shard * (REFERENCES_PER_SHARD if group[3] in ("npz", "image") else 1)
+        keys = map(itemgetter(4), rows)
+        while some := list(islice(keys, size)):
+            shards.append((names.next(group), generation, generation, *group, some[0], some[-1], len(some)))
+    _add_generation(connection, generation, shards)
+    return len(shards)
 
-    def close() -> None:
-        if group is not None and count:
-            split, height, width = group
-            name = f"shards/{generation:06d}/{split}-{height}x{width}-{index:06d}.safetensors"
-            shards.append((name, generation, *group, first, last, count))
 
-    for split, height, width, key in connection.execute(query, (generation,)):
-        if (split, height, width) != group or count == rows_per_shard:
-            close()
-            index = index + 1 if (split, height, width) == group else 0
-            group, first, count = (split, height, width), key, 0
-        last = key
-        count += 1
-    close()
+def plan_repack(connection: sqlite3.Connection, rows_per_shard: int) -> int:
+    """Plan a generation of shards that hold the latents to which committed shards refer; returns its shards.
+
+    They hold the same rows in the same order, and take the others' place in the next snapshot.
+    """
+    generation = open_generation(connection)
+    shards = []
+    names = _ShardNames(generation)
+    query = """SELECT s.row_generation, s.split, s.bucket_h, s.bucket_w, s.first_key, s.last_key
+        FROM shards s JOIN generations g ON g.generation = s.generation
+        WHERE s.payload = 'npz' AND g.committed ORDER BY s.split, s.bucket_h, s.bucket_w, s.generation, s.name"""
+    rows_query = """SELECT key FROM rows WHERE generation = ? AND split = ? AND bucket_h = ? AND bucket_w = ?
+        AND payload = 'npz' AND key BETWEEN ? AND ? ORDER BY key"""
+    for row_generation, split, height, width, *ends in connection.execute(query).fetchall():
+        group = (split, height, width)
+        keys = (key for (key,) in connection.execute(rows_query, (row_generation, *group, *ends)))
+        while some := list(islice(keys, rows_per_shard)):
+            name = names.next(group)
+            shards.append((name, generation, row_generation, *group, "repack", some[0], some[-1], len(some)))
+    _add_generation(connection, generation, shards)
+    return len(shards)
+
+
+class _ShardNames:
+    """Names of a generation's shards, numbered within each split and bucket."""
+
+    def __init__(self, generation: int) -> None:
+        self._folder = f"shards/{generation:06d}"
+        self._counts: Counter[tuple[str, int, int]] = Counter()
+
+    def next(self, group: tuple[Any, ...]) -> str:
+        split, height, width = group[:3]
+        index = self._counts[split, height, width]
+        self._counts[split, height, width] += 1
+        return f"{self._folder}/{split}-{height}x{width}-{index:06d}.safetensors"
+
+
+def _add_generation(connection: sqlite3.Connection, generation: int, shards: Sequence[tuple[Any, ...]]) -> None:
     if shards:
         with transaction(connection):
-            connection.executemany("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?)", shards)
+            connection.executemany("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", shards)
             connection.execute("INSERT INTO generations VALUES (?, 0)", (generation,))
-    return len(shards)
 
 
 def pending_generations(connection: sqlite3.Connection) -> list[int]:
@@ -224,40 +276,70 @@ def pending_generations(connection: sqlite3.Connection) -> list[int]:
 
 def pending_shards(connection: sqlite3.Connection) -> list[PlannedShard]:
     """The shards of the pending generations, finished or not, in the order of the snapshot."""
-    query = """SELECT s.name, s.generation, s.split, s.bucket_h, s.bucket_w, s.first_key, s.last_key, s.rows
+    query = """SELECT s.name, s.generation, s.row_generation, s.split, s.bucket_h, s.bucket_w, s.payload,
+            s.first_key, s.last_key, s.rows
         FROM shards s JOIN generations g ON g.generation = s.generation WHERE NOT g.committed
         ORDER BY s.generation, s.name"""
     return [
-        PlannedShard(name, generation, split, Bucket(height, width), first, last, rows)
-        for name, generation, split, height, width, first, last, rows in connection.execute(query)
+        PlannedShard(name, generation, row_generation, split, Bucket(height, width), payload, first, last, rows)
+        for name, generation, row_generation, split, height, width, payload, first, last, rows in connection.execute(
+            query
+        )
     ]
 
 
 def rows_of_shard(connection: sqlite3.Connection, shard: PlannedShard) -> list[CatalogRow]:
     """The rows of one shard, by key."""
-    query = """SELECT key, path, file_bytes, mtime_ns, caption_mtime_ns, caption, repeats, split,
+    query = """SELECT key, path, offset, length, payload, file_bytes, mtime_ns, caption_stamp, caption, repeats, split,
             original_h, original_w, resized_h, resized_w, crop_top, crop_left
-        FROM rows WHERE generation = ? AND split = ? AND bucket_h = ? AND bucket_w = ? AND key BETWEEN ? AND ?
+        FROM rows WHERE generation = ? AND split = ? AND bucket_h = ? AND bucket_w = ? AND payload = ?
+            AND key BETWEEN ? AND ?
         ORDER BY key"""
     bucket = shard.bucket
-    keys = (shard.generation, shard.split, bucket.height_px, bucket.width_px, shard.first_key, shard.last_key)
+    payload = "npz" if shard.payload == "repack" else shard.payload
+    group = (shard.row_generation, shard.split, bucket.height_px, bucket.width_px, payload)
     return [
         CatalogRow(
-            key=values[0],
-            path=values[1],
-            stamp=FileStamp(*values[2:5]),
-            caption=values[5],
-            repeats=values[6],
-            split=values[7],
-            original_hw=values[8:10],
-            placement=Placement(bucket, values[10:12], values[12:14]),
+            *values[:5],
+            stamp=FileStamp(*values[5:8]),
+            caption=values[8],
+            repeats=values[9],
+            split=values[10],
+            original_hw=values[11:13],
+            placement=Placement(bucket, values[13:15], values[15:17]),
         )
-        for values in connection.execute(query, keys)
+        for values in connection.execute(query, (*group, shard.first_key, shard.last_key))
     ]
 
 
-def mark_committed(connection: sqlite3.Connection, generations: Sequence[int], excluded: Sequence[BadRow]) -> None:
-    """The generations are in a snapshot; images that could not be encoded move from the rows to the bad."""
+def replaced_shards(connection: sqlite3.Connection) -> set[str]:
+    """Names of committed shards whose rows are held by the pending generations as well."""
+    query = """SELECT DISTINCT old.name FROM shards new JOIN generations g ON g.generation = new.generation
+        JOIN shards old ON old.row_generation = new.row_generation AND old.payload = 'npz' AND old.split = new.split
+            AND old.bucket_h = new.bucket_h AND old.bucket_w = new.bucket_w
+            AND new.first_key BETWEEN old.first_key AND old.last_key
+        WHERE new.payload = 'repack' AND NOT g.committed"""
+    return {name for (name,) in connection.execute(query)}
+
+
+def mark_committed(
+    connection: sqlite3.Connection,
+    generations: Sequence[int],
+    excluded: Sequence[BadRow],
+    replaced: Collection[str] = (),
+) -> None:
+    """The generations are in a snapshot; images that could not be encoded move from the rows to the bad.
+
+    Shards that were `replaced` are of the past: they are not planned to be replaced once more.
+    """
     add_bad(connection, excluded)
     connection.executemany("DELETE FROM rows WHERE key = ? AND path = ?", [(row.key, row.path) for row in excluded])
+    connection.executemany("DELETE FROM shards WHERE name = ?", [(name,) for name in sorted(replaced)])
     connection.executemany("UPDATE generations SET committed = 1 WHERE generation = ?", [(g,) for g in generations])
+
+
+def forget_generation(connection: sqlite3.Connection, generation: int) -> None:
+    """Its rows and shards were never planned; only for one of which no shard has been written."""
+    with transaction(connection):
+        for table in ("rows", "shards", "generations"):
+            connection.execute(f"DELETE FROM {table} WHERE generation = ?", (generation,))

@@ -1,4 +1,7 @@
-"""The second part of `prepare`: decode, resize and encode the planned images, and write their shards.
+"""The second part of `prepare`: write the planned shards.
+
+Images are decoded, resized and encoded, referenced latents are converted, and of what is used where it lies only the
+place is written.
 
 Any number of workers do this at once; they share nothing but the file system. Each may be killed at any moment.
 """
@@ -9,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,26 +20,35 @@ from typing import Any
 import numpy as np
 
 from trainer.data import catalog
-from trainer.data.catalog import BadRow, CatalogRow, PlannedShard
-from trainer.data.images import BadImage, load_pixels, pillow_rules, to_unit_range
+from trainer.data.catalog import BadRow, CatalogRow, Payload, PlannedShard
+from trainer.data.images import BadImage, load_pixels, pillow_rules
 from trainer.data.keyed import draw_seed
+from trainer.data.npz import BadNpz
+from trainer.data.references import Reference, ReferencedFiles
 from trainer.data.settings import stored_settings, sync_folder
+from trainer.data.shard_reader import read_npz
 from trainer.data.shards import EncodeText, RowBatch, ShardHead, write_shard
+from trainer.data.sources.parquet import CellReader
+from trainer.data.sources.source import ROW, WHOLE, read_bytes
 
 Encode = Callable[[np.ndarray, np.ndarray], Any]
-"""(pixels f32 [B, 3, H, W] in -1..1, draw seeds int64 [B]) -> unscaled latents [B, 4, H/8, W/8].
+"""(pixels u8 [B, 3, H, W], draw seeds int64 [B]) -> unscaled latents [B, 4, H/8, W/8].
 
 The result is an array or a CPU tensor. A row's noise must follow from its seed alone.
 """
 
+AS_GIVEN = "as given"
+"""Stands for the VAE of latents that were not made here."""
+
 _POLL_SECONDS = 0.2
+_CONVERTED_AT_ONCE = 32
 
 
 def encode_shards(
     prepared: Path,
     rank: int,
     world_size: int,
-    encode: Encode,
+    encode: Encode | None,
     encode_text: EncodeText | None = None,
     vae_batch_size: int = 4,
     decode_threads: int = 2,
@@ -47,6 +59,9 @@ def encode_shards(
     another but at the end, for the shards that others still write.
 
     Args:
+        vae_batch_size: images of the square bucket that are encoded at once; more of small ones.
+        decode_threads: that decode and resize images while others are encoded.
+        encode: may be None where no image is to be encoded (see `pending_payloads`).
         encode_text: must be given exactly when the set was planned with cached text.
     """
     settings = stored_settings(prepared)
@@ -75,7 +90,9 @@ def encode_shards(
                         held_by_others.append(shard)
                     elif not path.exists():
                         rows = catalog.rows_of_shard(connection, shard)
-                        _write(fd, path, shard, settings, rows, _Encoder(encode, vae_batch_size, pool), encode_text)
+                        batch_size = vae_batch_size * _batches_of_area(shard, settings)
+                        encoder = _Encoder(encode, batch_size, batch_size + 2 * decode_threads, pool)
+                        _write(fd, path, shard, settings, rows, encoder, encode_text)
                         written += 1
             remaining = held_by_others
             if not remaining:
@@ -83,10 +100,24 @@ def encode_shards(
             time.sleep(_POLL_SECONDS)
 
 
+def pending_payloads(prepared: Path) -> set[Payload]:
+    """What the shards hold that are still to be written."""
+    with catalog.open_catalog(prepared, read_only=True) as connection:
+        return {shard.payload for shard in catalog.pending_shards(connection) if not (prepared / shard.name).exists()}
+
+
+def _batches_of_area(shard: PlannedShard, settings: dict[str, Any]) -> int:
+    """How many times the batch of the square bucket takes no more memory."""
+    area = settings["data.buckets.resolution"] ** 2
+    return max(1, area // (shard.bucket.height_px * shard.bucket.width_px))
+
+
 @dataclass(frozen=True)
 class _Encoder:
-    encode: Encode
+    encode: Encode | None
     batch_size: int
+    ahead: int
+    """Images that are decoded or being decoded, at most."""
     pool: ThreadPoolExecutor
 
 
@@ -123,29 +154,115 @@ def _write(
     encode_text: EncodeText | None,
 ) -> None:
     """Encode one shard into its claimed temporary file and rename it into place."""
+    refers = shard.payload in ("npz", "image")
     head = ShardHead(
         bucket=shard.bucket,
         split=shard.split,
         generation=shard.generation,
         scaling_factor=settings["the VAE's scaling_factor"],
-        vae_fingerprint=settings["the VAE (weights and model.vae_precision)"],
+        vae_fingerprint=settings["the VAE (weights and model.vae_precision)"]
+        if shard.payload == "encode"
+        else AS_GIVEN,
+        payload="npz" if shard.payload == "npz" else "image" if shard.payload == "image" else "latents",
     )
     excluded: list[dict[str, Any]] = []
     os.ftruncate(fd, 0)
     with os.fdopen(fd, "wb", closefd=False) as file:
-        write_shard(file, head, _encoded(rows, head, encoder, excluded), excluded, encode_text)
+        if refers:
+            batches = _referring(_packed(rows, path, excluded) if shard.payload == "image" else rows)
+        elif shard.payload == "repack":
+            batches = _converted(rows, head, encoder, excluded)
+        else:
+            batches = _encoded(rows, head, encoder, excluded)
+        write_shard(file, head, batches, excluded, encode_text)
         os.fsync(fd)
     _temporary(path).rename(path)
     sync_folder(path.parent)
+
+
+def _packed(rows: list[CatalogRow], path: Path, excluded: list[dict[str, Any]]) -> list[CatalogRow]:
+    """The rows, with images that lie in parquet files copied to a file beside the shard `path`.
+
+    A row of a parquet file cannot be read without what is stored before it; in the copy every row can.
+    """
+    if all(row.length != ROW for row in rows):
+        return rows
+    packed = []
+    pack = path.with_suffix(".images").resolve()
+    with _temporary(pack).open("wb") as file, closing(CellReader()) as cells:
+        for row in rows:
+            if row.length != ROW:
+                packed.append(row)
+                continue
+            try:
+                image = cells.read(row.path, row.offset)
+            except BadImage as error:
+                excluded.append(_excluded(row, str(error)))
+                continue
+            packed.append(row._replace(path=str(pack), offset=file.tell(), length=len(image)))
+            file.write(image)
+        file.flush()
+        os.fsync(file.fileno())
+    _temporary(pack).rename(pack)
+    return packed
+
+
+def _referring(rows: list[CatalogRow]) -> Iterator[RowBatch]:
+    """All rows at once, with the places of their payloads."""
+    references = [
+        Reference(row.path, row.offset, row.length, (0, 0) if row.payload == "npz" else row.placement.resized_hw)
+        for row in rows
+    ]
+    yield RowBatch(
+        latents=None,
+        captions=[row.caption for row in rows],
+        keys=[row.key for row in rows],
+        sizes=np.array([_sizes(row) for row in rows], dtype=np.uint32).reshape(-1, 6),
+        repeats=np.array([row.repeats for row in rows], dtype=np.uint32),
+        references=references,
+    )
+
+
+def _converted(
+    rows: list[CatalogRow], head: ShardHead, encoder: _Encoder, excluded: list[dict[str, Any]]
+) -> Iterator[RowBatch]:
+    """Batches of latents read from where they lie, in the order of `rows`; threads read ahead."""
+    files = ReferencedFiles()
+
+    def load(row: CatalogRow) -> tuple[np.ndarray, np.ndarray] | str:
+        latents = np.empty(head.latent_shape, dtype=np.float16)
+        try:
+            data = files.read(Reference(row.path, row.offset, row.length, (0, 0)))
+            return latents, read_npz(data, np.array(_sizes(row)), latents)
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        except (BadNpz, EOFError) as error:
+            return str(error)
+
+    for first in range(0, len(rows), _CONVERTED_AT_ONCE):
+        some = rows[first : first + _CONVERTED_AT_ONCE]
+        loaded = list(encoder.pool.map(load, some))
+        excluded += [_excluded(row, why) for row, why in zip(some, loaded, strict=True) if isinstance(why, str)]
+        good = [(row, *read) for row, read in zip(some, loaded, strict=True) if not isinstance(read, str)]
+        if good:
+            yield RowBatch(
+                latents=np.stack([latents for _, latents, _ in good]),
+                captions=[row.caption for row, _, _ in good],
+                keys=[row.key for row, _, _ in good],
+                sizes=np.array([sizes for _, _, sizes in good], dtype=np.uint32),
+                repeats=np.array([row.repeats for row, _, _ in good], dtype=np.uint32),
+            )
 
 
 def _encoded(
     rows: list[CatalogRow], head: ShardHead, encoder: _Encoder, excluded: list[dict[str, Any]]
 ) -> Iterator[RowBatch]:
     """Batches of encoded rows in the order of `rows`; images that cannot be used go to `excluded`."""
+    if encoder.encode is None:
+        raise ValueError("images are to be encoded, but there is no encoder")
     for batch in _decoded(rows, encoder, excluded):
         seeds = np.array([draw_seed("vae", row.key) for row, _ in batch], dtype=np.int64)
-        latents = np.asarray(encoder.encode(to_unit_range([pixels for _, pixels in batch]), seeds))
+        latents = np.asarray(encoder.encode(np.stack([pixels for _, pixels in batch]), seeds))
         if latents.shape != (len(batch), *head.latent_shape):
             raise ValueError(f"the VAE gave latents of shape {latents.shape} for bucket {head.bucket}")
         with np.errstate(invalid="ignore"):
@@ -173,21 +290,47 @@ def _decoded(
     ahead: deque[tuple[CatalogRow, Future[np.ndarray]]] = deque()
     waiting = iter(rows)
     batch: list[tuple[CatalogRow, np.ndarray]] = []
-    while True:
-        while len(ahead) < 2 * encoder.batch_size and (row := next(waiting, None)) is not None:
-            ahead.append((row, encoder.pool.submit(load_pixels, Path(row.path), row.original_hw, row.placement)))
-        if not ahead:
-            break
-        row, pixels = ahead.popleft()
-        try:
-            batch.append((row, pixels.result()))
-        except BadImage as error:
-            excluded.append(_excluded(row, str(error)))
-        if len(batch) == encoder.batch_size:
-            yield batch
-            batch = []
+    with closing(CellReader()) as cells:
+        while True:
+            while len(ahead) < encoder.ahead and (row := next(waiting, None)) is not None:
+                ahead.append((row, _decode_ahead(row, cells, encoder.pool)))
+            if not ahead:
+                break
+            row, pixels = ahead.popleft()
+            try:
+                batch.append((row, pixels.result()))
+            except BadImage as error:
+                excluded.append(_excluded(row, str(error)))
+            if len(batch) == encoder.batch_size:
+                yield batch
+                batch = []
     if batch:
         yield batch
+
+
+def _decode_ahead(row: CatalogRow, cells: CellReader, pool: ThreadPoolExecutor) -> Future[np.ndarray]:
+    try:
+        return pool.submit(_channels_first, _image(row, cells), row)
+    except BadImage as error:
+        failed: Future[np.ndarray] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _channels_first(image: Path | bytes, row: CatalogRow) -> np.ndarray:
+    return np.ascontiguousarray(load_pixels(image, row.original_hw, row.placement).transpose(2, 0, 1))
+
+
+def _image(row: CatalogRow, cells: CellReader) -> Path | bytes:
+    """The image's file, or its bytes where they are a part of one."""
+    if row.length == WHOLE:
+        return Path(row.path)
+    if row.length == ROW:
+        return cells.read(row.path, row.offset)
+    try:
+        return read_bytes(row.path, row.offset, row.length)
+    except (OSError, EOFError) as error:
+        raise BadImage(f"cannot be read: {error}") from error
 
 
 def _sizes(row: CatalogRow) -> tuple[int, ...]:

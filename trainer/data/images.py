@@ -1,19 +1,22 @@
-"""One image file: its size as displayed, read from the header alone, and its pixels in a bucket.
+"""One image file, on the disk or in memory: its size as displayed, from the header alone, and its pixels in a bucket.
 
 Pillow's exceptions for hostile files are many; they all become `BadImage` with one line of reason.
 """
 
 import contextlib
 import errno
+import io
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from trainer.data.augment import View
 from trainer.data.buckets import Placement
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
@@ -62,14 +65,14 @@ def pillow_rules() -> Iterator[None]:
         yield
 
 
-def image_hw(path: Path) -> tuple[int, int]:
+def image_hw(file: Path | bytes | IO[bytes]) -> tuple[int, int]:
     """Height and width as displayed (after the EXIF orientation), without decoding the pixels; raises BadImage."""
-    with _reasons(path), Image.open(path) as image:
+    with _reasons(), Image.open(_source(file)) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
-def load_pixels(path: Path, original_hw: tuple[int, int], placement: Placement) -> np.ndarray:
+def load_pixels(file: Path | bytes, original_hw: tuple[int, int], placement: Placement) -> np.ndarray:
     """The image in its bucket: u8 [bucket height, bucket width, 3], RGB, transparency over white.
 
     LANCZOS in one pass over the part that the crop keeps, which equals resizing the whole and cropping (the box of
@@ -78,15 +81,14 @@ def load_pixels(path: Path, original_hw: tuple[int, int], placement: Placement) 
     Raises:
         BadImage: it cannot be decoded, or its size is not `original_hw` any more.
     """
-    with _reasons(path), Image.open(path) as image:
+    with _reasons(), Image.open(_source(file)) as image:
         orientation = _orientation(image)
+        width, height = image.size[::-1] if orientation in _SIDEWAYS else image.size
+        if (height, width) != original_hw:  # told from the header, before a hostile size can take the memory
+            raise BadImage(f"is {width}x{height} px, but was {original_hw[1]}x{original_hw[0]} px when it was listed")
         rgb = _to_rgb(image)
         for method in _TRANSPOSITIONS.get(orientation, ()):
             rgb = rgb.transpose(method)
-        if (rgb.height, rgb.width) != original_hw:
-            raise BadImage(
-                f"is {rgb.width}x{rgb.height} px, but was {original_hw[1]}x{original_hw[0]} px when it was listed"
-            )
         (top, left), (resized_h, resized_w) = placement.crop_top_left, placement.resized_hw
         height, width = placement.bucket.height_px, placement.bucket.width_px
         scale_y, scale_x = original_hw[0] / resized_h, original_hw[1] / resized_w
@@ -95,22 +97,37 @@ def load_pixels(path: Path, original_hw: tuple[int, int], placement: Placement) 
         return np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
-def to_unit_range(pixels: list[np.ndarray]) -> np.ndarray:
-    """u8 images [H, W, 3] -> f32 [B, 3, H, W] in -1..1."""
-    batch = np.stack(pixels).transpose(0, 3, 1, 2).astype(np.float32, order="C")
-    batch /= 127.5
-    batch -= 1.0
-    return batch
+def load_view(file: Path | bytes, original_hw: tuple[int, int], view: View, pixels: np.ndarray) -> None:
+    """Decode an image as one visit sees it into `pixels`, u8 [3, bucket height, bucket width].
+
+    Raises:
+        BadImage: it cannot be decoded, or its size is not `original_hw`.
+    """
+    upright = load_pixels(file, original_hw, view.placement)
+    pixels[:] = (upright[:, ::-1] if view.flipped else upright).transpose(2, 0, 1)
+
+
+def _source(file: Path | bytes | IO[bytes]) -> Path | IO[bytes]:
+    if isinstance(file, Path):
+        empty = file.stat().st_size == 0
+    elif isinstance(file, bytes):
+        empty, file = not file, io.BytesIO(file)
+    else:
+        empty = not file.read(1)
+        file.seek(0)
+    if empty:
+        raise BadImage("is empty")
+    return file
 
 
 @contextlib.contextmanager
-def _reasons(path: Path) -> Iterator[None]:
+def _reasons() -> Iterator[None]:
     try:
         yield
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage("is empty" if path.stat().st_size == 0 else "is not an image that Pillow knows") from None
+        raise BadImage("is not an image that Pillow knows") from None
     except _DECODE_ERRORS as error:
         if isinstance(error, OSError) and error.errno in _OUT_OF_RESOURCES:
             raise

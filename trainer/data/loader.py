@@ -10,26 +10,25 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data.buckets import Bucket
-from trainer.data.captions import caption_text
+from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, draw_view
+from trainer.data.buckets import Placement
+from trainer.data.captions import PLAIN, CaptionRules, compose
 from trainer.data.keyed import draw_seed
 from trainer.data.reader_process import read_in_processes
 from trainer.data.sampler import Position, StepRows, planned_steps, share
-from trainer.data.shards import LATENT_CHANNELS, LATENT_FACTOR
-from trainer.data.snapshot import PreparedSet
+from trainer.data.snapshot import PreparedSet, RowProblem, Rows
 
 _THREADS = 2
 _ALIGN = 64
-_LATENT_BYTES = 2
 _TOKEN_BYTES = 2 * 77 * 8
-_OTHER_BYTES = 6 * 4 + 4 + 8  # time_ids, weights, draw_seeds
+_OTHER_BYTES = 6 * 4 + 4 + 8 + 8  # time_ids, weights, draw_seeds, vae_seeds
 
 Tokenize = Callable[[Sequence[str]], NDArray[np.int64]]
 
@@ -38,8 +37,12 @@ Tokenize = Callable[[Sequence[str]], NDArray[np.int64]]
 class Batch:
     """One micro-batch of one rank; m rows of one bucket."""
 
-    latents: Tensor
-    """[m, 4, h, w] float16, unscaled."""
+    latents: Tensor | None
+    """[m, 4, h, w] float16, unscaled; None in a batch of images that are still to be encoded."""
+    pixels: Tensor | None
+    """[m, 3, 8h, 8w] uint8; None where there are latents."""
+    vae_seeds: Tensor | None
+    """[m] int64, beside pixels: the seed of the noise in the VAE's posterior, the same as for stored latents."""
     input_ids: Tensor | None
     """[m, 2, 77] int64 for the two text encoders; None where their outputs are cached."""
     text_hidden: Tensor | None
@@ -54,8 +57,8 @@ class Batch:
     """[m] int64: the seed of each row's noise and timestep."""
     keys: tuple[str, ...]
     """[m] the images' keys; empty for padding."""
-    problems: tuple[str, ...]
-    """One line per row that could not be read: where it lies and why."""
+    problems: tuple[RowProblem, ...]
+    """The rows that could not be read: where they lie and why."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same on `device`; the copy runs beside the caller where the memory is page-locked."""
@@ -79,7 +82,7 @@ class PackedBatch(NamedTuple):
     """Field name, dtype, shape and first byte of each tensor."""
     num_bytes: int
     keys: tuple[str, ...]
-    problems: tuple[str, ...]
+    problems: tuple[RowProblem, ...]
 
 
 @dataclass(frozen=True)
@@ -91,51 +94,69 @@ class BatchReader:
     seed: int
     tokenize: Tokenize | None
     """None where the prepared set holds the text encoders' outputs."""
+    augmentation: Augmentation = NOT_AUGMENTED
+    """Of images; stored latents are as they are."""
+    captions: CaptionRules = PLAIN
+    """How captions and tags become the text of each draw."""
 
-    def read(self, request: Request, latents: NDArray[np.float16] | None = None) -> Batch:
+    def read(self, request: Request, payload: NDArray[Any] | None = None) -> Batch:
         """The batch of a request; rows that cannot be read keep their place, with weight 0.
 
-        `latents` [m, 4, h, w] is read into, in place of new memory.
+        `payload` is filled with the latents or pixels, in place of new memory.
         """
-        rows = self.prepared.read(self.split, request.bucket, request.ids, latents)
+
+        def choose_view(key: str, repeat: int, centred: Placement) -> View:
+            return draw_view(centred, self.augmentation, draw_seed(self.seed, "augment", request.epoch, key, repeat))
+
+        rows = self.prepared.read(self.split, request.bucket, request.ids, payload, choose_view)
         input_ids = None
         if self.tokenize is not None:
-            captions = [caption_text(record) if record else "" for record in rows.captions]
-            input_ids = torch.from_numpy(self.tokenize(captions))
+            input_ids = torch.from_numpy(self.tokenize(self._texts(rows, request.epoch)))
         cached = self.tokenize is None
         draws = zip(rows.keys, rows.repeat.tolist(), strict=True)
         seeds = [draw_seed(self.seed, "draw", request.epoch, key, repeat) for key, repeat in draws]
         return Batch(
-            latents=torch.from_numpy(rows.latents),
+            latents=None if rows.latents is None else torch.from_numpy(rows.latents),
+            pixels=None if rows.pixels is None else torch.from_numpy(rows.pixels),
+            vae_seeds=None if rows.pixels is None else _seeds([draw_seed("vae", key) for key in rows.keys]),
             input_ids=input_ids,
             text_hidden=_cached(rows.text_hidden) if cached else None,
             pooled=_cached(rows.text_pooled) if cached else None,
             time_ids=torch.from_numpy(rows.sizes.astype(np.float32)),
             weights=torch.from_numpy(request.weights * rows.ok),
-            draw_seeds=torch.tensor(seeds, dtype=torch.int64),
+            draw_seeds=_seeds(seeds),
             keys=tuple(rows.keys),
-            problems=tuple(f"{p.shard}: row {p.row}: {p.reason}" for p in rows.problems),
+            problems=tuple(rows.problems),
         )
+
+    def _texts(self, rows: Rows, epoch: int) -> list[str]:
+        """One text per row, empty where the row has no record because it could not be read."""
+        rules, is_random, texts = self.captions, self.captions.is_random, []
+        for record, key, repeat in zip(rows.captions, rows.keys, rows.repeat.tolist(), strict=True):
+            seed = draw_seed(self.seed, "caption", epoch, key, repeat) if is_random else 0
+            texts.append(compose(record, rules, seed, epoch) if record else "")
+        return texts
 
     def fill(self, buffer: Tensor, request: Request) -> PackedBatch:
         """Read a request's batch into a buffer [bytes] uint8."""
-        shape = self._latent_shape(request.bucket, len(request.ids))
-        room = buffer[: _LATENT_BYTES * math.prod(shape)].view(torch.float16).view(shape)
-        return pack(self.read(request, room.numpy()), buffer)
+        shape, dtype = self.prepared.payload_shape(self.split, request.bucket)
+        num_bytes = len(request.ids) * dtype.itemsize * math.prod(shape)
+        room = buffer[:num_bytes].numpy().view(dtype).reshape(len(request.ids), *shape)
+        return pack(self.read(request, room), buffer)
 
-    def batch_bytes(self, rows: int) -> int:
-        """Most bytes that a batch of `rows` fills."""
-        row_bytes = [_LATENT_BYTES * math.prod(self._latent_shape(b, 1)) for b in range(len(self._buckets()))]
+    def batch_bytes(self, rows_of_bucket: Sequence[int]) -> int:
+        """Most bytes that a batch fills, which holds so many rows where it is of this bucket."""
+        buckets = range(len(self.prepared.buckets(self.split)))
+        payloads = [self.prepared.payload_shape(self.split, bucket) for bucket in buckets]
         positions, hidden_width, pooled_width = self.prepared.text_shape or (0, 0, 0)
-        text_bytes = max(_TOKEN_BYTES, 2 * (positions * hidden_width + pooled_width))
-        return rows * (max(row_bytes) + text_bytes + _OTHER_BYTES) + len(fields(Batch)) * _ALIGN
+        other_bytes = max(_TOKEN_BYTES, 2 * (positions * hidden_width + pooled_width)) + _OTHER_BYTES
+        row_bytes = [dtype.itemsize * math.prod(shape) + other_bytes for shape, dtype in payloads]
+        most = max(rows * size for rows, size in zip(rows_of_bucket, row_bytes, strict=True))
+        return most + len(fields(Batch)) * _ALIGN
 
-    def _buckets(self) -> list[Bucket]:
-        return self.prepared.buckets(self.split)
 
-    def _latent_shape(self, bucket: int, rows: int) -> tuple[int, int, int, int]:
-        shape = self._buckets()[bucket]
-        return rows, LATENT_CHANNELS, shape.height_px // LATENT_FACTOR, shape.width_px // LATENT_FACTOR
+def _seeds(seeds: Sequence[int]) -> Tensor:
+    return torch.tensor(seeds, dtype=torch.int64)
 
 
 def _cached(outputs: NDArray[np.float16] | None) -> Tensor:
@@ -216,30 +237,37 @@ def open_loader(
 
     Args:
         position: the same on all ranks; its global batch is at most world * micro_batch * accumulation.
+        micro_batch: rows of a batch; times the position's factor of the bucket.
         workers: reader processes; 0 reads in two threads of this process.
         prefetch_batches: micro-batches to keep ready.
         pin_memory: put batches into page-locked memory; needs CUDA.
     """
     steps: deque[tuple[StepRows, Position]] = deque()
     rows_per_bucket = reader.prepared.rows_per_bucket(reader.split)
+    batch_rows = [micro_batch * factor for factor in position.batch_factors]
 
     def requests() -> Iterator[Request]:
         for rows, after in planned_steps(rows_per_bucket, reader.seed, position):
             steps.append((rows, after))
-            for ids, weights in share(rows, rank, world, micro_batch, accumulation):
+            for ids, weights in share(rows, rank, world, batch_rows[rows.bucket], accumulation):
                 yield Request(rows.epoch, rows.bucket, ids, weights)
 
     if workers:
-        batches = _read_in_processes(reader, requests(), micro_batch, workers, prefetch_batches, pin_memory)
+        batches = _read_in_processes(reader, requests(), batch_rows, workers, prefetch_batches, pin_memory)
     else:
         batches = _read_in_threads(reader, requests(), prefetch_batches, pin_memory)
     return Loader(batches, steps, accumulation)
 
 
 def _read_in_processes(
-    reader: BatchReader, requests: Iterator[Request], rows: int, workers: int, prefetch_batches: int, pin_memory: bool
+    reader: BatchReader,
+    requests: Iterator[Request],
+    batch_rows: Sequence[int],
+    workers: int,
+    prefetch_batches: int,
+    pin_memory: bool,
 ) -> Generator[Batch, None, None]:
-    filled = read_in_processes(reader.fill, requests, reader.batch_bytes(rows), workers, prefetch_batches)
+    filled = read_in_processes(reader.fill, requests, reader.batch_bytes(batch_rows), workers, prefetch_batches)
     # Copied out of the slot in one piece, because the slot is filled again.
     copy = Tensor.pin_memory if pin_memory else Tensor.clone
     return (unpack(copy(buffer[: packed.num_bytes]), packed) for buffer, packed in filled)
@@ -267,7 +295,7 @@ def _read_in_threads(
 
 
 def pack(batch: Batch, buffer: Tensor) -> PackedBatch:
-    """Put a batch's tensors into a buffer [bytes] uint8, the latents first; what lies there already stays."""
+    """Put a batch's tensors into a buffer [bytes] uint8, the latents or pixels first; what lies there already stays."""
     layout, end = [], 0
     for name, tensor in _tensors(batch).items():
         layout.append((name, tensor.dtype, tuple(tensor.shape), end))

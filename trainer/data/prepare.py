@@ -29,7 +29,7 @@ from trainer.data.settings import (
     stored_settings,
 )
 from trainer.data.shards import HEADER_BYTES, ShardError, ShardInfo, read_info
-from trainer.data.snapshot import (
+from trainer.data.snapshot_file import (
     ShardEntry,
     Snapshot,
     current_snapshot,
@@ -37,6 +37,7 @@ from trainer.data.snapshot import (
     snapshot_name,
     snapshot_to_json,
 )
+from trainer.data.sources.listing import main_path
 from trainer.errors import UserError
 
 
@@ -81,8 +82,11 @@ def is_current(settings: PrepareSettings) -> bool:
         return not catalog.pending_generations(connection) and not catalog.has_open_rows(connection)
 
 
-def plan_prepare(settings: PrepareSettings, show_progress: bool = True) -> PrepareCounts:
+def plan_prepare(settings: PrepareSettings, show_progress: bool = True, limit: int | None = None) -> PrepareCounts:
     """Find all images, catalogue the new ones and group them into shards; what was planned before stays as it is.
+
+    Args:
+        limit: look at no more than the first so many images that each source lists.
 
     Raises:
         UserError: other settings than those the folder was made with, a missing source, or no usable image at all.
@@ -93,17 +97,39 @@ def plan_prepare(settings: PrepareSettings, show_progress: bool = True) -> Prepa
         if not check_settings(settings):
             store_settings(settings)
         with catalog.open_catalog(prepared) as connection:
-            counts = scan(connection, prepared, settings, show_progress)
+            counts = scan(connection, prepared, settings, show_progress, limit)
             new_rows, empty = catalog.count_new(connection)
             catalog.plan_generation(connection, settings.rows_per_shard)
             _write_bad(prepared, connection)
             pending = catalog.pending_shards(connection)
             rows = catalog.count_rows(connection)
     if not rows:
-        folders = ", ".join(str(source.path) for source in settings.sources)
+        folders = ", ".join(str(main_path(source)) for source in settings.sources)
         found = f"none of {counts.listed} images can be used, see {prepared}/bad.jsonl" if counts.listed else "no image"
         raise UserError(f"data.sources ({folders}): {found}")
     return PrepareCounts(counts, rows, new_rows, empty, sum(shard.rows for shard in pending), len(pending))
+
+
+def forget_plan(prepared: Path) -> None:
+    """Drop what was planned and not begun, so that the next plan looks at the sources anew."""
+    with _alone(prepared), catalog.open_catalog(prepared) as connection:
+        for generation in catalog.pending_generations(connection):
+            if not (prepared / f"shards/{generation:06d}").exists():
+                catalog.forget_generation(connection, generation)
+        if current_snapshot(prepared) is None and not catalog.pending_generations(connection):
+            (prepared / "settings.json").unlink(missing_ok=True)
+
+
+def plan_repack(prepared: Path) -> tuple[int, int]:
+    """Plan shards with the latents to which the committed ones only refer; returns pending rows and shards.
+
+    Call it when nothing else is pending. The shards that refer stay on disk, for runs that began with them.
+    """
+    with _alone(prepared), catalog.open_catalog(prepared) as connection:
+        if not catalog.pending_generations(connection):
+            catalog.plan_repack(connection, stored_settings(prepared)["data.rows_per_shard"])
+        pending = catalog.pending_shards(connection)
+    return sum(shard.rows for shard in pending), len(pending)
 
 
 def commit(prepared: Path) -> Committed:
@@ -119,9 +145,11 @@ def commit(prepared: Path) -> Committed:
         generations = catalog.pending_generations(connection)
         entries = _entries(prepared, catalog.pending_shards(connection))
         fresh = tuple(entry for generation, entry in entries if generation not in base.generations)
+        replaced = catalog.replaced_shards(connection)
         if fresh or base.settings != settings:
             all_generations = (*base.generations, *(g for g in generations if g not in base.generations))
-            base = Snapshot(base.number + 1, all_generations, settings, base.shards + fresh)
+            kept = tuple(entry for entry in base.shards if entry.name not in replaced)
+            base = Snapshot(base.number + 1, all_generations, settings, kept + fresh)
             if not any(entry.info.rows for entry in base.shards):
                 reason = next((row["reason"] for _, entry in entries for row in entry.info.excluded), "")
                 raise UserError(f"data.prepared ({prepared}): no image could be encoded; the first one {reason}")
@@ -130,7 +158,7 @@ def commit(prepared: Path) -> Committed:
             replace_file(prepared / "CURRENT", snapshot_name(base.number) + "\n")
         with catalog.transaction(connection):
             excluded = [BadRow(**row) for _, entry in entries for row in entry.info.excluded]
-            catalog.mark_committed(connection, generations, excluded)
+            catalog.mark_committed(connection, generations, excluded, replaced)
             left_out = _write_bad(prepared, connection)
     infos = [entry.info for entry in base.shards]
     return Committed(

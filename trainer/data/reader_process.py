@@ -24,7 +24,7 @@ Fill = Callable[[Tensor, Any], Any]
 """(buffer uint8 [slot_bytes], request) -> a small value that tells what was put into the buffer."""
 _HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _ALIGN = 64
-_PRELOAD = ["trainer.data.loader", "trainer.model.text"]
+_PRELOAD = ["trainer.data.loader", "trainer.data.images", "trainer.model.text"]
 
 
 def start_reader_server() -> None:

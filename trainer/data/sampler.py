@@ -1,7 +1,7 @@
 """The order of training as a closed formula of (seed, position): which rows every optimizer step takes.
 
-The unit is one optimizer step: `global_batch` rows of one bucket, over all workers and micro-batches, so the
-content of a step never depends on how it is cut into ranks and micro-batches.
+The unit is one optimizer step: `global_batch` rows of one bucket (or a multiple, in buckets of small images), over
+all workers and micro-batches, so the content of a step never depends on how it is cut into ranks and micro-batches.
 
 An epoch visits every row exactly once. Within a bucket the rows come in the order of a keyed shuffle, and the
 rows taken so far are always a prefix of it; hence the whole state is one cursor per bucket. A stretch with a
@@ -36,17 +36,35 @@ class Position:
     """Images per optimizer step, over all workers and micro-batches."""
     base_cursors: tuple[int, ...]
     """Rows of each bucket that were taken in this epoch before this segment."""
+    batch_factors: tuple[int, ...]
+    """Steps of each bucket hold so many times `global_batch` images."""
 
     @staticmethod
-    def start(num_buckets: int, global_batch: int, epoch: int = 0) -> "Position":
-        return Position(epoch, 0, 0, global_batch, (0,) * num_buckets)
+    def start(
+        num_buckets: int, global_batch: int, epoch: int = 0, batch_factors: Sequence[int] | None = None
+    ) -> "Position":
+        """An epoch's first step; without `batch_factors` all steps hold `global_batch` images."""
+        return Position(epoch, 0, 0, global_batch, (0,) * num_buckets, tuple(batch_factors or (1,) * num_buckets))
+
+    @property
+    def starts_epoch(self) -> bool:
+        """Whether nothing of the epoch has been taken yet."""
+        return self.step == 0 and not any(self.base_cursors)
+
+    @property
+    def images_per_step(self) -> NDArray[np.int64]:
+        """Of each bucket."""
+        return self.global_batch * np.asarray(self.batch_factors, dtype=np.int64)
 
     def to_json(self) -> dict[str, int | list[int]]:
-        return {**asdict(self), "base_cursors": list(self.base_cursors)}
+        lists = {"base_cursors": list(self.base_cursors), "batch_factors": list(self.batch_factors)}
+        return {**asdict(self), **lists}
 
     @staticmethod
     def from_json(record: dict) -> "Position":
-        return Position(**{**record, "base_cursors": tuple(record["base_cursors"])})
+        cursors = tuple(record["base_cursors"])
+        factors = tuple(record.get("batch_factors", (1,) * len(cursors)))  # older checkpoints have none
+        return Position(**{**record, "base_cursors": cursors, "batch_factors": factors})
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +75,7 @@ class StepRows:
     bucket: int
     """Index into the data set's list of buckets."""
     ids: NDArray[np.int64]
-    """[G] virtual rows of the bucket; PADDING (-1) where the bucket had fewer left."""
+    """[G, or a multiple] virtual rows of the bucket; PADDING (-1) where the bucket had fewer left."""
     weights: NDArray[np.float32]
     """[G] 1, and 0 for padding."""
 
@@ -81,13 +99,13 @@ class EpochPlan:
         base = np.asarray(position.base_cursors, dtype=np.int64)
         if not rows.sum():
             raise UserError("the data set has no images to train on")
-        if base.shape != rows.shape or (base < 0).any() or (base > rows).any():
+        if not base.shape == rows.shape == (len(position.batch_factors),) or (base < 0).any() or (base > rows).any():
             raise UserError("the saved position does not fit this data set: its buckets or their sizes differ")
         self.position = position
-        self._rows, self._base = rows, base
+        self._rows, self._base, self._sizes = rows, base, position.images_per_step
         self._keys = [draw_seed(seed, "order", position.epoch, bucket) for bucket in range(len(rows))]
         self._windows: dict[int, tuple[int, NDArray[np.integer]]] = {}
-        steps_of_bucket = -(-(rows - base) // position.global_batch)
+        steps_of_bucket = -(-(rows - base) // self._sizes)
         order_key = draw_seed(seed, "steps", position.epoch, position.segment)
         self._bucket_of_step = _step_order(steps_of_bucket, order_key)
         self._taken_at_block = _counts_at_blocks(self._bucket_of_step, len(rows))
@@ -105,7 +123,7 @@ class EpochPlan:
         block = t // _BLOCK
         earlier = np.count_nonzero(self._bucket_of_step[block * _BLOCK : t] == bucket)
         occurrence = int(self._taken_at_block[block, bucket]) + int(earlier)
-        size = self.position.global_batch
+        size = int(self._sizes[bucket])
         begin = int(self._base[bucket]) + occurrence * size
         taken = min(size, int(self._rows[bucket]) - begin)
         ids = np.full(size, PADDING, dtype=np.int64)
@@ -119,13 +137,13 @@ class EpochPlan:
         block = min(t // _BLOCK, len(self._taken_at_block) - 1)
         counts = self._taken_at_block[block].astype(np.int64)
         counts += np.bincount(self._bucket_of_step[block * _BLOCK : t], minlength=len(counts))
-        return tuple(np.minimum(self._base + counts * self.position.global_batch, self._rows).tolist())
+        return tuple(np.minimum(self._base + counts * self._sizes, self._rows).tolist())
 
     def after(self, t: int) -> Position:
         """The position once the segment's t-th step is taken; past the last one, the next epoch's start."""
         if t + 1 < self.num_steps:
             return replace(self.position, step=t + 1)
-        return Position.start(len(self._rows), self.position.global_batch, self.position.epoch + 1)
+        return next_epoch(self.position)
 
     def _shuffled(self, bucket: int, begin: int, count: int) -> NDArray[np.integer]:
         start, window = self._windows.get(bucket, (0, np.empty(0, dtype=np.int64)))
@@ -146,20 +164,43 @@ def planned_steps(rows_per_bucket: Sequence[int], seed: int, position: Position)
         plan = EpochPlan(rows_per_bucket, seed, position)
         for t in range(position.step, plan.num_steps):
             yield plan.step(t), plan.after(t)
-        position = Position.start(len(rows_per_bucket), position.global_batch, position.epoch + 1)
+        position = next_epoch(position)
 
 
-def with_global_batch(position: Position, rows_per_bucket: Sequence[int], seed: int, global_batch: int) -> Position:
+def next_epoch(position: Position) -> Position:
+    """The start of the epoch after."""
+    return Position.start(len(position.base_cursors), position.global_batch, position.epoch + 1, position.batch_factors)
+
+
+def with_global_batch(
+    position: Position,
+    rows_per_bucket: Sequence[int],
+    seed: int,
+    global_batch: int,
+    batch_factors: Sequence[int] | None = None,
+) -> Position:
     """The same place in the data with another number of images per step; opens a new segment if it differs."""
-    if global_batch == position.global_batch:
+    wanted = Position.start(len(rows_per_bucket), global_batch, position.epoch, batch_factors)
+    if (global_batch, wanted.batch_factors) == (position.global_batch, position.batch_factors):
         return position
     cursors = EpochPlan(rows_per_bucket, seed, position).cursors(position.step)
-    return Position(position.epoch, position.segment + 1, 0, global_batch, cursors)
+    return replace(wanted, segment=position.segment + 1, base_cursors=cursors)
 
 
-def steps_per_epoch(rows_per_bucket: Sequence[int], global_batch: int) -> int:
+def steps_per_epoch(
+    rows_per_bucket: Sequence[int], global_batch: int, batch_factors: Sequence[int] | None = None
+) -> int:
     """Optimizer steps of an epoch with a constant global batch: each bucket's last step may be part-filled."""
-    return sum(-(-rows // global_batch) for rows in rows_per_bucket)
+    factors = batch_factors or [1] * len(rows_per_bucket)
+    return sum(-(-rows // (global_batch * factor)) for rows, factor in zip(rows_per_bucket, factors, strict=True))
+
+
+def epochs_done(position: Position, rows_per_bucket: Sequence[int]) -> float:
+    """Passes over the data up to `position`; within an epoch in proportion to its steps."""
+    before = sum(position.base_cursors) / sum(rows_per_bucket)
+    left = [rows - taken for rows, taken in zip(rows_per_bucket, position.base_cursors, strict=True)]
+    steps = steps_per_epoch(left, position.global_batch, position.batch_factors)
+    return position.epoch + before + (1 - before) * position.step / steps
 
 
 def share(
@@ -203,3 +244,12 @@ def _counts_at_blocks(bucket_of_step: NDArray[np.unsignedinteger], num_buckets: 
         part = bucket_of_step[block * _BLOCK : (block + 1) * _BLOCK]
         counts[block + 1] = counts[block] + np.bincount(part, minlength=num_buckets).astype(np.uint32)
     return counts
+
+
+def pick_rows(rows_per_bucket: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """At most `count` (bucket, row) pairs, spread evenly over all rows; always the same ones."""
+    ends = np.cumsum(rows_per_bucket, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    chosen = np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).astype(np.int64))
+    buckets = np.searchsorted(ends, chosen, side="right")
+    return [(int(b), int(i - (ends[b] - rows_per_bucket[b]))) for b, i in zip(buckets, chosen, strict=True)]

@@ -1,41 +1,54 @@
 """Finding images: from the sources to rows of the catalogue, with size and bucket from each file's header.
 
-Two passes, so that order and result depend on the files alone: all names go into a scratch table on disk, then they
-are looked at in the order of their keys, a page at a time. An image that is known already costs two `stat` calls.
+Two passes, so that order and result depend on the sources alone: all items go into a scratch table on disk, then they
+are looked at in the order of their keys, a page at a time. Files are opened where nothing else tells the size: images
+always, latents where the metadata does not name their bucket.
 """
 
 import os
 import sqlite3
+import zlib
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer.data.buckets import Bucket, make_buckets, place
+from trainer.data.buckets import Bucket, Placement, make_buckets, place
+from trainer.data.captions import caption_record
 from trainer.data.catalog import (
     BadRow,
     CatalogRow,
     FileStamp,
+    Payload,
     add_bad,
     add_rows,
     bad_rows,
     open_generation,
     transaction,
 )
-from trainer.data.folder import SourceItem, list_folder, read_caption, source_names
 from trainer.data.images import BadImage, image_hw, pillow_rules
 from trainer.data.keyed import draw_uniform
+from trainer.data.npz import HEAD_BYTES, BadNpz, latents_hw, latents_hw_of_head
 from trainer.data.settings import PrepareSettings
+from trainer.data.shards import LATENT_FACTOR
+from trainer.data.sources.folder import read_caption
+from trainer.data.sources.listing import list_source, source_names
+from trainer.data.sources.source import ROW, WHOLE, SourceItem, open_range, read_bytes
 
-_PAGE = 512
+_PAGE = 2048
 _THREADS = 4
 _NEVER = -1
 """File size of a bad row that is to be judged anew each time."""
+_SORT_KIB = 64 * 1024
+"""Memory in which SQLite sorts; what is beyond goes to temporary files."""
+
+_Verdict = CatalogRow | BadRow | str
 
 
 @dataclass
@@ -52,108 +65,184 @@ class ScanCounts:
 
 
 @dataclass(frozen=True)
-class _Listed:
-    """A listed image, and what the catalogue holds under its key and its path."""
+class _Known:
+    """What the catalogue holds under a key."""
 
-    item: SourceItem
-    source: int
-    known_path: str | None
-    known_stamp: FileStamp
-    bad_stamp: tuple[int | None, int | None]
+    place: tuple[str, int]
+    stamp: FileStamp
 
 
-def scan(connection: sqlite3.Connection, prepared: Path, settings: PrepareSettings, show_progress: bool) -> ScanCounts:
+@dataclass(frozen=True)
+class _Rules:
+    """What decides a row, but for the item."""
+
+    settings: PrepareSettings
+    buckets: tuple[Bucket, ...]
+
+
+def scan(
+    connection: sqlite3.Connection,
+    prepared: Path,
+    settings: PrepareSettings,
+    show_progress: bool,
+    limit: int | None = None,
+) -> ScanCounts:
     """Add all images that the catalogue lacks to its open generation, and all that cannot be used to its bad rows.
 
     Can be killed at any moment and called again.
+
+    Args:
+        limit: look at no more than the first so many items of each source.
     """
     counts = ScanCounts()
     generation = open_generation(connection)
     (rows_before,) = connection.execute("SELECT COUNT(*) FROM rows").fetchone()
     _forget_gone(connection)
-    scratch = prepared / "listing.sqlite"
-    scratch.unlink(missing_ok=True)
-    connection.execute("ATTACH ? AS listing", (str(scratch),))
-    try:
-        _list_sources(connection, settings, counts)
-        rules = settings.buckets
-        buckets = make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)
-        look = partial(_look, settings, buckets)
+    rules = settings.buckets
+    look = partial(_look, _Rules(settings, make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)))
+    with _scratch_table(connection, prepared):
+        _list_sources(connection, prepared, settings, limit, counts, show_progress)
         bar = tqdm(total=counts.listed, desc="images", unit="img", disable=None if show_progress else True)
-        with bar, pillow_rules(), ThreadPoolExecutor(_THREADS) as pool:
-            previous = ("", "")
-            for page in _pages(connection):
-                owners, previous = _owners(page, previous)
-                found = list(pool.map(look, page, owners))
+        with bar, pillow_rules(), ThreadPoolExecutor(_THREADS) as pool, closing(_pages(connection)) as pages:
+            previous = ("", ("", 0))
+            for page in pages:
+                known, judged, stale = _catalogued(connection, page, previous[0])
+                owners, previous = _owners(page, known, previous)
+                looked = [
+                    look(item, owner, known.get(item.key), judged.get((item.key, item.file)), pool)
+                    for item, owner in zip(page, owners, strict=True)
+                ]
+                found = [result.result() if isinstance(result, Future) else result for result in looked]
                 with transaction(connection):
+                    connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", stale)
                     add_rows(connection, generation, [row for row in found if isinstance(row, CatalogRow)])
                     add_bad(connection, [row for row in found if isinstance(row, BadRow)])
                 _count(found, counts)
                 bar.update(len(page))
-    finally:
-        connection.execute("DETACH listing")
-        scratch.unlink(missing_ok=True)
-    counts.removed = rows_before - counts.known - counts.changed
+    if limit is None:
+        connection.execute("DELETE FROM bad WHERE key > ? AND file_bytes != ?", (previous[0], _NEVER))
+        counts.removed = rows_before - counts.known - counts.changed
     return counts
 
 
 def _forget_gone(connection: sqlite3.Connection) -> None:
-    """Bad images that were deleted need no mention."""
-    gone = [(row.path,) for row in bad_rows(connection) if not os.path.lexists(row.path)]
+    """Bad images that were deleted need no mention, and those that are judged anew will be mentioned again."""
+    gone = [(row.key, row.path) for row in bad_rows(connection) if not _exists(row.path)]
     with transaction(connection):
-        connection.executemany("DELETE FROM bad WHERE path = ?", gone)
+        connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", gone)
+        connection.execute("DELETE FROM bad WHERE file_bytes = ?", (_NEVER,))
 
 
-def _list_sources(connection: sqlite3.Connection, settings: PrepareSettings, counts: ScanCounts) -> None:
-    connection.execute("PRAGMA listing.journal_mode = OFF")
-    connection.execute("PRAGMA listing.synchronous = OFF")
-    connection.execute(
-        "CREATE TABLE listing.listed (key TEXT, path TEXT, caption_path TEXT, source INTEGER,"
-        " PRIMARY KEY (key, path)) WITHOUT ROWID"
-    )
-    for number, (source, name) in enumerate(zip(settings.sources, source_names(settings.sources), strict=True)):
-        items = list_folder(source, name, counts.ignored)
+@contextmanager
+def _scratch_table(connection: sqlite3.Connection, prepared: Path) -> Iterator[None]:
+    """The table `listing.listed`, without an index: millions of items in any order are appended, then sorted once."""
+    scratch = prepared / "listing.sqlite"
+    scratch.unlink(missing_ok=True)
+    connection.execute("ATTACH ? AS listing", (str(scratch),))
+    # SQLite's temporary files go where there is room for the data; the usual folder may be in memory.
+    before = os.environ.get("SQLITE_TMPDIR")
+    os.environ["SQLITE_TMPDIR"] = str(prepared.resolve())
+    try:
+        connection.execute("PRAGMA listing.journal_mode = OFF")
+        connection.execute("PRAGMA listing.synchronous = OFF")
+        connection.execute(f"PRAGMA main.cache_size = -{_SORT_KIB}")
+        connection.execute(
+            "CREATE TABLE listing.listed (key TEXT, file TEXT, offset INTEGER, length INTEGER, kind TEXT, caption TEXT,"
+            " caption_path TEXT, repeats INTEGER, original_h INTEGER, original_w INTEGER, bucket_h INTEGER,"
+            " bucket_w INTEGER, file_bytes INTEGER, mtime_ns INTEGER)"
+        )
+        yield
+    finally:
+        connection.execute("DETACH listing")
+        scratch.unlink(missing_ok=True)
+        if before is None:
+            del os.environ["SQLITE_TMPDIR"]
+        else:
+            os.environ["SQLITE_TMPDIR"] = before
+
+
+def _list_sources(
+    connection: sqlite3.Connection,
+    prepared: Path,
+    settings: PrepareSettings,
+    limit: int | None,
+    counts: ScanCounts,
+    show_progress: bool,
+) -> None:
+    none = (None, None)
+    bar = tqdm(desc="listing", unit="img", disable=None if show_progress else True)
+    for source, name in zip(settings.sources, source_names(settings.sources), strict=True):
+        items = islice(list_source(source, name, counts.ignored, prepared), limit)
         while page := list(islice(items, _PAGE)):
-            good = [item for item in page if _is_text(item.image_path)]
-            bad = [_unnamable(item) for item in page if not _is_text(item.image_path)]
+            bad = [_problem(item) for item in page if item.problem or not _is_text(item)]
+            good = [item for item in page if not item.problem and _is_text(item)] if bad else page
             with transaction(connection):
                 connection.executemany(
-                    "INSERT INTO listing.listed VALUES (?, ?, ?, ?)",
-                    [(item.key, item.image_path, item.caption_path, number) for item in good],
+                    "INSERT INTO listing.listed VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    [(*i[:8], *(i.original_hw or none), *(i.bucket_hw or none), *i[10:12]) for i in good],
                 )
                 add_bad(connection, bad)
             counts.listed += len(page)
             counts.bad += len(bad)
+            bar.update(len(page))
+    bar.close()
 
 
-def _pages(connection: sqlite3.Connection) -> Iterator[list[_Listed]]:
-    """The listed images by key and path, a page at a time."""
-    query = """SELECT l.key, l.path, l.caption_path, l.source,
-            r.path, r.file_bytes, r.mtime_ns, r.caption_mtime_ns, b.file_bytes, b.mtime_ns
-        FROM listing.listed l LEFT JOIN rows r ON r.key = l.key LEFT JOIN bad b ON b.path = l.path
-        WHERE (l.key, l.path) > (?, ?) ORDER BY l.key, l.path LIMIT ?"""
-    after = ("", "")
-    while values := connection.execute(query, (*after, _PAGE)).fetchall():
-        yield [_Listed(SourceItem(*v[:3]), v[3], v[4], FileStamp(*v[5:8]), v[8:10]) for v in values]
-        after = values[-1][:2]
+def _pages(connection: sqlite3.Connection) -> Generator[list[SourceItem], None, None]:
+    """The listed items by key and place, a page at a time."""
+    with closing(connection.execute("SELECT * FROM listing.listed ORDER BY key, file, offset")) as cursor:
+        while values := cursor.fetchmany(_PAGE):
+            yield [
+                SourceItem(
+                    *v[:8], v[8:10] if v[8] is not None else None, v[10:12] if v[10] is not None else None, v[12], v[13]
+                )
+                for v in values
+            ]
 
 
-def _owners(page: list[_Listed], previous: tuple[str, str]) -> tuple[list[str | None], tuple[str, str]]:
+def _catalogued(
+    connection: sqlite3.Connection, page: list[SourceItem], after: str
+) -> tuple[dict[str, _Known], dict[tuple[str, str], tuple[int, int]], list[tuple[str, str]]]:
+    """What the catalogue holds of a page whose keys follow the key `after`.
+
+    Returns:
+        The rows by key; by key and path the size and time of the files that were judged to be bad; and of the bad, the
+        key and path of those that are listed no more.
+    """
+    last = page[-1].key
+    query = "SELECT key, path, offset, file_bytes, mtime_ns, caption_stamp FROM rows WHERE key BETWEEN ? AND ?"
+    known = {v[0]: _Known(v[1:3], FileStamp(*v[3:])) for v in connection.execute(query, (page[0].key, last))}
+    query = "SELECT key, path, file_bytes, mtime_ns FROM bad WHERE key BETWEEN ? AND ?"
+    judged = {v[:2]: v[2:] for v in connection.execute(query, (after, last))}
+    listed = {(item.key, item.file) for item in page} if judged else set()
+    # The first and the last key may have items on another page.
+    stale = [
+        place
+        for place, (file_bytes, _) in judged.items()
+        if file_bytes != _NEVER and after < place[0] < last and place not in listed
+    ]
+    return known, judged, stale
+
+
+def _owners(
+    page: list[SourceItem], known: dict[str, _Known], previous: tuple[str, tuple[str, int]]
+) -> tuple[list[str | None], tuple[str, tuple[str, int]]]:
     """For each listed image the path of another that its key belongs to already, or None.
 
-    `previous` is the key before the page and its first path; returned anew for the next page.
+    `previous` is the key before the page and its first place; returned anew for the next page.
     """
     owners: list[str | None] = []
-    for listed in page:
-        key, path = listed.item.key, listed.item.image_path
+    for item in page:
+        key, place = item.key, (item.file, item.offset)
         if key != previous[0]:
-            previous = (key, path)
-        owner = previous[1] if listed.known_path is None else listed.known_path
-        owners.append(owner if owner != path and os.path.lexists(owner) else None)
+            previous = (key, place)
+        owner = known[key].place if key in known else previous[1]
+        is_other = owner[0] != item.file or (key not in known and owner != place)
+        owners.append(owner[0] if is_other and _exists(owner[0]) else None)
     return owners, previous
 
 
-def _count(found: list[CatalogRow | BadRow | str], counts: ScanCounts) -> None:
+def _count(found: list[_Verdict], counts: ScanCounts) -> None:
     for result in found:
         if isinstance(result, CatalogRow):
             counts.new += 1
@@ -166,42 +255,99 @@ def _count(found: list[CatalogRow | BadRow | str], counts: ScanCounts) -> None:
 
 
 def _look(
-    settings: PrepareSettings, buckets: tuple[Bucket, ...], listed: _Listed, owner: str | None
-) -> CatalogRow | BadRow | str:
-    """Judge one listed image: a new row, a bad one, or `known`, `changed` or `bad` for what the catalogue has."""
-    item = listed.item
+    rules: _Rules,
+    item: SourceItem,
+    owner: str | None,
+    known: _Known | None,
+    judged: tuple[int, int] | None,
+    pool: ThreadPoolExecutor,
+) -> _Verdict | Future[_Verdict]:
+    """Judge one item: a new row, a bad one, or `known`, `changed` or `bad` for what the catalogue has."""
     if owner is not None:
-        reason = f"has the same key as {owner}; rename one of them"
-        return BadRow(item.image_path, item.key, _NEVER, _NEVER, reason)
+        return BadRow(item.file, item.key, _NEVER, _NEVER, f"has the same key as {owner}; rename one of them")
+    if item.file_bytes >= 0 and item.bucket_hw is not None and not item.caption_path:
+        return _judge(rules, item, known, judged)
+    return pool.submit(_judge, rules, item, known, judged)
+
+
+def _judge(rules: _Rules, item: SourceItem, known: _Known | None, judged: tuple[int, int] | None) -> _Verdict:
+    file_bytes, mtime_ns = item.file_bytes, item.mtime_ns
     try:
-        stat = os.stat(item.image_path)  # noqa: PTH116 - no Path object per image
+        if file_bytes < 0:
+            stat = os.stat(item.file)  # noqa: PTH116 - no Path object per image
+            file_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
+        caption_stamp = _mtime_ns(item.caption_path) if item.caption_path else zlib.crc32((item.caption or "").encode())
+        stamp = FileStamp(file_bytes, mtime_ns, caption_stamp)
+        if known is not None:
+            return "known" if known.place == (item.file, item.offset) and known.stamp == stamp else "changed"
+        if judged == (file_bytes, mtime_ns):
+            return "bad"
+        return _row(rules, item, stamp)
     except OSError as error:
-        return BadRow(item.image_path, item.key, _NEVER, _NEVER, f"cannot be read: {error.strerror}")
-    stamp = FileStamp(stat.st_size, stat.st_mtime_ns, _mtime_ns(item.caption_path))
-    if listed.known_path is not None:
-        return "known" if listed.known_path == item.image_path and listed.known_stamp == stamp else "changed"
-    if listed.bad_stamp == (stamp.file_bytes, stamp.mtime_ns):
-        return "bad"
-    try:
-        return _row(settings, buckets, listed, stamp)
-    except (BadImage, ValueError) as error:
-        return BadRow(item.image_path, item.key, stamp.file_bytes, stamp.mtime_ns, str(error))
+        return BadRow(item.file, item.key, _NEVER, _NEVER, f"cannot be read: {error.strerror}")
+    except (BadImage, BadNpz, EOFError, ValueError) as error:
+        return BadRow(item.file, item.key, file_bytes, mtime_ns, str(error))
 
 
-def _row(settings: PrepareSettings, buckets: tuple[Bucket, ...], listed: _Listed, stamp: FileStamp) -> CatalogRow:
-    item = listed.item
-    original_hw = image_hw(Path(item.image_path))
-    held_out = draw_uniform("split", item.key) < settings.validation_fraction
+def _row(rules: _Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
+    settings = rules.settings
+    held_out = settings.validation_fraction > 0 and draw_uniform("split", item.key) < settings.validation_fraction
+    payload: Payload = "npz"
+    if item.kind == "latents":
+        if settings.mode == "images":
+            raise ValueError("is a file of latents, which data.mode: images does not use")
+        if not stamp.file_bytes:
+            raise ValueError("is empty")
+        placement = _placement_of_latents(item.bucket_hw or _bucket_hw(item))
+        original_hw = item.original_hw or _sides(placement.bucket)
+    else:
+        payload = "image" if settings.mode == "images" else "encode"
+        original_hw = item.original_hw if item.length == ROW and item.original_hw else _image_hw(item)
+        placement = place(original_hw, rules.buckets, settings.buckets)
+    caption = item.caption or caption_record("").decode()
     return CatalogRow(
         key=item.key,
-        path=item.image_path,
+        path=item.file,
+        offset=item.offset,
+        length=item.length,
+        payload=payload,
         stamp=stamp,
-        caption=read_caption(item.caption_path),
-        repeats=1 if held_out else settings.sources[listed.source].repeats,
+        caption=read_caption(item.caption_path, caption) if item.caption_path else caption,
+        repeats=1 if held_out else item.repeats,
         split="validation" if held_out else "train",
         original_hw=original_hw,
-        placement=place(original_hw, buckets, settings.buckets),
+        placement=placement,
     )
+
+
+def _image_hw(item: SourceItem) -> tuple[int, int]:
+    if item.length == WHOLE:
+        return image_hw(Path(item.file))
+    with open_range(item.file, item.offset, item.length) as file:
+        return image_hw(file)
+
+
+def _exists(path: str) -> bool:
+    """Whether the file is there, or where the path is that of a file's column, the file."""
+    return os.path.lexists(path) or os.path.lexists(path.rpartition("::")[0])
+
+
+def _sides(bucket: Bucket) -> tuple[int, int]:
+    return bucket.height_px, bucket.width_px
+
+
+@lru_cache(maxsize=4096)
+def _placement_of_latents(bucket_hw: tuple[int, int]) -> Placement:
+    """Where the crop lay is told by the `.npz`, when it is read."""
+    return Placement(Bucket(*bucket_hw), bucket_hw, (0, 0))
+
+
+def _bucket_hw(item: SourceItem) -> tuple[int, int]:
+    """From the header of the latents, of which a few hundred bytes are read where they stand first in the archive."""
+    size = os.stat(item.file).st_size if item.length == WHOLE else item.length  # noqa: PTH116
+    hw = latents_hw_of_head(read_bytes(item.file, item.offset, min(size, HEAD_BYTES)))
+    height, width = hw or latents_hw(read_bytes(item.file, item.offset, item.length))
+    return height * LATENT_FACTOR, width * LATENT_FACTOR
 
 
 def _mtime_ns(path: str) -> int:
@@ -211,16 +357,18 @@ def _mtime_ns(path: str) -> int:
         return 0
 
 
-def _is_text(path: str) -> bool:
+def _is_text(item: SourceItem) -> bool:
     try:
-        path.encode()
+        (item.key + item.file).encode()
     except UnicodeEncodeError:
         return False
     return True
 
 
-def _unnamable(item: SourceItem) -> BadRow:
+def _problem(item: SourceItem) -> BadRow:
+    if _is_text(item):
+        return BadRow(item.file, item.key, _NEVER, _NEVER, item.problem)
     path, key = (
-        text.encode(errors="surrogateescape").decode(errors="backslashreplace") for text in (item.image_path, item.key)
+        text.encode(errors="surrogateescape").decode(errors="backslashreplace") for text in (item.file, item.key)
     )
     return BadRow(path, key, _NEVER, _NEVER, "its name is not UTF-8; rename it")

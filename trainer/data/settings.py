@@ -2,15 +2,15 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainer.data.buckets import BucketRules
-from trainer.data.folder import FolderSource
+from trainer.data.sources.listing import SOURCE_TYPES, Source
 from trainer.errors import UserError
 
-SETTINGS_FORMAT = 1
+SETTINGS_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -18,30 +18,27 @@ class PrepareSettings:
     """Everything that decides what `prepare` writes, but for the images.
 
     `vae` and `text_encoders` are fingerprints of the weights with the precision they run in, such as
-    `xxh3:0a1b... fp32`; `text_encoders` is None unless their outputs are cached.
+    `xxh3:0a1b... fp32`; `text_encoders` is None unless their outputs are cached, and so are `captions`, the keys of
+    that section that are not at their default.
     """
 
     prepared: Path
-    sources: tuple[FolderSource, ...]
+    sources: tuple[Source, ...]
     buckets: BucketRules
     vae: str
     scaling_factor: float
     text_encoders: str | None = None
+    captions: dict[str, Any] | None = None
     validation_fraction: float = 0.0
     rows_per_shard: int = 2048
+    mode: Literal["latents", "images"] = "latents"
 
     def to_json(self) -> dict[str, Any]:
         """Flat, under the names of the configuration; sources as absolute paths."""
         return {
             "format": SETTINGS_FORMAT,
-            "data.sources": [
-                {
-                    "path": str(source.path.resolve()),
-                    "caption_extension": source.caption_extension,
-                    "repeats": source.repeats,
-                }
-                for source in self.sources
-            ],
+            "data.sources": [_source_to_json(source) for source in self.sources],
+            "data.mode": self.mode,
             "data.buckets.resolution": self.buckets.resolution,
             "data.buckets.min_px": self.buckets.min_px,
             "data.buckets.max_px": self.buckets.max_px,
@@ -53,7 +50,16 @@ class PrepareSettings:
             "the VAE (weights and model.vae_precision)": self.vae,
             "the VAE's scaling_factor": self.scaling_factor,
             "the text encoders (weights and model.text_encoder_precision)": self.text_encoders,
+            **({} if self.captions is None else {"captions": self.captions}),
         }
+
+
+def _source_to_json(source: Source) -> dict[str, Any]:
+    (name,) = (name for name, kind in SOURCE_TYPES.items() if kind is type(source))
+    values = {field.name: getattr(source, field.name) for field in fields(source)}
+    return {"type": name} | {
+        key: os.path.realpath(value) if isinstance(value, Path) else value for key, value in values.items()
+    }
 
 
 def check_settings(settings: PrepareSettings) -> bool:
@@ -134,7 +140,8 @@ def _source_problems(prepared: Path, old: list[dict[str, Any]], new: list[dict[s
     problems = []
     for i, was in enumerate(old):
         if i >= len(new):
-            problems.append(f"data.prepared ({prepared}): holds images of {was['path']}, which data.sources lacks now")
+            place = next((value for name, value in was.items() if name != "type"), was["type"])
+            problems.append(f"data.prepared ({prepared}): holds images of {place}, which data.sources lacks now")
             continue
         problems += [
             f"data.prepared ({prepared}): was prepared with data.sources[{i}].{name} = {_shown(was[name])}, "

@@ -13,6 +13,13 @@ Sections, in the order of the file (n rows, latents of h x w):
     text_crc32c     u32 [n]            of the row's text_hidden and text_pooled; only with cached text
     key_bytes, caption_bytes, excluded_bytes   u8; the last holds JSON lines on images that were left out
 
+A shard of references has no latents and none of their checksums, but instead, with files F counted by the shard:
+
+    references      u32 [n, 6]         where the row's payload lies: see `references.py`
+    file_offsets    u64 [F + 1]        into file_bytes: UTF-8 paths relative to the header's `root`
+
+and meta_crc32c covers the row's reference and path as well.
+
 The header is padded to 4096 bytes so that rows can be written as they are encoded, before their number is known.
 """
 
@@ -21,12 +28,13 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from crc32c import crc32c
 
 from trainer.data.buckets import Bucket
+from trainer.data.references import FileTable, Reference, file_table
 from trainer.errors import UserError
 
 FORMAT = "sdxl-train shard 1"
@@ -36,15 +44,18 @@ LATENT_FACTOR = 8
 """Pixels on the side of one latent."""
 SECTIONS: tuple[str, ...] = (
     "latents",
+    "references",
     "text_hidden",
     "text_pooled",
     "caption_offsets",
     "key_offsets",
+    "file_offsets",
     "sizes",
     "repeats",
     "latent_crc32c",
     "meta_crc32c",
     "text_crc32c",
+    "file_bytes",
     "key_bytes",
     "caption_bytes",
     "excluded_bytes",
@@ -73,6 +84,8 @@ class ShardHead:
     generation: int
     scaling_factor: float
     vae_fingerprint: str
+    payload: Literal["latents", "npz", "image"] = "latents"
+    """What a row holds: latents, or where an `.npz` with latents or an image lies."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -81,13 +94,15 @@ class ShardHead:
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Some rows to be written: latents f16 [b, 4, h, w], captions as JSON texts, sizes u32 [b, 6], repeats u32 [b]."""
+    """Some rows to be written: latents f16 [b, 4, h, w] or references, captions as JSON texts, sizes u32 [b, 6],
+    repeats u32 [b]."""
 
-    latents: np.ndarray
+    latents: np.ndarray | None
     captions: Sequence[str]
     keys: Sequence[str]
     sizes: np.ndarray
     repeats: np.ndarray
+    references: Sequence[Reference] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,7 @@ class _Rows:
     keys: list[bytes] = field(default_factory=list)
     sizes: list[np.ndarray] = field(default_factory=list)
     repeats: list[int] = field(default_factory=list)
+    references: list[Reference] = field(default_factory=list)
     latent_crc: list[int] = field(default_factory=list)
 
 
@@ -136,9 +152,17 @@ def write_shard(
     rows = _Rows()
     file.seek(HEADER_BYTES)
     for batch in batches:
-        _write_latents(file, head, batch, rows)
+        if batch.latents is not None:
+            _write_latents(file, head, batch.latents, rows)
+        _keep(batch, rows)
     n = len(rows.keys)
-    sections: dict[str, tuple[np.dtype, tuple[int, ...]]] = {"latents": (np.dtype("<f2"), (n, *head.latent_shape))}
+    sections: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    table = file_table(rows.references) if head.payload != "latents" else None
+    if table is None:
+        sections["latents"] = (np.dtype("<f2"), (n, *head.latent_shape))
+    else:
+        _write_section(file, sections, "references", table.columns)
+        _write_section(file, sections, "file_offsets", _offsets(table.files))
     text_crc = None
     if encode_text is not None and n:
         pooled, text_crc, hidden_shape = _write_hidden(file, rows, encode_text, text_batch_size)
@@ -150,32 +174,47 @@ def write_shard(
     _write_section(file, sections, "key_offsets", _offsets(rows.keys))
     _write_section(file, sections, "sizes", sizes)
     _write_section(file, sections, "repeats", repeats)
-    _write_section(file, sections, "latent_crc32c", np.array(rows.latent_crc, dtype="<u4"))
-    meta_crc = [
-        _chained_crc(caption, key, sizes[i], repeats[i : i + 1])
-        for i, (caption, key) in enumerate(zip(rows.captions, rows.keys, strict=True))
-    ]
-    _write_section(file, sections, "meta_crc32c", np.array(meta_crc, dtype="<u4"))
+    if table is None:
+        _write_section(file, sections, "latent_crc32c", np.array(rows.latent_crc, dtype="<u4"))
+    _write_section(file, sections, "meta_crc32c", _meta_crc(rows, sizes, repeats, table))
     if text_crc is not None:
         _write_section(file, sections, "text_crc32c", text_crc)
     lines = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in excluded).encode()
-    for name, blob in (("key_bytes", rows.keys), ("caption_bytes", rows.captions), ("excluded_bytes", [lines])):
+    blobs = [("key_bytes", rows.keys), ("caption_bytes", rows.captions), ("excluded_bytes", [lines])]
+    for name, blob in blobs if table is None else [("file_bytes", table.files), *blobs]:
         _write_section(file, sections, name, np.frombuffer(b"".join(blob), dtype="u1"))
     file.seek(0)
-    file.write(_header(head, sections, crc32c(lines)))
+    file.write(_header(head, sections, crc32c(lines), table.root if table else ""))
     file.flush()
 
 
-def _write_latents(file: BinaryIO, head: ShardHead, batch: RowBatch, rows: _Rows) -> None:
-    latents = np.ascontiguousarray(batch.latents, dtype="<f2")
-    if latents.shape != (len(batch.keys), *head.latent_shape):
+def _write_latents(file: BinaryIO, head: ShardHead, latents: np.ndarray, rows: _Rows) -> None:
+    latents = np.ascontiguousarray(latents, dtype="<f2")
+    if latents.shape[1:] != head.latent_shape:
         raise ValueError(f"latents of shape {latents.shape} do not fit bucket {head.bucket}")
     file.write(latents.data)
     rows.latent_crc.extend(crc32c(row.data) for row in latents)
+
+
+def _keep(batch: RowBatch, rows: _Rows) -> None:
+    payloads = batch.references if batch.latents is None else batch.latents
+    if len(payloads) != len(batch.keys):
+        raise ValueError(f"{len(payloads)} latents or references for {len(batch.keys)} rows")
     rows.captions.extend(caption.encode() for caption in batch.captions)
     rows.keys.extend(key.encode() for key in batch.keys)
     rows.sizes.extend(batch.sizes)
     rows.repeats.extend(batch.repeats.tolist())
+    rows.references.extend(batch.references)
+
+
+def _meta_crc(rows: _Rows, sizes: np.ndarray, repeats: np.ndarray, table: FileTable | None) -> np.ndarray:
+    # Rows of bytes: slicing them is quicker than slicing arrays.
+    size_bytes, repeat_bytes = sizes.tobytes(), repeats.tobytes()
+    crcs = []
+    for i, (caption, key) in enumerate(zip(rows.captions, rows.keys, strict=True)):
+        parts = caption, key, size_bytes[24 * i : 24 * i + 24], repeat_bytes[4 * i : 4 * i + 4]
+        crcs.append(crc32c(b"".join(parts if table is None else (*parts, *table.checked_parts(i)))))
+    return np.array(crcs, dtype="<u4")
 
 
 def _write_hidden(
@@ -195,7 +234,7 @@ def _write_hidden(
                 "set model.text_encoder_precision: fp32, or cache_text: false"
             ) from error
         file.write(hidden.data)
-        crcs.extend(_chained_crc(hidden[i], pooled[i]) for i in range(len(captions)))
+        crcs.extend(chained_crc(hidden[i], pooled[i]) for i in range(len(captions)))
         pooled_batches.append(pooled)
         shape = hidden.shape[1:]
     return np.concatenate(pooled_batches), np.array(crcs, dtype="<u4"), (len(rows.captions), *shape)
@@ -220,14 +259,17 @@ def _offsets(blobs: Sequence[bytes]) -> np.ndarray:
     return np.cumsum([0, *map(len, blobs)], dtype=np.uint64).astype("<u8")
 
 
-def _chained_crc(*parts: bytes | np.ndarray) -> int:
+def chained_crc(*parts: bytes | np.ndarray) -> int:
+    """crc32c of the parts, one after the other."""
     crc = 0
     for part in parts:
         crc = crc32c(part.data if isinstance(part, np.ndarray) else part, crc)
     return crc
 
 
-def _header(head: ShardHead, sections: dict[str, tuple[np.dtype, tuple[int, ...]]], excluded_crc: int) -> bytes:
+def _header(
+    head: ShardHead, sections: dict[str, tuple[np.dtype, tuple[int, ...]]], excluded_crc: int, root: str
+) -> bytes:
     described: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,
@@ -237,6 +279,7 @@ def _header(head: ShardHead, sections: dict[str, tuple[np.dtype, tuple[int, ...]
             "scaling_factor": repr(head.scaling_factor),
             "vae": head.vae_fingerprint,
             "excluded_crc32c": str(excluded_crc),
+            **({} if head.payload == "latents" else {"payload": head.payload, "root": root}),
         }
     }
     end = 0
@@ -265,7 +308,7 @@ def read_info(path: Path) -> ShardInfo:
         except (ValueError, KeyError) as error:
             raise ShardError(f"{path}: the header cannot be read ({error})") from error
         offsets = {name: HEADER_BYTES + header[name]["data_offsets"][0] if name in header else -1 for name in SECTIONS}
-        rows = header["latents"]["shape"][0]
+        rows = header["repeats"]["shape"][0]
         file.seek(offsets["repeats"])
         repeats = np.frombuffer(file.read(4 * rows), dtype="<u4")
         file.seek(offsets["excluded_bytes"])
@@ -285,101 +328,3 @@ def read_info(path: Path) -> ShardInfo:
         text_shape=text_shape,
         excluded=tuple(json.loads(line) for line in lines.splitlines()),
     )
-
-
-@dataclass(frozen=True)
-class RowRecord:
-    """A row's meta data as stored: caption is a JSON text, sizes u32 [6]."""
-
-    caption: str
-    key: str
-    sizes: np.ndarray
-
-
-class OpenShard:
-    """A shard opened for random reads; the descriptor is closed when the last holder lets go of it."""
-
-    __slots__ = ("caption_bytes", "fd", "key_bytes", "offsets", "repeat_ends", "rows")
-
-    def __init__(self, path: Path, rows: int, offsets: dict[str, int], file_bytes: int, header_crc: int):
-        """Raises OSError, or ShardError where the file's size or header is not as recorded."""
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.rows, self.offsets = rows, offsets
-        self.key_bytes = offsets["caption_bytes"] - offsets["key_bytes"]
-        self.caption_bytes = offsets["excluded_bytes"] - offsets["caption_bytes"]
-        self.repeat_ends: np.ndarray | None = None
-        size = os.fstat(self.fd).st_size
-        if size != file_bytes:
-            raise ShardError(f"has {size} bytes in place of {file_bytes}")
-        if crc32c(os.pread(self.fd, HEADER_BYTES, 0)) != header_crc:
-            raise ShardError("checksum mismatch in the header")
-        # Rows are read in random order: reading ahead would only evict others from the page cache.
-        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-    def ends_of_repeats(self, virtual_rows: int) -> np.ndarray:
-        """Cumulative repeats of the rows, int64 [n]; ShardError where they do not add up to `virtual_rows`."""
-        if self.repeat_ends is None:
-            raw = os.pread(self.fd, 4 * self.rows, self.offsets["repeats"])
-            ends = np.cumsum(np.frombuffer(raw, dtype="<u4"), dtype=np.int64)
-            if len(ends) != self.rows or ends[-1] != virtual_rows:
-                raise ShardError("the repeats are not as recorded")
-            self.repeat_ends = ends
-        return self.repeat_ends
-
-
-def read_row(shard: OpenShard, row: int, latents: np.ndarray, text: tuple[np.ndarray, np.ndarray] | None) -> RowRecord:
-    """Read one row, its latents straight into `latents` (f16 [4, h, w], contiguous) and its text outputs into `text`.
-
-    Raises:
-        ShardError: a checksum does not match; the buffers then hold what was read.
-        OSError: the file cannot be read.
-    """
-    record, latent_crc = _read_meta(shard, row)
-    read_payload(shard, row, latents)
-    if crc32c(latents.data) != latent_crc:
-        raise ShardError("checksum mismatch in the latents")
-    if text is not None:
-        hidden, pooled = text
-        _read_into(shard.fd, hidden, shard.offsets["text_hidden"] + row * hidden.nbytes)
-        _read_into(shard.fd, pooled, shard.offsets["text_pooled"] + row * pooled.nbytes)
-        if _chained_crc(hidden, pooled) != _u32(shard, "text_crc32c", row):
-            raise ShardError("checksum mismatch in the text encoders' outputs")
-    return record
-
-
-def read_payload(shard: OpenShard, row: int, latents: np.ndarray) -> None:
-    """Fill `latents` with the row's latents; the one place that knows where they lie."""
-    _read_into(shard.fd, latents, shard.offsets["latents"] + row * latents.nbytes)
-
-
-def _read_meta(shard: OpenShard, row: int) -> tuple[RowRecord, int]:
-    caption = _blob(shard, "caption", row, shard.caption_bytes)
-    key = _blob(shard, "key", row, shard.key_bytes)
-    sizes = os.pread(shard.fd, 24, shard.offsets["sizes"] + 24 * row)
-    repeats = os.pread(shard.fd, 4, shard.offsets["repeats"] + 4 * row)
-    if _chained_crc(caption, key, sizes, repeats) != _u32(shard, "meta_crc32c", row):
-        raise ShardError("checksum mismatch in the caption, key or sizes")
-    record = RowRecord(caption.decode(), key.decode(), np.frombuffer(sizes, dtype="<u4"))
-    return record, _u32(shard, "latent_crc32c", row)
-
-
-def _blob(shard: OpenShard, name: str, row: int, total: int) -> bytes:
-    ends = os.pread(shard.fd, 16, shard.offsets[f"{name}_offsets"] + 8 * row)
-    begin, end = int.from_bytes(ends[:8], "little"), int.from_bytes(ends[8:], "little")
-    if not begin <= end <= total:
-        raise ShardError(f"the {name} lies outside its section")
-    return os.pread(shard.fd, end - begin, shard.offsets[f"{name}_bytes"] + begin)
-
-
-def _u32(shard: OpenShard, name: str, row: int) -> int:
-    return int.from_bytes(os.pread(shard.fd, 4, shard.offsets[name] + 4 * row), "little")
-
-
-def _read_into(fd: int, buffer: np.ndarray, offset: int) -> None:
-    if os.preadv(fd, [buffer.data.cast("B")], offset) != buffer.nbytes:
-        raise ShardError("the file ends before the row does")

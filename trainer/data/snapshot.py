@@ -3,7 +3,6 @@
 Nothing is held per image: a snapshot of 12 million rows is some 6,000 shards' worth of small integers.
 """
 
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -13,57 +12,50 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.buckets import Bucket
-from trainer.data.shards import SECTIONS, OpenShard, ShardError, ShardInfo, read_row
+from trainer.data.augment import ChooseView, View, centred_view
+from trainer.data.buckets import Bucket, Placement
+from trainer.data.references import ReferencedFiles
+from trainer.data.shard_reader import OpenShard, PayloadError, RowRecord, read_record, read_row
+from trainer.data.shards import LATENT_CHANNELS, LATENT_FACTOR, SECTIONS, ShardError, ShardInfo
+from trainer.data.snapshot_file import ShardEntry, current_snapshot, read_snapshot
 from trainer.errors import UserError
 
-SNAPSHOT_FORMAT = "sdxl-train snapshot 1"
 SPLITS = ("train", "validation")
 OPEN_FILES = 256
 """Shards that a process keeps open; well below the usual limit of 1,024 descriptors."""
 
 _ROWS, _VIRTUAL_ROWS, _UNIFORM_REPEATS, _FILE_BYTES, _HEADER_CRC = range(5)  # columns of PreparedSet._facts
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """A shard as the snapshot lists it; `name` is relative to the prepared folder."""
-
-    name: str
-    split: str
-    bucket: Bucket
-    info: ShardInfo
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What one snapshot file holds."""
-
-    number: int
-    generations: tuple[int, ...]
-    settings: dict[str, Any]
-    shards: tuple[ShardEntry, ...]
+_LATENTS = SECTIONS.index("latents")  # column of PreparedSet._offsets
 
 
 @dataclass(frozen=True)
 class RowProblem:
-    """A row that could not be read as it was written."""
+    """A row that could not be read as it was written.
 
-    shard: str
+    `file` is the one at fault: a shard (relative to the prepared folder), or a file that a shard refers to. `row`
+    counts in the shard, `offset` is the byte of the file where the row's payload begins; -1 where it is not known.
+    """
+
+    file: str
     row: int
+    offset: int
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: row {self.row}: {self.reason}"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as read. Where `ok` is false (padding, or a row in `problems`), latents are 0 and texts are empty.
+    """Rows as read. Where `ok` is false (padding, or a row in `problems`), latents or pixels are 0 and texts are empty.
 
-    latents f16 [m, 4, h, w] unscaled; captions are JSON texts {"caption": ...}; repeat int64 [m] counts from 0;
-    sizes int64 [m, 6] in the order of SDXL's time ids; text_hidden f16 [m, 77, D] and text_pooled f16 [m, P] where
-    they are cached.
+    latents f16 [m, 4, h, w] unscaled, or in a set of images pixels u8 [m, 3, 8h, 8w], the other None; captions are
+    JSON texts {"caption": ...}; repeat int64 [m] counts from 0; sizes int64 [m, 6] in the order of SDXL's time ids;
+    text_hidden f16 [m, 77, D] and text_pooled f16 [m, P] where they are cached.
     """
 
-    latents: np.ndarray
+    latents: np.ndarray | None
+    pixels: np.ndarray | None
     captions: list[str]
     keys: list[str]
     repeat: np.ndarray
@@ -75,84 +67,25 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class ShardSummary:
+    """One shard of an open prepared set; `name` is relative to the prepared folder."""
+
+    index: int
+    name: str
+    split: str
+    bucket_index: int
+    rows: int
+    virtual_rows: int
+    file_bytes: int
+
+
+@dataclass(frozen=True)
 class _Group:
     """The shards of one bucket: their places in the snapshot, and cumulative virtual rows int64 [shards + 1]."""
 
     bucket: Bucket
     shards: np.ndarray
     starts: np.ndarray
-
-
-def snapshot_name(number: int) -> str:
-    """File name of a snapshot."""
-    return f"{number:06d}.json"
-
-
-def current_snapshot(prepared: Path) -> str | None:
-    """The name that CURRENT holds, such as `000001.json`; None where nothing has been committed."""
-    try:
-        return (prepared / "CURRENT").read_text().strip()
-    except FileNotFoundError:
-        return None
-
-
-def snapshot_to_json(snapshot: Snapshot) -> str:
-    """One list per column, so that thousands of shards stay small and quick to read."""
-    shards, infos = snapshot.shards, [shard.info for shard in snapshot.shards]
-    present = [name for name in SECTIONS if any(info.offsets[name] >= 0 for info in infos)]
-    document = {
-        "format": SNAPSHOT_FORMAT,
-        "number": snapshot.number,
-        "generations": snapshot.generations,
-        "settings": snapshot.settings,
-        "shards": {
-            "name": [shard.name for shard in shards],
-            "split": [shard.split for shard in shards],
-            "bucket_hw": [[shard.bucket.height_px, shard.bucket.width_px] for shard in shards],
-            "rows": [info.rows for info in infos],
-            "virtual_rows": [info.virtual_rows for info in infos],
-            "uniform_repeats": [info.uniform_repeats for info in infos],
-            "file_bytes": [info.file_bytes for info in infos],
-            "header_crc32c": [info.header_crc32c for info in infos],
-            "text_shape": next((info.text_shape for info in infos if info.text_shape), None),
-            "offsets": {name: [info.offsets[name] for info in infos] for name in present},
-        },
-    }
-    return json.dumps(document, ensure_ascii=False, indent=None, separators=(",", ":")) + "\n"
-
-
-def read_snapshot(prepared: Path, name: str) -> Snapshot:
-    """UserError where the file is missing or is no snapshot that this version reads."""
-    path = prepared / "snapshots" / name
-    try:
-        document = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such snapshot of the prepared data set") from None
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read as a snapshot ({error})") from error
-    if document.get("format") != SNAPSHOT_FORMAT:
-        raise UserError(f"{path}: is of format '{document.get('format')}', this version reads '{SNAPSHOT_FORMAT}'")
-    columns = document["shards"]
-    offsets, text_shape = columns["offsets"], columns["text_shape"]
-    entries = tuple(
-        ShardEntry(
-            name=shard_name,
-            split=columns["split"][i],
-            bucket=Bucket(*columns["bucket_hw"][i]),
-            info=ShardInfo(
-                rows=columns["rows"][i],
-                virtual_rows=columns["virtual_rows"][i],
-                uniform_repeats=columns["uniform_repeats"][i],
-                file_bytes=columns["file_bytes"][i],
-                header_crc32c=columns["header_crc32c"][i],
-                offsets={name: offsets[name][i] if name in offsets else -1 for name in SECTIONS},
-                text_shape=tuple(text_shape) if text_shape else None,
-                excluded=(),
-            ),
-        )
-        for i, shard_name in enumerate(columns["name"])
-    )
-    return Snapshot(document["number"], tuple(document["generations"]), document["settings"], entries)
 
 
 class PreparedSet:
@@ -173,6 +106,7 @@ class PreparedSet:
         self._images = {split: sum(s.info.rows for s in snapshot.shards if s.split == split) for split in SPLITS}
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
+        self._files = ReferencedFiles()
 
     @classmethod
     def open(cls, prepared: Path, snapshot_name: str | None = None) -> "PreparedSet":
@@ -204,29 +138,95 @@ class PreparedSet:
         """Images of the split, each counted once."""
         return self._images[split]
 
-    def missing(self) -> list[str]:
-        """A line for each shard that is not there or has another size than was written; a stat per shard."""
+    def shards(self, split: str) -> list[ShardSummary]:
+        """The shards of a split that have rows, by bucket."""
+        return [
+            ShardSummary(
+                index,
+                self._names[index],
+                split,
+                bucket_index,
+                int(self._facts[index, _ROWS]),
+                int(self._facts[index, _VIRTUAL_ROWS]),
+                int(self._facts[index, _FILE_BYTES]),
+            )
+            for bucket_index, group in enumerate(self._groups[split])
+            for index in group.shards.tolist()
+        ]
+
+    def missing(self) -> list[tuple[str, int]]:
+        """A line for each shard that is not there or has another size than was written, and how many images it holds;
+        a stat per shard."""
         sizes = [_size(self.path / name) for name in self._names]
         return [
-            f"{name}: is missing" if size < 0 else f"{name}: has {size} bytes in place of {facts[_FILE_BYTES]}"
+            (
+                f"{name}: is missing" if size < 0 else f"{name}: has {size} bytes in place of {facts[_FILE_BYTES]}",
+                int(facts[_ROWS]),
+            )
             for name, size, facts in zip(self._names, sizes, self._facts, strict=True)
             if size != facts[_FILE_BYTES]
         ]
 
-    def read(self, split: str, bucket_index: int, ids: np.ndarray, latents: np.ndarray | None = None) -> Rows:
+    @property
+    def holds_images(self) -> bool:
+        """Whether rows are images, decoded anew at each read, and not latents."""
+        return self.settings.get("data.mode") == "images"
+
+    def payload_shape(self, split: str, bucket_index: int) -> tuple[tuple[int, int, int], np.dtype]:
+        """Shape and dtype of one row's latents, or pixels, of a bucket."""
+        bucket = self._groups[split][bucket_index].bucket
+        if self.holds_images:
+            return (3, bucket.height_px, bucket.width_px), np.dtype(np.uint8)
+        shape = (LATENT_CHANNELS, bucket.height_px // LATENT_FACTOR, bucket.width_px // LATENT_FACTOR)
+        return shape, np.dtype(np.float16)
+
+    def read(
+        self,
+        split: str,
+        bucket_index: int,
+        ids: np.ndarray,
+        payload: np.ndarray | None = None,
+        choose_view: ChooseView = centred_view,
+    ) -> Rows:
         """Read virtual rows of one bucket; a row that is damaged or cannot be read never raises.
 
         Args:
             ids: int64 [m] in 0..rows_per_bucket; -1 is padding.
-            latents: f16 [m, 4, h, w] contiguous to read into (such as a view of pinned memory); default: a new array.
+            payload: latents or pixels are read into it (such as a view of pinned memory), contiguous, [m, *shape] as
+                `payload_shape` tells; default: a new array.
+            choose_view: of each image, from its key, the repeat and its view at the centre.
         """
         group = self._groups[split][bucket_index]
-        height, width = group.bucket.height_px // 8, group.bucket.width_px // 8
-        m = len(ids)
-        if latents is None:
-            latents = np.empty((m, 4, height, width), dtype=np.float16)
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(ids) and not (ids.min() >= -1 and ids.max() < group.starts[-1]):
+            raise IndexError(f"row ids {ids.min()}..{ids.max()} of a bucket of {group.starts[-1]} rows")
+        places = np.searchsorted(group.starts, ids, side="right") - 1
+        within = np.where(ids < 0, -1, ids - group.starts[places])
+        if payload is None:
+            shape, dtype = self.payload_shape(split, bucket_index)
+            payload = np.empty((len(ids), *shape), dtype=dtype)
+        return self._read(payload, group.shards[places].tolist(), within.tolist(), choose_view)
+
+    def read_shard(self, shard: ShardSummary, rows: range) -> Rows:
+        """Read rows by their number in one shard, each in its first repeat; otherwise like `read`."""
+        uniform = int(self._facts[shard.index, _UNIFORM_REPEATS])
+        within = [row * uniform for row in rows]
+        if not uniform:
+            try:
+                ends = self._shard(shard.index).ends_of_repeats(shard.virtual_rows)
+                within = [int(ends[row - 1]) if row else 0 for row in rows]
+            except (ShardError, OSError):
+                pass  # each row will tell
+        shape, dtype = self.payload_shape(shard.split, shard.bucket_index)
+        payload = np.empty((len(rows), *shape), dtype=dtype)
+        return self._read(payload, [shard.index] * len(rows), within, centred_view)
+
+    def _read(self, payload: np.ndarray, shards: list[int], within: list[int], choose_view: ChooseView) -> Rows:
+        """Virtual row `within[i]` of the shard `shards[i]` into `payload[i]`, for each i; -1 is padding."""
+        m = len(payload)
         rows = Rows(
-            latents=latents,
+            latents=None if self.holds_images else payload,
+            pixels=payload if self.holds_images else None,
             captions=[""] * m,
             keys=[""] * m,
             repeat=np.zeros(m, dtype=np.int64),
@@ -236,16 +236,21 @@ class PreparedSet:
             text_pooled=self._text_buffer(m, hidden=False),
             problems=[],
         )
-        ids = np.asarray(ids, dtype=np.int64)
-        if m and not (ids.min() >= -1 and ids.max() < group.starts[-1]):
-            raise IndexError(f"row ids {ids.min()}..{ids.max()} of a bucket of {group.starts[-1]} rows")
-        places = np.searchsorted(group.starts, ids, side="right") - 1
-        within = (ids - group.starts[places]).tolist()
-        shards = group.shards[places].tolist()
         for i in range(m):
-            if ids[i] < 0 or not self._read_one(rows, i, shards[i], within[i]):
-                latents[i] = 0
+            if within[i] < 0 or not self._read_one(rows, i, payload[i], shards[i], within[i], choose_view):
+                payload[i] = 0
         return rows
+
+    def read_record(self, split: str, bucket_index: int, virtual_row: int) -> RowRecord | None:
+        """The key, caption and sizes of one virtual row, without its payload; None where they cannot be read."""
+        group = self._groups[split][bucket_index]
+        place = int(np.searchsorted(group.starts, virtual_row, side="right")) - 1
+        shard_index = int(group.shards[place])
+        try:
+            shard = self._shard(shard_index)
+            return read_record(shard, self._row_of(shard, shard_index, virtual_row - int(group.starts[place]))[0])
+        except (ShardError, OSError):
+            return None
 
     def _text_buffer(self, m: int, hidden: bool) -> np.ndarray | None:
         if self.text_shape is None:
@@ -253,9 +258,12 @@ class PreparedSet:
         positions, hidden_width, pooled_width = self.text_shape
         return np.zeros((m, positions, hidden_width) if hidden else (m, pooled_width), dtype=np.float16)
 
-    def _read_one(self, rows: Rows, i: int, shard_index: int, virtual: int) -> bool:
+    def _read_one(
+        self, rows: Rows, i: int, payload: np.ndarray, shard_index: int, virtual: int, choose_view: ChooseView
+    ) -> bool:
         """Fill place i; on a mismatch drop what the kernel has cached and read once more, then give the row up."""
-        row, reason = -1, ""
+        row = self._uniform_row(shard_index, virtual)
+        file, offset, reason = self._names[shard_index], -1, ""
         text = None
         if rows.text_hidden is not None and rows.text_pooled is not None:
             text = (rows.text_hidden[i], rows.text_pooled[i])
@@ -263,9 +271,17 @@ class PreparedSet:
             try:
                 shard = self._shard(shard_index)
                 row, repeat = self._row_of(shard, shard_index, virtual)
-                record = read_row(shard, row, rows.latents[i], text)
+
+                def choose_place(key: str, centred: Placement, repeat: int = repeat) -> View:
+                    return choose_view(key, repeat, centred)
+
+                record = read_row(shard, row, payload, text, choose_place)
+            except PayloadError as error:
+                file, offset, reason = error.reference.file, error.reference.offset, str(error)
+                self._files.forget(error.reference)
+                continue
             except (ShardError, OSError) as error:
-                reason = str(error)
+                file, offset, reason = self._names[shard_index], -1, str(error)
                 self._forget(shard_index)
                 continue
             rows.captions[i], rows.keys[i], rows.sizes[i] = record.caption, record.key, record.sizes
@@ -273,8 +289,16 @@ class PreparedSet:
             return True
         for output in text or ():
             output[:] = 0
-        rows.problems.append(RowProblem(self._names[shard_index], row, reason))
+        latents = int(self._offsets[shard_index, _LATENTS])
+        if row >= 0 and offset < 0 <= latents:
+            offset = latents + row * payload.nbytes
+        rows.problems.append(RowProblem(file, row, offset, reason))
         return False
+
+    def _uniform_row(self, shard_index: int, virtual: int) -> int:
+        """The row, as far as it can be told without opening the shard; else -1."""
+        uniform = int(self._facts[shard_index, _UNIFORM_REPEATS])
+        return virtual // uniform if uniform else -1
 
     def _row_of(self, shard: OpenShard, shard_index: int, virtual: int) -> tuple[int, int]:
         uniform = int(self._facts[shard_index, _UNIFORM_REPEATS])
@@ -292,7 +316,7 @@ class PreparedSet:
                 return shard
         rows, _, _, file_bytes, header_crc = self._facts[index].tolist()
         offsets = dict(zip(SECTIONS, self._offsets[index].tolist(), strict=True))
-        shard = OpenShard(self.path / self._names[index], rows, offsets, file_bytes, header_crc)
+        shard = OpenShard(self.path / self._names[index], rows, offsets, file_bytes, header_crc, self._files)
         with self._lock:
             self._open[index] = shard
             # An evicted shard is closed when no thread reads from it any more: its last reference closes it.

@@ -11,6 +11,7 @@ import torch
 
 from trainer.data.keyed import draw_seed
 from trainer.data.loader import Batch, BatchReader, Request
+from trainer.data.sampler import pick_rows
 from trainer.diffusion.noise import standard_normal
 from trainer.dist.comm import Comm, sum_floats
 from trainer.dist.strategy import evaluating
@@ -25,15 +26,6 @@ class ValidationLoss:
     loss: float
     at_timestep: dict[int, float]
     num_images: int
-
-
-def pick_rows(rows_per_bucket: Sequence[int], count: int) -> list[tuple[int, int]]:
-    """At most `count` (bucket, row) pairs, spread evenly over all rows; always the same ones."""
-    ends = np.cumsum(rows_per_bucket, dtype=np.int64)
-    total = int(ends[-1]) if len(ends) else 0
-    chosen = np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).astype(np.int64))
-    buckets = np.searchsorted(ends, chosen, side="right")
-    return [(int(b), int(i - (ends[b] - rows_per_bucket[b]))) for b, i in zip(buckets, chosen, strict=True)]
 
 
 def validation_batches(reader: BatchReader, max_images: int, batch_size: int, comm: Comm) -> Iterator[Batch]:
@@ -74,6 +66,7 @@ def validation_loss(
 
 def _loss_sum(denoiser: Denoiser, batch: Batch, timestep: int, device: torch.device) -> float:
     text = condition_text(denoiser.text_encoders, device, batch.input_ids, batch.text_hidden, batch.pooled)
+    assert batch.latents is not None, "images are encoded before they come here"
     latents = batch.latents.to(device)
     seeds = torch.tensor([draw_seed("validation noise", key) for key in batch.keys], dtype=torch.int64)
     noise = standard_normal(seeds, latents.shape[1:], device)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainer.errors import UserError
 
@@ -16,6 +16,7 @@ class RunArithmetic:
     accumulation: int  # forward and backward passes per optimizer step
     images_per_step: int  # global batch G: the rows of one optimizer step, all of one bucket
     rows_per_bucket: tuple[int, ...]  # images of each bucket, repeats counted
+    batch_factors: tuple[int, ...]  # steps and passes of each bucket hold so many times the images said above
     total_steps: int  # optimizer steps of the whole run
     checkpoint_every_steps: int
 
@@ -36,8 +37,8 @@ class RunArithmetic:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Sum over the buckets of ceil(rows / images_per_step): a step never mixes buckets."""
-        return sum(math.ceil(rows / self.images_per_step) for rows in self.rows_per_bucket)
+        """Sum over the buckets of ceil(rows / images of its steps): a step never mixes buckets."""
+        return sum(self._steps_of_buckets())
 
     @property
     def epochs(self) -> float:
@@ -52,7 +53,8 @@ class RunArithmetic:
     @property
     def padded_share(self) -> float:
         """Share of an epoch's slots that hold padding of weight 0, from 0 to 1."""
-        return 1 - self.images_per_epoch / (self.steps_per_epoch * self.slots_per_step)
+        batches = sum(f * steps for f, steps in zip(self.batch_factors, self._steps_of_buckets(), strict=True))
+        return 1 - self.images_per_epoch / (batches * self.slots_per_step)
 
     def checkpoints_to_write(self, start_step: int = 0) -> int:
         """Checkpoints from `start_step` (which has its own) to the end, the last one included."""
@@ -74,7 +76,17 @@ class RunArithmetic:
             f" (every {self.checkpoint_every_steps:,} steps and at the end)",
         ]
 
+    def _steps_of_buckets(self) -> list[int]:
+        return [
+            math.ceil(rows / (self.images_per_step * factor))
+            for rows, factor in zip(self.rows_per_bucket, self.batch_factors, strict=True)
+        ]
+
     def _describe_step(self) -> str:
+        usual, most = self._describe_usual_step(), max(self.batch_factors)
+        return usual if most == 1 else f"{usual}; up to {most} times as many in buckets of small images"
+
+    def _describe_usual_step(self) -> str:
         product = (
             f"{_count(self.workers, 'worker')} x {_count(self.batch_size_per_gpu, 'image')}"
             f" x {self.accumulation:,} accumulation"
@@ -97,9 +109,8 @@ class RunArithmetic:
         return f"{line} ({_percent(self.padded_share)} of slots padded{': buckets with few images' if few else ''})"
 
     def _describe_run(self, start_step: int, seconds_per_step: float | None) -> str:
-        exact = self.total_steps % self.steps_per_epoch == 0 or self.images_per_epoch == (
-            self.steps_per_epoch * self.images_per_step
-        )
+        even = self.images_per_epoch == self.steps_per_epoch * self.images_per_step and max(self.batch_factors) == 1
+        exact = self.total_steps % self.steps_per_epoch == 0 or even
         epochs = f"{self.epochs:,.1f}".removesuffix(".0")
         line = (
             f"{_count(self.total_steps, 'step')} = {epochs} epoch{'' if epochs == '1' else 's'}"
@@ -122,6 +133,7 @@ def run_arithmetic(
     steps: int | None,
     epochs: int | None,
     checkpoint_every_steps: int,
+    batch_factors: Sequence[int] | None = None,
 ) -> RunArithmetic:
     """Derives the run's numbers from the settings, as `train.*` of the configuration gives them.
 
@@ -133,6 +145,7 @@ def run_arithmetic(
         rows_per_bucket: training images of each bucket, repeats counted.
         steps, epochs: length of the run; exactly one is given.
         checkpoint_every_steps: optimizer steps between checkpoints.
+        batch_factors: passes and steps of each bucket hold so many times the usual number of images; default 1.
 
     Raises:
         UserError: there is no training image, or the accumulation is given and does not fit the batch.
@@ -151,16 +164,17 @@ def run_arithmetic(
             f"{images_per_step} on {_count(workers, 'worker')} of {_count(batch_size_per_gpu, 'image')}"
             f" needs {accumulation}; leave one of the two out"
         )
-    steps_per_epoch = sum(math.ceil(rows / images_per_step) for rows in rows_per_bucket)
-    return RunArithmetic(
+    arithmetic = RunArithmetic(
         workers=workers,
         batch_size_per_gpu=batch_size_per_gpu,
         accumulation=accumulation,
         images_per_step=images_per_step,
         rows_per_bucket=tuple(rows_per_bucket),
-        total_steps=steps if steps is not None else (epochs or 0) * steps_per_epoch,
+        batch_factors=tuple(batch_factors or [1] * len(rows_per_bucket)),
+        total_steps=steps or 0,
         checkpoint_every_steps=checkpoint_every_steps,
     )
+    return arithmetic if epochs is None else replace(arithmetic, total_steps=epochs * arithmetic.steps_per_epoch)
 
 
 def format_duration(seconds: float) -> str:

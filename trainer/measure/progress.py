@@ -99,6 +99,12 @@ class ProgressLine:
         pauses = max(elapsed_s / self._busy_s, 1.0) if self._busy_s > 0 else 1.0
         return (self._total_steps - self._latest[-1].step) * self._sum("step_s") / len(self._latest) * pauses
 
+    def set_total_steps(self, total_steps: int) -> None:
+        """The run ends at another step than was thought before."""
+        self._total_steps = total_steps
+        if self._bar is not None:
+            self._bar.total = total_steps
+
     def close(self) -> None:
         """Leaves the bar as it stands and ends its line."""
         if self._bar is not None:
@@ -117,20 +123,25 @@ class ProgressLine:
 
     def _bar_text(self) -> str:
         # The dearest first: a narrow terminal cuts off the end.
-        return "  ".join((self._loss(), self._speed(), *self._left(), self._data_wait()))
+        return "  ".join((self._loss(), self._speed(), *self._bad(), *self._left(), self._data_wait()))
 
     def _line_text(self) -> str:
         lr = f"lr {self._latest[-1].lr:.1e}"
-        return "  ".join((self._loss(), lr, self._speed(), self._data_wait(), *self._left()))
+        return "  ".join((self._loss(), lr, self._speed(), self._data_wait(), *self._bad(), *self._left()))
 
     def _loss(self) -> str:
-        return f"loss {self._sum('loss') / len(self._latest):.3f}"
+        # A step without one readable image has no loss.
+        losses = [metrics.loss for metrics in self._latest if metrics.images]
+        return f"loss {math.fsum(losses) / len(losses):.3f}" if losses else "loss -"
 
     def _speed(self) -> str:
         return f"{self.images_per_s:.{1 if self.images_per_s >= 1 else 2}f} img/s"
 
     def _data_wait(self) -> str:
         return f"data wait {100 * self._sum('data_wait_s') / max(self._sum('step_s'), 1e-9):.0f} %"
+
+    def _bad(self) -> list[str]:
+        return [f"bad {self._latest[-1].bad_rows:,}"] if self._latest[-1].bad_rows else []
 
     def _left(self) -> list[str]:
         return [f"left {format_duration(self.time_left_s)}"] if self._latest[-1].step < self._total_steps else []

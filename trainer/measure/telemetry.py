@@ -30,6 +30,7 @@ class StepMetrics:
     images_seen: int  # images of all steps so far
     data_wait_s: float  # part of step_s spent waiting for the batch
     step_s: float  # this step alone, without checkpoints, validation and samples
+    bad_rows: int = 0  # rows of all steps so far that could not be read
 
 
 class MetricsWriter:
@@ -51,7 +52,7 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
         last_step = -1 if resume_step is None else resume_step
-        _remove_records_after(path, last_step)
+        remove_records_after(path, last_step)
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=last_step + 1, flush_secs=10)
 
@@ -128,8 +129,9 @@ def _records(path: Path) -> Iterator[dict[str, Any] | None]:
             yield record if whole else None
 
 
-def _remove_records_after(path: Path, last_step: int) -> None:
-    """Replaces the file by one without later records and unreadable lines; at once, or not at all."""
+def remove_records_after(path: Path, last_step: int) -> None:
+    """Replaces a file of JSON records by one without those of later steps and unreadable lines; at once, or not at
+    all."""
     if all(record is not None and record["step"] <= last_step for record in _records(path)):
         return
     partial = path.with_name(path.name + ".partial")

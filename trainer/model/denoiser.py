@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trainer.diffusion.objective import Objective
 from trainer.model.conditioning import unet_inputs
 from trainer.model.text import TextConditioning, TextEncoders
+from trainer.model.vae import ImageEncoder
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -24,6 +25,7 @@ class Denoiser:
         unet: the plain module, without a wrapper.
         objective: its schedule lies on the UNet's device.
         text_encoders: frozen; None where their outputs are cached with the data.
+        image_encoder: the frozen VAE, where the data are images; None where they are latents.
         scaling_factor: latents of the VAE times this are what the UNet sees.
         autocast_dtype: arithmetic of the UNet; None: the precision of its weights.
     """
@@ -31,6 +33,7 @@ class Denoiser:
     unet: UNet2DConditionModel
     objective: Objective
     text_encoders: TextEncoders | None
+    image_encoder: ImageEncoder | None
     scaling_factor: float
     autocast_dtype: torch.dtype | None
 

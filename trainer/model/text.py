@@ -38,6 +38,14 @@ class CaptionTokenizer:
         rows = [self._both(caption) for caption in captions]
         return np.array(rows, dtype=np.int64).reshape(len(captions), 2, -1)
 
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Tokens of each caption, those beyond the 75 that are used included."""
+        specials = 2  # start and end, of each piece
+        return [
+            sum(sum(piece.attention_mask) - specials for piece in (first, *first.overflowing))
+            for first in map(self.one.encode, captions)
+        ]
+
     def _both(self, caption: str) -> tuple[list[int], list[int]]:
         first = self.one.encode(caption)
         if self.two_differs_at is None or self.two_differs_at in caption:

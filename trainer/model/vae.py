@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,25 @@ def encode_latents(vae: AutoencoderKL, pixels: Tensor, draw_seeds: Tensor) -> Te
     posterior = vae.encode(pixels.to(vae.device, vae.dtype), return_dict=False)[0]
     mean = posterior.mean.float()
     return mean + posterior.std.float() * standard_normal(draw_seeds, mean.shape[1:], mean.device)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEncoder:
+    """A frozen VAE that encodes the images of each batch as they are trained on, a few at a time."""
+
+    vae: AutoencoderKL
+    batch_size: int
+
+    def encode(self, pixels: Tensor, draw_seeds: Tensor) -> Tensor:
+        """Unscaled latents [B, 4, H/8, W/8] float32 on the VAE's device, of uint8 images [B, 3, H, W].
+
+        The same as `prepare` stores for these pixels and seeds, but for the rounding to fp16.
+        """
+        parts = []
+        for images, seeds in zip(pixels.split(self.batch_size), draw_seeds.split(self.batch_size), strict=True):
+            unit_range = images.to(self.vae.device, non_blocking=True).float() / 127.5 - 1.0
+            parts.append(encode_latents(self.vae, unit_range, seeds))
+        return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -3,10 +3,24 @@
 from collections.abc import Sequence
 
 from trainer.config.schema import Config
+from trainer.data.buckets import Bucket
 from trainer.measure.arithmetic import RunArithmetic, run_arithmetic
 
+MOST_BATCHES = 16
+"""Text encoders and the loader cost by the image, whatever its size: a limit to `train.batch_by_area`."""
 
-def arithmetic_of(config: Config, workers: int, rows_per_bucket: Sequence[int]) -> RunArithmetic:
+
+def batch_factors(config: Config, buckets: Sequence[Bucket]) -> list[int]:
+    """How many times the usual batch each bucket takes."""
+    if not config.train.batch_by_area:
+        return [1] * len(buckets)
+    area = config.data.buckets.resolution**2
+    return [min(MOST_BATCHES, max(1, area // (bucket.height_px * bucket.width_px))) for bucket in buckets]
+
+
+def arithmetic_of(
+    config: Config, workers: int, buckets: Sequence[Bucket], rows_per_bucket: Sequence[int]
+) -> RunArithmetic:
     """Images per step, steps per epoch and where the run ends, on `workers` workers."""
     return run_arithmetic(
         workers=workers,
@@ -14,6 +28,7 @@ def arithmetic_of(config: Config, workers: int, rows_per_bucket: Sequence[int]) 
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         global_batch_size=config.train.global_batch_size,
         rows_per_bucket=rows_per_bucket,
+        batch_factors=batch_factors(config, buckets),
         steps=config.train.steps,
         epochs=config.train.epochs,
         checkpoint_every_steps=config.checkpoint.every_steps,

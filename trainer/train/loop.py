@@ -8,18 +8,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from trainer.config.schema import Config
+from trainer.data.augment import Augmentation
 from trainer.data.loader import BatchReader, Loader, open_loader
-from trainer.data.sampler import EpochPlan, Position, steps_per_epoch, with_global_batch
-from trainer.dist.comm import Comm
+from trainer.data.sampler import EpochPlan, Position, epochs_done, steps_per_epoch, with_global_batch
+from trainer.data.snapshot import PreparedSet
+from trainer.dist.comm import Comm, barrier
 from trainer.errors import UserError
 from trainer.evaluate.report import loss_curve_png
 from trainer.measure.arithmetic import RunArithmetic
 from trainer.measure.progress import ProgressLine
 from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
 from trainer.model.text import load_tokenizers
-from trainer.train.arithmetic import arithmetic_of
-from trainer.train.build import Run, build_run
+from trainer.train.arithmetic import arithmetic_of, batch_factors
+from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
+from trainer.train.build import Run, build_run, newest_snapshot
+from trainer.train.captions import caption_rules
 from trainer.train.checkpoint import write_checkpoint
+from trainer.train.encoding import encoded_batches
 from trainer.train.lr_schedule import lr_at
 from trainer.train.optim import optimizer_tensors
 from trainer.train.run_dir import MANIFEST, checkpoint_dir, prune_checkpoints
@@ -40,53 +45,95 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
         Where the run stands.
     """
     run = build_run(config, comm)
-    rows_per_bucket = run.prepared.rows_per_bucket("train")
-    arithmetic = arithmetic_of(config, comm.world, rows_per_bucket)
-    state = starting_state(config, run, arithmetic.images_per_step)
-    total_steps = _total_steps(config, rows_per_bucket, state)
-    _announce(config, run, replace(arithmetic, total_steps=total_steps), state)
+    state, arithmetic = _place_in_data(config, run)
+    _announce(config, run, arithmetic, state)
+    bad, limit = BadRows(), config.data.max_bad_fraction
     with ExitStack() as stack:
-        outputs = _Outputs.open(stack, config, state, total_steps, fresh=run.state is None) if comm.rank == 0 else None
+        outputs = None
+        if comm.rank == 0:
+            bad = forget_bad_rows_after(config.run.dir, state.step)
+            outputs = _Outputs.open(stack, config, state, arithmetic.total_steps, fresh=run.state is None)
         scorer = Scorer(config, comm, run.parts.denoiser, run.prepared)
         if run.state is None:
             scorer.score_when_due(0, outputs and outputs.metrics, at_end=False)
         loader = stack.enter_context(open_training_loader(config, comm, run, state, arithmetic.accumulation))
-        done = state.step >= total_steps
+        done = state.step >= arithmetic.total_steps
         while not done:
             begin, waited_before = time.perf_counter(), loader.wait_s
-            lr = lr_at(state.step, total_steps, config.optimizer.lr, config.lr_schedule)
+            lr = lr_at(state.step, arithmetic.total_steps, config.optimizer.lr, config.lr_schedule)
             batches = next(loader)
-            result = train_step(
-                run.parts, batches.batches, arithmetic.accumulation, batches.weight, lr, stop_requested()
-            )
+            encoded = encoded_batches(run.parts.denoiser.image_encoder, batches.batches)
+            result = train_step(run.parts, encoded, arithmetic.accumulation, batches.weight, lr, stop_requested())
             state = replace(
                 state,
                 step=state.step + 1,
                 images_seen=state.images_seen + round(result.num_images),
                 position=batches.position_after,
             )
-            done = state.step >= total_steps or result.stop
+            record_bad_rows(config.run.dir, state.step, comm.rank, result.problems)
+            bad = bad.after(round(result.num_images) + result.bad_rows, result.bad_rows)
+            done = state.step >= arithmetic.total_steps or result.stop or bad.too_many(limit)
             if outputs:
                 seconds, waited = time.perf_counter() - begin, loader.wait_s - waited_before
-                outputs.record(state, result, lr, seconds, waited, arithmetic.steps_per_epoch)
+                epoch = epochs_done(state.position, arithmetic.rows_per_bucket)
+                outputs.record(state, result, lr, seconds, waited, epoch, bad.total)
             if done or state.step % config.checkpoint.every_steps == 0:
                 _save(config, comm, run, state, must_succeed=done)
+            if bad.too_many(limit):
+                barrier(comm)  # the first worker to fail ends the others, and rank 0 may still be saving
+                raise bad.as_error(limit, config.run.dir)
             if not result.stop:
                 scorer.score_when_due(state.step, outputs and outputs.metrics, at_end=done)
+            if not done and state.position.starts_epoch:
+                newer = _newer_data(config, comm, state)
+                if newer:
+                    loader.close()
+                    run = replace(run, state=state, prepared=newer)
+                    state, arithmetic = _place_in_data(config, run)
+                    scorer = replace(scorer, prepared=newer)
+                    loader = stack.enter_context(
+                        open_training_loader(config, comm, run, state, arithmetic.accumulation)
+                    )
+                    if outputs:
+                        outputs.progress.set_total_steps(arithmetic.total_steps)
         if outputs:
             loss_curve_png(read_metrics(config.run.dir), config.run.dir / "loss.png", title=config.run.dir.name)
-    _announce_end(config, state, total_steps)
+    _announce_end(config, state, arithmetic.total_steps)
     return state
 
 
 def starting_state(config: Config, run: Run, global_batch: int) -> TrainState:
     """Where the run goes on, or the start of a fresh one; a changed global batch opens a new segment."""
-    rows_per_bucket = run.prepared.rows_per_bucket("train")
+    rows_per_bucket, snapshot = run.prepared.rows_per_bucket("train"), run.prepared.snapshot_name
+    factors = batch_factors(config, run.prepared.buckets("train"))
     if run.state is None:
-        position = Position.start(len(rows_per_bucket), global_batch)
-        return TrainState(0, 0, position, run.prepared.snapshot_name, config.run.seed)
-    position = with_global_batch(run.state.position, rows_per_bucket, config.run.seed, global_batch)
-    return replace(run.state, position=position)
+        start = Position.start(len(rows_per_bucket), global_batch, batch_factors=factors)
+        return TrainState(0, 0, start, snapshot, config.run.seed)
+    position = run.state.position
+    if position.starts_epoch:  # whatever the snapshot before: this one's buckets may be others
+        position = Position.start(len(rows_per_bucket), global_batch, position.epoch, factors)
+    else:
+        position = with_global_batch(position, rows_per_bucket, config.run.seed, global_batch, factors)
+    return replace(run.state, position=position, snapshot=snapshot)
+
+
+def _place_in_data(config: Config, run: Run) -> tuple[TrainState, RunArithmetic]:
+    """Where the run stands in the data it has, and what follows from the size of the data."""
+    rows_per_bucket = run.prepared.rows_per_bucket("train")
+    arithmetic = arithmetic_of(config, run.parts.comm.world, run.prepared.buckets("train"), rows_per_bucket)
+    state = starting_state(config, run, arithmetic.images_per_step)
+    return state, replace(arithmetic, total_steps=_total_steps(config, rows_per_bucket, state))
+
+
+def _newer_data(config: Config, comm: Comm, state: TrainState) -> PreparedSet | None:
+    """At an epoch's start: the data set with what was appended to it since, if anything was."""
+    name = newest_snapshot(config.data.prepared, comm)
+    if name is None or name == state.snapshot:
+        return None
+    prepared = PreparedSet.open(config.data.prepared, name)
+    count = prepared.images("train")
+    _log.info("epoch %d starts with snapshot %s: %s images to train on", state.position.epoch + 1, name, f"{count:,}")
+    return prepared
 
 
 def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainState) -> int:
@@ -97,14 +144,17 @@ def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainSta
     if epochs_after_this < 0:
         return state.step
     this_epoch = EpochPlan(rows_per_bucket, config.run.seed, state.position).num_steps - state.position.step
-    return state.step + this_epoch + epochs_after_this * steps_per_epoch(rows_per_bucket, state.position.global_batch)
+    position = state.position
+    per_epoch = steps_per_epoch(rows_per_bucket, position.global_batch, position.batch_factors)
+    return state.step + this_epoch + epochs_after_this * per_epoch
 
 
 def open_training_loader(config: Config, comm: Comm, run: Run, state: TrainState, accumulation: int) -> Loader:
-    """Start reading this worker's batches from where the run stands."""
+    """This worker's batches from where the run stands."""
     tokenizers = None if config.data.cache_text else load_tokenizers(config.model.path)
+    augmentation = Augmentation(config.data.augment.flip_probability, config.data.augment.random_crop)
     return open_loader(
-        BatchReader(run.prepared, "train", config.run.seed, tokenizers),
+        BatchReader(run.prepared, "train", config.run.seed, tokenizers, augmentation, caption_rules(config)),
         state.position,
         rank=comm.rank,
         world=comm.world,
@@ -126,7 +176,7 @@ def _save(config: Config, comm: Comm, run: Run, state: TrainState, *, must_succe
     try:
         write_checkpoint(
             path,
-            save_unet=partial(run.parts.denoiser.unet.save_pretrained, max_shard_size="100GB"),
+            save_unet=partial(strategy.module.save_pretrained, max_shard_size="100GB"),
             optimizer=optimizer_tensors(run.parts.optimizer, strategy.parameters),
             state=state.to_json(),
         )
@@ -172,12 +222,19 @@ class _Outputs:
         return _Outputs(metrics, progress, config.log.every_steps)
 
     def record(
-        self, state: TrainState, result: StepResult, lr: float, seconds: float, waited: float, steps_per_epoch: int
+        self,
+        state: TrainState,
+        result: StepResult,
+        lr: float,
+        seconds: float,
+        waited: float,
+        epoch: float,
+        bad_rows: int,
     ) -> None:
         """Show a step, and write it down if it is time to."""
         metrics = StepMetrics(
             step=state.step,
-            epoch=state.step / steps_per_epoch,
+            epoch=epoch,
             loss=result.loss,
             lr=lr,
             grad_norm=result.grad_norm,
@@ -185,6 +242,7 @@ class _Outputs:
             images_seen=state.images_seen,
             data_wait_s=waited,
             step_s=seconds,
+            bad_rows=bad_rows,
         )
         self.progress.update(metrics)
         if state.step % self.log_every == 0:

@@ -7,21 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
-from trainer.data.captions import caption_text
+from trainer.data.captions import compose
 from trainer.data.loader import BatchReader
+from trainer.data.sampler import pick_rows
 from trainer.data.snapshot import PreparedSet
 from trainer.dist.comm import Comm, barrier
 from trainer.evaluate.report import GridRow, image_grid
 from trainer.evaluate.sampling import decoded_images, sample_images
-from trainer.evaluate.validation import ValidationLoss, pick_rows, validation_batches, validation_loss
+from trainer.evaluate.validation import ValidationLoss, validation_batches, validation_loss
 from trainer.measure.telemetry import MetricsWriter
 from trainer.model.denoiser import Denoiser
 from trainer.model.load import load_text_encoders, load_vae
 from trainer.model.text import CaptionTokenizer, TextEncoders, load_tokenizers
+from trainer.train.captions import caption_rules
+from trainer.train.encoding import encoded_batches
 from trainer.train.precision import DTYPES
 
 _log = logging.getLogger(__name__)
@@ -34,6 +38,7 @@ class Picture:
     prompt: str
     bucket: Bucket
     latents: np.ndarray | None  # [4, h, w] float16, unscaled
+    pixels: np.ndarray | None = None  # [3, H, W] uint8, where the data are images
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,12 @@ class Scorer:
     def validate(self) -> ValidationLoss:
         """The loss on the held-out images; every worker takes its share."""
         tokenizers = None if self.config.data.cache_text else self._tokenizers
-        reader = BatchReader(self.prepared, "validation", self.config.run.seed, tokenizers)
+        rules = caption_rules(self.config).as_settled()
+        reader = BatchReader(self.prepared, "validation", self.config.run.seed, tokenizers, captions=rules)
         settings = self.config.validation
         batches = validation_batches(reader, settings.max_images, self.config.train.batch_size_per_gpu, self.comm)
-        return validation_loss(self.denoiser, batches, settings.timesteps, self.comm)
+        encoded = encoded_batches(self.denoiser.image_encoder, batches)
+        return validation_loss(self.denoiser, encoded, settings.timesteps, self.comm)
 
     def draw(self, folder: Path, title: str) -> Path:
         """Draw one image per prompt into `folder`, and all of them beside the data into `folder`.png.
@@ -84,8 +91,7 @@ class Scorer:
         comm, settings = self.comm, self.config.samples
         pictures = self._pictures()
         folder.mkdir(parents=True, exist_ok=True)
-        model = self.config.model
-        vae = load_vae(model.path, model.vae, DTYPES[model.vae_precision], comm.device)
+        vae = self._vae()
         for index in range(comm.rank, len(pictures), comm.world):
             picture = pictures[index]
             (image,) = sample_images(
@@ -112,8 +118,17 @@ class Scorer:
             data = [torch.from_numpy(picture.latents)[None] for picture in pictures if picture.latents is not None]
             if data:
                 rows.append(GridRow("data, through the VAE", [decoded_images(vae, latents)[0] for latents in data]))
+            photos = [Image.fromarray(p.pixels.transpose(1, 2, 0)) for p in pictures if p.pixels is not None]
+            if photos:
+                rows.append(GridRow("data", photos))
             image_grid(rows, grid, title)
         return grid
+
+    def _vae(self) -> AutoencoderKL:
+        if self.denoiser.image_encoder:
+            return self.denoiser.image_encoder.vae
+        model = self.config.model
+        return load_vae(model.path, model.vae, DTYPES[model.vae_precision], self.comm.device)
 
     def _pictures(self) -> list[Picture]:
         settings = self.config.samples
@@ -122,13 +137,15 @@ class Scorer:
             bucket = Bucket(settings.height_px or side, settings.width_px or side)
             return [Picture(prompt, bucket, None) for prompt in settings.prompts]
         pictures = []
+        rules = caption_rules(self.config).as_settled()
         buckets = self.prepared.buckets("train")
         for bucket_index, row in pick_rows(self.prepared.rows_per_bucket("train"), settings.count):
             rows = self.prepared.read("train", bucket_index, np.array([row]))
             of_row = buckets[bucket_index]
             bucket = Bucket(settings.height_px or of_row.height_px, settings.width_px or of_row.width_px)
             if rows.ok[0]:
-                pictures.append(Picture(caption_text(rows.captions[0]), bucket, rows.latents[0]))
+                latents, pixels = (None if stack is None else stack[0] for stack in (rows.latents, rows.pixels))
+                pictures.append(Picture(compose(rows.captions[0], rules, 0, 0), bucket, latents, pixels))
         return pictures
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.loader import Batch
+from trainer.data.snapshot import RowProblem
 from trainer.diffusion.noise import draw
 from trainer.dist.comm import Comm, sum_floats
 from trainer.dist.strategy import Strategy
@@ -40,6 +41,7 @@ class StepResult:
         num_images: images with weight, over all workers.
         grad_norm: global L2 norm before clipping.
         bad_rows: rows that could not be read, over all workers.
+        problems: this worker's among them.
         stop: any worker was asked to stop.
     """
 
@@ -47,6 +49,7 @@ class StepResult:
     num_images: float
     grad_norm: float
     bad_rows: int
+    problems: tuple[RowProblem, ...]
     stop: bool
 
 
@@ -54,6 +57,7 @@ def batch_losses(parts: StepParts, batch: Batch) -> Tensor:
     """Loss of each image of a micro-batch, fp32 [B], with the graph that leads back to the weights."""
     device, denoiser = parts.comm.device, parts.denoiser
     text = condition_text(denoiser.text_encoders, device, batch.input_ids, batch.text_hidden, batch.pooled)
+    assert batch.latents is not None, "images are encoded before they come here"
     latents = batch.latents.to(device, non_blocking=True)
     noise, timesteps = draw(batch.draw_seeds, latents.shape[1:], denoiser.objective.schedule.num_timesteps, device)
     time_ids = batch.time_ids.to(device, non_blocking=True)
@@ -74,7 +78,7 @@ def train_step(
     """
     comm, strategy = parts.comm, parts.strategy
     weight_sum = 0.0
-    bad_rows = 0
+    problems: list[RowProblem] = []
     loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device)
     for index, batch in enumerate(batches):
         weights = batch.weights.to(comm.device, non_blocking=True)
@@ -83,15 +87,16 @@ def train_step(
             strategy.backward(weighted / planned_images)
         loss_sum += weighted.detach()
         weight_sum += float(batch.weights.sum())
-        bad_rows += len(batch.problems)
+        problems += batch.problems
     total_loss, num_images, total_bad, stop = sum_floats(
-        comm, [float(loss_sum), weight_sum, float(bad_rows), float(stop_asked)]
+        comm, [float(loss_sum), weight_sum, float(len(problems)), float(stop_asked)]
     )
     return StepResult(
         loss=total_loss / num_images if num_images else float("nan"),
         num_images=num_images,
         grad_norm=_update(parts, planned_images, num_images, lr),
         bad_rows=int(total_bad),
+        problems=tuple(problems),
         stop=stop > 0,
     )
 

@@ -1,0 +1,25 @@
+"""The benchmarks run, on a set that is small enough for a test."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.e2e
+
+
+def test_data_engine(tmp_path: Path) -> None:
+    """Every line of the table, with what must hold at any size."""
+    command = [sys.executable, "-W", "error", "benchmarks/data_engine.py", "--dir", str(tmp_path), "--rows", "20000"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    table = {row.split(" | ")[0]: row.split(" | ")[2] for row in done.stdout.splitlines() if row.startswith("| ")}
+    assert len(table) == 18
+    measured = "\n".join(table.values())
+    assert "0 lost, 0 repeated" in measured and "100 of 100 found" in measured
+    assert "BAD ROWS" not in measured
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,61 @@
+"""A real run of the training loop in the test's own process, watched step by step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.config.schema import Config
+from trainer.data.loader import Batch
+from trainer.dist.comm import Comm
+from trainer.train import loop
+from trainer.train.state import TrainState
+from trainer.train.step import StepResult, train_step
+
+ALONE = Comm(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
+
+
+def run_config(model: Path, prepared: Path, run_dir: Path, data: dict | None = None, **train: int) -> Config:
+    """Batches of 4 in fp32, read by threads; `data` and `train` go into these sections."""
+    return Config.model_validate(
+        {
+            "run": {"dir": str(run_dir), "seed": 5},
+            "model": {"path": str(model)},
+            "data": {"sources": [{"path": "."}], "prepared": str(prepared), "workers": 0, **(data or {})},
+            "train": {"batch_size_per_gpu": 4, "precision": "fp32", **train},
+            "optimizer": {"lr": 1e-3},
+        }
+    )
+
+
+@dataclass
+class Watched:
+    """What a run trained on: for each step the keys with weight, and what came of it."""
+
+    keys: list[list[str]] = field(default_factory=list)
+    results: list[StepResult] = field(default_factory=list)
+    state: TrainState | None = None
+
+
+def watched_run(
+    config: Config, before_step: Callable[[int], None] = lambda step: None, stop_after: int | None = None
+) -> Watched:
+    """Train as the command does; `before_step` is called with the number of steps that this call has done."""
+    watched = Watched()
+
+    def step(parts: object, batches: object, *rest: object) -> StepResult:
+        before_step(len(watched.results))
+        taken: list[Batch] = []
+        watched.keys.append([])
+        watched.results.append(train_step(parts, (taken.append(b) or b for b in batches), *rest))  # type: ignore
+        for batch in taken:
+            weighted = zip(batch.keys, batch.weights.tolist(), strict=True)
+            watched.keys[-1] += [key for key, weight in weighted if weight]
+        return watched.results[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", step)
+        watched.state = loop.train(config, ALONE, lambda: len(watched.results) + 1 == stop_after)
+    return watched

@@ -1,0 +1,119 @@
+"""`sdxl-train data stats CONFIG.yaml|PREPARED_DIR`: what a prepared data set consists of."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from trainer.cli.target import add_prepared_target, find_prepared
+from trainer.config.load import load_config
+from trainer.data.captions import PLAIN, CaptionRules
+from trainer.data.snapshot import PreparedSet
+from trainer.data.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, left_out, sample
+from trainer.errors import UserError
+from trainer.evaluate.data_chart import DataChart, data_chart_png
+from trainer.train.captions import caption_rules
+
+_SHOWN_REASONS = 12
+_USED_TOKENS = 75
+Lengths = Callable[[Sequence[str]], list[int]]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Look at a prepared data set. `stats` prints its buckets and what was left out, and draws histograms of aspect
+    ratios, image sizes and caption lengths."""
+    parser = argparse.ArgumentParser(
+        prog="sdxl-train data", description=main.__doc__, epilog="example: sdxl-train data stats configs/4x3090.yaml"
+    )
+    parser.add_argument("action", choices=["stats"], help="what to do")
+    add_prepared_target(parser)
+    parser.add_argument("--out", type=Path, metavar="PNG", help="the histograms (default: PREPARED_DIR/stats.png)")
+    parser.add_argument(
+        "--sample", type=int, default=20_000, metavar="N", help="images to look at for the histograms (default: 20000)"
+    )
+    parser.add_argument("--model", type=Path, help="model folder with the tokenizers (default: the config's)")
+    arguments = parser.parse_intermixed_args(argv)
+    prepared = PreparedSet.open(find_prepared(arguments))
+    for line in [*_table(bucket_counts(prepared)), *_left_out(prepared.path)]:
+        print(line)
+    rules, model = _texts_of(arguments)
+    lengths, unit, used = _lengths(model)
+    found = _sample(prepared, max(1, arguments.sample), rules)
+    out = arguments.out or prepared.path / "stats.png"
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    shown = len(found.texts)
+    of = f"all {shown:,}" if shown == found.rows else f"a sample of {shown:,} of {found.rows:,}"
+    chart = DataChart(
+        title=str(prepared.path),
+        subtitle=f"{of} training images (repeats counted), snapshot {prepared.snapshot_name.removesuffix('.json')}",
+        original_hw=found.original_hw,
+        target_hw=found.target_hw,
+        text_lengths=lengths(found.texts),
+        length_unit=unit,
+        used_length=used,
+    )
+    data_chart_png(chart, out)
+    if found.unreadable:
+        print(f"{found.unreadable:,} of the sampled images cannot be read; `sdxl-train verify` lists all of them")
+    print(f"histograms of {of} training images: {out}")
+    return 0
+
+
+def _texts_of(arguments: argparse.Namespace) -> tuple[CaptionRules, Path | None]:
+    """How captions become texts, and the folder with the tokenizers if it is known."""
+    if arguments.target.is_dir():
+        return PLAIN, arguments.model
+    config = load_config(arguments.target, arguments.overrides, check_paths=False)
+    return caption_rules(config), arguments.model or config.model.path
+
+
+def _lengths(model: Path | None) -> tuple[Lengths, str, int | None]:
+    """How texts are measured: in tokens where there are tokenizers."""
+    if model is None:
+        return lambda texts: [len(text) for text in texts], "characters (give --model to count tokens)", None
+    if not (model / "tokenizer").is_dir():
+        raise UserError(f"{model}: holds no `tokenizer` folder; give a model in diffusers' layout with --model")
+    from trainer.model.text import load_tokenizers
+
+    return load_tokenizers(model).count_tokens, "CLIP tokens", _USED_TOKENS
+
+
+def _sample(prepared: PreparedSet, count: int, rules: CaptionRules) -> Sample:
+    total = min(count, sum(prepared.rows_per_bucket("train")))
+    with tqdm(desc="reading a sample", total=total, unit="img", disable=None, leave=False) as bar:
+        for step in sample(prepared, count, rules):
+            if step is not None:
+                return step
+            bar.update()
+    raise AssertionError("unreachable")
+
+
+def _table(counts: Sequence[BucketCounts]) -> list[str]:
+    """Buckets of both splits with their counts, as lines."""
+    lines = [f"{'bucket (width x height)':<26}{'images':>12}{'with repeats':>14}{'share':>9}{'shards':>8}"]
+    for split in dict.fromkeys(count.split for count in counts):
+        ours = [count for count in counts if count.split == split]
+        total = sum(count.per_epoch for count in ours)
+        lines.append(f"{split}:")
+        for count in ours:
+            name = f"  {count.bucket.width_px} x {count.bucket.height_px}"
+            lines.append(_row(name, count.images, count.per_epoch, count.per_epoch / total, count.shards))
+        sums = [sum(getattr(count, name) for count in ours) for name in ("images", "per_epoch", "shards")]
+        lines.append(_row(f"  all {len(ours)}", sums[0], sums[1], 1.0, sums[2]))
+    return lines
+
+
+def _row(name: str, images: int, per_epoch: int, share: float, shards: int) -> str:
+    return f"{name:<26}{images:>12,}{per_epoch:>14,}{100 * share:>7.2f} %{shards:>8,}"
+
+
+def _left_out(prepared: Path) -> list[str]:
+    reasons = left_out(prepared)
+    if not reasons:
+        return ["left out: none"]
+    lines = [f"left out: {reasons.total():,} images, listed in {prepared / BAD_FILE}"]
+    lines += [f"  {count:>12,}  {reason}" for reason, count in reasons.most_common(_SHOWN_REASONS)]
+    rest = len(reasons) - _SHOWN_REASONS
+    return [*lines, f"  and {rest} more reasons"] if rest > 0 else lines

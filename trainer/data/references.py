@@ -1,0 +1,145 @@
+"""Rows whose payload lies elsewhere: how a shard tells where, and how the bytes are fetched.
+
+A shard's `references` section has one line of u32 per row: number of the file in the shard's table, offset (low, then
+high word), length, and the size (height, width) to which an image is resized before its crop, 0 for latents.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import NamedTuple
+
+import numpy as np
+
+from trainer.data.sources.source import ROW, WHOLE, read_bytes
+
+OPEN_FILES = 128
+_SPECIAL = {WHOLE: 0xFFFFFFFF, ROW: 0xFFFFFFFE}
+_LENGTHS = {code: length for length, code in _SPECIAL.items()}
+REFERENCE_BYTES = 24
+
+
+class Reference(NamedTuple):
+    """Where a payload lies, as in `sources.source.SourceItem`; resized_hw is (0, 0) for latents."""
+
+    file: str
+    offset: int
+    length: int
+    resized_hw: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class FileTable:
+    """The references of a shard in the form in which they are stored."""
+
+    root: str
+    files: list[bytes]
+    """Paths relative to `root`."""
+    columns: np.ndarray
+    """u32 [n, 6]."""
+
+    def checked_parts(self, row: int) -> tuple[bytes, bytes]:
+        """What of a row's reference its checksum covers."""
+        return self.columns[row].tobytes(), self.files[self.columns[row, 0]]
+
+
+def file_table(references: Sequence[Reference]) -> FileTable:
+    """Each file once, in the order in which they come; paths relative to the folder that all lie in."""
+    numbers: dict[str, int] = {}
+    columns = np.zeros((len(references), 6), dtype="<u4")
+    for i, (file, offset, length, resized_hw) in enumerate(references):
+        number = numbers.setdefault(file, len(numbers))
+        code = _SPECIAL.get(length, length)
+        columns[i] = number, offset & 0xFFFFFFFF, offset >> 32, code, *resized_hw
+    files = list(numbers)
+    # Of sorted paths, the first and the last have in common what all have.
+    root = _shared_folder(min(files), max(files)) if files else ""
+    return FileTable(root, [file[len(root) :].encode() for file in files], columns)
+
+
+def _shared_folder(one: str, other: str) -> str:
+    equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    return one[: one.rfind("/", 0, equal) + 1]
+
+
+def reference_of(record: bytes, file: str) -> Reference:
+    """A row's line of the `references` section, its file's path known, as a reference."""
+    _, low, high, length, *resized_hw = np.frombuffer(record, dtype="<u4").tolist()
+    return Reference(file, high << 32 | low, _LENGTHS.get(length, length), (resized_hw[0], resized_hw[1]))
+
+
+class _OpenFile:
+    """A descriptor that is closed when the last holder lets go of it."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, path: str) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class ReferencedFiles:
+    """Reads payloads; files that hold many, such as tars, stay open, the most recently used `OPEN_FILES` of them.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, reference: Reference) -> bytearray | bytes:
+        """The bytes of a payload.
+
+        Raises:
+            OSError: the file cannot be read.
+            EOFError: it ends before the payload does.
+        """
+        file, offset, length, _ = reference
+        if length == ROW:
+            return read_bytes(file, offset, length)
+        if length == WHOLE:
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                data = bytearray(os.fstat(fd).st_size - offset)
+                filled = os.preadv(fd, [data], offset)
+            finally:
+                os.close(fd)
+        else:
+            data = bytearray(length)
+            filled = os.preadv(self._file(file).fd, [data], offset)
+        if filled != len(data):
+            raise EOFError("the file ends before the row does")
+        return data
+
+    def forget(self, reference: Reference) -> None:
+        """Drop what the kernel has cached of a payload, so that the next read is one of the drive."""
+        file, offset, length, _ = reference
+        with self._lock:
+            self._open.pop(file, None)
+        try:
+            opened = _OpenFile(file.partition("::")[0] if length == ROW else file)
+        except OSError:
+            return
+        os.posix_fadvise(opened.fd, offset if length >= 0 else 0, max(0, length), os.POSIX_FADV_DONTNEED)
+
+    def _file(self, path: str) -> _OpenFile:
+        with self._lock:
+            opened = self._open.get(path)
+            if opened is not None:
+                self._open.move_to_end(path)
+                return opened
+        opened = _OpenFile(path)
+        with self._lock:
+            self._open[path] = opened
+            while len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        return opened

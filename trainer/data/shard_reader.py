@@ -1,0 +1,224 @@
+"""Random reads of one shard's rows: their meta data, and their payload wherever it lies."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from crc32c import crc32c
+
+from trainer.data.augment import View, view_sizes
+from trainer.data.buckets import Bucket, Placement
+from trainer.data.images import BadImage, load_view
+from trainer.data.npz import BadNpz, read_latents
+from trainer.data.references import REFERENCE_BYTES, Reference, ReferencedFiles, reference_of
+from trainer.data.shards import HEADER_BYTES, ShardError, chained_crc
+from trainer.data.sources.source import WHOLE
+
+ChoosePlace = Callable[[str, Placement], View]
+"""(key, placement at the centre) -> the view of an image that this read is to give."""
+
+
+class PayloadError(Exception):
+    """The file that a row refers to does not give what the row needs; the shard itself is as it was written."""
+
+    def __init__(self, reference: Reference, reason: str) -> None:
+        super().__init__(reason)
+        self.reference = reference
+
+
+@dataclass(frozen=True)
+class RowRecord:
+    """A row's meta data: caption is a JSON text, sizes integers [6]; where its payload lies, if that is elsewhere.
+
+    Until the payload has been read, sizes are those that were known when the row was prepared.
+    """
+
+    caption: str
+    key: str
+    sizes: np.ndarray
+    reference: Reference | None = None
+
+
+class OpenShard:
+    """A shard opened for random reads; the descriptor is closed when the last holder lets go of it."""
+
+    __slots__ = (
+        "caption_bytes",
+        "fd",
+        "file_bytes",
+        "files",
+        "key_bytes",
+        "offsets",
+        "payload",
+        "repeat_ends",
+        "root",
+        "rows",
+    )
+
+    def __init__(
+        self,
+        path: Path,
+        rows: int,
+        offsets: dict[str, int],
+        file_bytes: int,
+        header_crc: int,
+        files: ReferencedFiles | None = None,
+    ):
+        """Raises OSError, or ShardError where the file's size or header is not as recorded.
+
+        Args:
+            files: through which the files are read that rows refer to; default: of this shard alone.
+        """
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.rows, self.offsets = rows, offsets
+        self.key_bytes = offsets["caption_bytes"] - offsets["key_bytes"]
+        self.caption_bytes = offsets["excluded_bytes"] - offsets["caption_bytes"]
+        self.file_bytes = offsets["key_bytes"] - offsets["file_bytes"]
+        self.repeat_ends: np.ndarray | None = None
+        size = os.fstat(self.fd).st_size
+        if size != file_bytes:
+            raise ShardError(f"has {size} bytes in place of {file_bytes}")
+        header = os.pread(self.fd, HEADER_BYTES, 0)
+        if crc32c(header) != header_crc:
+            raise ShardError("checksum mismatch in the header")
+        self.payload, self.root = "latents", ""
+        self.files = files or ReferencedFiles()
+        if offsets["references"] >= 0:
+            metadata = json.loads(header[8:])["__metadata__"]
+            self.payload, self.root = metadata["payload"], metadata["root"]
+        # Rows are read in random order: reading ahead would only evict others from the page cache.
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    def ends_of_repeats(self, virtual_rows: int) -> np.ndarray:
+        """Cumulative repeats of the rows, int64 [n]; ShardError where they do not add up to `virtual_rows`."""
+        if self.repeat_ends is None:
+            raw = os.pread(self.fd, 4 * self.rows, self.offsets["repeats"])
+            ends = np.cumsum(np.frombuffer(raw, dtype="<u4"), dtype=np.int64)
+            if len(ends) != self.rows or ends[-1] != virtual_rows:
+                raise ShardError("the repeats are not as recorded")
+            self.repeat_ends = ends
+        return self.repeat_ends
+
+
+def read_row(
+    shard: OpenShard,
+    row: int,
+    payload: np.ndarray,
+    text: tuple[np.ndarray, np.ndarray] | None,
+    choose_place: ChoosePlace | None = None,
+) -> RowRecord:
+    """Read one row, its latents (f16 [4, h, w]) or pixels (u8 [3, 8h, 8w]) into `payload`, and its text outputs.
+
+    Args:
+        payload: contiguous; latents are read straight into it.
+        text: hidden and pooled outputs of the text encoders to fill, where the shard holds them.
+        choose_place: of an image; default: the centre, as it lies in the file.
+
+    Raises:
+        ShardError: a checksum does not match; the buffers then hold what was read.
+        PayloadError: what the row refers to cannot be used.
+        OSError: the shard cannot be read.
+    """
+    record = read_record(shard, row)
+    sizes = read_payload(shard, row, record, payload, choose_place)
+    if text is not None:
+        hidden, pooled = text
+        _read_into(shard.fd, hidden, shard.offsets["text_hidden"] + row * hidden.nbytes)
+        _read_into(shard.fd, pooled, shard.offsets["text_pooled"] + row * pooled.nbytes)
+        if chained_crc(hidden, pooled) != _u32(shard, "text_crc32c", row):
+            raise ShardError("checksum mismatch in the text encoders' outputs")
+    return record if sizes is record.sizes else RowRecord(record.caption, record.key, sizes, record.reference)
+
+
+def read_record(shard: OpenShard, row: int) -> RowRecord:
+    """A row's meta data alone; raises as `read_row` does."""
+    caption = _blob(shard, "caption", row, shard.caption_bytes)
+    key = _blob(shard, "key", row, shard.key_bytes)
+    sizes = os.pread(shard.fd, 24, shard.offsets["sizes"] + 24 * row)
+    repeats = os.pread(shard.fd, 4, shard.offsets["repeats"] + 4 * row)
+    parts, reference = (caption, key, sizes, repeats), None
+    if shard.payload != "latents":
+        line = os.pread(shard.fd, REFERENCE_BYTES, shard.offsets["references"] + REFERENCE_BYTES * row)
+        path = _blob(shard, "file", int.from_bytes(line[:4], "little"), shard.file_bytes)
+        parts = (*parts, line, path)
+        reference = line, path
+    if crc32c(b"".join(parts)) != _u32(shard, "meta_crc32c", row):
+        raise ShardError("checksum mismatch in the caption, key or sizes")
+    return RowRecord(
+        caption.decode(),
+        key.decode(),
+        np.frombuffer(sizes, dtype="<u4"),
+        reference_of(reference[0], shard.root + reference[1].decode()) if reference else None,
+    )
+
+
+def read_payload(
+    shard: OpenShard, row: int, record: RowRecord, payload: np.ndarray, choose_place: ChoosePlace | None = None
+) -> np.ndarray:
+    """Fill `payload` with the row's latents or pixels; the one place that knows where they lie.
+
+    Returns:
+        The row's sizes: those of the record, but for what the payload tells better.
+    """
+    reference = record.reference
+    if reference is None:
+        _read_into(shard.fd, payload, shard.offsets["latents"] + row * payload.nbytes)
+        if crc32c(payload.data) != _u32(shard, "latent_crc32c", row):
+            raise ShardError("checksum mismatch in the latents")
+        return record.sizes
+    try:
+        if shard.payload == "npz":
+            return read_npz(shard.files.read(reference), record.sizes, payload)
+        data = Path(reference.file) if reference.length == WHOLE else bytes(shard.files.read(reference))
+        return _read_image(data, record, reference, payload, choose_place)
+    except (BadNpz, BadImage, EOFError) as error:
+        raise PayloadError(reference, str(error)) from error
+    except OSError as error:
+        raise PayloadError(reference, f"cannot be read: {error.strerror}") from error
+
+
+def read_npz(data: bytes | bytearray, sizes: np.ndarray, latents: np.ndarray) -> np.ndarray:
+    """Fill `latents` from an `.npz`; returns the sizes [6], original size and crop as it tells them, if it does."""
+    told = read_latents(data, latents)
+    if told.original_hw is None and told.crop_top_left is None:
+        return sizes
+    original_h, original_w, top, left, *target_hw = sizes.tolist()
+    return np.array(
+        [*(told.original_hw or (original_h, original_w)), *(told.crop_top_left or (top, left)), *target_hw],
+        dtype=np.int64,
+    )
+
+
+def _read_image(
+    data: Path | bytes, record: RowRecord, reference: Reference, pixels: np.ndarray, choose_place: ChoosePlace | None
+) -> np.ndarray:
+    original_h, original_w, top, left, height, width = record.sizes.tolist()
+    centred = Placement(Bucket(height, width), reference.resized_hw, (top, left))
+    view = choose_place(record.key, centred) if choose_place else View(centred, False)
+    load_view(data, (original_h, original_w), view, pixels)
+    return np.array(view_sizes((original_h, original_w), view), dtype=np.int64)
+
+
+def _blob(shard: OpenShard, name: str, row: int, total: int) -> bytes:
+    ends = os.pread(shard.fd, 16, shard.offsets[f"{name}_offsets"] + 8 * row)
+    begin, end = int.from_bytes(ends[:8], "little"), int.from_bytes(ends[8:], "little")
+    if not begin <= end <= total:
+        raise ShardError(f"the {name} lies outside its section")
+    return os.pread(shard.fd, end - begin, shard.offsets[f"{name}_bytes"] + begin)
+
+
+def _u32(shard: OpenShard, name: str, row: int) -> int:
+    return int.from_bytes(os.pread(shard.fd, 4, shard.offsets[name] + 4 * row), "little")
+
+
+def _read_into(fd: int, buffer: np.ndarray, offset: int) -> None:
+    if os.preadv(fd, [buffer.data.cast("B")], offset) != buffer.nbytes:
+        raise ShardError("the file ends before the row does")

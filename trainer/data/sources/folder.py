@@ -1,0 +1,123 @@
+"""A folder of images, searched recursively, with a caption file beside each image.
+
+With `kohya_repeats` it is kohya's layout: `<repeats>_<words>/image.png`; see `FolderSource`.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainer.data.captions import caption_record
+from trainer.data.images import EXTENSIONS
+from trainer.data.sources.source import SourceItem
+from trainer.errors import UserError
+
+_REPEATS = re.compile(r"(?P<repeats>[1-9]\d{0,8})_(?P<words>.*)")
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A folder as the configuration names it; the fields are those of a `data.sources` entry.
+
+    With `kohya_repeats`, sub-folders count that are named `<repeats>_<words>`: the words are the caption of images
+    without a caption file, and other sub-folders are passed over.
+    """
+
+    path: Path
+    caption_extension: str = ".txt"
+    caption_files_hold: Literal["caption", "tags"] = "caption"
+    kohya_repeats: bool = False
+    repeats: int = 1
+
+
+def list_folder(source: FolderSource, name: str, ignored: Counter[str]) -> Iterator[SourceItem]:
+    """All images under the folder. Files that are neither images nor captions are counted by ending in `ignored`.
+
+    Links to folders are followed, except to a folder that the link itself lies in. Names that begin with a dot are
+    ignored; with `kohya_repeats` also what lies in no folder of that layout.
+    """
+    root = str(source.path)
+    if not source.path.is_dir():
+        raise UserError(f"data.sources: path ({root}): there is no such folder")
+    try:
+        if not source.kohya_repeats:
+            yield from _walk(
+                _Walk(source, name, len(root), source.repeats, _default(source), ignored), root, (_identity(root),)
+            )
+            return
+        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+            counted = _REPEATS.fullmatch(entry.name) if entry.is_dir() else None
+            if counted is None:
+                ignored["(outside of <repeats>_<words> folders)"] += 1
+                continue
+            repeats = source.repeats * int(counted["repeats"])
+            walk = _Walk(source, name, len(root), repeats, _default(source, counted["words"]), ignored)
+            yield from _walk(walk, entry.path, (_identity(root), _identity(entry.path)))
+    except PermissionError as error:
+        raise UserError(f"data.sources: path ({root}): {error.filename} may not be read") from error
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What stays the same while a folder is searched."""
+
+    source: FolderSource
+    name: str
+    root_len: int
+    repeats: int
+    caption: str | None
+    """The caption record of images without a caption file."""
+    ignored: Counter[str]
+
+
+def _walk(walk: _Walk, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[SourceItem]:
+    caption_extension = walk.source.caption_extension
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                walk.ignored["(hidden)"] += 1
+            elif entry.is_dir():
+                identity = _identity(entry.path)
+                if identity not in above:
+                    yield from _walk(walk, entry.path, (*above, identity))
+            else:
+                stem, extension = os.path.splitext(entry.path)  # noqa: PTH122 - no Path object per image
+                if extension.lower() in EXTENSIONS:
+                    key = f"{walk.name}/{stem[walk.root_len :].lstrip('/')}"
+                    caption_path = stem + caption_extension
+                    yield SourceItem(
+                        key, entry.path, caption=walk.caption, caption_path=caption_path, repeats=walk.repeats
+                    )
+                elif extension != caption_extension:
+                    walk.ignored[extension.lower()[:20] or "(none)"] += 1
+
+
+def _default(source: FolderSource, words: str = "") -> str | None:
+    """The record of an image without a caption file; its one field is the one that such files fill."""
+    if source.caption_files_hold == "caption" and not words:
+        return None
+    return json.dumps({source.caption_files_hold: words}, ensure_ascii=False, separators=(",", ":"))
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    stat = os.stat(folder)  # noqa: PTH116 - no Path object per image
+    return stat.st_dev, stat.st_ino
+
+
+def read_caption(path: str, default: str | None = None) -> str:
+    """The caption file as the JSON text that shards hold; `default`, or an empty caption, where there is no file.
+
+    A default of tags alone says that the file holds tags as well. Bytes that are not UTF-8 are replaced; a byte order
+    mark and surrounding space are taken off.
+    """
+    ((field, text),) = json.loads(default or '{"caption":""}').items()
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig", errors="replace").strip()
+    except FileNotFoundError:
+        pass
+    return caption_record(**{field: text}).decode()

@@ -1,0 +1,170 @@
+"""Data sets of Hugging Face's `datasets`, from a folder that `save_to_disk` wrote or by name, local or from the hub.
+
+`datasets` keeps them as Arrow files that are not compressed, so an embedded image is a stretch of bytes of such a file
+and is used where it lies. A data set of the hub is downloaded and converted once, into `datasets`' own cache.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from trainer.data.captions import caption_record
+from trainer.data.sources.columns import text_of
+from trainer.data.sources.source import SourceItem
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class HfSource:
+    """A data set as the configuration names it; the fields are those of a `data.sources` entry."""
+
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    image_column: str = "image"
+    caption_column: str = "text"
+    tags_column: str | None = None
+    key_column: str | None = None
+    repeats: int = 1
+
+
+def list_hf(source: HfSource, name: str, ignored: Counter[str]) -> Iterator[SourceItem]:
+    """All rows of the data set. A key is `<name>/<row>`, with the key column's value behind it.
+
+    Raises:
+        UserError: it cannot be loaded, lacks a column, or is a part of a data set that is not stored by itself.
+    """
+    dataset = _load(source)
+    columns = _columns(source, dataset)
+    files = [entry["filename"] for entry in dataset.cache_files]
+    row = 0
+    for file in files:
+        mtime_ns = os.stat(file).st_mtime_ns  # noqa: PTH116 - a string is at hand
+        for batch, base in _batches(source, file):
+            cells = _cells(source, batch.column(source.image_column), base)
+            for fields, cell in zip(batch.select(columns).to_pylist(), cells, strict=True):
+                yield _item(source, f"{name}/{row:09d}", file, row, fields, cell, mtime_ns)
+                row += 1
+    if row != dataset.num_rows:
+        raise UserError(
+            f"data.sources: split = {source.split}: {source.path} holds {dataset.num_rows} rows, its files {row}; "
+            "only whole splits are supported: write the part that you want with `save_to_disk`"
+        )
+
+
+class _Cell(NamedTuple):
+    """Where a row's image lies: bytes of the Arrow file (length 0: none), and the path that stands beside them."""
+
+    offset: int
+    length: int
+    path: str | None
+
+
+def _load(source: HfSource) -> "datasets.Dataset":
+    import datasets
+
+    folder = Path(source.path)
+    try:
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(source.path)
+        else:
+            loaded = datasets.load_dataset(source.path, source.subset, split=source.split)
+    except (OSError, ValueError, RuntimeError) as error:
+        # The loaders of `datasets` and its hub client raise many kinds, all of them of these.
+        raise UserError(
+            f"data.sources: path = {source.path}: cannot be loaded: {' '.join(str(error).split())}"
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if source.split not in loaded:
+            splits = ", ".join(map(str, loaded))
+            raise UserError(f"data.sources: split = {source.split}: {source.path} has no such split; it has {splits}")
+        loaded = loaded[source.split]
+    assert isinstance(loaded, datasets.Dataset)
+    return loaded
+
+
+def _columns(source: HfSource, dataset: "datasets.Dataset") -> list[str]:
+    """The columns that are read beside the image."""
+    named = {
+        "image_column": source.image_column,
+        "caption_column": source.caption_column,
+        "tags_column": source.tags_column,
+        "key_column": source.key_column,
+    }
+    for field, column in named.items():
+        if column is not None and column not in dataset.column_names:
+            has = ", ".join(dataset.column_names)
+            raise UserError(f"data.sources: {field} = {column}: {source.path} has no such column; it has {has}")
+    return list({column for field, column in named.items() if column is not None and field != "image_column"})
+
+
+def _batches(source: HfSource, file: str) -> Iterator[tuple["pa.RecordBatch", int]]:
+    """The record batches of an Arrow file as windows on it, and the memory address of the file's first byte."""
+    import pyarrow as pa
+
+    with pa.memory_map(file) as mapped:
+        base = mapped.read_buffer(1).address
+        mapped.seek(0)
+        with pa.ipc.open_stream(mapped) as reader:
+            for batch in reader:
+                yield batch, base
+
+
+def _cells(source: HfSource, column: "pa.Array", base: int) -> list[_Cell]:
+    """Where the images of a column lie: a struct of bytes and path as `datasets` stores images, bytes, or paths."""
+    import pyarrow as pa
+
+    paths: list[str | None] = [None] * len(column)
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return [_Cell(0, 0, path) for path in column.to_pylist()]
+    if pa.types.is_struct(column.type):
+        names = [field.name for field in column.type]
+        if "path" in names:
+            paths = column.field("path").to_pylist()
+        column = column.field("bytes") if "bytes" in names else column
+    if pa.types.is_binary(column.type):
+        dtype: Any = np.int32
+    elif pa.types.is_large_binary(column.type):
+        dtype = np.int64
+    else:
+        raise UserError(f"data.sources: image_column = {source.image_column}: holds no images ({column.type})")
+    _, offsets, content = column.buffers()
+    if content is None:
+        return [_Cell(0, 0, path) for path in paths]
+    ends = np.frombuffer(offsets, dtype=dtype)[column.offset : column.offset + len(column) + 1].astype(np.int64)
+    begins = (ends[:-1] + (content.address - base)).tolist()
+    return [_Cell(*cell) for cell in zip(begins, np.diff(ends).tolist(), paths, strict=True)]
+
+
+def _item(
+    source: HfSource, key: str, file: str, row: int, fields: dict[str, Any], cell: _Cell, mtime_ns: int
+) -> SourceItem:
+    if source.key_column:
+        key += f":{fields[source.key_column]}"
+    tags = text_of(fields[source.tags_column]) if source.tags_column else ""
+    caption = caption_record(text_of(fields[source.caption_column], "\n"), tags).decode()
+    if cell.length:
+        return SourceItem(
+            key,
+            file,
+            cell.offset,
+            cell.length,
+            caption=caption,
+            repeats=source.repeats,
+            file_bytes=cell.length,
+            mtime_ns=mtime_ns,
+        )
+    if not cell.path:
+        return SourceItem(key, file, row, problem=f"row {row} holds no image")
+    if "://" in cell.path:
+        return SourceItem(key, file, row, problem=f"row {row} names {cell.path}, which is not on this disk")
+    return SourceItem(key, cell.path, caption=caption, repeats=source.repeats)

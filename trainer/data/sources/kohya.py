@@ -1,0 +1,187 @@
+"""kohya's metadata file with the latents or the images that its keys name.
+
+A key is a path without ending relative to the folder, a path with the image's ending, or an absolute path. Latents
+lie in `<key>.npz`, or in `<key>_<W>x<H>_sdxl.npz` with the image's size; where both are there, the former counts.
+Files of flipped latents (`<key>_flip.npz`) are not used.
+"""
+
+import os
+import re
+import sqlite3
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.data.images import EXTENSIONS
+from trainer.data.sources.metadata import MetadataEntry, read_metadata
+from trainer.data.sources.source import SourceItem
+from trainer.errors import UserError
+
+_SIZED = re.compile(r"(?P<stem>.+)_\d{4,}x\d{4,}_sdxl\.npz")
+
+
+@dataclass(frozen=True)
+class KohyaJsonSource:
+    """The fields are those of a `data.sources` entry; one of `latents` and `images` is given."""
+
+    path: Path
+    latents: Path | None = None
+    images: Path | None = None
+    repeats: int = 1
+
+
+def list_kohya_json(source: KohyaJsonSource, name: str, ignored: Counter[str], scratch: Path) -> Iterator[SourceItem]:
+    """An item for each entry of the metadata; one whose file is not there has a `problem`.
+
+    Args:
+        ignored: not used, as every entry gives an item.
+        scratch: a folder for a temporary table of the entries whose file's name has to be searched for.
+    """
+    folder = source.latents or source.images
+    if folder is None or not folder.is_dir():
+        raise UserError(f"data.sources: ({folder}): there is no such folder")
+    if source.latents is None:
+        return _list_images(source, name, str(folder))
+    return _list_latents(source, name, str(folder), scratch)
+
+
+def image_stem(key: str) -> str:
+    """The key without the ending of an image file, if it has one."""
+    stem, extension = os.path.splitext(key)  # noqa: PTH122 - no Path object per image
+    return stem if extension.lower() in EXTENSIONS else key
+
+
+def _list_images(source: KohyaJsonSource, name: str, root: str) -> Iterator[SourceItem]:
+    endings = ("", *sorted(EXTENSIONS), *sorted(extension.upper() for extension in EXTENSIONS))
+    last = endings[0]
+    for entry in read_metadata(source.path):
+        if entry.problem:
+            yield _unusable(entry, name, str(source.path), entry.problem)
+            continue
+        path = os.path.join(root, entry.key)  # noqa: PTH118 - no Path object per image
+        for ending in (last, *endings):
+            if (stamp := _stamp(path + ending)) is not None:
+                last = ending
+                yield SourceItem(
+                    f"{name}/{entry.key}",
+                    path + ending,
+                    caption=entry.caption,
+                    repeats=source.repeats,
+                    file_bytes=stamp[0],
+                    mtime_ns=stamp[1],
+                )
+                break
+        else:
+            yield _unusable(entry, name, path, "there is no image of this name")
+
+
+def _list_latents(source: KohyaJsonSource, name: str, root: str, scratch: Path) -> Iterator[SourceItem]:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, closing(_WaitingEntries(Path(folder))) as waiting:
+        for entry in read_metadata(source.path):
+            if entry.problem:
+                yield _unusable(entry, name, str(source.path), entry.problem)
+                continue
+            stem = os.path.join(root, image_stem(entry.key))  # noqa: PTH118
+            file = f"{stem}.npz"
+            stamp = _stamp(file)
+            if stamp is None and entry.original_hw is not None:
+                height, width = entry.original_hw
+                file = f"{stem}_{width:04d}x{height:04d}_sdxl.npz"
+                stamp = _stamp(file)
+            if stamp is None:
+                waiting.add(stem, entry)
+            else:
+                yield _latents(source, name, entry, file, stamp)
+        for stem, entry, file in waiting.found():
+            stamp = _stamp(file) if file else None
+            if stamp is None:
+                yield _unusable(entry, name, f"{stem}.npz", "there are no latents of this name")
+            else:
+                yield _latents(source, name, entry, file, stamp)
+
+
+def _latents(source: KohyaJsonSource, name: str, entry: MetadataEntry, file: str, stamp: tuple[int, int]) -> SourceItem:
+    return SourceItem(
+        f"{name}/{entry.key}",
+        file,
+        kind="latents",
+        caption=entry.caption,
+        repeats=source.repeats,
+        original_hw=entry.original_hw,
+        bucket_hw=entry.bucket_hw,
+        file_bytes=stamp[0],
+        mtime_ns=stamp[1],
+    )
+
+
+def _unusable(entry: MetadataEntry, name: str, file: str, problem: str) -> SourceItem:
+    return SourceItem(f"{name}/{entry.key}", file, problem=problem)
+
+
+def _stamp(file: str) -> tuple[int, int] | None:
+    """Size and time of a file, or None where there is none."""
+    try:
+        stat = os.stat(file)  # noqa: PTH116 - no Path object per image
+    except (OSError, ValueError):
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+class _WaitingEntries:
+    """Entries whose file bears the image's size in its name, which the metadata does not tell: kept on disk until the
+    folders have been looked through."""
+
+    def __init__(self, folder: Path) -> None:
+        self._connection = sqlite3.connect(folder / "waiting.sqlite", isolation_level=None)
+        self._connection.execute("PRAGMA journal_mode = OFF")
+        self._connection.execute("PRAGMA synchronous = OFF")
+        self._connection.execute(
+            "CREATE TABLE waiting (stem TEXT, key TEXT, caption TEXT, original_h INT, original_w INT, bucket_h INT,"
+            " bucket_w INT, file TEXT NOT NULL DEFAULT '')"
+        )
+        self._connection.execute("BEGIN")
+
+    def add(self, stem: str, entry: MetadataEntry) -> None:
+        self._connection.execute(
+            "INSERT INTO waiting VALUES (?, ?, ?, ?, ?, ?, ?, '')",
+            (stem, entry.key, entry.caption, *(entry.original_hw or (0, 0)), *(entry.bucket_hw or (0, 0))),
+        )
+
+    def found(self) -> Iterator[tuple[str, MetadataEntry, str]]:
+        """(stem, entry, file) for each that was added; no file where none was found."""
+        self._connection.execute("COMMIT")
+        if not self._connection.execute("SELECT 1 FROM waiting LIMIT 1").fetchone():
+            return
+        self._connection.execute("CREATE INDEX by_stem ON waiting (stem)")
+        folders = self._connection.execute("SELECT DISTINCT rtrim(stem, replace(stem, '/', '')) FROM waiting")
+        for (folder,) in folders.fetchall():
+            self._connection.execute("BEGIN")
+            self._connection.executemany(
+                "UPDATE waiting SET file = ?2 WHERE stem = ?1 AND (file = '' OR file > ?2)", _sized_files(folder)
+            )
+            self._connection.execute("COMMIT")
+        query = "SELECT stem, key, caption, original_h, original_w, bucket_h, bucket_w, file FROM waiting"
+        for stem, key, caption, *sizes, file in self._connection.execute(query):
+            original_hw, bucket_hw = (sizes[0], sizes[1]), (sizes[2], sizes[3])
+            entry = MetadataEntry(
+                key, caption, original_hw if any(original_hw) else None, bucket_hw if any(bucket_hw) else None, ""
+            )
+            yield stem, entry, file
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _sized_files(folder: str) -> Iterator[tuple[str, str]]:
+    """(stem, file) of all latents in the folder whose names end with a size."""
+    try:
+        entries = os.scandir(folder)
+    except OSError:
+        return
+    with entries:
+        for entry in entries:
+            if match := _SIZED.fullmatch(entry.name):
+                yield folder + match["stem"], folder + entry.name

@@ -1,0 +1,81 @@
+"""All kinds of sources under one roof: their names, and the stream of what they hold."""
+
+import glob
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.data.sources.folder import FolderSource, list_folder
+from trainer.data.sources.hf import HfSource, list_hf
+from trainer.data.sources.kohya import KohyaJsonSource, list_kohya_json
+from trainer.data.sources.latent_tars import LatentTarsSource, list_latent_tars
+from trainer.data.sources.parquet import ParquetSource, list_parquet
+from trainer.data.sources.source import SourceItem
+from trainer.data.sources.webdataset import WebdatasetSource, list_webdataset
+
+Source = FolderSource | KohyaJsonSource | LatentTarsSource | WebdatasetSource | ParquetSource | HfSource
+
+SOURCE_TYPES: dict[str, type[Source]] = {
+    "folder": FolderSource,
+    "kohya_json": KohyaJsonSource,
+    "latent_tars": LatentTarsSource,
+    "webdataset": WebdatasetSource,
+    "parquet": ParquetSource,
+    "hf": HfSource,
+}
+"""By the `type` of a `data.sources` entry."""
+
+
+def source_names(sources: tuple[Source, ...]) -> tuple[str, ...]:
+    """The prefix of each source's keys: its folder's or file's name; a later source of the same name gets `~2`, ...
+
+    Adding a source at the end leaves the names of the others as they are.
+    """
+    seen: Counter[str] = Counter()
+    names = []
+    for source in sources:
+        name = _main_name(source)
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}~{seen[name]}")
+    return tuple(names)
+
+
+def list_source(source: Source, name: str, ignored: Counter[str], scratch: Path) -> Iterator[SourceItem]:
+    """Every item of a source, as a stream, in any order.
+
+    Args:
+        ignored: files that are passed over are counted here, by kind.
+        scratch: a folder for temporary files.
+
+    Raises:
+        UserError: the source as a whole cannot be read. What is wrong with one item is its `problem`.
+    """
+    if isinstance(source, FolderSource):
+        return list_folder(source, name, ignored)
+    if isinstance(source, KohyaJsonSource):
+        return list_kohya_json(source, name, ignored, scratch)
+    if isinstance(source, WebdatasetSource):
+        return list_webdataset(source, name, ignored)
+    if isinstance(source, ParquetSource):
+        return list_parquet(source, name, ignored)
+    if isinstance(source, HfSource):
+        return list_hf(source, name, ignored)
+    return list_latent_tars(source, name, ignored, scratch)
+
+
+def main_path(source: Source) -> Path:
+    """The path by which a user knows the source; for one of the hub, its name."""
+    if isinstance(source, LatentTarsSource):
+        return source.metadata
+    if isinstance(source, WebdatasetSource):
+        return source.tars
+    return source.files if isinstance(source, ParquetSource) else Path(source.path)
+
+
+def _main_name(source: Source) -> str:
+    path = main_path(source)
+    if isinstance(source, KohyaJsonSource | LatentTarsSource):
+        return path.stem
+    if glob.has_magic(path.name):
+        return path.parent.name
+    return path.resolve().name if isinstance(source, FolderSource) else path.name

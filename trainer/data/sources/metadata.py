@@ -1,0 +1,134 @@
+"""kohya's metadata: one JSON object of entries (`meta_lat.json`, of any size), or JSON lines; read as a stream.
+
+    {"danbooru/1": {"tags": "1girl, solo", "caption": "a girl", "train_resolution": [896, 1152], "image_size": [w, h]}}
+    {"image_path": "a/b.jpg", "tags": "1girl, solo", "caption": "a girl", "image_size": [w, h]}
+
+Every field but the key may be missing. Pairs are width, then height.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ijson
+
+from trainer.data.captions import caption_record
+from trainer.errors import UserError
+
+_STEP_PX = 8
+_MOST_PX = 1 << 16
+
+
+class MetadataEntry(NamedTuple):
+    """One entry; `caption` is the record that shards hold, sizes are (height, width)."""
+
+    key: str
+    caption: str
+    original_hw: tuple[int, int] | None
+    """Size of the image file."""
+    bucket_hw: tuple[int, int] | None
+    """Size of the bucket, a multiple of 8."""
+    problem: str
+    """Why the entry cannot be used, or nothing."""
+
+
+def read_metadata(path: Path) -> Iterator[MetadataEntry]:
+    """All entries in the file's order; what is wrong with one is told in its `problem`.
+
+    Raises:
+        UserError: the file as a whole cannot be read, or not beyond some place.
+    """
+    entries = _json_lines(path) if path.suffix.lower() == ".jsonl" else _json_object(path)
+    return (_entry(key, fields) for key, fields in entries)
+
+
+def _json_object(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            if file.read(3) != b"\xef\xbb\xbf":
+                file.seek(0)
+            yield from ijson.kvitems(file, "", use_float=True)
+    except ijson.JSONError as error:
+        place = f"near byte {file.tell():,}" if not file.closed else "near its end"
+        raise UserError(f"{path}: is not valid JSON ({_one_line(error)}), {place}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    fields = json.loads(line)
+                except ValueError as error:
+                    yield f"line {number}", f"is not valid JSON ({_one_line(error)})"
+                    continue
+                key = fields.get("image_path") if isinstance(fields, dict) else None
+                if isinstance(key, str) and key:
+                    yield key, fields
+                else:
+                    yield f"line {number}", "has no image_path"
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _entry(key: str, fields: Any) -> MetadataEntry:
+    if not isinstance(fields, dict):
+        reason = fields if key.startswith("line ") and isinstance(fields, str) else "its metadata is no JSON object"
+        return MetadataEntry(key, "", None, None, reason)
+    try:
+        caption, tags = fields.get("caption"), fields.get("tags")
+        if not isinstance(caption, str):
+            caption = _text(caption, "caption")
+        if not isinstance(tags, str):
+            tags = _text(tags, "tags")
+        original_hw, bucket_hw = _hw(fields, "image_size"), _hw(fields, "train_resolution")
+    except ValueError as error:
+        return MetadataEntry(key, "", None, None, str(error))
+    if bucket_hw is not None:
+        # As kohya does when it writes latents: the size in the file may be from before the buckets.
+        bucket_hw = (bucket_hw[0] // _STEP_PX * _STEP_PX, bucket_hw[1] // _STEP_PX * _STEP_PX)
+        if not all(bucket_hw):
+            return MetadataEntry(key, "", None, None, "its metadata has a train_resolution below 8 px")
+    return MetadataEntry(key, _record(caption.strip(), tags.strip()), original_hw, bucket_hw, "")
+
+
+def _record(caption: str, tags: str) -> str:
+    try:
+        return caption_record(caption, tags).decode()
+    except UnicodeEncodeError:  # half a character, written as an escape
+        fixed = (text.encode(errors="replace").decode() for text in (caption, tags))
+        return caption_record(*fixed).decode()
+
+
+def _text(value: object, name: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return _joined(value, name)
+    raise ValueError(f"its metadata has a {name} that is no text")
+
+
+def _joined(values: Iterable[str], name: str) -> str:
+    return (", " if name == "tags" else "\n").join(values)
+
+
+def _hw(fields: dict[str, Any], name: str) -> tuple[int, int] | None:
+    pair = fields.get(name)
+    if pair is None:
+        return None
+    if isinstance(pair, list) and len(pair) == 2:
+        width, height = pair
+        if type(width) is int and type(height) is int and 0 < width < _MOST_PX and 0 < height < _MOST_PX:
+            return height, width
+    raise ValueError(f"its metadata has a {name} that is no pair [width, height] of pixels")
+
+
+def _one_line(error: Exception) -> str:
+    text = error.args[0] if error.args else error
+    text = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+    return " ".join(text.split("\n")[0].split())

@@ -1,0 +1,224 @@
+"""Parquet files with an image, or the path of one, in each row.
+
+A row's image is found by its place in the file alone. Parquet can be read only forwards and in pieces, so images are
+read in the order of their rows (keys sort that way), a few rows at a time.
+"""
+
+import bisect
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.data.captions import caption_record
+from trainer.data.images import BadImage, image_hw
+from trainer.data.sources.columns import files_below, text_of
+from trainer.data.sources.source import ROW, SourceItem
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+_ROWS_AT_ONCE = 16
+_READ_BYTES = 1 << 20
+_SPLIT = "::"
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """Parquet files as the configuration names them; the fields are those of a `data.sources` entry."""
+
+    files: Path
+    image_column: str = "image"
+    caption_column: str = "caption"
+    tags_column: str | None = None
+    key_column: str | None = None
+    images: Path | None = None
+    repeats: int = 1
+
+
+def list_parquet(source: ParquetSource, name: str, ignored: Counter[str]) -> Iterator[SourceItem]:
+    """All rows of all files. A key is `<name>/<file below the folder>/<row>`, with the key column's value behind it.
+
+    Reads every image that the files hold, for its size. A damaged row group ends with an item that says so.
+
+    Raises:
+        UserError: there are no files, or a file lacks a column or holds no images in it.
+    """
+    import pyarrow as pa
+
+    for path, stem in files_below(source.files, ".parquet", "files"):
+        prefix = f"{name}/{stem}"
+        try:
+            mtime_ns = os.stat(path).st_mtime_ns  # noqa: PTH116 - a string is at hand
+            with _open(path) as file:
+                columns = _columns(source, path, file)
+                for group, first in enumerate(_group_starts(file)):
+                    yield from _items(source, path, prefix, file, columns, group, first, mtime_ns)
+        except (pa.ArrowException, OSError) as error:
+            yield SourceItem(f"{prefix}/", path, problem=_said(error))
+
+
+def _items(
+    source: ParquetSource,
+    path: str,
+    prefix: str,
+    file: "pq.ParquetFile",
+    columns: list[str],
+    group: int,
+    row: int,
+    mtime_ns: int,
+) -> Iterator[SourceItem]:
+    """The items of one row group, whose first row is `row`."""
+    import pyarrow as pa
+
+    try:
+        for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+            for fields in batch.to_pylist():
+                yield _item(source, path, f"{prefix}/{row:09d}", row, fields, mtime_ns)
+                row += 1
+    except (pa.ArrowException, OSError) as error:
+        problem = f"row group {group}, from row {row} on: {_said(error)}"
+        yield SourceItem(f"{prefix}/{row:09d}", path, row, ROW, problem=problem)
+
+
+class CellReader:
+    """Reads the images of rows, of any number of files, quickly where the rows ascend.
+
+    Holds one open file and the images of a few rows.
+    """
+
+    def __init__(self) -> None:
+        self._place = ""
+        self._file: pq.ParquetFile | None = None
+        self._group_starts: list[int] = []
+        self._group = -1
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._first_row = 0
+        self._cells: list[bytes | None] = []
+
+    def read(self, place: str, row: int) -> bytes:
+        """The image of a row; `place` is the `file` of its item.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
+        import pyarrow as pa
+
+        try:
+            if place != self._place:
+                self._open(place)
+            group = bisect.bisect_right(self._group_starts, row) - 1
+            if group != self._group or row < self._first_row:
+                self._begin_group(group)
+            while row >= self._first_row + len(self._cells):
+                batch = next(self._batches, None)
+                if batch is None:
+                    raise BadImage("the file has fewer rows than when it was listed")
+                self._first_row, self._cells = self._first_row + len(self._cells), _images(batch.column(0))
+        except (pa.ArrowException, OSError) as error:
+            self.close()
+            raise BadImage(f"the parquet file cannot be read: {_said(error)}") from error
+        cell = self._cells[row - self._first_row]
+        if cell is None:
+            raise BadImage("the row holds no image")
+        return cell
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+        self._place, self._file, self._group, self._cells, self._batches = "", None, -1, [], iter(())
+
+    def _open(self, place: str) -> None:
+        self.close()
+        self._file = _open(place.rpartition(_SPLIT)[0])
+        self._group_starts = _group_starts(self._file)
+        self._place = place
+
+    def _begin_group(self, group: int) -> None:
+        assert self._file is not None
+        column = self._place.rpartition(_SPLIT)[2]
+        self._batches = self._file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False)
+        self._group, self._first_row, self._cells = group, self._group_starts[group], []
+
+
+def _open(path: str) -> "pq.ParquetFile":
+    import pyarrow.parquet as pq
+
+    # Buffered, because otherwise a whole row group of images would be read at once.
+    return pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False)
+
+
+def _group_starts(file: "pq.ParquetFile") -> list[int]:
+    """The first row of each row group."""
+    metadata = file.metadata
+    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return list(accumulate(rows, initial=0))[:-1]
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _columns(source: ParquetSource, path: str, file: "pq.ParquetFile") -> list[str]:
+    schema = file.schema_arrow
+    named = {
+        "image_column": source.image_column,
+        "caption_column": source.caption_column,
+        "tags_column": source.tags_column,
+        "key_column": source.key_column,
+    }
+    for field, column in named.items():
+        if column is not None and column not in schema.names:
+            raise UserError(
+                f"data.sources: {field} = {column}: {path} has no such column; it has {', '.join(schema.names)}"
+            )
+    return [column for column in named.values() if column is not None]
+
+
+def _item(source: ParquetSource, path: str, key: str, row: int, fields: dict[str, Any], mtime_ns: int) -> SourceItem:
+    if source.key_column:
+        key += f":{fields[source.key_column]}"
+    tags = text_of(fields[source.tags_column]) if source.tags_column else ""
+    caption = caption_record(text_of(fields[source.caption_column], "\n"), tags).decode()
+    image = fields[source.image_column]
+    column, place = source.image_column, None
+    if isinstance(image, dict):
+        column, place, image = f"{column}.bytes", image.get("path"), image.get("bytes")
+    elif isinstance(image, str):
+        place, image = image, None
+    if isinstance(image, bytes):
+        try:
+            hw, problem = image_hw(image), ""
+        except BadImage as error:
+            hw, problem = None, str(error)
+        return SourceItem(
+            key,
+            f"{path}{_SPLIT}{column}",
+            row,
+            ROW,
+            caption=caption,
+            repeats=source.repeats,
+            original_hw=hw,
+            file_bytes=len(image),
+            mtime_ns=mtime_ns,
+            problem=problem,
+        )
+    if not isinstance(place, str) or not place:
+        return SourceItem(key, path, row, ROW, problem=f"row {row} holds no image ({column})")
+    if "://" in place.removeprefix("file://"):
+        return SourceItem(key, path, row, ROW, problem=f"row {row} names {place}, which is not on this disk")
+    folder = source.images or Path(path).parent
+    return SourceItem(key, str(folder / place.removeprefix("file://")), caption=caption, repeats=source.repeats)
+
+
+def _images(column: "pa.Array") -> list[bytes | None]:
+    import pyarrow as pa
+
+    cells = column.flatten()[0] if pa.types.is_struct(column.type) else column
+    return cells.to_pylist()

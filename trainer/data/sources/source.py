@@ -1,0 +1,99 @@
+"""What every source yields: one `SourceItem` per image, which says where the bytes lie without holding them.
+
+A source is a frozen dataclass with the fields of its `data.sources` entry, and a function
+`list_<source>(source, name, ignored) -> Iterator[SourceItem]` that yields its items as a stream, in any order, with
+keys that begin with `<name>/`, and counts in `ignored` what it passes over.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Literal, NamedTuple
+
+WHOLE = -1
+"""As a length: the file as a whole."""
+ROW = -2
+"""As a length: the bytes are a cell of row `offset`; `file` is `<path>::<column>` and only the source can read it."""
+
+_HEADER_BYTES = 16384
+"""Read at once of an image whose size is wanted: most headers are shorter."""
+
+Kind = Literal["image", "latents"]
+"""`image`: bytes that Pillow opens. `latents`: a NumPy `.npz` with unscaled latents."""
+
+
+class SourceItem(NamedTuple):
+    """One image of a source. A plain tuple, because millions of them pass by."""
+
+    key: str
+    """Unique among all sources: `<source name>/<name within the source>`."""
+    file: str
+    """Path of the file that holds the bytes."""
+    offset: int = 0
+    length: int = WHOLE
+    """The bytes are `length` from byte `offset` of `file` on; see `WHOLE` and `ROW`."""
+    kind: Kind = "image"
+    caption: str | None = None
+    """The caption record (JSON text), or None for an empty one; it stands in where `caption_path` does not exist."""
+    caption_path: str = ""
+    """A text file with the caption."""
+    repeats: int = 1
+    """How often the image is seen per epoch."""
+    original_hw: tuple[int, int] | None = None
+    """Size of the image before any resize, in pixels, where the source knows it without opening the file."""
+    bucket_hw: tuple[int, int] | None = None
+    """Latents: 8 times their height and width, where the source knows it without opening the file."""
+    file_bytes: int = -1
+    mtime_ns: int = 0
+    """Size and time by which a change is noticed; -1 as size: the scan looks at `file` itself."""
+    problem: str = ""
+    """Why the item cannot be used; then the other fields only say what it is about."""
+
+
+def read_bytes(file: str, offset: int, length: int) -> bytes:
+    """The bytes at a locator; OSError where they cannot be read, EOFError where the file ends before."""
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size - offset if length == WHOLE else length
+        data = os.pread(fd, size, offset)
+    finally:
+        os.close(fd)
+    if len(data) != size:
+        raise EOFError(f"the file ends after {offset + len(data)} bytes, before the image does")
+    return data
+
+
+@contextmanager
+def open_range(file: str, offset: int, length: int) -> Iterator[IO[bytes]]:
+    """The bytes at a locator as a file of their own, of which only what is asked for is read; OSError as usual."""
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size - offset if length == WHOLE else length
+        yield io.BufferedReader(_Range(fd, offset, size), _HEADER_BYTES)
+    finally:
+        os.close(fd)
+
+
+class _Range(io.RawIOBase):
+    """Bytes `offset` to `offset + size` of a descriptor, which stays the caller's."""
+
+    def __init__(self, fd: int, offset: int, size: int) -> None:
+        self._fd, self._offset, self._size, self._at = fd, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        room = memoryview(buffer)[: max(0, self._size - self._at)]
+        count = os.preadv(self._fd, [room], self._offset + self._at) if len(room) else 0
+        self._at += count
+        return count

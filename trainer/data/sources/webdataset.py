@@ -1,0 +1,123 @@
+"""WebDataset tars: the files of one image share a name up to the first dot (`0001.jpg`, `0001.txt`, `0001.json`).
+
+The files of a sample stand next to each other, as all writers of the format put them. Images stay in their tar and
+are found by offset; captions, which are small, are read while listing.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from trainer.data.captions import caption_record
+from trainer.data.images import EXTENSIONS
+from trainer.data.sources.columns import files_below, text_of
+from trainer.data.sources.source import SourceItem, read_bytes
+from trainer.data.sources.tar_members import BadTar, TarMember, walk_tar
+
+_CAPTIONS = (".txt", ".caption", ".json")
+_MOST_CAPTION_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class WebdatasetSource:
+    """Tars as the configuration names them; the fields are those of a `data.sources` entry."""
+
+    tars: Path
+    """A folder of `.tar` files, or a pattern."""
+    caption_field: str = "caption"
+    """Field of the `.json` files that holds the caption, where there is no text file."""
+    tags_field: str = "tags"
+    """Field of the `.json` files that holds the tags."""
+    repeats: int = 1
+
+
+def list_webdataset(source: WebdatasetSource, name: str, ignored: Counter[str]) -> Iterator[SourceItem]:
+    """All images of all tars. A key is `<name>/<tar below the folder, without .tar>/<name within the tar>`.
+
+    A tar that is damaged gives what lies before the damage and an item that says where it is.
+    """
+    for path, stem in files_below(source.tars, ".tar", "tars"):
+        damage: list[str] = []
+        for sample, members in groupby(_members(path, ignored, damage), key=_sample):
+            yield from _items(source, path, f"{name}/{stem}/{sample}", list(members), ignored)
+        for problem in damage:
+            yield SourceItem(f"{name}/{stem}/", path, problem=problem)
+
+
+def _members(path: str, ignored: Counter[str], damage: list[str]) -> Iterator[TarMember]:
+    """The images and captions of a tar; ends where it cannot be read on, and then puts the reason into `damage`."""
+    try:
+        for member in walk_tar(path):
+            ending = _ending(member.name)
+            if os.path.basename(member.name).startswith("."):  # noqa: PTH119 - a name, not a path
+                ignored["(hidden)"] += 1
+            elif ending in EXTENSIONS or ending in _CAPTIONS:
+                yield member
+            else:
+                ignored[ending[:20] or "(none)"] += 1
+    except (BadTar, OSError) as error:
+        damage.append(str(error))
+
+
+def _items(
+    source: WebdatasetSource, path: str, key: str, members: list[TarMember], ignored: Counter[str]
+) -> Iterator[SourceItem]:
+    """The item of one sample, if it has an image."""
+    by_ending = {_ending(member.name): member for member in reversed(members)}
+    images = [member for member in members if _ending(member.name) in EXTENSIONS]
+    if not images:
+        ignored["(caption without image)"] += 1
+        return
+    if len(images) > 1:
+        ignored["(further image of a sample)"] += len(images) - 1
+    image, caption, problem = images[0], None, ""
+    try:
+        caption = _caption(source, path, by_ending)
+    except (ValueError, OSError, EOFError) as error:
+        problem = f"its caption cannot be read: {error}"
+    yield SourceItem(
+        key,
+        path,
+        image.offset,
+        image.size,
+        caption=caption,
+        repeats=source.repeats,
+        file_bytes=image.size,
+        mtime_ns=image.mtime_ns,
+        problem=problem,
+    )
+
+
+def _caption(source: WebdatasetSource, path: str, by_ending: dict[str, TarMember]) -> str:
+    """The caption record: the text of `.txt` or `.caption`, else the field of `.json`; tags from `.json`."""
+    texts = {}
+    for ending in _CAPTIONS:
+        member = by_ending.get(ending)
+        if member is not None:
+            if member.size > _MOST_CAPTION_BYTES:
+                raise ValueError(f"{member.name} has {member.size} bytes")
+            data = read_bytes(path, member.offset, member.size)
+            texts[ending] = data.decode("utf-8-sig", errors="replace").strip()
+    fields: dict[str, Any] = {}
+    if ".json" in texts:
+        fields = json.loads(texts[".json"])
+        if not isinstance(fields, dict):
+            raise ValueError("its .json is no object")
+    text = texts.get(".txt") or texts.get(".caption") or text_of(fields.get(source.caption_field))
+    return caption_record(text, text_of(fields.get(source.tags_field))).decode()
+
+
+def _ending(name: str) -> str:
+    """The last ending, in lower case."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+
+
+def _sample(member: TarMember) -> str:
+    """The sample that a member belongs to: its name up to the first dot after the last slash."""
+    folder, slash, base = member.name.rpartition("/")
+    return folder + slash + base.partition(".")[0]

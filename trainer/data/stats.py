@@ -1,0 +1,90 @@
+"""What a prepared data set consists of: buckets, what was left out, and a sample of its images' sizes and texts."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trainer.data.buckets import Bucket
+from trainer.data.captions import CaptionRules, compose
+from trainer.data.sampler import pick_rows
+from trainer.data.snapshot import SPLITS, PreparedSet
+
+BAD_FILE = "bad.jsonl"
+"""In the prepared folder: the images that `prepare` left out."""
+
+
+@dataclass(frozen=True)
+class BucketCounts:
+    """One bucket of one split."""
+
+    split: str
+    bucket: Bucket
+    images: int
+    per_epoch: int
+    """Images with their repeats."""
+    shards: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images of the training split, spread evenly over it; a repeated image is as likely again to be among them."""
+
+    rows: int
+    """All training images, with repeats."""
+    original_hw: np.ndarray
+    """int64 [n, 2], in pixels, of the images whose size is known."""
+    target_hw: np.ndarray
+    """int64 [n, 2]: their buckets, in pixels."""
+    texts: tuple[str, ...]
+    """As they are trained without anything random."""
+    unreadable: int
+
+
+def bucket_counts(prepared: PreparedSet) -> list[BucketCounts]:
+    """Every bucket that has images, by split."""
+    counts = []
+    for split in SPLITS:
+        shards = prepared.shards(split)
+        for index, bucket in enumerate(prepared.buckets(split)):
+            ours = [shard for shard in shards if shard.bucket_index == index]
+            images, per_epoch = sum(shard.rows for shard in ours), sum(shard.virtual_rows for shard in ours)
+            counts.append(BucketCounts(split, bucket, images, per_epoch, len(ours)))
+    return counts
+
+
+def left_out(prepared: Path) -> Counter[str]:
+    """How many images `prepare` left out, by reason; numbers within a reason are not told apart."""
+    reasons: Counter[str] = Counter()
+    try:
+        with (prepared / BAD_FILE).open(encoding="utf-8") as file:
+            reasons.update(_kind(json.loads(line)["reason"]) for line in file)
+    except FileNotFoundError:
+        pass
+    return reasons
+
+
+def sample(prepared: PreparedSet, count: int, rules: CaptionRules) -> Iterator[Sample | None]:
+    """Read the sizes and captions of at most `count` images; yields None after each, and the sample last."""
+    rows_per_bucket = prepared.rows_per_bucket("train")
+    settled = rules.as_settled()
+    sizes, texts, unreadable = [], [], 0
+    for bucket, row in pick_rows(rows_per_bucket, count):
+        record = prepared.read_record("train", bucket, row)
+        if record is None:
+            unreadable += 1
+        else:
+            sizes.append(record.sizes)
+            texts.append(compose(record.caption, settled, 0, 0))
+        yield None
+    columns = np.array(sizes, dtype=np.int64).reshape(-1, 6)
+    columns = columns[(columns[:, :2] > 0).all(axis=1)]
+    yield Sample(sum(rows_per_bucket), columns[:, :2], columns[:, 4:], tuple(texts), unreadable)
+
+
+def _kind(reason: str) -> str:
+    return re.sub(r"\d[\d,.]*", "N", reason)

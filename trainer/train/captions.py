@@ -1,0 +1,71 @@
+"""The captions of a run: the rules that its configuration asks for, and a look at what they make of the data.
+
+Imports no torch.
+"""
+
+from collections.abc import Sequence
+
+from trainer.config.schema import Config
+from trainer.data.caption_survey import CaptionSurvey, sampled_records, survey_captions
+from trainer.data.captions import CaptionRules
+from trainer.data.snapshot import PreparedSet
+from trainer.errors import UserError
+
+_EXAMPLES = 5
+_LONGEST = 400
+_USED_TOKENS = 75
+
+
+def caption_rules(config: Config) -> CaptionRules:
+    """The rules of the configuration's `captions`."""
+    return CaptionRules(**config.captions.model_dump(exclude={"max_empty_fraction"}))
+
+
+def survey_of(config: Config, records: Sequence[tuple[str, str]]) -> CaptionSurvey:
+    """What becomes of (key, caption record) pairs in this run; the texts of its first epochs are the examples."""
+    return survey_captions(records, caption_rules(config), config.run.seed, _EXAMPLES)
+
+
+def describe_captions(config: Config, survey: CaptionSurvey) -> list[str]:
+    """Examples with their tokens, and what is remarkable in the sample."""
+    from trainer.model.text import load_tokenizers
+
+    count_tokens = load_tokenizers(config.model.path).count_tokens
+    random = caption_rules(config).is_random
+    lines = [f"captions as they will be trained{', in the first two epochs' if random else ''}:"]
+    for example in survey.examples:
+        lines.append(f"  {example.key}")
+        counts = count_tokens(example.texts)
+        lines += [f"    {count:>4} tokens: {_short(text)}" for text, count in zip(example.texts, counts, strict=True)]
+    sampled = len(survey.texts)
+    too_long = sum(count > _USED_TOKENS for count in count_tokens(survey.texts))
+    lines.append(
+        f"  of {sampled:,} sampled: {len(survey.empty_keys):,} without text, {too_long:,} longer than the "
+        f"{_USED_TOKENS} tokens that are used"
+    )
+    captions = config.captions
+    asks_for_tags = captions.use != "caption" or captions.shuffle_tags or captions.tag_dropout_rate > 0
+    if asks_for_tags and sampled and not survey.with_tags:
+        lines.append("  none of them has tags, so that what `captions` asks for tags has no effect")
+    return lines
+
+
+def require_captions(config: Config, survey: CaptionSurvey) -> None:
+    """UserError where more of the sampled images than `captions.max_empty_fraction` have an empty text."""
+    limit = config.captions.max_empty_fraction
+    if survey.empty_fraction > limit:
+        empty, sampled = len(survey.empty_keys), len(survey.texts)
+        raise UserError(
+            f"captions.max_empty_fraction = {limit:g}: {empty:,} of {sampled:,} sampled images have an empty text, "
+            f"such as {', '.join(survey.empty_keys[:3])}; caption them before they are prepared, or raise the limit"
+        )
+
+
+def check_captions(config: Config) -> None:
+    """Refuse to train on a prepared set of which too many texts are empty; takes a fraction of a second."""
+    require_captions(config, survey_of(config, sampled_records(PreparedSet.open(config.data.prepared))))
+
+
+def _short(text: str) -> str:
+    text = text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return "".join(c if c.isprintable() else " " for c in text) or "(empty)"
