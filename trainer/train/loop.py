@@ -176,7 +176,7 @@ def _save(config: Config, comm: Comm, run: Run, state: TrainState, *, must_succe
     try:
         write_checkpoint(
             path,
-            save_unet=partial(strategy.module.save_pretrained, max_shard_size="100GB"),
+            save_unet=partial(run.parts.denoiser.unet.save_pretrained, max_shard_size="100GB"),
             optimizer=optimizer_tensors(run.parts.optimizer, strategy.parameters),
             state=state.to_json(),
         )
