@@ -153,7 +153,8 @@ class WebdatasetSource(Section):
 
 class ParquetSource(Section):
     type: Literal["parquet"]
-    """Parquet files with an image (or its path) and a caption in each row. Fast where row groups are small."""
+    """Parquet files with an image (or its path) and a caption in each row. Row groups of some 100 rows, as `datasets`
+    writes them, are best: a whole page of images is held in memory. `prepare` reads the files once for each bucket."""
     files: PathField
     """A `.parquet` file, a folder of them, or a pattern."""
     image_column: str = "image"
