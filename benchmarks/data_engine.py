@@ -193,7 +193,8 @@ def measure_memory(settings: Settings) -> Iterator[Row]:
     yield from _memory_of(settings, root, settings.epoch_share, "our shards, read by threads", target)
     share_of_epoch = 1.0 if settings.small else 0.02
     totals = [sum(totals) for totals in _ranks_at_milestones(settings, root, share_of_epoch, settings.workers)]
-    flat = f"{totals[0]:,.0f} MB at first, {totals[-1]:,.0f} MB after {100 * share_of_epoch:.3g} % of the epoch"
+    course = ", ".join(f"{total:,.0f}" for total in totals)
+    flat = f"{course} MB at 5, 25, 50, 75, 100 % of {100 * share_of_epoch:.3g} % of an epoch"
     processes = f"{settings.ranks} ranks + {settings.ranks * settings.workers} worker processes"
     yield f"total PSS of {processes}, torch included", "<= 2 GB, flat", flat
 
@@ -202,7 +203,8 @@ def _memory_of(settings: Settings, root: Path, share_of_epoch: float, what: str,
     bare = _bare_pss(settings.ranks)
     milestones = _ranks_at_milestones(settings, root, share_of_epoch, workers=0)
     means = [sum(totals) / settings.ranks for totals in milestones]
-    told = f"{means[-1] - bare:.1f} MB (bare process {bare:.0f} MB), growth {means[-1] - means[0]:+.1f} MB"
+    course = ", ".join(f"{mean - bare:.1f}" for mean in means)
+    told = f"{course} MB at 5, 25, 50, 75, 100 % of that, over a bare process's {bare:.0f} MB"
     yield f"loader's memory per rank, {what}, over {100 * share_of_epoch:.3g} % of an epoch", target, told
 
 

@@ -1,6 +1,7 @@
 """Flip and crop: the right pixels, the right numbers for SDXL, and draws that follow from the seed alone."""
 
 import io
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -90,3 +91,14 @@ def test_a_bad_image_says_why() -> None:
         load_view(_encoded(coffee())[:5000], (400, 600), View(WIDE, False), pixels)
     with pytest.raises(BadImage, match="512x512 px, but was 600x400"):
         load_view(_encoded(astronaut()), (400, 600), View(WIDE, False), pixels)
+
+
+def test_pillows_remarks_are_no_errors() -> None:
+    """A palette with transparency as bytes, at which Pillow warns; here and in a run with `-W error`."""
+    file = io.BytesIO()
+    coffee().quantize(64).save(file, "PNG", transparency=bytes([0, 128]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = np.empty((3, 128, 128), dtype=np.uint8)
+        load_view(file.getvalue(), (400, 600), View(WIDE, False), pixels)
+    assert pixels.any()

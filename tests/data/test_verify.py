@@ -8,10 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.data.kohya_files import entry, kohya_npz, settings_of, write_files, write_metadata
 from tests.data.small_set import write_small_set
 from trainer.cli.main import main
 from trainer.data.buckets import Bucket
+from trainer.data.encode import encode_shards
+from trainer.data.prepare import commit, plan_prepare
+from trainer.data.shards import RowBatch, ShardHead, read_info, write_shard
 from trainer.data.snapshot import PreparedSet
+from trainer.data.snapshot_file import ShardEntry, Snapshot, snapshot_to_json
+from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.verify import VERIFY_BAD, Damage, Verified, verify
 
 SQUARE, TALL = Bucket(64, 64), Bucket(128, 64)
@@ -82,17 +88,13 @@ def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
 
 
 def test_damage_of_the_list_of_what_was_left_out_costs_no_image(tmp_path: Path) -> None:
-    from tests.data.test_snapshot import TALL as BUCKET
-    from trainer.data.shards import RowBatch, ShardHead, read_info, write_shard
-    from trainer.data.snapshot_file import ShardEntry, Snapshot, snapshot_to_json
-
-    head = ShardHead(BUCKET, "train", 1, 0.13025, "xxh3:00")
+    head = ShardHead(TALL, "train", 1, 0.13025, "xxh3:00")
     latents = np.zeros((2, *head.latent_shape), dtype=np.float16)
     sizes = np.zeros((2, 6), dtype=np.uint32)
     batch = RowBatch(latents, ["{}", "{}"], ["a", "b"], sizes, np.array([1, 2], dtype=np.uint32))
     with (tmp_path / "0.safetensors").open("wb") as file:
         write_shard(file, head, [batch], [{"path": "x", "reason": "torn"}])
-    entry = ShardEntry("0.safetensors", "train", BUCKET, read_info(tmp_path / "0.safetensors"))
+    entry = ShardEntry("0.safetensors", "train", TALL, read_info(tmp_path / "0.safetensors"))
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots/000001.json").write_text(snapshot_to_json(Snapshot(1, (1,), {}, (entry,))))
     (tmp_path / "CURRENT").write_text("000001.json")
@@ -101,6 +103,26 @@ def test_damage_of_the_list_of_what_was_left_out_costs_no_image(tmp_path: Path) 
     found = _verified(tmp_path)
     assert (found.images, found.damaged_images) == (2, 0)
     assert found.first == (Damage("0.safetensors", -1, -1, 0, "checksum mismatch in excluded_bytes"),)
+
+
+def test_latents_used_where_they_lie_are_read_too(tmp_path: Path) -> None:
+    files = {f"{i:02d}.npz": kohya_npz(i) for i in range(20)}
+    write_files(tmp_path / "latents", files)
+    write_metadata(tmp_path / "meta.json", {f"{i:02d}": entry(i) for i in range(20)})
+    source = KohyaJsonSource(tmp_path / "meta.json", latents=tmp_path / "latents")
+    settings = settings_of(tmp_path / "prepared", source)
+    plan_prepare(settings, show_progress=False)
+    encode_shards(settings.prepared, 0, 1, encode=None)
+    commit(settings.prepared)
+    found = _verified(settings.prepared)
+    assert (found.images, found.damages) == (20, 0) and found.num_bytes > sum(map(len, files.values()))
+    (tmp_path / "latents/07.npz").write_bytes(files["07.npz"][:-3])
+    (damage,) = _verified(settings.prepared).first
+    assert (damage.file, damage.images) == (str(tmp_path / "latents/07.npz"), 1) and "cut off" in damage.reason
+    shutil.rmtree(tmp_path / "latents")
+    found = _verified(settings.prepared)
+    assert found.damaged_images == 20 and found.damages == len(PreparedSet.open(settings.prepared).shards("train"))
+    assert "No such file or directory, such as " in found.first[0].reason
 
 
 def test_what_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from trainer.config.schema import LARGEST, Config
+from trainer.config.schema import Config
+from trainer.config.values import LARGEST
 from trainer.config.yaml_source import dump
 
 Schema = dict[str, Any]

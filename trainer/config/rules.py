@@ -13,8 +13,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from trainer.config.fields import Key, Problem, dotted
-from trainer.config.schema import (
-    Config,
+from trainer.config.schema import Config
+from trainer.config.sources import (
     FolderSource,
     KohyaJsonSource,
     LatentTarsSource,

@@ -5,52 +5,22 @@ A field's docstring is the only place its meaning is written: `sdxl-train schema
 fields live in `rules.py`.
 """
 
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field
 
-_YES_NO = {"yes": True, "on": True, "no": False, "off": False}
-LARGEST = 2**31 - 1
-
-
-def _yes_no(value: object) -> object:
-    return _YES_NO.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def _path(value: object) -> object:
-    """`~` is expanded here; an empty path would silently mean the current directory."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip() or "\0" in value:
-        raise PydanticCustomError("rule", "must be a path")
-    try:
-        return Path(value).expanduser()
-    except RuntimeError:
-        raise PydanticCustomError("rule", "must be a path; `~` and a name is the home folder of a known user") from None
-
-
-def _yes_no_or_path(value: object) -> object:
-    value = _yes_no(value)
-    return str(_path(value)) if isinstance(value, str) else value
-
-
-Flag = Annotated[bool, BeforeValidator(_yes_no, json_schema_input_type=bool | Literal["yes", "no", "on", "off"])]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Separator = Annotated[str, Field(min_length=1)]
-PathField = Annotated[Path, Field(strict=False), BeforeValidator(_path, json_schema_input_type=Path)]
-
-
-class Section(BaseModel):
-    """Common rules of all sections: frozen, strict, unknown keys refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from trainer.config.sources import Source
+from trainer.config.values import (
+    Count,
+    Flag,
+    Fraction,
+    PathField,
+    PositiveInt,
+    Section,
+    Seed,
+    Separator,
+    yes_no_or_path,
+)
 
 
 class RunConfig(Section):
@@ -59,7 +29,7 @@ class RunConfig(Section):
     seed: Seed = 0
     """Seed of the data order, the noise and the timesteps. The same seed gives the same run."""
     resume: Annotated[
-        bool | str, BeforeValidator(_yes_no_or_path, json_schema_input_type=bool | Literal["auto"] | str)
+        bool | str, BeforeValidator(yes_no_or_path, json_schema_input_type=bool | Literal["auto"] | str)
     ] = "auto"
     """`auto`: go on from the newest complete checkpoint in `run.dir`, or start fresh if there is none.
     `true`: the same, but none is an error. `false`: start fresh; an existing run in the directory is an
@@ -96,115 +66,6 @@ class BucketConfig(Section):
     """Bucket sides are multiples of this, in pixels; a multiple of 8."""
     no_upscale: Flag = False
     """Never enlarge an image: smaller ones get a bucket of their own size, rounded down to `step_px`."""
-
-
-class FolderSource(Section):
-    type: Literal["folder"] = "folder"
-    """A folder of images, searched recursively, each with a caption file beside it."""
-    path: PathField
-    """The folder."""
-    caption_extension: str = ".txt"
-    """Ending of the caption file that lies beside each image."""
-    caption_files_hold: Literal["caption", "tags"] = "caption"
-    """What is in the caption files: natural language, or tags, which `captions` can shuffle and drop one by one."""
-    kohya_repeats: Flag = False
-    """Read kohya's layout: only sub-folders named `<repeats>_<words>` count, their images are seen `<repeats>` times,
-    and the words are the caption of images that have no caption file."""
-    repeats: PositiveInt = 1
-    """How many times each image of this source is seen per epoch."""
-
-
-class KohyaJsonSource(Section):
-    type: Literal["kohya_json"]
-    """kohya's metadata file, with latents (`.npz`, used where they lie) or images beside it."""
-    path: PathField
-    """The metadata: one JSON object (`meta_lat.json`), or `.jsonl` with an object per line. Read as a stream."""
-    latents: PathField | None = None
-    """Folder of the `.npz` files, `<key>.npz` or `<key>_<W>x<H>_sdxl.npz`. Give this or `images`."""
-    images: PathField | None = None
-    """Folder of the images that the keys name, which `prepare` encodes. Give this or `latents`."""
-    repeats: PositiveInt = 1
-    """How many times each image of this source is seen per epoch."""
-
-
-class LatentTarsSource(Section):
-    type: Literal["latent_tars"]
-    """Tars with members `<id>.npz`, read in place, and kohya's metadata file with their captions."""
-    metadata: PathField
-    """The metadata, as in `kohya_json`; a member belongs to the key whose last part is its name."""
-    tars: PathField
-    """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
-    repeats: PositiveInt = 1
-    """How many times each image of this source is seen per epoch."""
-
-
-class WebdatasetSource(Section):
-    type: Literal["webdataset"]
-    """Tars in which the files of one image share a name: `0001.jpg`, `0001.txt`, `0001.json`. Read in place."""
-    tars: PathField
-    """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
-    caption_field: str = "caption"
-    """Field of the `.json` files that holds the caption, where there is no `.txt` or `.caption`."""
-    tags_field: str = "tags"
-    """Field of the `.json` files that holds the tags: text, or a list."""
-    repeats: PositiveInt = 1
-    """How many times each image of this source is seen per epoch."""
-
-
-class ParquetSource(Section):
-    type: Literal["parquet"]
-    """Parquet files with an image (or its path) and a caption in each row. Fast where row groups are small."""
-    files: PathField
-    """A `.parquet` file, a folder of them, or a pattern."""
-    image_column: str = "image"
-    """Column of the images: bytes, `datasets`' struct of bytes and path, or paths."""
-    caption_column: str = "caption"
-    """Column of the captions: text, or a list of texts, which become lines."""
-    tags_column: str | None = None
-    """Column of the tags: text, or a list."""
-    key_column: str | None = None
-    """Column with a name for each image, which messages then show beside file and row."""
-    images: PathField | None = None
-    """Folder that paths start from; default: that of the parquet file."""
-    repeats: PositiveInt = 1
-    """How many times each image of this source is seen per epoch."""
-
-
-class HfSource(Section):
-    type: Literal["hf"]
-    """A data set of Hugging Face's `datasets`, on disk or from the hub; one from the hub is downloaded first."""
-    path: str
-    """Name on the hub, or a folder, such as one that `save_to_disk` wrote."""
-    subset: str | None = None
-    """The data set's configuration, where it has several."""
-    split: str = "train"
-    """The split that is trained on, as a whole."""
-    image_column: str = "image"
-    """Column of the images."""
-    caption_column: str = "text"
-    """Column of the captions: text, or a list of texts, which become lines."""
-    tags_column: str | None = None
-    """Column of the tags: text, or a list."""
-    key_column: str | None = None
-    """Column with a name for each image, which messages then show beside the row."""
-    repeats: PositiveInt = 1
-    """How many times each image of this source is seen per epoch."""
-
-
-def source_type(entry: object) -> object:
-    """The `type` of an entry of `data.sources`; one that names none is a folder."""
-    return entry.get("type", "folder") if isinstance(entry, dict) else getattr(entry, "type", "folder")
-
-
-Source = Annotated[
-    Annotated[FolderSource, Tag("folder")]
-    | Annotated[KohyaJsonSource, Tag("kohya_json")]
-    | Annotated[LatentTarsSource, Tag("latent_tars")]
-    | Annotated[WebdatasetSource, Tag("webdataset")]
-    | Annotated[ParquetSource, Tag("parquet")]
-    | Annotated[HfSource, Tag("hf")],
-    Discriminator(source_type),
-]
 
 
 class AugmentConfig(Section):

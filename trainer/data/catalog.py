@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -22,6 +23,7 @@ from trainer.errors import UserError
 CATALOG_FORMAT = 2
 REFERENCES_PER_SHARD = 4
 """A shard that only says where the payload lies holds as many times more rows."""
+_CACHE_KIB = 32 * 1024
 
 Payload = Literal["encode", "npz", "image", "repack"]
 """What a row's shard is to hold: latents that the VAE gives for an image (`encode`) or that lie in an `.npz`
@@ -128,6 +130,7 @@ def _check_format(connection: sqlite3.Connection, path: Path, read_only: bool) -
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version not in (0, CATALOG_FORMAT):
         raise UserError(f"{path}: is of format {version}, this version reads {CATALOG_FORMAT}")
+    connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
     if not read_only:
         connection.execute("PRAGMA synchronous = NORMAL")
         if version == 0:
@@ -298,15 +301,14 @@ def rows_of_shard(connection: sqlite3.Connection, shard: PlannedShard) -> list[C
     bucket = shard.bucket
     payload = "npz" if shard.payload == "repack" else shard.payload
     group = (shard.row_generation, shard.split, bucket.height_px, bucket.width_px, payload)
+    placement = lru_cache(64)(lambda *sides: Placement(bucket, sides[:2], sides[2:]))
     return [
         CatalogRow(
             *values[:5],
-            stamp=FileStamp(*values[5:8]),
-            caption=values[8],
-            repeats=values[9],
-            split=values[10],
+            FileStamp(*values[5:8]),
+            *values[8:11],
             original_hw=values[11:13],
-            placement=Placement(bucket, values[13:15], values[15:17]),
+            placement=placement(*values[13:17]),
         )
         for values in connection.execute(query, (*group, shard.first_key, shard.last_key))
     ]

@@ -7,11 +7,12 @@ Any number of workers do this at once; they share nothing but the file system. E
 """
 
 import fcntl
+import multiprocessing
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ AS_GIVEN = "as given"
 
 _POLL_SECONDS = 0.2
 _CONVERTED_AT_ONCE = 32
+_ROWS_WORTH_A_PROCESS = 50_000
 
 
 def encode_shards(
@@ -72,7 +74,10 @@ def encode_shards(
         pillow_rules(),
         ThreadPoolExecutor(decode_threads, "decode") as pool,
     ):
-        shards = catalog.pending_shards(connection)
+        # What only refers goes by key, as the catalogue does: by bucket, each of its pages would be read many times.
+        shards = sorted(
+            catalog.pending_shards(connection), key=lambda shard: shard.name if _is_encoded(shard) else shard.first_key
+        )
         for shard_folder in {(prepared / shard.name).parent for shard in shards}:
             shard_folder.mkdir(parents=True, exist_ok=True)
         # Each worker begins at another place, so that they rarely try for the same shard.
@@ -98,6 +103,22 @@ def encode_shards(
             if not remaining:
                 return written
             time.sleep(_POLL_SECONDS)
+
+
+def write_references(prepared: Path, processes: int) -> None:
+    """Write the pending shards where all of them only say where payloads lie: in this process if there are few rows."""
+    with catalog.open_catalog(prepared, read_only=True) as connection:
+        rows = sum(shard.rows for shard in catalog.pending_shards(connection))
+    if processes < 2 or rows < _ROWS_WORTH_A_PROCESS:
+        encode_shards(prepared, 0, 1, encode=None)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver")) as pool:
+        for done in [pool.submit(encode_shards, prepared, rank, processes, None) for rank in range(processes)]:
+            done.result()
+
+
+def _is_encoded(shard: PlannedShard) -> bool:
+    return shard.payload == "encode"
 
 
 def pending_payloads(prepared: Path) -> set[Payload]:

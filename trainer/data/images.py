@@ -103,6 +103,8 @@ def load_view(file: Path | bytes, original_hw: tuple[int, int], view: View, pixe
     Raises:
         BadImage: it cannot be decoded, or its size is not `original_hw`.
     """
+    # Not for a while, as in `pillow_rules`: filters are the whole process's, and other threads come and go.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     upright = load_pixels(file, original_hw, view.placement)
     pixels[:] = (upright[:, ::-1] if view.flipped else upright).transpose(2, 0, 1)
 

@@ -5,6 +5,7 @@ are looked at in the order of their keys, a page at a time. Files are opened whe
 always, latents where the metadata does not name their bucket.
 """
 
+import gc
 import os
 import sqlite3
 import zlib
@@ -41,7 +42,7 @@ from trainer.data.sources.folder import read_caption
 from trainer.data.sources.listing import list_source, source_names
 from trainer.data.sources.source import ROW, WHOLE, SourceItem, open_range, read_bytes
 
-_PAGE = 2048
+_PAGE = 8192
 _THREADS = 4
 _NEVER = -1
 """File size of a bad row that is to be judged anew each time."""
@@ -100,7 +101,7 @@ def scan(
     _forget_gone(connection)
     rules = settings.buckets
     look = partial(_look, _Rules(settings, make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)))
-    with _scratch_table(connection, prepared):
+    with _scratch_table(connection, prepared), _without_garbage_collector():
         _list_sources(connection, prepared, settings, limit, counts, show_progress)
         bar = tqdm(total=counts.listed, desc="images", unit="img", disable=None if show_progress else True)
         with bar, pillow_rules(), ThreadPoolExecutor(_THREADS) as pool, closing(_pages(connection)) as pages:
@@ -131,6 +132,18 @@ def _forget_gone(connection: sqlite3.Connection) -> None:
     with transaction(connection):
         connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", gone)
         connection.execute("DELETE FROM bad WHERE file_bytes = ?", (_NEVER,))
+
+
+@contextmanager
+def _without_garbage_collector() -> Iterator[None]:
+    """Millions of tuples come and go here, none of them in cycles: looking for those takes a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

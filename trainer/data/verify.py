@@ -122,7 +122,10 @@ def _verify_shard(shard: ShardSummary) -> list[Damage]:
         bytes_before = bytes_now
     _drop_from_cache(path)  # nobody will read all of it again soon
     if len(problems) == shard.rows and len({problem.reason for problem in problems}) == 1:
-        return [Damage(shard.name, -1, -1, shard.rows, problems[0].reason)]
+        # One line for a shard that is lost, or for a folder of latents that is not mounted.
+        first, others = problems[0], len({problem.file for problem in problems}) > 1
+        reason = f"{first.reason}, such as {first.file}" if others else first.reason
+        return [Damage(shard.name if others else first.file, -1, -1, shard.rows, reason)]
     damages = [Damage(p.file, p.row, p.offset, 1, p.reason) for p in problems]
     return [Damage(shard.name, -1, -1, 0, header), *damages] if header else damages
 

@@ -112,7 +112,7 @@ def _draw_lengths(axis: "Axes", chart: DataChart) -> None:
     width = max(1, round(most / 40))
     edges = np.arange(0, most + 2 * width, width) - 0.5
     shown = np.minimum(lengths, edges[-1] - 0.5)  # the few longest share the last bar
-    axis.hist(shown, edges, weights=np.full(len(shown), 1 / len(shown)), color=_ORIGINAL)
+    axis.hist(shown, edges.tolist(), weights=np.full(len(shown), 1 / len(shown)), color=_ORIGINAL)
     empty = float(np.mean(lengths == 0))
     notes = [chart.length_unit, f"median {int(np.median(lengths)):,}", f"{_percent(empty)} empty"]
     if chart.used_length is not None:

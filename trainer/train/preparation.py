@@ -4,13 +4,15 @@ import os
 from collections.abc import Callable
 
 from trainer.config.schema import Config
-from trainer.config.schema import Source as SourceConfig
+from trainer.config.sources import Source as SourceConfig
 from trainer.data.buckets import BucketRules
-from trainer.data.encode import encode_shards, pending_payloads
+from trainer.data.encode import encode_shards, pending_payloads, write_references
 from trainer.data.settings import PrepareSettings
 from trainer.data.sources.listing import SOURCE_TYPES, Source
 from trainer.model.folder import read_config, vae_folder, weights_fingerprint
 from trainer.train.captions import caption_rules
+
+_WRITERS = 8
 
 
 def prepare_settings(config: Config) -> PrepareSettings:
@@ -61,8 +63,8 @@ def needs_workers(config: Config) -> bool:
 
 
 def note_references(config: Config) -> None:
-    """Write the pending shards in this process, which has no model and no torch."""
-    encode_shards(config.data.prepared, 0, 1, encode=None)
+    """Write the pending shards here, where no model is needed."""
+    write_references(config.data.prepared, min(_WRITERS, len(os.sched_getaffinity(0))))
 
 
 def encode_share(config: Config) -> None:

@@ -1,6 +1,7 @@
 """Validation loss and sample grids: what is done with a UNet now and then, in training and by `eval`."""
 
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.data.captions import compose
-from trainer.data.loader import BatchReader
+from trainer.data.loader import Batch, BatchReader
 from trainer.data.sampler import pick_rows
 from trainer.data.snapshot import PreparedSet
 from trainer.dist.comm import Comm, barrier
@@ -81,7 +82,7 @@ class Scorer:
         settings = self.config.validation
         batches = validation_batches(reader, settings.max_images, self.config.train.batch_size_per_gpu, self.comm)
         encoded = encoded_batches(self.denoiser.image_encoder, batches)
-        return validation_loss(self.denoiser, encoded, settings.timesteps, self.comm)
+        return validation_loss(self.denoiser, _with_warnings(encoded), settings.timesteps, self.comm)
 
     def draw(self, folder: Path, title: str) -> Path:
         """Draw one image per prompt into `folder`, and all of them beside the data into `folder`.png.
@@ -147,6 +148,14 @@ class Scorer:
                 latents, pixels = (None if stack is None else stack[0] for stack in (rows.latents, rows.pixels))
                 pictures.append(Picture(compose(rows.captions[0], rules, 0, 0), bucket, latents, pixels))
         return pictures
+
+
+def _with_warnings(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, telling what could not be read of them."""
+    for batch in batches:
+        for problem in batch.problems:
+            _log.warning("validation leaves out %s", problem)
+        yield batch
 
 
 def _read_image(path: Path) -> Image.Image:

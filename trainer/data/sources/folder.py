@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -116,8 +117,6 @@ def read_caption(path: str, default: str | None = None) -> str:
     mark and surrounding space are taken off.
     """
     ((field, text),) = json.loads(default or '{"caption":""}').items()
-    try:
+    with suppress(FileNotFoundError):
         text = Path(path).read_bytes().decode("utf-8-sig", errors="replace").strip()
-    except FileNotFoundError:
-        pass
     return caption_record(**{field: text}).decode()

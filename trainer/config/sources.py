@@ -1,0 +1,117 @@
+"""The entries of `data.sources`, one section for each type; documented as those of `schema.py` are."""
+
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Tag
+
+from trainer.config.values import Flag, PathField, PositiveInt, Section
+
+
+class FolderSource(Section):
+    type: Literal["folder"] = "folder"
+    """A folder of images, searched recursively, each with a caption file beside it."""
+    path: PathField
+    """The folder."""
+    caption_extension: str = ".txt"
+    """Ending of the caption file that lies beside each image."""
+    caption_files_hold: Literal["caption", "tags"] = "caption"
+    """What is in the caption files: natural language, or tags, which `captions` can shuffle and drop one by one."""
+    kohya_repeats: Flag = False
+    """Read kohya's layout: only sub-folders named `<repeats>_<words>` count, their images are seen `<repeats>` times,
+    and the words are the caption of images that have no caption file."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class KohyaJsonSource(Section):
+    type: Literal["kohya_json"]
+    """kohya's metadata file, with latents (`.npz`, used where they lie) or images beside it."""
+    path: PathField
+    """The metadata: one JSON object (`meta_lat.json`), or `.jsonl` with an object per line. Read as a stream."""
+    latents: PathField | None = None
+    """Folder of the `.npz` files, `<key>.npz` or `<key>_<W>x<H>_sdxl.npz`. Give this or `images`."""
+    images: PathField | None = None
+    """Folder of the images that the keys name, which `prepare` encodes. Give this or `latents`."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class LatentTarsSource(Section):
+    type: Literal["latent_tars"]
+    """Tars with members `<id>.npz`, read in place, and kohya's metadata file with their captions."""
+    metadata: PathField
+    """The metadata, as in `kohya_json`; a member belongs to the key whose last part is its name."""
+    tars: PathField
+    """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class WebdatasetSource(Section):
+    type: Literal["webdataset"]
+    """Tars in which the files of one image share a name: `0001.jpg`, `0001.txt`, `0001.json`. Read in place."""
+    tars: PathField
+    """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
+    caption_field: str = "caption"
+    """Field of the `.json` files that holds the caption, where there is no `.txt` or `.caption`."""
+    tags_field: str = "tags"
+    """Field of the `.json` files that holds the tags: text, or a list."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class ParquetSource(Section):
+    type: Literal["parquet"]
+    """Parquet files with an image (or its path) and a caption in each row. Row groups of some 100 rows, as `datasets`
+    writes them, are best: a whole page of images is held in memory. `prepare` reads the files once for each bucket."""
+    files: PathField
+    """A `.parquet` file, a folder of them, or a pattern."""
+    image_column: str = "image"
+    """Column of the images: bytes, `datasets`' struct of bytes and path, or paths."""
+    caption_column: str = "caption"
+    """Column of the captions: text, or a list of texts, which become lines."""
+    tags_column: str | None = None
+    """Column of the tags: text, or a list."""
+    key_column: str | None = None
+    """Column with a name for each image, which messages then show beside file and row."""
+    images: PathField | None = None
+    """Folder that paths start from; default: that of the parquet file."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+class HfSource(Section):
+    type: Literal["hf"]
+    """A data set of Hugging Face's `datasets`, on disk or from the hub; one from the hub is downloaded first."""
+    path: str
+    """Name on the hub, or a folder, such as one that `save_to_disk` wrote."""
+    subset: str | None = None
+    """The data set's configuration, where it has several."""
+    split: str = "train"
+    """The split that is trained on, as a whole."""
+    image_column: str = "image"
+    """Column of the images."""
+    caption_column: str = "text"
+    """Column of the captions: text, or a list of texts, which become lines."""
+    tags_column: str | None = None
+    """Column of the tags: text, or a list."""
+    key_column: str | None = None
+    """Column with a name for each image, which messages then show beside the row."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+
+
+def source_type(entry: object) -> object:
+    """The `type` of an entry of `data.sources`; one that names none is a folder."""
+    return entry.get("type", "folder") if isinstance(entry, dict) else getattr(entry, "type", "folder")
+
+
+Source = Annotated[
+    Annotated[FolderSource, Tag("folder")]
+    | Annotated[KohyaJsonSource, Tag("kohya_json")]
+    | Annotated[LatentTarsSource, Tag("latent_tars")]
+    | Annotated[WebdatasetSource, Tag("webdataset")]
+    | Annotated[ParquetSource, Tag("parquet")]
+    | Annotated[HfSource, Tag("hf")],
+    Discriminator(source_type),
+]

@@ -1,0 +1,50 @@
+"""The values that configuration keys take, and what all sections have in common."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+_YES_NO = {"yes": True, "on": True, "no": False, "off": False}
+LARGEST = 2**31 - 1
+
+
+def yes_no(value: object) -> object:
+    """The other words for a flag; anything else as it is."""
+    return _YES_NO.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _path(value: object) -> object:
+    """`~` is expanded here; an empty path would silently mean the current directory."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip() or "\0" in value:
+        raise PydanticCustomError("rule", "must be a path")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise PydanticCustomError("rule", "must be a path; `~` and a name is the home folder of a known user") from None
+
+
+def yes_no_or_path(value: object) -> object:
+    """A word for a flag, or a path as text."""
+    value = yes_no(value)
+    return str(_path(value)) if isinstance(value, str) else value
+
+
+Flag = Annotated[bool, BeforeValidator(yes_no, json_schema_input_type=bool | Literal["yes", "no", "on", "off"])]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Separator = Annotated[str, Field(min_length=1)]
+PathField = Annotated[Path, Field(strict=False), BeforeValidator(_path, json_schema_input_type=Path)]
+
+
+class Section(BaseModel):
+    """Common rules of all sections: frozen, strict, unknown keys refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
