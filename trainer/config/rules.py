@@ -297,7 +297,9 @@ def _is_written(config: Config, name: str) -> bool:
 
 def _is_given(config: Config, name: str) -> bool:
     section, _, field = name.rpartition(".")
-    declared = type(_get(config, section)).model_fields[field]
+    owner = _get(config, section)
+    assert isinstance(owner, BaseModel)
+    declared = type(owner).model_fields[field]
     return _is_written(config, name) and _get(config, name) != declared.get_default()
 
 
