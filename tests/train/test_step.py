@@ -1,6 +1,7 @@
 """The training step: it learns, and its gradient does not depend on how the step is cut, padded or damaged."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from trainer.config.schema import OptimizerConfig
 from trainer.data.loader import Batch
+from trainer.data.snapshot import RowProblem
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
 from trainer.dist.comm import Comm
@@ -24,27 +26,27 @@ ALONE = Comm(0, 1, 0, torch.device("cpu"))
 @pytest.fixture(scope="module")
 def denoiser(model_folder: Path) -> Denoiser:
     unet = load_unet(model_folder, torch.float32, "cpu")
-    return Denoiser(unet, epsilon_objective(scaled_linear()), None, 0.13025, None)
+    return Denoiser(unet, epsilon_objective(scaled_linear()), None, None, 0.13025, None)
 
 
 def make_parts(denoiser: Denoiser, lr: float = 1e-3, max_grad_norm: float = 0.0) -> StepParts:
-    own = Denoiser(
-        copy.deepcopy(denoiser.unet).train(),
-        denoiser.objective,
-        denoiser.text_encoders,
-        denoiser.scaling_factor,
-        denoiser.autocast_dtype,
-    )
+    own = replace(denoiser, unet=copy.deepcopy(denoiser.unet).train())
     strategy = make_strategy(own.unet, ALONE)
     optimizer = make_optimizer(strategy.parameters, OptimizerConfig(lr=lr, weight_decay=0.0))
     return StepParts(ALONE, strategy, optimizer, own, max_grad_norm)
 
 
-def make_batch(rows: range, weights: list[float] | None = None, problems: tuple[str, ...] = ()) -> Batch:
+def problem(row: int) -> RowProblem:
+    return RowProblem("shard", row, 0, "checksum")
+
+
+def make_batch(rows: range, weights: list[float] | None = None, problems: tuple[RowProblem, ...] = ()) -> Batch:
     """Row i has latents, text and noise of its own, whatever batch it is in."""
     generators = [torch.Generator().manual_seed(row) for row in rows]
     return Batch(
         latents=torch.stack([torch.randn(4, 8, 8, generator=g) * 7 for g in generators]).half(),
+        pixels=None,
+        vae_seeds=None,
         input_ids=None,
         text_hidden=torch.stack([torch.randn(77, 40, generator=g) for g in generators]).half(),
         pooled=torch.stack([torch.randn(24, generator=g) for g in generators]).half(),
@@ -94,14 +96,14 @@ def test_padding_does_not_count(denoiser: Denoiser) -> None:
 
 def test_an_unreadable_row_leaves_the_mean_of_the_others(denoiser: Denoiser) -> None:
     """The plan counted on four images; one could not be read."""
-    damaged = make_batch(range(4), [1.0, 1.0, 1.0, 0.0], ("shard: row 3: checksum",))
+    damaged = make_batch(range(4), [1.0, 1.0, 1.0, 0.0], (problem(3),))
     assert_same_step(denoiser, [make_batch(range(3))], 3.0, [damaged], 4.0)
 
 
 def test_a_step_without_any_image_changes_nothing(denoiser: Denoiser) -> None:
     parts = make_parts(denoiser)
     before = copy.deepcopy(parts.denoiser.unet.state_dict())
-    result = train_step(parts, [make_batch(range(2), [0.0, 0.0], ("a", "b"))], 1, 2.0, 1e-3, False)
+    result = train_step(parts, [make_batch(range(2), [0.0, 0.0], (problem(0), problem(1)))], 1, 2.0, 1e-3, False)
     assert result.loss != result.loss and result.num_images == 0 and result.bad_rows == 2
     assert all(torch.equal(before[name], value) for name, value in parts.denoiser.unet.state_dict().items())
 
