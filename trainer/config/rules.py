@@ -297,8 +297,10 @@ def _is_written(config: Config, name: str) -> bool:
 
 def _is_given(config: Config, name: str) -> bool:
     section, _, field = name.rpartition(".")
-    declared = type(_get(config, section)).model_fields[field]
-    return _is_written(config, name) and _get(config, name) != declared.get_default()
+    holder = _get(config, section)
+    if not isinstance(holder, BaseModel) or not _is_written(config, name):
+        return False
+    return getattr(holder, field) != type(holder).model_fields[field].get_default()
 
 
 def _plain(value: object) -> object:
