@@ -23,6 +23,7 @@ from trainer.model.text import load_tokenizers
 from trainer.train import bad_rows
 from trainer.train.bad_rows import BAD_FILE, BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.build import build_run
+from trainer.train.scoring import Scorer
 from trainer.train.step import batch_losses
 
 SQUARE, TALL = Bucket(64, 64), Bucket(128, 64)
@@ -159,3 +160,18 @@ def _record_many(where: tuple[Path, int]) -> None:
 def test_a_full_disk_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     record_bad_rows(tmp_path / "absent", 1, 0, [RowProblem("a", 1, 2, "torn")])
     assert "not written" in caplog.text and "torn" in caplog.text
+
+
+def test_validation_tells_what_it_leaves_out(
+    tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_small_set(tmp_path / "prepared", {SQUARE: 6})
+    text = (root / "snapshots/000001.json").read_text()
+    assert text.count('"train"') == 2
+    (root / "snapshots/000001.json").write_text(text.replace('"train","train"', '"train","validation"'))
+    _flip(root / "64x64-5.safetensors", 4096)
+    config = run_config(model_folder, root, tmp_path / "run", steps=1)
+    run = build_run(config, ALONE)
+    result = Scorer(config, ALONE, run.parts.denoiser, run.prepared).validate()
+    assert result.num_images == 0
+    assert "validation leaves out 64x64-5.safetensors: row 0: checksum mismatch in the latents" in caplog.text

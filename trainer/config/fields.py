@@ -55,7 +55,7 @@ def section_of(annotation: object) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def entries_of(annotation: object) -> dict[Tag | None, type[BaseModel]]:
+def entries_of(annotation: object) -> dict[str | None, type[BaseModel]]:
     """The sections that an entry of a field of this type may be; under None where there is but one.
 
     Empty if the field is no list of sections.
@@ -76,7 +76,7 @@ def entry_of(annotation: object, value: object) -> type[BaseModel] | None:
     entries = entries_of(annotation)
     named = value.get("type") if isinstance(value, dict) else None
     first = next(iter(entries.values()), None)
-    return entries.get(named, first) if isinstance(named, Tag | str) else first
+    return entries.get(named, first) if isinstance(named, str) else first
 
 
 def section_at(key: Key) -> type[BaseModel] | None:
@@ -85,7 +85,7 @@ def section_at(key: Key) -> type[BaseModel] | None:
     An entry of a list whose entries may be of several types is told by a `Tag` behind its number.
     """
     section: type[BaseModel] | None = Config
-    entries: dict[Tag | None, type[BaseModel]] = {}
+    entries: dict[str | None, type[BaseModel]] = {}
     for part in key:
         if isinstance(part, int):
             section = entries.get(None)
@@ -114,7 +114,7 @@ def all_keys(section: type[BaseModel] = Config, at: Key = ()) -> Iterator[Key]:
         if inner:
             yield from all_keys(inner, (*at, name))
         for tag, entry in entries.items():
-            yield from all_keys(entry, (*at, name, 0) if tag is None else (*at, name, 0, tag))
+            yield from all_keys(entry, (*at, name, 0) if tag is None else (*at, name, 0, Tag(tag)))
         if not inner and not entries:
             yield (*at, name)
 

@@ -297,10 +297,10 @@ def _is_written(config: Config, name: str) -> bool:
 
 def _is_given(config: Config, name: str) -> bool:
     section, _, field = name.rpartition(".")
-    owner = _get(config, section)
-    assert isinstance(owner, BaseModel)
-    declared = type(owner).model_fields[field]
-    return _is_written(config, name) and _get(config, name) != declared.get_default()
+    holder = _get(config, section)
+    if not isinstance(holder, BaseModel) or not _is_written(config, name):
+        return False
+    return getattr(holder, field) != type(holder).model_fields[field].get_default()
 
 
 def _plain(value: object) -> object:

@@ -78,7 +78,7 @@ _ALSO_CALLED = {  # words of other trainers
 def problems_of(error: ValidationError) -> list[Problem]:
     """One problem for each key that pydantic found wrong."""
     found: list[tuple[Key, dict[str, Any]]] = [
-        (_real_key(item["loc"]), dict(item)) for item in error.errors(include_url=False)
+        (_real_key(item["loc"]), {**item}) for item in error.errors(include_url=False)
     ]
     unknown = [_unknown_key(key, item) for key, item in found if item["type"] == "extra_forbidden"]
     explained = [key for problem in unknown for key in problem.explains]

@@ -303,12 +303,8 @@ def rows_of_shard(connection: sqlite3.Connection, shard: PlannedShard) -> list[C
     group = (shard.row_generation, shard.split, bucket.height_px, bucket.width_px, payload)
     placement = lru_cache(64)(lambda *sides: Placement(bucket, sides[:2], sides[2:]))
     return [
-        CatalogRow(
-            *values[:5],
-            FileStamp(*values[5:8]),
-            *values[8:11],
-            original_hw=values[11:13],
-            placement=placement(*values[13:17]),
+        CatalogRow._make(
+            (*values[:5], FileStamp(*values[5:8]), *values[8:11], values[11:13], placement(*values[13:17]))
         )
         for values in connection.execute(query, (*group, shard.first_key, shard.last_key))
     ]

@@ -5,6 +5,7 @@ high word), length, and the size (height, width) to which an image is resized be
 """
 
 import os
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ import numpy as np
 from trainer.data.sources.source import ROW, WHOLE, read_bytes
 
 OPEN_FILES = 128
-_SPECIAL = {WHOLE: 0xFFFFFFFF, ROW: 0xFFFFFFFE}
-_LENGTHS = {code: length for length, code in _SPECIAL.items()}
-REFERENCE_BYTES = 24
+_SPECIAL: dict[int, int] = {WHOLE: 0xFFFFFFFF, ROW: 0xFFFFFFFE}
+_LENGTHS: dict[int, int] = {code: length for length, code in _SPECIAL.items()}
+_LINE = struct.Struct("<6I")
+REFERENCE_BYTES = _LINE.size
 
 
 class Reference(NamedTuple):
@@ -67,8 +69,8 @@ def _shared_folder(one: str, other: str) -> str:
 
 def reference_of(record: bytes, file: str) -> Reference:
     """A row's line of the `references` section, its file's path known, as a reference."""
-    _, low, high, length, *resized_hw = np.frombuffer(record, dtype="<u4").tolist()
-    return Reference(file, high << 32 | low, _LENGTHS.get(length, length), (resized_hw[0], resized_hw[1]))
+    _, low, high, length, resized_h, resized_w = _LINE.unpack(record)
+    return Reference(file, high << 32 | low, _LENGTHS.get(length, length), (resized_h, resized_w))
 
 
 class _OpenFile:

@@ -205,12 +205,12 @@ def _pages(connection: sqlite3.Connection) -> Generator[list[SourceItem], None, 
     """The listed items by key and place, a page at a time."""
     with closing(connection.execute("SELECT * FROM listing.listed ORDER BY key, file, offset")) as cursor:
         while values := cursor.fetchmany(_PAGE):
-            yield [
-                SourceItem(
-                    *v[:8], v[8:10] if v[8] is not None else None, v[10:12] if v[10] is not None else None, v[12], v[13]
-                )
-                for v in values
-            ]
+            yield [SourceItem._make((*v[:8], _pair(v[8:10]), _pair(v[10:12]), v[12], v[13], "")) for v in values]
+
+
+def _pair(values: tuple[int | None, ...]) -> tuple[int, int] | None:
+    first, second = values
+    return None if first is None or second is None else (first, second)
 
 
 def _catalogued(

@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from trainer.config.schema import Config
 from trainer.config.sources import Source as SourceConfig
@@ -52,8 +54,14 @@ def _caption_settings(config: Config) -> dict[str, object]:
 
 
 def _source(entry: SourceConfig) -> Source:
-    """The data package's own form of an entry of `data.sources`; the fields are the same."""
-    fields = {name: getattr(entry, name) for name in type(entry).model_fields if name != "type"}
+    """The data package's own form of an entry of `data.sources`; the fields are the same.
+
+    Paths are made absolute: what is prepared may refer to files, and is to be read from any current directory.
+    """
+    values: dict[str, Any] = {name: getattr(entry, name) for name in type(entry).model_fields if name != "type"}
+    fields: dict[str, Any] = {
+        name: value.absolute() if isinstance(value, Path) else value for name, value in values.items()
+    }
     return SOURCE_TYPES[entry.type](**fields)
 
 

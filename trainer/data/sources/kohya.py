@@ -20,6 +20,7 @@ from trainer.data.sources.metadata import MetadataEntry, read_metadata
 from trainer.data.sources.source import SourceItem
 from trainer.errors import UserError
 
+_LONGEST_EXTENSION = max(map(len, EXTENSIONS))
 _SIZED = re.compile(r"(?P<stem>.+)_\d{4,}x\d{4,}_sdxl\.npz")
 
 
@@ -50,6 +51,8 @@ def list_kohya_json(source: KohyaJsonSource, name: str, ignored: Counter[str], s
 
 def image_stem(key: str) -> str:
     """The key without the ending of an image file, if it has one."""
+    if "." not in key[-_LONGEST_EXTENSION:]:
+        return key
     stem, extension = os.path.splitext(key)  # noqa: PTH122 - no Path object per image
     return stem if extension.lower() in EXTENSIONS else key
 
@@ -84,7 +87,8 @@ def _list_latents(source: KohyaJsonSource, name: str, root: str, scratch: Path) 
             if entry.problem:
                 yield _unusable(entry, name, str(source.path), entry.problem)
                 continue
-            stem = os.path.join(root, image_stem(entry.key))  # noqa: PTH118
+            stem = image_stem(entry.key)
+            stem = stem if stem.startswith("/") else f"{root}/{stem}"
             file = f"{stem}.npz"
             stamp = _stamp(file)
             if stamp is None and entry.original_hw is not None:

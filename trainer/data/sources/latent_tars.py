@@ -98,7 +98,8 @@ def _list_members(
                     for member in found
                     if member.name.endswith(".npz")
                 ]
-                ignored["tar members that are no .npz"] += len(found) - len(rows)
+                if len(rows) < len(found):
+                    ignored["tar members that are no .npz"] += len(found) - len(rows)
                 connection.execute("BEGIN")
                 connection.executemany("INSERT INTO listed VALUES (?, ?, ?, ?)", rows)
                 connection.execute("COMMIT")

@@ -48,10 +48,11 @@ def _json_object(path: Path) -> Iterator[tuple[str, Any]]:
         with path.open("rb") as file:
             if file.read(3) != b"\xef\xbb\xbf":
                 file.seek(0)
-            yield from ijson.kvitems(file, "", use_float=True)
-    except ijson.JSONError as error:
-        place = f"near byte {file.tell():,}" if not file.closed else "near its end"
-        raise UserError(f"{path}: is not valid JSON ({_one_line(error)}), {place}") from error
+            try:
+                yield from ijson.kvitems(file, "", use_float=True)
+            except ijson.JSONError as error:
+                said = f"{path}: is not valid JSON ({_one_line(error)}), near byte {file.tell():,}"
+                raise UserError(said) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
