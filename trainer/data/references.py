@@ -69,8 +69,10 @@ def _shared_folder(one: str, other: str) -> str:
 
 def reference_of(record: bytes, file: str) -> Reference:
     """A row's line of the `references` section, its file's path known, as a reference."""
-    _, low, high, length, resized_h, resized_w = _LINE.unpack(record)
-    return Reference(file, high << 32 | low, _LENGTHS.get(length, length), (resized_h, resized_w))
+    line: tuple[int, ...] = _LINE.unpack(record)
+    _, low, high, code, resized_h, resized_w = line
+    length = _LENGTHS.get(code, code)
+    return Reference(file, high << 32 | low, length, (resized_h, resized_w))
 
 
 class _OpenFile:
