@@ -24,6 +24,7 @@ CATALOG_FORMAT = 2
 REFERENCES_PER_SHARD = 4
 """A shard that only says where the payload lies holds as many times more rows."""
 _CACHE_KIB = 32 * 1024
+_NO_CAPTION = caption_record("").decode()
 
 Payload = Literal["encode", "npz", "image", "repack"]
 """What a row's shard is to hold: latents that the VAE gives for an image (`encode`) or that lie in an `.npz`
@@ -38,8 +39,8 @@ CREATE TABLE IF NOT EXISTS rows (
     payload TEXT NOT NULL,
     original_h INTEGER NOT NULL, original_w INTEGER NOT NULL,
     resized_h INTEGER NOT NULL, resized_w INTEGER NOT NULL,
-    crop_top INTEGER NOT NULL, crop_left INTEGER NOT NULL);
-CREATE INDEX IF NOT EXISTS rows_by_shard ON rows (generation, split, bucket_h, bucket_w, payload, key);
+    crop_top INTEGER NOT NULL, crop_left INTEGER NOT NULL, no_caption INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS rows_by_shard ON rows (generation, split, bucket_h, bucket_w, payload, key, no_caption);
 CREATE TABLE IF NOT EXISTS bad (
     key TEXT NOT NULL, path TEXT NOT NULL,
     file_bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, reason TEXT NOT NULL,
@@ -158,7 +159,7 @@ def open_generation(connection: sqlite3.Connection) -> int:
 def add_rows(connection: sqlite3.Connection, generation: int, rows: Sequence[CatalogRow]) -> None:
     """Add usable images to the open generation; what was said of them as bad is forgotten."""
     connection.executemany(
-        f"INSERT INTO rows VALUES ({', '.join('?' * 20)})",
+        f"INSERT INTO rows VALUES ({', '.join('?' * 21)})",
         [
             (
                 *(row.key, row.path, row.offset, row.length, *row.stamp),
@@ -167,6 +168,7 @@ def add_rows(connection: sqlite3.Connection, generation: int, rows: Sequence[Cat
                 *row.original_hw,
                 *row.placement.resized_hw,
                 *row.placement.crop_top_left,
+                row.caption == _NO_CAPTION,
             )
             for row in rows
         ],
@@ -203,8 +205,8 @@ def has_open_rows(connection: sqlite3.Connection) -> bool:
 
 def count_new(connection: sqlite3.Connection) -> tuple[int, int]:
     """Rows of the open generation, and how many of them have an empty caption."""
-    query = "SELECT COUNT(*), TOTAL(caption = ?) FROM rows WHERE generation = ?"
-    rows, empty = connection.execute(query, (caption_record("").decode(), open_generation(connection))).fetchone()
+    query = "SELECT COUNT(*), TOTAL(no_caption) FROM rows WHERE generation = ?"
+    rows, empty = connection.execute(query, (open_generation(connection),)).fetchone()
     return rows, int(empty)
 
 

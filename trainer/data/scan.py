@@ -7,6 +7,7 @@ always, latents where the metadata does not name their bucket.
 
 import gc
 import os
+import shutil
 import sqlite3
 import zlib
 from collections import Counter
@@ -101,8 +102,8 @@ def scan(
     _forget_gone(connection)
     rules = settings.buckets
     look = partial(_look, _Rules(settings, make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)))
-    with _scratch_table(connection, prepared), _without_garbage_collector():
-        _list_sources(connection, prepared, settings, limit, counts, show_progress)
+    with _scratch_table(connection, prepared) as scratch, _without_garbage_collector():
+        _list_sources(connection, scratch, settings, limit, counts, show_progress)
         bar = tqdm(total=counts.listed, desc="images", unit="img", disable=None if show_progress else True)
         with bar, pillow_rules(), ThreadPoolExecutor(_THREADS) as pool, closing(_pages(connection)) as pages:
             previous = ("", ("", 0))
@@ -147,14 +148,18 @@ def _without_garbage_collector() -> Iterator[None]:
 
 
 @contextmanager
-def _scratch_table(connection: sqlite3.Connection, prepared: Path) -> Iterator[None]:
-    """The table `listing.listed`, without an index: millions of items in any order are appended, then sorted once."""
-    scratch = prepared / "listing.sqlite"
-    scratch.unlink(missing_ok=True)
-    connection.execute("ATTACH ? AS listing", (str(scratch),))
+def _scratch_table(connection: sqlite3.Connection, prepared: Path) -> Iterator[Path]:
+    """The table `listing.listed`, without an index: millions of items in any order are appended, then sorted once.
+
+    Gives the folder that it lies in, which is deleted afterwards, or by the next scan if this one is killed.
+    """
+    scratch = prepared / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    connection.execute("ATTACH ? AS listing", (str(scratch / "listing.sqlite"),))
     # SQLite's temporary files go where there is room for the data; the usual folder may be in memory.
     before = os.environ.get("SQLITE_TMPDIR")
-    os.environ["SQLITE_TMPDIR"] = str(prepared.resolve())
+    os.environ["SQLITE_TMPDIR"] = str(scratch.resolve())
     try:
         connection.execute("PRAGMA listing.journal_mode = OFF")
         connection.execute("PRAGMA listing.synchronous = OFF")
@@ -164,10 +169,10 @@ def _scratch_table(connection: sqlite3.Connection, prepared: Path) -> Iterator[N
             " caption_path TEXT, repeats INTEGER, original_h INTEGER, original_w INTEGER, bucket_h INTEGER,"
             " bucket_w INTEGER, file_bytes INTEGER, mtime_ns INTEGER)"
         )
-        yield
+        yield scratch
     finally:
         connection.execute("DETACH listing")
-        scratch.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         if before is None:
             del os.environ["SQLITE_TMPDIR"]
         else:
@@ -176,7 +181,7 @@ def _scratch_table(connection: sqlite3.Connection, prepared: Path) -> Iterator[N
 
 def _list_sources(
     connection: sqlite3.Connection,
-    prepared: Path,
+    scratch: Path,
     settings: PrepareSettings,
     limit: int | None,
     counts: ScanCounts,
@@ -185,7 +190,7 @@ def _list_sources(
     none = (None, None)
     bar = tqdm(desc="listing", unit="img", disable=None if show_progress else True)
     for source, name in zip(settings.sources, source_names(settings.sources), strict=True):
-        items = islice(list_source(source, name, counts.ignored, prepared), limit)
+        items = islice(list_source(source, name, counts.ignored, scratch), limit)
         while page := list(islice(items, _PAGE)):
             bad = [_problem(item) for item in page if item.problem or not _is_text(item)]
             good = [item for item in page if not item.problem and _is_text(item)] if bad else page
