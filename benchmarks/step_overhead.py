@@ -16,11 +16,13 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 ROUNDS, STEPS = 7, 4
+SCRATCH = Path(tempfile.gettempdir()) / f"step-overhead-{os.getpid()}"
 
 
 def main() -> None:
@@ -86,7 +88,7 @@ def ours_start(config_path: Path, overrides: list[str]) -> dict[str, float]:
     from trainer.cli.start import ensure_prepared, write_resolved
     from trainer.config.load import load_config
 
-    config = read_config(config_path, [*overrides, "run.resume=false", f"run.dir=/tmp/step-overhead-{os.getpid()}"])
+    config = read_config(config_path, [*overrides, "run.resume=false", f"run.dir={SCRATCH}"])
     ensure_prepared(config)
     resolved = write_resolved(config, config.run.dir)
     parent_s = time.process_time()
@@ -118,7 +120,7 @@ def steps(config_path: Path, overrides: list[str]) -> dict[str, float]:
     from trainer.train.optim import make_optimizer
     from trainer.train.step import train_step
 
-    config = load_config(config_path, [*overrides, "run.resume=false", f"run.dir=/tmp/step-overhead-{os.getpid()}"])
+    config = load_config(config_path, [*overrides, "run.resume=false", f"run.dir={SCRATCH}"])
     comm = init_comm()
     run = build_run(config, comm)
     arithmetic = arithmetic_of(config, 1, run.prepared.buckets("train"), run.prepared.rows_per_bucket("train"))
