@@ -1,0 +1,276 @@
+"""Safetensors files of any size in bounded memory: written tensor by tensor, read one tensor at a time.
+
+The format: 8 bytes of header length (little-endian), a JSON header, then the tensors' bytes without gaps.
+Reading a header takes neither torch nor safetensors.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+ITEM_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+_TORCH_NAMES = {
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+    "F32": "float32",
+    "I32": "int32",
+    "U32": "uint32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I16": "int16",
+    "U16": "uint16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_METADATA = "__metadata__"
+_HASH_PREFIX = "0x"
+_PIECE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that is going to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a file's header has it.
+
+    Attributes:
+        dtype: safetensors' name of it, such as "F16".
+        begin, end: where its bytes lie, counted from the start of the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The header of a file: tensors by name in the order of their bytes, and the metadata."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in memory of its own on the CPU.
+
+        The file is not mapped into memory: mapped pages would count as this process's memory, the whole
+        file's in the end.
+
+        Raises:
+            UserError: the file has become shorter since its header was read.
+        """
+        import torch
+
+        stored = self.tensors[name]
+        data = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
+        if stored.end > stored.begin:
+            with self.path.open("rb", buffering=0) as stream:
+                stream.seek(stored.begin)
+                view, done = memoryview(data.numpy()), 0
+                while done < len(view):
+                    count = stream.readinto(view[done:])
+                    if not count:
+                        raise UserError(f"{self.path}: {name} is cut short: copy the file again")
+                    done += count
+        return data.view(torch_dtype(stored.dtype)).reshape(stored.shape)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of a safetensors name such as "BF16"."""
+    import torch
+
+    return getattr(torch, _TORCH_NAMES[name])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name of a torch dtype."""
+    return next(name for name, in_torch in _TORCH_NAMES.items() if in_torch == str(dtype).removeprefix("torch."))
+
+
+def read_header(path: Path) -> TensorFile:
+    """Names, dtypes, shapes and metadata of a safetensors file; its data stay unread.
+
+    Raises:
+        UserError: not a safetensors file, cut short, or of a dtype that is not known.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        header_bytes = int.from_bytes(start, "little")
+        if len(start) < 8 or header_bytes > size - 8:
+            raise UserError(f"{path}: is not a safetensors file, or it is cut short")
+        try:
+            header = json.loads(stream.read(header_bytes))
+            metadata = header.pop(_METADATA, {})
+            tensors = [_stored(name, entry, 8 + header_bytes) for name, entry in header.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: is not a safetensors file ({error!r} in its header)") from None
+    tensors.sort(key=lambda tensor: tensor.begin)
+    wanted = max((tensor.end for tensor in tensors), default=8 + header_bytes)
+    if size != wanted:
+        raise UserError(f"{path}: has {size:,} bytes, and its header says {wanted:,}: copy it again")
+    return TensorFile(path, {tensor.name: tensor for tensor in tensors}, metadata)
+
+
+def _stored(name: str, entry: Mapping[str, Any], data_begin: int) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if end - begin != math.prod(shape) * ITEM_BYTES[entry["dtype"]]:
+        raise ValueError(f"{name}: {end - begin} bytes for shape {list(shape)}")
+    return StoredTensor(name, entry["dtype"], shape, data_begin + begin, data_begin + end)
+
+
+def aligned(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The specs in an order in which every tensor begins at a multiple of its item's size: wide items first."""
+    return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+
+
+def write_tensor_file(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[torch.Tensor],
+    metadata: Mapping[str, str],
+    *,
+    hash_key: str | None = None,
+    on_written: Callable[[int], None] | None = None,
+) -> str:
+    """Write a file with at most one tensor in memory; it is there whole and on the disk, or not at all.
+
+    Args:
+        path: replaced if it exists, at the end.
+        specs: all tensors, in an order that `aligned` gives.
+        tensors: of the specs' dtypes and shapes, in their order, on any device.
+        hash_key: metadata key that takes "0x" and the SHA-256 of the data, as modelspec.hash_sha256 wants it.
+        on_written: told of every tensor's bytes.
+
+    Returns:
+        SHA-256 of the data (all bytes after the header), 64 hex digits.
+
+    Raises:
+        OSError: the disk is full or gone. Nothing is left behind, and what was at `path` is untouched.
+    """
+    entries = dict(metadata)
+    if hash_key is not None:
+        entries[hash_key] = _HASH_PREFIX + "0" * 64
+    header = _header(specs, entries)
+    total = len(header) + sum(spec.num_bytes for spec in specs)
+    free = shutil.disk_usage(path.parent).free
+    if total > free:
+        raise OSError(errno.ENOSPC, f"needs {total:,} bytes, {free:,} are free", str(path))
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(header)
+            digest = hashlib.sha256()
+            for spec, tensor in zip(specs, tensors, strict=True):
+                data = _bytes_of(spec, tensor)
+                digest.update(data)
+                stream.write(data)
+                if on_written is not None:
+                    on_written(spec.num_bytes)
+            if hash_key is not None:
+                entries[hash_key] = _HASH_PREFIX + digest.hexdigest()
+                stream.seek(0)
+                stream.write(_header(specs, entries))
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync_folder(path.parent)
+    return digest.hexdigest()
+
+
+def hash_of_data(path: Path) -> str:
+    """SHA-256 of all bytes of a safetensors file after its header, 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+        while piece := stream.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    content: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    offset = 0
+    for spec in specs:
+        if spec.name in content:
+            raise ValueError(f"{spec.name}: given twice")
+        if offset % spec.dtype.itemsize:
+            raise ValueError(f"{spec.name}: not aligned; order the specs by `aligned`")
+        end = offset + spec.num_bytes
+        entry = {"dtype": dtype_name(spec.dtype), "shape": list(spec.shape), "data_offsets": [offset, end]}
+        content[spec.name] = entry
+        offset = end
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(spec: TensorSpec, tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        raise ValueError(f"{spec.name}: a tensor of {found} came for {spec.dtype} {list(spec.shape)}")
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
