@@ -115,7 +115,7 @@ class TensorFile:
         if stored.end > stored.begin:
             with self.path.open("rb", buffering=0) as stream:
                 stream.seek(stored.begin)
-                view, done = memoryview(data.numpy()), 0
+                view, done = data.numpy().data, 0
                 while done < len(view):
                     count = stream.readinto(view[done:])
                     if not count:
@@ -265,7 +265,7 @@ def _bytes_of(spec: TensorSpec, tensor: torch.Tensor) -> memoryview:
         found = f"{tensor.dtype} {list(tensor.shape)}"
         raise ValueError(f"{spec.name}: a tensor of {found} came for {spec.dtype} {list(spec.shape)}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _fsync_folder(folder: Path) -> None:
