@@ -1,7 +1,7 @@
 """Safetensors files of any size in bounded memory: written tensor by tensor, read one tensor at a time.
 
 The format: 8 bytes of header length (little-endian), a JSON header, then the tensors' bytes without gaps.
-Reading a header takes neither torch nor safetensors.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -18,27 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
+from trainer.model.header import TensorEntry
 
 if TYPE_CHECKING:
     import torch
 
-ITEM_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
 _TORCH_NAMES = {
     "F64": "float64",
     "I64": "int64",
@@ -75,53 +59,32 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as a file's header has it.
+def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
+    """One tensor of a file, in memory of its own on the CPU.
 
-    Attributes:
-        dtype: safetensors' name of it, such as "F16".
-        begin, end: where its bytes lie, counted from the start of the file.
+    The file is not mapped into memory: mapped pages count as this process's memory, in the end the whole file's.
+
+    Args:
+        entry: of the file's header.
+
+    Raises:
+        UserError: the file has become shorter since its header was read, or torch has no such dtype.
     """
+    import torch
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """The header of a file: tensors by name in the order of their bytes, and the metadata."""
-
-    path: Path
-    tensors: dict[str, StoredTensor]
-    metadata: dict[str, str]
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor in memory of its own on the CPU.
-
-        The file is not mapped into memory: mapped pages would count as this process's memory, the whole
-        file's in the end.
-
-        Raises:
-            UserError: the file has become shorter since its header was read.
-        """
-        import torch
-
-        stored = self.tensors[name]
-        data = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
-        if stored.end > stored.begin:
-            with self.path.open("rb", buffering=0) as stream:
-                stream.seek(stored.begin)
-                view, done = data.numpy().data, 0
-                while done < len(view):
-                    count = stream.readinto(view[done:])
-                    if not count:
-                        raise UserError(f"{self.path}: {name} is cut short: copy the file again")
-                    done += count
-        return data.view(torch_dtype(stored.dtype)).reshape(stored.shape)
+    if entry.dtype not in _TORCH_NAMES:
+        raise UserError(f"{path}: holds tensors of dtype {entry.dtype}, which cannot be read here")
+    data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    if entry.num_bytes:
+        with path.open("rb", buffering=0) as stream:
+            stream.seek(entry.begin)
+            view, done = data.numpy().data, 0
+            while done < len(view):
+                count = stream.readinto(view[done:])
+                if not count:
+                    raise UserError(f"{path}: has become shorter while it was read; copy it again")
+                done += count
+    return data.view(torch_dtype(entry.dtype)).reshape(entry.shape)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -134,39 +97,6 @@ def torch_dtype(name: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """safetensors' name of a torch dtype."""
     return next(name for name, in_torch in _TORCH_NAMES.items() if in_torch == str(dtype).removeprefix("torch."))
-
-
-def read_header(path: Path) -> TensorFile:
-    """Names, dtypes, shapes and metadata of a safetensors file; its data stay unread.
-
-    Raises:
-        UserError: not a safetensors file, cut short, or of a dtype that is not known.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        header_bytes = int.from_bytes(start, "little")
-        if len(start) < 8 or header_bytes > size - 8:
-            raise UserError(f"{path}: is not a safetensors file, or it is cut short")
-        try:
-            header = json.loads(stream.read(header_bytes))
-            metadata = header.pop(_METADATA, {})
-            tensors = [_stored(name, entry, 8 + header_bytes) for name, entry in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: is not a safetensors file ({error!r} in its header)") from None
-    tensors.sort(key=lambda tensor: tensor.begin)
-    wanted = max((tensor.end for tensor in tensors), default=8 + header_bytes)
-    if size != wanted:
-        raise UserError(f"{path}: has {size:,} bytes, and its header says {wanted:,}: copy it again")
-    return TensorFile(path, {tensor.name: tensor for tensor in tensors}, metadata)
-
-
-def _stored(name: str, entry: Mapping[str, Any], data_begin: int) -> StoredTensor:
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if end - begin != math.prod(shape) * ITEM_BYTES[entry["dtype"]]:
-        raise ValueError(f"{name}: {end - begin} bytes for shape {list(shape)}")
-    return StoredTensor(name, entry["dtype"], shape, data_begin + begin, data_begin + end)
 
 
 def aligned(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
