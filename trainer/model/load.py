@@ -6,6 +6,7 @@ beside the model itself there is at most one tensor more. Importing this module 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_model_folder",
+    "empty_text_encoders",
+    "empty_unet",
     "load_text_encoders",
     "load_unet",
     "load_vae",
+    "read_weights",
     "vae_folder",
     "weights_fingerprint",
 ]
@@ -37,15 +41,20 @@ def load_unet(path: Path, dtype: torch.dtype, device: torch.device | str) -> UNe
     Raises:
         UserError: the weights do not fit the configuration beside them.
     """
+    unet = empty_unet(path)
+    _read_weights(unet, path / "unet", dtype, device)
+    return unet.eval()
+
+
+def empty_unet(path: Path) -> UNet2DConditionModel:
+    """The UNet in `path`/unet without its weights: on the meta device, to be given memory and filled."""
     from accelerate import init_empty_weights
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    folder = path / "unet"
     with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(read_config(folder))
+        unet = UNet2DConditionModel.from_config(read_config(path / "unet"))
     assert isinstance(unet, UNet2DConditionModel)
-    _read_weights(unet, folder, dtype, device)
-    return unet.eval()
+    return unet
 
 
 def load_vae(path: Path, vae_override: Path | None, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:
@@ -71,26 +80,53 @@ def load_text_encoders(path: Path, dtype: torch.dtype, device: torch.device | st
     Raises:
         UserError: the weights do not fit the configuration beside them.
     """
+    encoders = empty_text_encoders(path)
+    for model, name in ((encoders.one, "text_encoder"), (encoders.two, "text_encoder_2")):
+        _read_weights(model, path / name, dtype, device)
+        model.requires_grad_(False).eval()
+    return encoders
+
+
+def empty_text_encoders(path: Path) -> TextEncoders:
+    """Both text encoders without their weights: on the meta device, to be given memory and filled."""
     from accelerate import init_empty_weights
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    folders = (path / "text_encoder", path / "text_encoder_2")
     with init_empty_weights():
-        one = CLIPTextModel(CLIPTextConfig.from_dict(read_config(folders[0])))
-        two = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(read_config(folders[1])))
-    for model, folder in zip((one, two), folders, strict=True):
-        _read_weights(model, folder, dtype, device)
-        model.requires_grad_(False).eval()
-    return TextEncoders(one, two)
+        return TextEncoders(
+            CLIPTextModel(CLIPTextConfig.from_dict(read_config(path / "text_encoder"))),
+            CLIPTextModelWithProjection(CLIPTextConfig.from_dict(read_config(path / "text_encoder_2"))),
+        )
 
 
 def _read_weights(model: torch.nn.Module, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
     """Fills a model whose parameters have no memory yet; every parameter must be found, in its shape."""
     import torch
+
+    weights: dict[str, torch.Tensor] = {}
+
+    def place(name: str, stored: torch.Tensor) -> None:
+        # A copy even where the dtype is right: `stored` is a window on the file. Training would copy
+        # it page by page, and the file's alignment may change the last bits of CPU kernels.
+        weights[name] = torch.empty(stored.shape, dtype=dtype, device=device).copy_(stored)
+
+    read_weights(model, folder, place)
+    model.load_state_dict(weights, assign=True)
+    model.to(device)  # the buffers that are not saved
+
+
+def read_weights(model: torch.nn.Module, folder: Path, place: Callable[[str, torch.Tensor], None]) -> None:
+    """Calls `place` with the name of every parameter of `model` and the tensor that `folder` holds for it.
+
+    One tensor is in memory at a time, on the CPU and in the dtype of the file.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or is none of the model's.
+    """
     from safetensors import safe_open
 
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    weights: dict[str, torch.Tensor] = {}
+    found: set[str] = set()
     unknown: list[str] = []
     for file in weight_files(folder):
         with safe_open(file, framework="pt", device="cpu") as tensors:
@@ -104,16 +140,13 @@ def _read_weights(model: torch.nn.Module, folder: Path, dtype: torch.dtype, devi
                 if stored.shape != wanted[name]:
                     shapes = f"{list(stored.shape)}, and config.json asks for {list(wanted[name])}"
                     raise UserError(f"model: {file}: {stored_name} has shape {shapes}")
-                # A copy even where the dtype is right: `stored` is a window on the file. Training would copy
-                # it page by page, and the file's alignment may change the last bits of CPU kernels.
-                weights[name] = torch.empty(stored.shape, dtype=dtype, device=device).copy_(stored)
-    missing = [name for name in wanted if name not in weights]
+                place(name, stored)
+                found.add(name)
+    missing = [name for name in wanted if name not in found]
     for fault, names in (("lack", missing), ("hold", unknown)):
         if names:
             rule = "that config.json asks for" if names is missing else "that config.json has no place for"
             raise UserError(f"model: {folder}: the weights {fault} {len(names)} tensors {rule}, such as {names[0]}")
-    model.load_state_dict(weights, assign=True)
-    model.to(device)  # the buffers that are not saved
 
 
 def _name_in_model(stored_name: str, wanted: dict[str, torch.Size]) -> str | None:
