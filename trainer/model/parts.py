@@ -6,7 +6,7 @@ For what streams whole models (export, merge). Opening reads headers and configu
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -166,7 +166,7 @@ def _from_single_file(path: Path, entry: KeyEntry, header: Header) -> dict[str, 
         raise UserError(f"{path}: {error}") from None
 
 
-def name_in_module(stored_name: str, wanted: set[str]) -> str | None:
+def name_in_module(stored_name: str, wanted: Container[str]) -> str | None:
     """The module's tensor that a stored one is for; None if there is none.
 
     transformers 5 dropped the prefix `text_model.` of CLIPTextModel's parameters; diffusers 0.17 renamed the VAE's

@@ -1,0 +1,232 @@
+"""Tensors of a stored model under the single file's names, whatever its layout, read in pieces; without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.model.folder import weight_files
+from trainer.model.header import Header, read_header
+from trainer.model.identify import Identity
+from trainer.model.key_map import COMPONENTS, PREFIXES, KeyEntry, block_of, single_file_keys
+from trainer.model.parts import name_in_module, single_file_configs
+from trainer.model.presets import preset
+
+PIECE_BYTES = 8 << 20
+_COMPONENT_BEGINNINGS = (
+    *((prefix, component) for component, prefix in PREFIXES.items()),
+    ("conditioner.embedders.0.model.", "text_encoder_2"),  # the refiner's only one
+    ("cond_stage_model.", "text_encoder"),
+    ("lora_unet_", "unet"),
+    ("lora_te2_", "text_encoder_2"),
+    ("lora_te", "text_encoder"),
+    ("unet.", "unet"),
+    ("text_encoder_2.", "text_encoder_2"),
+    ("text_encoder.", "text_encoder"),
+    ("vae.", "vae"),
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor, or one part of a tensor, in a file."""
+
+    name: str
+    """As SDXL's single file names it, with `[q]`, `[k]` or `[v]` for a part of a stacked tensor; in models of other
+    kinds its own name, after the component's."""
+    component: str
+    """One of `COMPONENTS`, or "other"."""
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    """As it is stored."""
+    begin: int
+    num_bytes: int
+    is_transposed: bool = False
+    """Whether it is stored as the transpose of what a single file has."""
+    data: np.ndarray | None = None
+    """Its bytes, uint8, where they are not at `begin` of the file: of a pickle."""
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def block(self) -> str:
+        """The block it belongs to, as in `trainer.model.key_map.block_of`."""
+        block = block_of(self.name)
+        return block if block != "other" else _block_by_name(self.name)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a model, with its tensors in the order of their data."""
+
+    path: Path
+    header: Header
+    tensors: tuple[StoredTensor, ...]
+
+
+def stored_files(path: Path, found: Identity) -> tuple[StoredFile, ...]:
+    """The files of a model with their tensors.
+
+    Args:
+        found: what `identify` says of the path; it must be readable.
+
+    Raises:
+        trainer.model.header.HeaderFault: a file is not whole.
+        OSError: a file cannot be read.
+    """
+    if path.is_file():
+        return (_single_file(path),)
+    if found.layout == "component":
+        component = found.parts[0] if found.parts else path.name if path.name in COMPONENTS else "other"
+        return _component_files(path, component)
+    folders = [folder for folder in sorted(path.iterdir()) if (folder / "config.json").is_file()]
+    return tuple(file for folder in folders for file in _component_files(folder, folder.name))
+
+
+def split_stacked(tensor: StoredTensor) -> tuple[StoredTensor, ...]:
+    """The three parts of OpenCLIP's stacked query, key and value; any other tensor itself."""
+    if not tensor.name.endswith((".attn.in_proj_weight", ".attn.in_proj_bias")) or tensor.shape[0] % 3:
+        return (tensor,)
+    shape = (tensor.shape[0] // 3, *tensor.shape[1:])
+    size = tensor.num_bytes // 3
+    return tuple(
+        replace(
+            tensor,
+            name=f"{tensor.name}[{letter}]",
+            shape=shape,
+            begin=tensor.begin + n * size,
+            num_bytes=size,
+            data=None if tensor.data is None else tensor.data[n * size : (n + 1) * size],
+        )
+        for n, letter in enumerate("qkv")
+    )
+
+
+def read_pieces(tensor: StoredTensor, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes | np.ndarray]:
+    """The bytes of a tensor, at most `piece_bytes` (a multiple of 8) at a time.
+
+    Raises:
+        OSError: the file cannot be read, or has become shorter.
+    """
+    if tensor.data is not None:
+        yield from (tensor.data[at : at + piece_bytes] for at in range(0, tensor.num_bytes, piece_bytes))
+        return
+    with tensor.file.open("rb", buffering=0) as stream:
+        stream.seek(tensor.begin)
+        left = tensor.num_bytes
+        while left:
+            piece = stream.read(min(left, piece_bytes))
+            # A read may give less than it was asked for, and elements must not be cut.
+            while piece and len(piece) % 8 and len(piece) < left:
+                more = stream.read(8 - len(piece) % 8)
+                if not more:
+                    break
+                piece += more
+            if not piece:
+                raise OSError(f"{tensor.file}: has become shorter")
+            left -= len(piece)
+            yield piece
+
+
+def wanted_names(files: tuple[StoredFile, ...]) -> set[str] | None:
+    """Names that a single file of SDXL must have, by the configurations in its metadata or the published ones; None
+    where they cannot be told."""
+    try:
+        return {entry.file_name for entry in single_file_keys(single_file_configs(files[0].header.metadata))}
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        return None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A configuration of at most 1 MiB; {} if it is missing or not an object."""
+    try:
+        with file.open("rb") as stream:
+            content = json.loads(stream.read(1 << 20))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _single_file(path: Path) -> StoredFile:
+    header = read_header(path)
+    tensors = tuple(
+        StoredTensor(name, _component_of(name), path, entry.dtype, entry.shape, entry.begin, entry.num_bytes)
+        for name, entry in header.tensors.items()
+    )
+    if all(tensor.component == "other" for tensor in tensors):
+        component, table = _table_of(header)
+        tensors = tuple(_named(replace(tensor, component=component), table) for tensor in tensors)
+    return StoredFile(path, header, tensors)
+
+
+def _component_of(name: str) -> str:
+    return next((component for beginning, component in _COMPONENT_BEGINNINGS if name.startswith(beginning)), "other")
+
+
+def _table_of(header: Header) -> tuple[str, dict[str, KeyEntry]]:
+    """The component that a file without prefixes holds, as a module or as a single file names it, and its table."""
+    best, component, chosen = 0.5, "other", dict[str, KeyEntry]()
+    for candidate in COMPONENTS:
+        modules = _table(candidate, preset(candidate))
+        prefix = PREFIXES[candidate]
+        singles = {entry.file_name.removeprefix(prefix): replace(entry, names=("",)) for entry in modules.values()}
+        for table in (modules, singles):
+            hits = sum(name_in_module(name, table.keys()) is not None for name in header.tensors)
+            if hits / max(len(table), len(header.tensors)) > best:
+                best, component, chosen = hits / max(len(table), len(header.tensors)), candidate, table
+    return component, chosen
+
+
+def _component_files(folder: Path, component: str) -> tuple[StoredFile, ...]:
+    table = _table(component, read_json(folder / "config.json"))
+    files = []
+    for path in weight_files(folder):
+        header = read_header(path)
+        tensors = tuple(
+            _named(StoredTensor(name, component, path, entry.dtype, entry.shape, entry.begin, entry.num_bytes), table)
+            for name, entry in header.tensors.items()
+        )
+        files.append(StoredFile(path, header, tensors))
+    return tuple(files)
+
+
+def _table(component: str, config: Mapping[str, Any]) -> dict[str, KeyEntry]:
+    """A component's entries by the names in its module; {} where a configuration is not of SDXL's kind."""
+    if component not in COMPONENTS:
+        return {}
+    try:
+        entries = single_file_keys({component: config})
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        return {}
+    return {name: entry for entry in entries for name in entry.names}
+
+
+def _named(tensor: StoredTensor, table: Mapping[str, KeyEntry]) -> StoredTensor:
+    """A tensor of a component, under the single file's name if the table has it."""
+    own = name_in_module(tensor.name, table.keys())
+    if own is None:
+        in_component = "" if tensor.component == "other" else f"{tensor.component}."
+        return replace(tensor, name=in_component + tensor.name)
+    entry = table[own]
+    part = f"[{'qkv'[entry.names.index(own)]}]" if len(entry.names) == 3 else ""
+    # An entry without names is of a table in the single file's own form.
+    is_transposed = entry.form == "transposed" and entry.names != ("",)
+    return replace(tensor, name=entry.file_name + part, is_transposed=is_transposed)
+
+
+def _block_by_name(name: str) -> str:
+    """The first parts of a name, with a number if there is one among them: of models that are not SDXL."""
+    parts = re.sub(r"\.(weight|bias|alpha)$", "", name).split(".")
+    number = next((n for n, part in enumerate(parts) if part.isdecimal()), 1)
+    return ".".join(parts[: min(number + 1, 4)])
