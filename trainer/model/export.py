@@ -129,7 +129,7 @@ def write_folder(
     """Write a folder in diffusers' layout; it is there whole or not at all.
 
     Args:
-        folder: must not exist.
+        folder: replaced if it exists, at the end.
         scheduler: its `scheduler_config.json`.
         tokenizers: folders to copy both tokenizers from.
 
@@ -151,10 +151,19 @@ def write_folder(
             shutil.copytree(source, temporary / name)
         _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
         _write_json(temporary / "model_index.json", preset("model_index"))
-        temporary.rename(folder)
+        _replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _replace_folder(temporary: Path, folder: Path) -> None:
+    before = folder.with_name(folder.name + ".before")
+    if folder.exists():
+        folder.rename(before)
+    temporary.rename(folder)
+    if before.exists():
+        shutil.rmtree(before)
 
 
 def _config_of(part: Part, planned: Sequence[PlannedTensor]) -> dict[str, Any]:

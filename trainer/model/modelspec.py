@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,7 +29,6 @@ class Description:
     """What a person says about a model; None is left out of the file.
 
     Attributes:
-        title: default: the file's name without its ending.
         tags, merged_from: separated by commas.
     """
 
@@ -46,7 +45,6 @@ class Description:
 def modelspec(
     description: Description,
     *,
-    title: str,
     resolution_px: int,
     prediction_type: str,
     unet_dtype: str,
@@ -57,7 +55,7 @@ def modelspec(
     """The metadata but for the hash, which is known once the data are written (`HASH_KEY`).
 
     Args:
-        title: where the description has none.
+        description: has a title.
         resolution_px: side of the square images that the model is meant for.
         prediction_type: epsilon, v_prediction or flow.
         unet_dtype, vae_dtype: such as "float16".
@@ -65,7 +63,7 @@ def modelspec(
         now: default: the current time.
     """
     told = {field.name: getattr(description, field.name) for field in fields(description)}
-    content = _FIXED | {"title": title} | {name: text for name, text in told.items() if text}
+    content = _FIXED | {name: text for name, text in told.items() if text}
     content["date"] = (now or datetime.now(timezone.utc)).isoformat(timespec="seconds")
     content["resolution"] = f"{resolution_px}x{resolution_px}"
     content["prediction_type"] = _PREDICTION_WORDS[prediction_type]
@@ -75,21 +73,26 @@ def modelspec(
     return {PREFIX + name: text for name, text in content.items()}
 
 
-def thumbnail_of(image_file: Path) -> str:
-    """A JPEG data URL of an image, cut to a square and made small: some 10 to 20 KB.
+def thumbnail_of(image_files: Sequence[Path]) -> str:
+    """A JPEG data URL of some 20 KB: the first image cut to a square, or of four images a square of squares.
 
     Raises:
         UserError: no image that can be read.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    try:
-        with Image.open(image_file) as image:
-            square = ImageOps.fit(image.convert("RGB"), (THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{image_file}: not an image that can be read ({error})") from None
+    per_side = 2 if len(image_files) >= 4 else 1
+    side = THUMBNAIL_PX // per_side
+    whole = Image.new("RGB", (THUMBNAIL_PX, THUMBNAIL_PX))
+    for i, file in enumerate(image_files[: per_side**2]):
+        try:
+            with Image.open(file) as image:
+                square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+        except (OSError, UnidentifiedImageError) as error:
+            raise UserError(f"{file}: not an image that can be read ({error})") from None
+        whole.paste(square, (side * (i % per_side), side * (i // per_side)))
     data = io.BytesIO()
-    square.save(data, format="JPEG", quality=85, optimize=True)
+    whole.save(data, format="JPEG", quality=85, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 

@@ -1,22 +1,19 @@
 """SDXL's components by name, shape and dtype, wherever their weights lie; tensors are read one at a time.
 
-For what streams whole models (export, merge). Opening reads headers and configurations alone, without torch.
+`trainer.model.source` opens them; they are loaded, published and merged from here.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.errors import UserError
-from trainer.model.folder import read_config, weight_files
-from trainer.model.header import Header, HeaderFault, read_header
-from trainer.model.key_map import COMPONENTS, PREFIXES, KeyEntry, single_file_keys
+from trainer.model.key_map import COMPONENTS, single_file_keys
 from trainer.model.presets import preset
-from trainer.model.tensor_file import read_tensor, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +29,7 @@ class PartTensor:
     Attributes:
         dtype: safetensors' name of it, such as "F16", as it is stored.
         meta: a tensor of its shape and dtype, without memory.
-        read: gives the tensor, in memory of its own on the CPU.
+        read: gives the tensor, on the CPU.
     """
 
     dtype: str
@@ -48,20 +45,6 @@ class Part:
     origin: Path
     config: dict[str, Any]
     tensors: Mapping[str, PartTensor]
-
-
-def checked_header(path: Path) -> Header:
-    """The header of a safetensors file.
-
-    Raises:
-        UserError: it is something else, damaged, or cannot be read.
-    """
-    try:
-        return read_header(path)
-    except HeaderFault as fault:
-        raise UserError(f"{path}: is {fault.description}{f'; {fault.mend}' if fault.mend else ''}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def single_file_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -100,70 +83,19 @@ def _is_sdxl(component: str, config: Mapping[str, Any]) -> bool:
     return component.startswith("text") or not any(value and value != _DEFAULTS.get(key) for key, value in more.items())
 
 
-def open_folder_part(component: str, folder: Path) -> Part:
-    """A component in a folder of its own (`config.json` and safetensors), as diffusers and transformers write it.
+def require_whole(part: Part) -> Part:
+    """The part itself.
 
     Raises:
-        UserError: no weights, or they do not fit the configuration.
+        UserError: tensors are missing that its configuration asks for.
     """
-    import torch
-
-    files = weight_files(folder)
-    if not files:
-        raise UserError(f"{folder}: holds no safetensors weights")
-    config = read_config(folder)
-    wanted = {name for entry in single_file_keys({component: config}) for name in entry.names}
-    tensors: dict[str, PartTensor] = {}
-    for file in files:
-        for stored_name, entry in checked_header(file).tensors.items():
-            name = name_in_module(stored_name, wanted)
-            if name is not None:
-                meta = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta")
-                tensors[name] = PartTensor(entry.dtype, meta, _reader(file, entry))
-    return _complete(Part(component, folder, config, tensors), wanted)
-
-
-def open_single_file_parts(
-    path: Path, components: tuple[str, ...] = COMPONENTS, text_projection: TextProjection = "correct"
-) -> dict[str, Part]:
-    """Components in a single .safetensors file.
-
-    Args:
-        text_projection: "kohya" if the file's matrix stands as a Linear's weight (see docs/publish.md).
-
-    Raises:
-        UserError: a component is missing from the file.
-    """
-    header = checked_header(path)
-    configs = {name: config for name, config in single_file_configs(header.metadata).items() if name in components}
-    found: dict[str, dict[str, PartTensor]] = {name: {} for name in configs}
-    entries = single_file_keys(configs)
-    for entry in entries:
-        if entry.file_name in header.tensors:
-            form = "same" if entry.form == "transposed" and text_projection == "kohya" else entry.form
-            found[entry.component] |= _from_single_file(path, replace(entry, form=form), header)
-    parts = {}
-    for name, tensors in found.items():
-        wanted = {own for entry in entries if entry.component == name for own in entry.names}
-        parts[name] = _complete(Part(name, path, configs[name], tensors), wanted)
-    return parts
-
-
-def _from_single_file(path: Path, entry: KeyEntry, header: Header) -> dict[str, PartTensor]:
-    import torch
-
-    from trainer.model.single_file import from_file
-
-    stored = header.tensors[entry.file_name]
-    meta = torch.empty(stored.shape, dtype=torch_dtype(stored.dtype), device="meta")
-
-    def reader(name: str) -> Callable[[], Tensor]:
-        return lambda: dict(from_file(entry, read_tensor(path, stored)))[name]
-
-    try:
-        return {name: PartTensor(stored.dtype, of_name, reader(name)) for name, of_name in from_file(entry, meta)}
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+    entries = single_file_keys({part.component: part.config})
+    wanted = [name for entry in entries for name in entry.names]
+    missing = [name for name in wanted if name not in part.tensors]
+    if missing:
+        count = f"{len(missing):,} of {len(wanted):,} tensors of {part.component}"
+        raise UserError(f"{part.origin}: lacks {count}, such as {missing[0]}")
+    return part
 
 
 def name_in_module(stored_name: str, wanted: Container[str]) -> str | None:
@@ -180,15 +112,3 @@ def name_in_module(stored_name: str, wanted: Container[str]) -> str | None:
 
 
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
-
-def _reader(file: Path, entry: Any) -> Callable[[], Tensor]:
-    return lambda: read_tensor(file, entry)
-
-
-def _complete(part: Part, wanted: set[str]) -> Part:
-    missing = sorted(wanted - part.tensors.keys())
-    if missing:
-        of = f"{PREFIXES[part.component]} " if part.origin.is_file() else ""
-        raise UserError(f"{part.origin}: lacks {len(missing)} of {len(wanted)} {of}tensors, such as {missing[0]}")
-    return part

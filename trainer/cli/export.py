@@ -1,0 +1,122 @@
+"""`sdxl-train export CHECKPOINT -o FILE`: write a model as others read it."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from tqdm import tqdm
+
+from trainer.model.modelspec import Description
+from trainer.train.publish import PreparedExport, Wish, prepare_export
+
+_EXAMPLES = """\
+examples:
+  sdxl-train export runs/foxes -o foxes-v1.safetensors --title "Foxes v1" --author me
+      the newest checkpoint of a run as one file with SDXL's original names, in fp16: for A1111, ComfyUI, Forge,
+      InvokeAI and diffusers
+  sdxl-train export runs/foxes/checkpoints/step-00002000 -o foxes.safetensors --dtype bf16 --vae sdxl-vae-fp16-fix
+  sdxl-train export runs/foxes --layout diffusers -o foxes-v1
+  sdxl-train export model.safetensors --dtype same --layout diffusers -o model
+
+what publishing a model takes: docs/publish.md
+"""
+_DTYPES = ("fp16", "bf16", "fp32", "same")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write a checkpoint, a diffusers folder or a single file as one file with SDXL's original key names, or as a
+    diffusers folder. It is there whole or not at all; memory stays below 1 GB."""
+    parser = argparse.ArgumentParser(
+        prog="sdxl-train export",
+        description=main.__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    told = {field.name: getattr(arguments, field.name, None) for field in fields(Description)}
+    wish = Wish(
+        out=arguments.out,
+        layout=arguments.layout,
+        dtype=arguments.dtype,
+        vae_dtype=arguments.vae_dtype,
+        weights=arguments.weights,
+        model=arguments.model,
+        vae=arguments.vae,
+        text_projection="kohya" if arguments.kohya_compat else "correct",
+        source_projection="kohya" if arguments.from_kohya else "correct",
+        tokenizer=arguments.tokenizer,
+        prediction_type=arguments.prediction_type,
+        ztsnr=arguments.ztsnr,
+        description=Description(**told),
+        thumbnail=arguments.thumbnail,
+        with_thumbnail=not arguments.no_thumbnail,
+        with_config=not arguments.no_config,
+        overwrite=arguments.overwrite,
+    )
+    prepared = prepare_export(arguments.source, wish)
+    write_with_bar(prepared, wish.out)
+    return 0
+
+
+def write_with_bar(prepared: PreparedExport, out: Path) -> None:
+    """Write, showing how many GB are done."""
+    with tqdm(
+        desc="writing", total=prepared.total_bytes, unit="B", unit_scale=True, disable=None, dynamic_ncols=True
+    ) as bar:
+
+        def show(count: int) -> None:
+            bar.update(count)
+
+        prepared.write(show)
+    for note in prepared.notes:
+        print(note)
+    print(f"wrote {out} ({prepared.total_bytes / 1e9:,.2f} GB)")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a checkpoint, a run directory (its newest checkpoint), a diffusers folder or a .safetensors file",
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the file or folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--layout", choices=("single-file", "diffusers"), default="single-file")
+    what = parser.add_argument_group("weights")
+    what.add_argument("--dtype", choices=_DTYPES, default="fp16", help="same: as they are stored (default: fp16)")
+    what.add_argument(
+        "--vae-dtype", choices=_DTYPES, help="of the VAE, whose original overflows when run in fp16 (default: --dtype)"
+    )
+    what.add_argument("--vae", type=Path, metavar="VAE", help="a VAE folder or file in place of the model's")
+    what.add_argument("--weights", choices=("live", "ema"), default="live", help="ema: the moving average")
+    what.add_argument(
+        "--model", type=Path, help="where the parts that were not trained come from (default: the run's model)"
+    )
+    what.add_argument(
+        "--kohya-compat",
+        action="store_true",
+        help="text_projection as kohya's scripts keep it; only to go on training with them",
+    )
+    what.add_argument(
+        "--from-kohya", action="store_true", help="the file that is read was saved by kohya's scripts: undo the above"
+    )
+    what.add_argument("--tokenizer", type=Path, metavar="DIR", help="for --layout diffusers; default: the model's")
+    what.add_argument(
+        "--prediction-type",
+        choices=("epsilon", "v_prediction", "flow"),
+        help="v_prediction sets the marker v_pred (default: what the model says)",
+    )
+    what.add_argument("--ztsnr", action="store_true", help="set the marker of zero terminal SNR")
+    words = parser.add_argument_group("metadata")
+    words.add_argument("--title", help="default: the file's name")
+    for name in ("author", "description", "license"):
+        words.add_argument(f"--{name}")
+    words.add_argument("--tags", help="separated by commas")
+    words.add_argument("--usage-hint", help="a short line, such as trigger words")
+    words.add_argument("--trigger-phrase")
+    words.add_argument("--thumbnail", type=Path, metavar="IMAGE", help="default: the run's newest samples")
+    words.add_argument("--no-thumbnail", action="store_true")
+    words.add_argument("--no-config", action="store_true", help="leave the run's configuration out")

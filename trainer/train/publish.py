@@ -1,0 +1,180 @@
+"""Publishes a checkpoint, a model folder or a single file: what is written, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from trainer import __version__
+from trainer.config.yaml_source import dump
+from trainer.errors import UserError
+from trainer.model.modelspec import Description, modelspec, thumbnail_of, without_folders
+from trainer.model.parts import TextProjection
+from trainer.train.publish_source import Source, open_source, prediction_of, scheduler_of, tokenizers_of
+from trainer.train.run_dir import checkpoint_step
+
+if TYPE_CHECKING:
+    from trainer.model.export import Precision
+
+_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a model is to be written.
+
+    Attributes:
+        out: the file, or the folder of the diffusers layout.
+        dtype: "same": as it is stored.
+        vae_dtype: None: as `dtype`.
+        weights: of a checkpoint: those that train, or their moving average.
+        model, vae: see `open_source`.
+        text_projection: "kohya": for those who go on with kohya's scripts.
+        source_projection: "kohya": the single file that is read was saved by them; a run says so itself.
+        tokenizer: folder that holds both tokenizers, for the diffusers layout; None: the model's.
+        prediction_type: None: what the model itself says.
+        thumbnail: an image; None: the newest samples of the run.
+    """
+
+    out: Path
+    layout: Literal["single-file", "diffusers"] = "single-file"
+    dtype: Literal["fp16", "bf16", "fp32", "same"] = "fp16"
+    vae_dtype: Literal["fp16", "bf16", "fp32", "same"] | None = None
+    weights: Literal["live", "ema"] = "live"
+    model: Path | None = None
+    vae: Path | None = None
+    text_projection: TextProjection = "correct"
+    source_projection: TextProjection = "correct"
+    tokenizer: Path | None = None
+    prediction_type: Literal["epsilon", "v_prediction", "flow"] | None = None
+    ztsnr: bool = False
+    description: Description = field(default_factory=Description)
+    thumbnail: Path | None = None
+    with_thumbnail: bool = True
+    with_config: bool = True
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class PreparedExport:
+    """An export of which everything is checked but the values.
+
+    Attributes:
+        total_bytes: of the tensors.
+        notes: what a person should know of it.
+        write: takes a function that is told of the bytes written; leaves nothing behind when it fails.
+    """
+
+    total_bytes: int
+    notes: tuple[str, ...]
+    write: Callable[[Callable[[int], None] | None], None]
+
+
+def prepare_export(place: Path, wish: Wish) -> PreparedExport:
+    """Look at everything that an export needs, without reading weights that need no check.
+
+    Args:
+        place: a checkpoint, a run directory (its newest checkpoint), a diffusers folder or a single file.
+
+    Raises:
+        UserError: something is missing, damaged, or does not go together.
+    """
+    if wish.out.exists() and not wish.overwrite:
+        raise UserError(f"{wish.out}: exists; give another name, or --overwrite")
+    if not wish.out.absolute().parent.is_dir():
+        raise UserError(f"{wish.out.absolute().parent}: no such folder")
+    source = open_source(place, wish.model, wish.vae, wish.weights, wish.source_projection)
+    prediction, ztsnr = prediction_of(source, wish.prediction_type, wish.ztsnr)
+    if wish.layout == "diffusers":
+        return _prepare_folder(source, wish, prediction, ztsnr)
+    return _prepare_file(source, wish, prediction, ztsnr)
+
+
+def _prepare_file(source: Source, wish: Wish, prediction: str, ztsnr: bool) -> PreparedExport:
+    from trainer.model.export import file_metadata, plan_single_file, total_bytes, write_single_file
+
+    markers = ("v_pred",) * (prediction == "v_prediction") + ("ztsnr",) * ztsnr
+    planned = plan_single_file(source.parts, _precision(wish), markers, wish.text_projection)
+    metadata = _metadata(source, wish, prediction) | file_metadata(source.parts)
+    notes = [f"marked {' and '.join(markers)}: ComfyUI, A1111 and Forge set themselves to it"] if markers else []
+    if prediction == "flow":
+        notes.append("flow has no marker that other tools know: in ComfyUI, add the node ModelSamplingSD3")
+
+    def write(on_written: Callable[[int], None] | None) -> None:
+        with _disk_errors(wish.out):
+            write_single_file(wish.out, planned, metadata, on_written)
+
+    return PreparedExport(total_bytes(planned), tuple(notes), write)
+
+
+def _prepare_folder(source: Source, wish: Wish, prediction: str, ztsnr: bool) -> PreparedExport:
+    from trainer.model.export import plan_component, total_bytes, write_folder
+
+    precision, tokenizers = _precision(wish), tokenizers_of(source, wish.tokenizer)
+    scheduler = scheduler_of(source, prediction, ztsnr)
+    planned = [tensor for part in source.parts.values() for tensor in plan_component(part, precision)]
+
+    def write(on_written: Callable[[int], None] | None) -> None:
+        with _disk_errors(wish.out):
+            write_folder(wish.out, source.parts, precision, scheduler, tokenizers, on_written)
+
+    return PreparedExport(total_bytes(planned), (), write)
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{out}: could not be written: {error.strerror}; nothing was left behind") from error
+
+
+def _precision(wish: Wish) -> Precision:
+    from trainer.model.export import Precision
+    from trainer.model.tensor_file import torch_dtype
+
+    names = (wish.dtype, wish.vae_dtype or wish.dtype)
+    model, vae = (None if name == "same" else torch_dtype(_DTYPES[name]) for name in names)
+    return Precision(model, vae)
+
+
+def _metadata(source: Source, wish: Wish, prediction: str) -> dict[str, str]:
+    config, checkpoint = source.config, source.checkpoint
+    kept = {name: text for name, text in source.metadata.items() if name.startswith("modelspec.")}
+    title = wish.description.title or kept.get("modelspec.title") or wish.out.stem
+    resolution_px = (
+        config.data.buckets.resolution if config else 8 * source.parts["unet"].config.get("sample_size", 128)
+    )
+    precision, stored = (
+        _precision(wish),
+        {name: next(iter(part.tensors.values())) for name, part in source.parts.items()},
+    )
+    spec = modelspec(
+        replace(wish.description, title=title),
+        resolution_px=resolution_px,
+        prediction_type=prediction,
+        unet_dtype=str(precision.of("unet", stored["unet"].meta.dtype)).removeprefix("torch."),
+        vae_dtype=str(precision.of("vae", stored["vae"].meta.dtype)).removeprefix("torch."),
+        thumbnail=_thumbnail(wish, checkpoint),
+    )
+    own = {"sdxl_train.version": __version__, "sdxl_train.text_projection": wish.text_projection}
+    if checkpoint is not None:
+        own |= {"sdxl_train.step": str(checkpoint_step(checkpoint)), "sdxl_train.weights": wish.weights}
+    if config and wish.with_config:
+        own["sdxl_train.config"] = dump(without_folders(json.loads(config.model_dump_json())))
+    return kept | spec | own
+
+
+def _thumbnail(wish: Wish, checkpoint: Path | None) -> str | None:
+    if wish.thumbnail is not None:
+        return thumbnail_of([wish.thumbnail])
+    if checkpoint is None or not wish.with_thumbnail:
+        return None
+    folders = sorted((checkpoint.parent.parent / "samples").glob("step-????????"))
+    drawn = [sorted(folder.glob("*.png")) for folder in folders if folder.name <= checkpoint.name]
+    newest = next((images for images in reversed(drawn) if images), None)
+    return thumbnail_of(newest[:4]) if newest else None

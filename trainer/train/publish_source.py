@@ -1,0 +1,187 @@
+"""What is published: the parts of a checkpoint and of the model that its run started from, and what they say."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.config.load import load_config
+from trainer.config.schema import Config
+from trainer.errors import UserError
+from trainer.model.key_map import COMPONENTS
+from trainer.model.modelspec import told_prediction_type
+from trainer.model.parts import Part, TextProjection, require_whole
+from trainer.model.presets import preset
+from trainer.model.source import (
+    ModelPath,
+    ModelSource,
+    find_source,
+    open_folder_part,
+    open_part,
+    source_header,
+    vae_source,
+)
+from trainer.train.run_dir import MANIFEST, list_checkpoints, manifest_entry
+
+RESOLVED_CONFIG = "config.resolved.yaml"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be written.
+
+    Attributes:
+        base: the model that says what the checkpoint does not: scheduler, tokenizers, markers.
+        checkpoint: None if the source is no checkpoint.
+        config: of the checkpoint's run, if it is known.
+        metadata: of the single file that is written anew.
+    """
+
+    parts: dict[str, Part]
+    base: ModelSource
+    checkpoint: Path | None = None
+    config: Config | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_source(
+    place: Path,
+    model: Path | None,
+    vae: Path | None,
+    weights: Literal["live", "ema"],
+    text_projection: TextProjection = "correct",
+) -> Source:
+    """The parts of what is to be published, each from where it lies; reads headers and checksums alone.
+
+    Args:
+        place: a checkpoint, a run directory (its newest checkpoint), a diffusers folder or a single file.
+        model: what the parts that a checkpoint lacks are taken from; None: the model that its run started from.
+        vae: replaces the model's.
+        text_projection: how a single file that is no run's model holds it.
+
+    Raises:
+        UserError: something is missing, damaged, or does not go together.
+    """
+    checkpoint = _checkpoint_at(place)
+    if checkpoint is None:
+        for given, option in ((model, "--model"), (weights == "ema", "--weights ema")):
+            if given:
+                raise UserError(f"{option}: has no effect; {place} is no checkpoint of a run")
+        source = find_source(place)
+        metadata = source_header(source).metadata if source.kind == "file" else {}
+        return Source(model_parts(place, vae, text_projection), source, metadata=metadata)
+    run_config = checkpoint.parent.parent / RESOLVED_CONFIG
+    config = load_config(run_config, check_paths=False) if run_config.is_file() else None
+    base = model or (config.model.path if config else None)
+    if base is None:
+        raise UserError(
+            f"{checkpoint}: only what was trained is in it, and {run_config}, which names the model that its run "
+            "started from, is missing; give --model"
+        )
+    vae = vae or (config.model.vae if config and not model else None)
+    if config and not model:
+        text_projection = getattr(config.model, "text_projection", "correct")
+    parts = model_parts(base, vae, text_projection)
+    return Source(parts | _trained_parts(checkpoint, weights), find_source(base), checkpoint, config)
+
+
+def _checkpoint_at(place: Path) -> Path | None:
+    """The checkpoint that is meant by `place`: itself, or a run's newest; None if it is a model."""
+    if (place / MANIFEST).is_file():
+        return place.absolute()
+    if (place / "checkpoints").is_dir():
+        found = list_checkpoints(place)
+        if not found:
+            raise UserError(f"{place}: the run has no complete checkpoint")
+        return found[-1].absolute()
+    if not place.exists():
+        raise UserError(f"{place}: no such file or folder")
+    return None
+
+
+def _trained_parts(checkpoint: Path, weights: str) -> dict[str, Part]:
+    trained = [name for name in COMPONENTS if (checkpoint / name).is_dir()]
+    folders = {name: checkpoint / name for name in trained}
+    if weights == "ema":
+        averaged = {name: checkpoint / f"{name}_ema" for name in trained if (checkpoint / f"{name}_ema").is_dir()}
+        if not averaged:
+            raise UserError(f"{checkpoint}: holds no moving average of the weights; use --weights live")
+        folders |= averaged
+    entries = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    for folder in folders.values():
+        for file in sorted(folder.iterdir()):
+            name = file.relative_to(checkpoint).as_posix()
+            if entries.get(name) != manifest_entry(file):
+                raise UserError(f"{checkpoint}: {name} is not what was written (checksum); take another checkpoint")
+    return {name: require_whole(open_folder_part(name, folder)) for name, folder in folders.items()}
+
+
+def model_parts(
+    model: ModelPath, vae: Path | None = None, text_projection: TextProjection = "correct"
+) -> dict[str, Part]:
+    """All components of a model; `vae` (a model, or a VAE alone) replaces its VAE.
+
+    Raises:
+        UserError: a component is missing or incomplete.
+    """
+    source = find_source(model)
+    parts = {}
+    for name in COMPONENTS:
+        of = vae_source(model, vae) if name == "vae" else source
+        parts[name] = require_whole(open_part(of, name, text_projection))
+    return parts
+
+
+def prediction_of(source: Source, wished: str | None, wished_ztsnr: bool) -> tuple[str, bool]:
+    """(epsilon, v_prediction or flow; zero terminal SNR), as asked for, or as the model says of itself."""
+    told, told_ztsnr = _told_prediction(source.base)
+    prediction = wished or told
+    ztsnr = wished_ztsnr or (told_ztsnr and prediction == told)
+    if ztsnr and prediction != "v_prediction":
+        raise UserError(f"--ztsnr with prediction type {prediction}: zero terminal SNR needs v_prediction")
+    return prediction, ztsnr
+
+
+def _told_prediction(base: ModelSource) -> tuple[str, bool]:
+    if base.kind != "folder":
+        header = source_header(base)
+        marked = "v_prediction" if "v_pred" in header.tensors else None
+        return marked or told_prediction_type(header.metadata) or "epsilon", "ztsnr" in header.tensors
+    scheduler = _read_scheduler(base)
+    return scheduler.get("prediction_type", "epsilon"), bool(scheduler.get("rescale_betas_zero_snr"))
+
+
+def _read_scheduler(base: ModelSource) -> dict[str, Any]:
+    file = base.path / "scheduler" / "scheduler_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else preset("scheduler")
+
+
+def scheduler_of(source: Source, prediction: str, ztsnr: bool) -> dict[str, Any]:
+    """`scheduler_config.json` of a diffusers folder."""
+    scheduler = _read_scheduler(source.base)
+    if prediction == "flow":
+        raise UserError("prediction type flow: there is no SDXL folder of that kind; write a single file")
+    scheduler["prediction_type"] = prediction
+    if ztsnr:
+        # The first step must be at the last timestep, where there is no signal (Lin et al. 2024, section 3.3).
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return scheduler
+
+
+def tokenizers_of(source: Source, given: Path | None) -> tuple[Path, Path]:
+    """The folders of both tokenizers: of `given`, or of the model.
+
+    Raises:
+        UserError: there are none.
+    """
+    of_run = getattr(source.config.model, "tokenizer", None) if source.config else None
+    for place in (given, of_run, source.base.path):
+        if place is not None and (place / "tokenizer").is_dir() and (place / "tokenizer_2").is_dir():
+            return place / "tokenizer", place / "tokenizer_2"
+        if place is not None and place == given:
+            raise UserError(f"--tokenizer {given}: wanted a folder that holds tokenizer/ and tokenizer_2/")
+    raise UserError(
+        f"{source.base.path}: holds no tokenizers, which the diffusers layout needs; give --tokenizer DIR, a folder "
+        "that holds tokenizer/ and tokenizer_2/"
+    )
