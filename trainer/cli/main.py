@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "look at a prepared data set: `data stats`",
     "eval": "validation loss and a sample grid of a run or checkpoint",
     "sample": "draw images from a run or checkpoint",
+    "export": "write a checkpoint as one file or folder that A1111, ComfyUI, diffusers and others open",
     "schema": "print the configuration's JSON Schema, for editors",
     "make-tiny": "make a tiny SDXL and a data set of real photographs, to try everything out",
 }
