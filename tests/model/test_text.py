@@ -1,15 +1,18 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from transformers import CLIPTokenizer
 
+from trainer.model.conditioning import condition_text
 from trainer.model.load import load_text_encoders, load_unet, load_vae
-from trainer.model.text import CaptionTokenizer, load_tokenizers
+from trainer.model.text import CaptionTokenizer, ChunkJoin, load_tokenizers, text_positions
 
 ODD_CAPTIONS = [
     "a cat",
@@ -33,8 +36,6 @@ ODD_CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def pipeline(model_folder: Path) -> StableDiffusionXLPipeline:
-    from transformers import CLIPTokenizer
-
     encoders = load_text_encoders(model_folder, torch.float32, "cpu")
     return StableDiffusionXLPipeline(
         vae=load_vae(model_folder, None, torch.float32, "cpu"),
@@ -61,15 +62,15 @@ def _pipeline_ids(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> n
 
 def test_token_ids_equal_the_pipelines(tokenize: CaptionTokenizer, pipeline: StableDiffusionXLPipeline) -> None:
     ids = tokenize(ODD_CAPTIONS)
-    assert ids.shape == (len(ODD_CAPTIONS), 2, 77)
+    assert ids.shape == (len(ODD_CAPTIONS), 2, 1, 77)
     assert ids.dtype == np.int64
-    for caption, row, expected in zip(ODD_CAPTIONS, ids, _pipeline_ids(pipeline, ODD_CAPTIONS), strict=True):
+    for caption, row, expected in zip(ODD_CAPTIONS, ids[:, :, 0], _pipeline_ids(pipeline, ODD_CAPTIONS), strict=True):
         np.testing.assert_array_equal(row, expected, err_msg=repr(caption))
 
 
 def test_padding_and_truncation(tokenize: CaptionTokenizer) -> None:
     start, end = 516, 517
-    empty, long = tokenize(["", "the cat " * 100])
+    empty, long = tokenize(["", "the cat " * 100])[:, :, 0]
     np.testing.assert_array_equal(empty[0], [start] + [end] * 76)
     np.testing.assert_array_equal(empty[1], [start, end] + [0] * 75)
     for row in long:
@@ -127,14 +128,68 @@ def test_hidden_is_the_layer_before_the_last_without_the_final_norm(
     assert (changed.pooled - expected.pooled).abs().max() > 0.1
 
 
-def test_encode_keeps_its_precision_under_autocast(tokenize: CaptionTokenizer, model_folder: Path) -> None:
+def test_frozen_encoders_keep_their_precision_under_autocast(tokenize: CaptionTokenizer, model_folder: Path) -> None:
     encoders = load_text_encoders(model_folder, torch.float32, "cpu")
     ids = torch.from_numpy(tokenize(["the cat", "a cat"]))
-    plain = encoders.encode(ids)
+    plain = condition_text(encoders, torch.device("cpu"), ids, None, None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = encoders.encode(ids)
+        inside = condition_text(encoders, torch.device("cpu"), ids, None, None)
     torch.testing.assert_close(inside.hidden, plain.hidden, rtol=0, atol=0)
     torch.testing.assert_close(inside.pooled, plain.pooled, rtol=0, atol=0)
+
+
+LONG = ["the cat", "", " ".join(["the cat sat on the mat!"] * 20), "a " * 75, "a " * 76]
+
+
+def _kohya_ids(tokenizer: CLIPTokenizer, caption: str, max_tokens: int) -> np.ndarray:
+    """One sequence of max_tokens + 2, cut as kohya's scripts do (for SDXL: `get_input_ids`): [chunks, 77]."""
+    settings = {"padding": "max_length", "max_length": max_tokens + 2, "truncation": True}
+    tokenizer.model_max_length, usual = max_tokens + 2, tokenizer.model_max_length
+    ids = tokenizer(caption, **settings).input_ids
+    tokenizer.model_max_length = usual
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    chunks = []
+    for begin in range(1, max_tokens, 75):
+        chunk = [ids[0], *ids[begin : begin + 75], ids[-1]]
+        if pad != end:
+            if chunk[-2] not in (end, pad):
+                chunk[-1] = end
+            if chunk[1] == pad:
+                chunk[1] = end
+        chunks.append(chunk)
+    return np.array(chunks)
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_long_captions_are_cut_as_kohyas_scripts_do(
+    tokenize: CaptionTokenizer, pipeline: StableDiffusionXLPipeline, chunks: int
+) -> None:
+    ids = replace(tokenize, chunks=chunks)(LONG)
+    assert ids.shape == (len(LONG), 2, chunks, 77) and replace(tokenize, chunks=chunks).max_tokens == 75 * chunks
+    for number, caption in enumerate(LONG):
+        for which, tokenizer in enumerate((pipeline.tokenizer, pipeline.tokenizer_2)):
+            if which == 1 and "!" in caption:  # the padding token in a text confuses kohya's rules
+                continue
+            np.testing.assert_array_equal(ids[number, which], _kohya_ids(tokenizer, caption, 75 * chunks))
+
+
+@pytest.mark.parametrize(("join", "positions"), [("a1111", 231), ("kohya", 227)])
+def test_long_captions_are_encoded_chunk_by_chunk(
+    tokenize: CaptionTokenizer, pipeline: StableDiffusionXLPipeline, model_folder: Path, join: ChunkJoin, positions: int
+) -> None:
+    """Each chunk's text, encoded by the pipeline on its own, is found in its place."""
+    words = ["a b c " * 25, "c a t " * 25, "the cat"]  # a letter is a token
+    encoders = replace(load_text_encoders(model_folder, torch.float32, "cpu"), join=join)
+    text = encoders.encode(torch.from_numpy(replace(tokenize, chunks=3)([" ".join(words)])))
+    assert text.hidden.shape[1] == positions == text_positions(3, join)
+    with torch.no_grad():
+        apart, _, pooled, _ = pipeline.encode_prompt(words, do_classifier_free_guidance=False)
+    expected = apart.flatten(0, 1)
+    if join == "kohya":
+        inner_ends = [76, 77, 153, 154]
+        expected = expected[[row for row in range(len(expected)) if row not in inner_ends]]
+    torch.testing.assert_close(text.hidden[0], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(text.pooled, pooled[:1], rtol=0, atol=1e-6)
 
 
 def test_tokens_are_counted_beyond_what_is_used(

@@ -1,13 +1,14 @@
 """Checkpoints: complete or not there, damage found, the newest ones kept."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.train.checkpoint import OPTIMIZER, read_tensors, write_checkpoint
+from trainer.train.checkpoint import OPTIMIZER, TensorFile, read_tensors, write_checkpoint
 from trainer.train.run_dir import (
     checkpoint_dir,
     checkpoint_step,
@@ -23,14 +24,17 @@ TENSORS = {"a.exp_avg": torch.arange(6.0).reshape(2, 3), "a.step": torch.tensor(
 
 
 def save(run_dir: Path, step: int) -> Path:
-    def save_unet(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-        save_file({"weight": torch.full((4,), float(step))}, folder / "diffusion_pytorch_model.safetensors")
-
     path = checkpoint_dir(run_dir, step)
-    write_checkpoint(path, save_unet, TENSORS, {"step": step})
+    write_checkpoint(path, files(step), {"step": step}, iter, writes=True)
     return path
+
+
+def files(step: int) -> list[TensorFile]:
+    unet = {"weight": torch.full((4,), float(step))}
+    return [
+        TensorFile("unet/diffusion_pytorch_model.safetensors", unet, {"config.json": "{}"}),
+        TensorFile(OPTIMIZER, TENSORS, {}),
+    ]
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -45,13 +49,17 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 def test_an_unfinished_write_is_invisible_and_cleaned_up(tmp_path: Path) -> None:
     good = save(tmp_path, 1)
 
-    def fail(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-        raise OSError(28, "No space left on device")
+    given: list[int] = []
+
+    def fail_in_the_second_file(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        for tensor in tensors:
+            given.append(tensor.numel())
+            if len(given) == 2:
+                raise OSError(28, "No space left on device")
+            yield tensor
 
     with pytest.raises(OSError, match="No space left"):
-        write_checkpoint(checkpoint_dir(tmp_path, 2), fail, TENSORS, {})
+        write_checkpoint(checkpoint_dir(tmp_path, 2), files(2), {}, fail_in_the_second_file, writes=True)
     assert list_checkpoints(tmp_path) == [good]
     prune_checkpoints(tmp_path, keep=2)
     assert list((tmp_path / "checkpoints").iterdir()) == [good]

@@ -14,8 +14,8 @@ from trainer.data.snapshot import RowProblem
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
 from trainer.dist.comm import Comm
-from trainer.dist.strategy import make_strategy
-from trainer.model.denoiser import Denoiser
+from trainer.dist.strategy import Sharing, Strategy
+from trainer.model.denoiser import Denoiser, TrainedModel
 from trainer.model.load import load_unet
 from trainer.train.optim import make_optimizer
 from trainer.train.step import StepParts, train_step
@@ -25,13 +25,13 @@ ALONE = Comm(0, 1, 0, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def denoiser(model_folder: Path) -> Denoiser:
-    unet = load_unet(model_folder, torch.float32, "cpu")
-    return Denoiser(unet, epsilon_objective(scaled_linear()), None, None, 0.13025, None)
+    model = TrainedModel(load_unet(model_folder, torch.float32, "cpu"))
+    return Denoiser(model, epsilon_objective(scaled_linear()), None, None, 0.13025)
 
 
 def make_parts(denoiser: Denoiser, lr: float = 1e-3, max_grad_norm: float = 0.0) -> StepParts:
-    own = replace(denoiser, unet=copy.deepcopy(denoiser.unet).train())
-    strategy = make_strategy(own.unet, ALONE)
+    own = replace(denoiser, model=copy.deepcopy(denoiser.model).train())
+    strategy = Strategy(own.model, dict(own.model.named_parameters()), 1, Sharing("single"))
     optimizer = make_optimizer(strategy.parameters, OptimizerConfig(lr=lr, weight_decay=0.0))
     return StepParts(ALONE, strategy, optimizer, own, max_grad_norm)
 

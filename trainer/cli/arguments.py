@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.config.load import load_config
 from trainer.config.schema import Config
-from trainer.model.folder import check_model_folder
+from trainer.model.check import check_model
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(path: Path, overrides: Sequence[str]) -> Config:
-    """The checked configuration; the model's folder is looked into as well, without loading anything."""
+    """The checked configuration; the model is looked into as well, without loading it, or fetched from the hub."""
     config = load_config(path, overrides)
-    check_model_folder(config.model.path, config.model.vae)
+    model = config.model
+    check_model(model.path, model.vae, model.tokenizer, model.text_projection)
     return config

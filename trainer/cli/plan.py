@@ -10,7 +10,7 @@ from trainer.config.schema import Config
 from trainer.data.caption_survey import CaptionSurvey, sampled_records
 from trainer.data.prepare import is_current
 from trainer.data.snapshot import PreparedSet
-from trainer.model.folder import count_weights
+from trainer.model.source import count_weights, find_source
 from trainer.train.arithmetic import arithmetic_of
 from trainer.train.captions import describe_captions, require_captions, survey_of
 from trainer.train.preparation import prepare_settings
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print_model(config: Config) -> None:
-    count = count_weights(config.model.path / "unet")
+    count = count_weights(find_source(config.model.path), "unet")
     precision = config.train.precision
     print(f"trains: the UNet, {count:,} weights (all of it); fp32 weights and AdamW state, {precision} arithmetic")
     print("frozen: both text encoders and the VAE")

@@ -231,7 +231,8 @@ def _with_standins(section: type[BaseModel], tree: object, settled: list[Key], a
             filled[name] = given[name]
         elif declared.is_required():
             choices = get_args(declared.annotation)
-            filled[name] = choices[0] if choices else "." if declared.annotation in (Path, str) else 1
+            is_text = declared.annotation is str or Path in (declared.annotation, *choices)
+            filled[name] = "." if is_text else choices[0] if choices else 1
     return filled
 
 

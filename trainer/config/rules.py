@@ -39,6 +39,7 @@ def broken_rules(config: Config) -> list[Problem]:
         _sources,
         _mode,
         _captions,
+        _trainable,
         _validation,
         _samples,
         _written_folders,
@@ -48,13 +49,13 @@ def broken_rules(config: Config) -> list[Problem]:
 
 def bad_paths(config: Config) -> list[Problem]:
     """Every path in `config` that must exist and does not, or is a file where a folder is needed."""
-    must_exist: list[Key] = [("model", "path")]
-    if config.model.vae is not None:
-        must_exist.append(("model", "vae"))
+    must_exist: list[Key] = [("model", "tokenizer")] if config.model.tokenizer is not None else []
     if isinstance(config.run.resume, str) and config.run.resume != "auto":
         must_exist.append(("run", "resume"))
     may_exist: list[Key] = [("run", "dir"), ("data", "prepared")]
-    found = [_bad_folder(config, key, must_exist=True) for key in must_exist]
+    models: list[Key] = [("model", name) for name in ("path", "vae") if isinstance(getattr(config.model, name), Path)]
+    found = [_missing(config, key) for key in models]
+    found += [_bad_folder(config, key, must_exist=True) for key in must_exist]
     found += [_bad_folder(config, key, must_exist=False) for key in may_exist]
     for i, source in enumerate(config.data.sources):
         found += [_bad_source_path(config, ("data", "sources", i, name), kind) for name, kind in _paths_of(source)]
@@ -200,6 +201,26 @@ def _fields_of_text(config: Config) -> Iterator[Problem]:
         yield _clash(config, ("captions.use", key), "has no effect; no source has both captions and tags")
 
 
+def _trainable(config: Config) -> Iterator[Problem]:
+    parts = {name: getattr(config.trainable, name) for name in type(config.trainable).model_fields}
+    if not any(part.train for part in parts.values()):
+        yield _clash(config, tuple(f"trainable.{name}.train" for name in parts), "nothing trains")
+    for name, part in parts.items():
+        key = f"trainable.{name}"
+        for option in ("lr", "freeze"):
+            if not part.train and _is_given(config, f"{key}.{option}"):
+                yield _clash(config, (f"{key}.{option}", f"{key}.train"), "has no effect on what does not train")
+        if part.train and name != "unet" and config.data.cache_text:
+            yield _clash(config, ("data.cache_text", f"{key}.train"), "must not go together; its outputs change")
+    trained = [name for name in ("text_encoder_1", "text_encoder_2") if parts[name].train]
+    if trained and _is_given(config, "model.text_encoder_precision"):
+        keys = ("model.text_encoder_precision", f"trainable.{trained[0]}.train")
+        yield _clash(config, keys, "has no effect; with one that trains, both are held in `train.precision`")
+    if config.captions.max_tokens == 75 and _is_given(config, "captions.chunks"):
+        keys = ("captions.chunks", "captions.max_tokens")
+        yield _clash(config, keys, "has no effect; there is one chunk, and nothing to join")
+
+
 def _validation(config: Config) -> Iterator[Problem]:
     share = "data.validation_fraction"
     if config.data.validation_fraction > 0:
@@ -244,6 +265,13 @@ def _bad_folder(config: Config, key: Key, must_exist: bool) -> Problem | None:
     except OSError as error:
         return Problem((key,), f"{said}: cannot be reached: {error.strerror}")
     return Problem((key,), f"{said}: must be a folder; this is a file")
+
+
+def _missing(config: Config, key: Key) -> Problem | None:
+    """Neither a file nor a folder; what it must hold is looked at elsewhere."""
+    path = Path(str(_get(config, dotted(key))))
+    return None if path.exists() else Problem((key,), f"{dotted(key)} = {shown(str(path))}: no such file or folder"
+                                              f"{nearest_path(path)}")  # fmt: skip
 
 
 def _bad_source_path(config: Config, key: Key, kind: str) -> Problem | None:

@@ -14,6 +14,7 @@ from trainer.config.values import (
     Count,
     Flag,
     Fraction,
+    ModelField,
     PathField,
     PositiveInt,
     Section,
@@ -44,11 +45,17 @@ class LaunchConfig(Section):
 
 
 class ModelConfig(Section):
-    path: PathField
-    """SDXL in diffusers' folder layout (`unet/`, `vae/`, `text_encoder/`, `text_encoder_2/`,
-    `tokenizer/`, `tokenizer_2/`)."""
+    path: ModelField
+    """The SDXL model: a single `.safetensors` file, a folder in diffusers' layout, a `.ckpt` that holds nothing but
+    tensors, or the id of a model on the Hugging Face hub. See `docs/models.md`."""
     vae: PathField | None = None
-    """A VAE folder to use in place of `model.path`'s, such as the fp16-fix VAE."""
+    """A VAE (a folder, or a single file) to use in place of `model.path`'s, such as the fp16-fix VAE."""
+    tokenizer: PathField | None = None
+    """A folder with CLIP's `vocab.json` and `merges.txt`, or a model folder with tokenizers. Default: those of
+    `model.path`; of a single file, which has none, CLIP's in the hub's cache."""
+    text_projection: Literal["correct", "kohya"] = "correct"
+    """How a single file holds the second text encoder's projection: `correct` as SDXL was published, `kohya` as kohya's
+    scripts take it, without transposing it; only to go on with a file that was trained by them."""
     vae_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the VAE. SDXL's original VAE overflows in fp16: use `fp16` with the fp16-fix only."""
     text_encoder_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -141,8 +148,40 @@ class CaptionsConfig(Section):
     """Chance of a whole text to be left out (the empty text; sizes and crop are kept), for classifier-free guidance."""
     dropout_every_n_epochs: Count = 0
     """Leave out all texts of every n-th epoch; 0 for never."""
+    max_tokens: Literal[75, 150, 225] = 75
+    """Tokens of a text that are used, in chunks of 75; every text gets all chunks, the rest being padding."""
+    chunks: Literal["a1111", "kohya"] = "a1111"
+    """How chunks are joined. `a1111`: as A1111 and ComfyUI do, all 77 positions of each (77, 154, 231). `kohya`: as
+    kohya's scripts do, start and end tokens between chunks left out (77, 152, 227)."""
     max_empty_fraction: Fraction = 0.05
     """Refuse to train when more than this share of the images has an empty text, before any dropout."""
+
+
+class TextEncoderPart(Section):
+    train: Flag = False
+    """Whether it trains. Where neither does, both are held in `model.text_encoder_precision`."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate. Default: `optimizer.lr`."""
+    freeze: list[str] = []
+    """Blocks or weights that stay as they are, by the beginning of their names: `encoder.layers.3`, `embeddings`;
+    `*` stands for anything."""
+
+
+class UnetPart(TextEncoderPart):
+    train: Flag = True
+    """Whether it trains."""
+    freeze: list[str] = []
+    """Blocks or weights that stay as they are, by the beginning of their names, in the original checkpoint's terms
+    (`input_blocks.4`, `output_blocks.0.1`) or diffusers' (`down_blocks.1`); `*` stands for anything."""
+
+
+class TrainableConfig(Section):
+    unet: UnetPart = UnetPart()
+    """The UNet."""
+    text_encoder_1: TextEncoderPart = TextEncoderPart()
+    """CLIP ViT-L. Its last layer and final norm are never used by SDXL and stay frozen."""
+    text_encoder_2: TextEncoderPart = TextEncoderPart()
+    """OpenCLIP ViT-bigG."""
 
 
 class TrainConfig(Section):
@@ -161,8 +200,11 @@ class TrainConfig(Section):
     global_batch_size: PositiveInt | None = None
     """Images per optimizer step over all workers; the accumulation follows from it. Unlike
     `gradient_accumulation_steps`, it keeps the run the same when the number of workers changes."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of the UNet's forward and backward pass. Weights and optimizer state are fp32 in both."""
+    precision: Literal["bf16", "bf16_stochastic", "bf16_kahan", "fp16", "fp32"] = "bf16"
+    """`bf16`: bf16 arithmetic on fp32 weights. `bf16_stochastic`, `bf16_kahan`: the weights are bf16 as well, and
+    updates too small for them are not lost: they are rounded at random in proportion, or what is cut off is kept in a
+    second bf16 (Kahan). `fp16`: for cards without bf16, with a loss scale. `fp32`. Plain bf16 weights are not offered:
+    rounding to the nearest loses nearly all of each update."""
     gradient_checkpointing: Flag = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
@@ -171,7 +213,7 @@ class TrainConfig(Section):
 
 class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0)]
-    """Peak learning rate of the UNet."""
+    """Peak learning rate; `trainable` may give parts of the model their own."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """AdamW's decay rates of the gradient's first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -227,6 +269,13 @@ class SamplesConfig(Section):
     """Seed of the first image's starting noise; the n-th image uses seed + n."""
 
 
+class MemoryConfig(Section):
+    strategy: Literal["auto", "ddp", "zero2", "zero3"] = "auto"
+    """How several workers share the model. `ddp`: each holds all of it and all optimizer state. `zero2` (FSDP2): fp32
+    weights, gradients and optimizer state are spread over the workers; each computes on a whole copy in
+    `train.precision`. `zero3`: that copy is spread as well, and fetched block by block. One worker holds everything."""
+
+
 class LogConfig(Section):
     every_steps: PositiveInt = 1
     """Optimizer steps between lines in `metrics.jsonl` and TensorBoard."""
@@ -245,6 +294,8 @@ class Config(Section):
     """Images, captions, buckets and how they are read."""
     captions: CaptionsConfig = CaptionsConfig()
     """From captions and tags to the text of each draw; all of it is a function of seed, epoch and image."""
+    trainable: TrainableConfig = TrainableConfig()
+    """What of the model trains, and how fast. The VAE is always frozen."""
     train: TrainConfig = TrainConfig()
     """Length, batch and precision."""
     optimizer: OptimizerConfig
@@ -257,5 +308,7 @@ class Config(Section):
     """The loss on held-out images."""
     samples: SamplesConfig = SamplesConfig()
     """Images drawn while training."""
+    memory: MemoryConfig = MemoryConfig()
+    """What is held where."""
     log: LogConfig = LogConfig()
     """Records of the run."""

@@ -1,13 +1,16 @@
 """The values that configuration keys take, and what all sections have in common."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 _YES_NO = {"yes": True, "on": True, "no": False, "off": False}
 LARGEST = 2**31 - 1
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def yes_no(value: object) -> object:
@@ -27,6 +30,15 @@ def _path(value: object) -> object:
         raise PydanticCustomError("rule", "must be a path; `~` and a name is the home folder of a known user") from None
 
 
+def _model(value: object) -> Path | str:
+    """A path, or as text the id of a model on the hub: two names with a slash, where no such path begins here."""
+    path = _path(value)
+    if not isinstance(value, str) or not isinstance(path, Path):
+        raise PydanticCustomError("rule", "must be a path or the id of a model on the hub")
+    is_id = _HUB_ID.fullmatch(value) and not value.endswith(_FILE_ENDINGS) and not path.parent.exists()
+    return value if is_id else path
+
+
 def yes_no_or_path(value: object) -> object:
     """A word for a flag, or a path as text."""
     value = yes_no(value)
@@ -39,6 +51,7 @@ PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Separator = Annotated[str, Field(min_length=1)]
+ModelField = Annotated[Path | str, PlainValidator(_model, json_schema_input_type=Path | str)]
 PathField = Annotated[Path, Field(strict=False), BeforeValidator(_path, json_schema_input_type=Path)]
 
 

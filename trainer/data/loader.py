@@ -27,7 +27,7 @@ from trainer.data.snapshot import PreparedSet, RowProblem, Rows
 
 _THREADS = 2
 _ALIGN = 64
-_TOKEN_BYTES = 2 * 77 * 8
+_TOKEN_BYTES = 2 * 3 * 77 * 8  # of a row, at most: two tokenizers, three chunks, int64
 _OTHER_BYTES = 6 * 4 + 4 + 8 + 8  # time_ids, weights, draw_seeds, vae_seeds
 
 Tokenize = Callable[[Sequence[str]], NDArray[np.int64]]
@@ -44,9 +44,9 @@ class Batch:
     vae_seeds: Tensor | None
     """[m] int64, beside pixels: the seed of the noise in the VAE's posterior, the same as for stored latents."""
     input_ids: Tensor | None
-    """[m, 2, 77] int64 for the two text encoders; None where their outputs are cached."""
+    """[m, 2, chunks, 77] int64 for the two text encoders; None where their outputs are cached."""
     text_hidden: Tensor | None
-    """[m, 77, D] float16, cached; or None."""
+    """[m, positions, D] float16, cached; or None."""
     pooled: Tensor | None
     """[m, P] float16, cached; or None."""
     time_ids: Tensor

@@ -3,7 +3,7 @@
 Sections, in the order of the file (n rows, latents of h x w):
 
     latents         f16 [n, 4, h, w]   unscaled, at byte 4096
-    text_hidden     f16 [n, 77, D]     only with cached text, as is text_pooled f16 [n, P]
+    text_hidden     f16 [n, positions, D]     only with cached text, as is text_pooled f16 [n, P]
     caption_offsets u64 [n + 1]        into caption_bytes: UTF-8 JSON objects {"caption": ...}
     key_offsets     u64 [n + 1]        into key_bytes: UTF-8
     sizes           u32 [n, 6]         original h, w, crop top, left, target h, w: the order of SDXL's time ids
@@ -64,7 +64,7 @@ TEXT_SECTIONS = ("text_hidden", "text_pooled", "text_crc32c")
 _DTYPES = {np.dtype("<f2"): "F16", np.dtype("<u8"): "U64", np.dtype("<u4"): "U32", np.dtype("u1"): "U8"}
 
 EncodeText = Callable[[Sequence[str]], tuple[Any, Any]]
-"""Captions as JSON texts -> (hidden [B, 77, D], pooled [B, P]), as arrays or CPU tensors."""
+"""Captions as JSON texts -> (hidden [B, positions, D], pooled [B, P]), as arrays or CPU tensors."""
 
 
 class ShardError(Exception):

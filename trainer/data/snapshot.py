@@ -51,7 +51,7 @@ class Rows:
 
     latents f16 [m, 4, h, w] unscaled, or in a set of images pixels u8 [m, 3, 8h, 8w], the other None; captions are
     JSON texts {"caption": ...}; repeat int64 [m] counts from 0; sizes int64 [m, 6] in the order of SDXL's time ids;
-    text_hidden f16 [m, 77, D] and text_pooled f16 [m, P] where they are cached.
+    text_hidden f16 [m, positions, D] and text_pooled f16 [m, P] where they are cached.
     """
 
     latents: np.ndarray | None

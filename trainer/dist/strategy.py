@@ -1,15 +1,49 @@
-"""How the workers share one model. Today: each holds all of it, gradients are averaged (DDP)."""
+"""How the workers share one model: whole on each (DDP), or spread over them (FSDP2)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from trainer.dist.comm import Comm
+from trainer.dist.sharding import (
+    gathered,
+    local_tensor,
+    materialize,
+    require_gradient_exchange,
+    shard_model,
+    whole_tensor,
+)
 
 BUCKET_MB = 64  # fewer, larger reductions than DDP's 25 MiB: 1,680 tensors, most of them small
+
+StrategyKind = Literal["single", "ddp", "zero2", "zero3"]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What decides how a model is shared.
+
+    Attributes:
+        kind: `single` for one worker; `ddp`; `zero2` and `zero3` as in ZeRO (Rajbhandari et al. 2020), by FSDP2.
+        compute_dtype: of the gathered weights of `zero2` and `zero3`; None: that of the weights.
+        reduce_dtype: in which their gradients travel; None: that of the weights.
+        exchange_every_pass: `zero2` and `zero3` with accumulation: average gradients in every backward pass, which
+            costs time on the wire, and not in the last only, which costs a whole copy of the gradients in memory.
+    """
+
+    kind: StrategyKind
+    compute_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    exchange_every_pass: bool = False
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are spread over the workers."""
+        return self.kind in ("zero2", "zero3")
 
 
 @dataclass(frozen=True)
@@ -17,8 +51,8 @@ class Strategy:
     """The model as the step sees it.
 
     Attributes:
-        model: called in the forward pass; reduces gradients in the backward pass.
-        parameters: what trains, by name.
+        model: called in the forward pass; exchanges gradients in the backward pass.
+        parameters: what trains, by name in the plain model; of a spread model, this worker's shares.
         world: gradients are averaged over this many workers, so `backward` multiplies the loss by it:
             the step's loss is a sum over workers.
     """
@@ -26,32 +60,78 @@ class Strategy:
     model: nn.Module
     parameters: dict[str, nn.Parameter] = field(repr=False)
     world: int
+    sharing: Sharing
 
-    def reduction(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around one micro-batch: workers exchange gradients in the last one only."""
-        if last or self.world == 1:
-            return nullcontext()
-        return self.model.no_sync()  # pyright: ignore[reportCallIssue]
+    @contextmanager
+    def reduction(self, *, last: bool) -> Iterator[None]:
+        """Around one micro-batch: workers exchange gradients in the last one only, unless memory forbids it."""
+        if self.sharing.is_sharded:
+            require_gradient_exchange(self.model, required=last or self.sharing.exchange_every_pass)
+            yield
+        elif last or self.world == 1:
+            yield
+        else:
+            with self.model.no_sync():  # pyright: ignore[reportCallIssue]
+                yield
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of this worker's part of the step's loss."""
         (loss * self.world).backward()
 
+    def grad_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Global L2 norm of the gradients, a scalar on their device and the same on all workers."""
+        norm = nn.utils.get_total_norm([local_tensor(gradient) for gradient in gradients])
+        if not self.sharing.is_sharded:
+            return norm
+        squares = norm.double().square()
+        torch.distributed.all_reduce(squares)
+        return squares.sqrt().float()
 
-def make_strategy(unet: nn.Module, comm: Comm) -> Strategy:
-    """Wrap `unet` for `comm.world` workers; a single worker runs the plain model."""
-    parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
-    if comm.world == 1:
-        return Strategy(unet, parameters, 1)
-    model = nn.parallel.DistributedDataParallel(
-        unet,
-        device_ids=[comm.device.index] if comm.device.type == "cuda" else None,
-        bucket_cap_mb=BUCKET_MB,
-        gradient_as_bucket_view=True,
-        batched_grad_copy=True,
-        forward_sync_buffers=False,  # the UNet has no buffers
-    )
-    return Strategy(model, parameters, comm.world)
+    def gathered(self) -> AbstractContextManager[None]:
+        """Around forward passes that workers run each by itself; all must enter."""
+        if not self.sharing.is_sharded:
+            return nullcontext()
+        return gathered(self.model, keep_gathered=self.sharing.kind == "zero2")
+
+    def whole_tensors(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Tensors of the model or its optimizer as a whole, one by one; all workers must run through them all."""
+        with torch.no_grad():
+            for tensor in tensors:
+                yield whole_tensor(tensor.detach())
+
+
+def make_strategy(
+    model: nn.Module, sharing: Sharing, blocks: Iterable[nn.Module], comm: Comm, fill: Callable[[nn.Module], None]
+) -> Strategy:
+    """Give a model that lies on the meta device its memory, fill it, and wrap it for `comm.world` workers.
+
+    Args:
+        blocks: what a spread model gathers one by one.
+        fill: puts the weights in place, of a spread model into this worker's shares (`copy_share`).
+    """
+    if sharing.is_sharded:
+        shard_model(
+            model,
+            blocks,
+            comm,
+            compute_dtype=sharing.compute_dtype,
+            reduce_dtype=sharing.reduce_dtype,
+            keep_gathered=sharing.kind == "zero2",
+        )
+    materialize(model, comm.device)
+    fill(model)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wrapped = model
+    if sharing.kind == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[comm.device.index] if comm.device.type == "cuda" else None,
+            bucket_cap_mb=BUCKET_MB,
+            gradient_as_bucket_view=True,
+            batched_grad_copy=True,
+            forward_sync_buffers=False,  # the same on all workers, for ever
+        )
+    return Strategy(wrapped, parameters, comm.world, sharing)
 
 
 def warm_up(strategy: Strategy, throw_away_loss: Callable[[nn.Module], Tensor]) -> None:
@@ -60,6 +140,7 @@ def warm_up(strategy: Strategy, throw_away_loss: Callable[[nn.Module], Tensor]) 
     DDP orders its buckets by registration in its first backward pass and by arrival afterwards. With
     three or more workers the ring then sums in another order, so a resumed run's first step would
     differ in the last bit from the same step of an uninterrupted run. After this both are alike.
+    FSDP2 learns here which module is the outermost one, before a part of the model is called alone.
     """
     if strategy.world > 1:
         throw_away_loss(strategy.model).backward()

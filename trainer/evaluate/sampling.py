@@ -31,6 +31,7 @@ def sample_images(
     guidance_scale: float,
     seeds: Sequence[int],
     device: torch.device,
+    input_dtype: torch.dtype = torch.float32,
     autocast_dtype: torch.dtype | None = None,
 ) -> list[Image.Image]:
     """Draws one image for each prompt with the Euler sampler and SDXL's own settings.
@@ -49,6 +50,7 @@ def sample_images(
         guidance_scale: of classifier-free guidance (Ho and Salimans 2022); 1 or less turns it off.
         seeds: one for each image, of its starting noise, which is drawn on the CPU.
         device: of the UNet.
+        input_dtype: of the latents that the UNet is called with, as in training.
         autocast_dtype: arithmetic of the UNet, as in training; None: the precision of its weights.
 
     Raises:
@@ -71,7 +73,7 @@ def sample_images(
             shape = (unet.config["in_channels"], height_px // factor, width_px // factor)
             noise = standard_normal(torch.tensor([seed]), shape, device)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                latents = _denoised(unet, noise, positive, negative, sizes, num_steps, guidance_scale)
+                latents = _denoised(unet, noise, positive, negative, sizes, num_steps, guidance_scale, input_dtype)
             images += decoded_images(vae, latents / vae.config["scaling_factor"])
     return images
 
@@ -90,6 +92,7 @@ def _denoised(
     sizes: Tensor,
     num_steps: int,
     guidance_scale: float,
+    input_dtype: torch.dtype,
 ) -> Tensor:
     """Scaled latents [1, 4, h, w] float32, from noise of that shape; `negative` None: no guidance."""
     texts = [positive] if negative is None else [negative, positive]
@@ -99,7 +102,7 @@ def _denoised(
     timesteps, sigmas = euler_steps(num_steps)
     latents = noise * (sigmas[0] ** 2 + 1) ** 0.5
     for timestep, sigma, next_sigma in zip(timesteps, sigmas, sigmas[1:], strict=False):
-        model_input = (latents / (sigma**2 + 1) ** 0.5).expand(len(texts), -1, -1, -1).to(unet.dtype)
+        model_input = (latents / (sigma**2 + 1) ** 0.5).expand(len(texts), -1, -1, -1).to(input_dtype)
         at = torch.full((len(texts),), timestep, device=noise.device)
         predicted = unet(**unet_inputs(model_input, at, text, sizes))[0].float()
         if negative is not None:

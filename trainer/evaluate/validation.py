@@ -15,8 +15,7 @@ from trainer.data.sampler import pick_rows
 from trainer.diffusion.noise import standard_normal
 from trainer.dist.comm import Comm, sum_floats
 from trainer.dist.strategy import evaluating
-from trainer.model.conditioning import condition_text
-from trainer.model.denoiser import Denoiser, image_losses
+from trainer.model.denoiser import Denoiser, image_losses, text_arguments
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,12 @@ def validation_loss(
     """Score this worker's batches; the result is of all workers' and the same on each.
 
     Args:
-        denoiser: its UNet's training mode is put back afterwards.
+        denoiser: its model's training mode is put back afterwards.
         timesteps: each image is scored at each of them, with the same noise.
     """
     sums = dict.fromkeys(timesteps, 0.0)
     num_images = 0.0
-    with evaluating(denoiser.unet):
+    with evaluating(denoiser.model):
         for batch in batches:
             num_images += float(batch.weights.sum())
             for timestep in timesteps:
@@ -65,12 +64,12 @@ def validation_loss(
 
 
 def _loss_sum(denoiser: Denoiser, batch: Batch, timestep: int, device: torch.device) -> float:
-    text = condition_text(denoiser.text_encoders, device, batch.input_ids, batch.text_hidden, batch.pooled)
+    text = text_arguments(denoiser, device, batch.input_ids, batch.text_hidden, batch.pooled)
     assert batch.latents is not None, "images are encoded before they come here"
     latents = batch.latents.to(device)
     seeds = torch.tensor([draw_seed("validation noise", key) for key in batch.keys], dtype=torch.int64)
     noise = standard_normal(seeds, latents.shape[1:], device)
     timesteps = torch.full((len(latents),), timestep, dtype=torch.int64, device=device)
     time_ids = batch.time_ids.to(device)
-    losses = image_losses(denoiser, denoiser.unet, latents, noise, timesteps, text, time_ids)
+    losses = image_losses(denoiser, denoiser.model, latents, noise, timesteps, text, time_ids)
     return float((losses * batch.weights.to(device)).sum())

@@ -50,17 +50,18 @@ def condition_text(
     text_hidden: Tensor | None,
     text_pooled: Tensor | None,
 ) -> TextConditioning:
-    """The text conditioning of a batch on `device`: from the frozen encoders, or as it was cached.
+    """The text conditioning of a batch on `device`: from frozen encoders, or as it was cached.
 
     Args:
         encoders: needed where `input_ids` are given.
-        input_ids: [B, 2, 77] int64, or None where the outputs were cached.
-        text_hidden, text_pooled: [B, 77, D] and [B, P] in the dtype they were cached in, or None.
+        input_ids: [B, 2, chunks, 77] int64, or None where the outputs were cached.
+        text_hidden, text_pooled: [B, positions, D] and [B, P] in the dtype they were cached in, or None.
     """
     if text_hidden is not None and text_pooled is not None:
         hidden = text_hidden.to(device, torch.float32, non_blocking=True)
         return TextConditioning(hidden, text_pooled.to(device, torch.float32, non_blocking=True))
     if encoders is None or input_ids is None:
         raise ValueError("a batch without cached text outputs needs input_ids and text encoders")
-    with torch.no_grad():
+    # The frozen encoders' own precision holds, whatever the training step's autocast says.
+    with torch.no_grad(), torch.autocast(encoders.one.device.type, enabled=False):
         return encoders.encode(input_ids.to(device, non_blocking=True))

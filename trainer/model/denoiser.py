@@ -1,15 +1,19 @@
-"""A UNet together with what its loss is made of; training and validation compute the loss by the same code."""
+"""What trains, as one module, together with what its loss is made of; training and validation compute it alike."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from trainer.diffusion.objective import Objective
-from trainer.model.conditioning import unet_inputs
+from trainer.model.conditioning import condition_text, unet_inputs
 from trainer.model.text import TextConditioning, TextEncoders
 from trainer.model.vae import ImageEncoder
 
@@ -17,25 +21,104 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
+class TrainedModel(nn.Module):
+    """The UNet, and the text encoders if any of them trains: one forward pass, so that a wrapper sees all weights.
+
+    Parameters are named `unet.*`, `text_encoder_1.*` and `text_encoder_2.*`.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoders: TextEncoders | None = None) -> None:
+        super().__init__()
+        self.unet = unet
+        if text_encoders is not None:
+            self.text_encoder_1 = text_encoders.one
+            self.text_encoder_2 = text_encoders.two
+        self.text_encoders = text_encoders
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        time_ids: Tensor,
+        input_ids: Tensor | None = None,
+        text_hidden: Tensor | None = None,
+        text_pooled: Tensor | None = None,
+    ) -> Tensor:
+        """The UNet's prediction [B, 4, h, w], from token ids where the text encoders train, else from their outputs.
+
+        Args:
+            noisy_latents: [B, 4, h, w] in the dtype that the UNet computes with, or float32 under autocast.
+            timesteps: [B] int64.
+            time_ids: [B, 6] float32.
+            input_ids: [B, 2, chunks, 77] int64.
+            text_hidden, text_pooled: [B, positions, D] and [B, P].
+        """
+        if input_ids is not None:
+            assert self.text_encoders is not None, "token ids need text encoders"
+            text = self.text_encoders.encode(input_ids)
+        else:
+            assert text_hidden is not None and text_pooled is not None, "neither token ids nor what they give"
+            text = TextConditioning(text_hidden, text_pooled)
+        return self.unet(**unet_inputs(noisy_latents, timesteps, text, time_ids))[0]
+
+
+def gathered_blocks(model: TrainedModel) -> list[nn.Module]:
+    """What is gathered one by one where the weights are spread over the workers: residual and transformer blocks."""
+    kinds = (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
 @dataclass(frozen=True, eq=False)
 class Denoiser:
     """What is trained or scored.
 
     Attributes:
-        unet: the plain module, without a wrapper.
-        objective: its schedule lies on the UNet's device.
-        text_encoders: frozen; None where their outputs are cached with the data.
+        model: the plain module, without a wrapper.
+        objective: its schedule lies on the model's device.
+        frozen_text_encoders: where text is encoded and no text encoder trains, else None.
         image_encoder: the frozen VAE, where the data are images; None where they are latents.
         scaling_factor: latents of the VAE times this are what the UNet sees.
-        autocast_dtype: arithmetic of the UNet; None: the precision of its weights.
+        input_dtype: of the noisy latents that the model is called with.
+        autocast_dtype: arithmetic of the model where its weights have another dtype; None: that of its weights.
     """
 
-    unet: UNet2DConditionModel
+    model: TrainedModel
     objective: Objective
-    text_encoders: TextEncoders | None
+    frozen_text_encoders: TextEncoders | None
     image_encoder: ImageEncoder | None
     scaling_factor: float
-    autocast_dtype: torch.dtype | None
+    input_dtype: torch.dtype = torch.float32
+    autocast_dtype: torch.dtype | None = None
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The UNet itself."""
+        return self.model.unet
+
+    @property
+    def text_encoders(self) -> TextEncoders | None:
+        """The text encoders as they are now; None where only their cached outputs are used."""
+        return self.frozen_text_encoders or self.model.text_encoders
+
+
+def text_arguments(
+    denoiser: Denoiser,
+    device: torch.device,
+    input_ids: Tensor | None,
+    text_hidden: Tensor | None,
+    text_pooled: Tensor | None,
+) -> dict[str, Tensor]:
+    """What the model is called with of a batch's text, on `device`: token ids where the text encoders train.
+
+    Args:
+        input_ids: [B, 2, chunks, 77] int64, or None where the frozen encoders' outputs were cached.
+        text_hidden, text_pooled: [B, positions, D] and [B, P] in the dtype they were cached in, or None.
+    """
+    if denoiser.model.text_encoders is not None:
+        assert input_ids is not None, "text encoders that train need token ids"
+        return {"input_ids": input_ids.to(device, non_blocking=True)}
+    text = condition_text(denoiser.frozen_text_encoders, device, input_ids, text_hidden, text_pooled)
+    return {"text_hidden": text.hidden, "text_pooled": text.pooled}
 
 
 def image_losses(
@@ -44,22 +127,23 @@ def image_losses(
     latents: Tensor,
     noise: Tensor,
     timesteps: Tensor,
-    text: TextConditioning,
+    text: Mapping[str, Tensor],
     time_ids: Tensor,
 ) -> Tensor:
-    """The objective's loss of each image, [B] float32; every tensor lies on the UNet's device.
+    """The objective's loss of each image, [B] float32; every tensor lies on the model's device.
 
     Args:
-        model: what is called: the denoiser's UNet, or the wrapper that reduces its gradients.
+        model: what is called: the denoiser's model, or the wrapper that exchanges its gradients or weights.
         latents: [B, 4, h, w] float16 or float32, unscaled.
         noise: [B, 4, h, w] float32.
         timesteps: [B] int64.
+        text: from `text_arguments`.
         time_ids: [B, 6] float32.
     """
     objective = denoiser.objective
     scaled = latents.float() * denoiser.scaling_factor
-    noisy = objective.noisy_latents(objective.schedule, scaled, noise, timesteps)
+    noisy = objective.noisy_latents(objective.schedule, scaled, noise, timesteps).to(denoiser.input_dtype)
     dtype = denoiser.autocast_dtype
     with torch.autocast(latents.device.type, dtype, enabled=dtype is not None):
-        prediction = model(**unet_inputs(noisy, timesteps, text, time_ids))[0]
+        prediction = model(noisy, timesteps, time_ids, **text)
     return objective.loss(prediction, objective.target(objective.schedule, scaled, noise, timesteps))

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class CaptionTokenizer:
-    """Both of SDXL's tokenizers, set to give rows of one length; can be pickled.
+    """Both of SDXL's tokenizers, set to give chunks of one length; can be pickled.
+
+    A caption longer than a chunk's 75 tokens goes on in the next chunk, each with its own start, end and padding, as
+    in A1111 and ComfyUI (which besides try not to cut a word's or phrase's tokens apart) and in kohya's scripts.
 
     They differ in the padding id alone (the end token, and 0 or "!"), but for "!" inside a caption: the
     second tokenizer's configuration makes it a special token, and diffusers follows it, so do we.
@@ -31,28 +34,46 @@ class CaptionTokenizer:
     two_differs_at: str | None
     """Where a caption lacks this text, `two` gives what `one` gives, but for the padding; None: not known."""
     pad_id_two: int
+    chunks: int = 1
+    """How many each caption gets. Padding is not masked, so that their number must not hang on a batch's others."""
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        """Token ids [B, 2, 77] int64: start, at most 75 tokens of the caption, end, padding."""
+        """Token ids [B, 2, chunks, 77] int64; a chunk: start, at most 75 tokens of the caption, end, padding."""
         # Caption by caption: `encode_batch` starts a thread per core in every data worker.
         rows = [self._both(caption) for caption in captions]
-        return np.array(rows, dtype=np.int64).reshape(len(captions), 2, -1)
+        return np.array(rows, dtype=np.int64).reshape(len(captions), 2, self.chunks, -1)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a caption that are used, start and end of each chunk not counted."""
+        specials, truncation = 2, self.one.truncation
+        assert truncation is not None
+        return self.chunks * (truncation["max_length"] - specials)
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Tokens of each caption, those beyond the 75 that are used included."""
+        """Tokens of each caption, those beyond `max_tokens` included."""
         specials = 2  # start and end, of each piece
         return [
             sum(sum(piece.attention_mask) - specials for piece in (first, *first.overflowing))
             for first in map(self.one.encode, captions)
         ]
 
-    def _both(self, caption: str) -> tuple[list[int], list[int]]:
-        first = self.one.encode(caption)
+    def _both(self, caption: str) -> tuple[list[list[int]], list[list[int]]]:
+        pieces = self._pieces(self.one, caption)
+        ids = [piece.ids for piece in pieces]
         if self.two_differs_at is None or self.two_differs_at in caption:
-            return first.ids, self.two.encode(caption).ids
+            return ids, [piece.ids for piece in self._pieces(self.two, caption)]
         # Tokenizing is most of a data worker's time: 0.3 ms for a long caption.
-        length = sum(first.attention_mask)
-        return first.ids, first.ids[:length] + [self.pad_id_two] * (len(first.ids) - length)
+        lengths = [sum(piece.attention_mask) for piece in pieces]
+        return ids, [
+            row[:length] + [self.pad_id_two] * (len(row) - length) for row, length in zip(ids, lengths, strict=True)
+        ]
+
+    def _pieces(self, tokenizer: Tokenizer, caption: str) -> list[Encoding]:
+        first = tokenizer.encode(caption)
+        pieces = [first, *first.overflowing][: self.chunks]
+        missing = self.chunks - len(pieces)
+        return pieces + [tokenizer.encode("")] * missing if missing else pieces
 
 
 def load_tokenizers(model_path: Path) -> CaptionTokenizer:
@@ -89,28 +110,48 @@ class TextConditioning:
     pooled: Tensor  # [B, P]
 
 
+ChunkJoin = Literal["a1111", "kohya"]
+"""How the chunks of a long text become one sequence: all positions of each, or without the inner ends and starts."""
+
+
 @dataclass(frozen=True, eq=False)
 class TextEncoders:
     """SDXL's two text encoders, CLIP ViT-L and OpenCLIP ViT-bigG."""
 
     one: CLIPTextModel
     two: CLIPTextModelWithProjection
+    join: ChunkJoin = "a1111"
 
     def encode(self, input_ids: Tensor) -> TextConditioning:
         """Both encoders' layer before the last side by side, without the final norm, and the second's pooled output.
 
-        Equal to `StableDiffusionXLPipeline.encode_prompt`; like it, padding is not masked.
+        Equal to `StableDiffusionXLPipeline.encode_prompt` for one chunk; like it, padding is not masked. Chunks are
+        encoded apart and joined; the pooled output is the first chunk's.
 
         Args:
-            input_ids: [B, 2, 77] int64 from `CaptionTokenizer`, on any device.
+            input_ids: [B, 2, chunks, 77] int64 from `CaptionTokenizer`, on any device.
         """
         import torch
 
-        device = self.one.device
-        ids_one, ids_two = input_ids.to(device).unbind(dim=1)
-        # The encoders' own precision holds, whatever the training step's autocast says.
-        with torch.autocast(device.type, enabled=False):
-            out_one = self.one(ids_one, output_hidden_states=True)
-            out_two = self.two(ids_two, output_hidden_states=True)
+        num_chunks = input_ids.shape[2]
+        ids_one, ids_two = input_ids.to(self.one.device).unbind(1)
+        out_one = self.one(ids_one.flatten(0, 1), output_hidden_states=True)
+        out_two = self.two(ids_two.flatten(0, 1), output_hidden_states=True)
         hidden = torch.cat([out_one.hidden_states[-2], out_two.hidden_states[-2]], dim=-1)
-        return TextConditioning(hidden=hidden, pooled=out_two.text_embeds)
+        return TextConditioning(
+            hidden=_joined(hidden.unflatten(0, (-1, num_chunks)), self.join), pooled=out_two.text_embeds[::num_chunks]
+        )
+
+
+def text_positions(num_chunks: int, join: ChunkJoin) -> int:
+    """Length of the sequence that the UNet attends to: 77, or 154 and 231, or 152 and 227."""
+    return 77 * num_chunks if join == "a1111" else 75 * num_chunks + 2
+
+
+def _joined(hidden: Tensor, join: ChunkJoin) -> Tensor:
+    """[B, chunks, 77, D] -> [B, positions, D]."""
+    if join == "a1111" or hidden.shape[1] == 1:
+        return hidden.flatten(1, 2)
+    import torch
+
+    return torch.cat([hidden[:, 0, :1], hidden[:, :, 1:-1].flatten(1, 2), hidden[:, -1, -1:]], dim=1)

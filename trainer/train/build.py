@@ -1,28 +1,32 @@
 """Builds the parts of a run from its configuration, and puts a checkpoint's state into them."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from trainer.config.schema import Config
+from trainer.config.schema import Config, TextEncoderPart
+from trainer.config.spelling import nearest
 from trainer.data.snapshot import SPLITS, PreparedSet
 from trainer.data.snapshot_file import current_snapshot
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
 from trainer.dist.comm import Comm, broadcast_object, gather_objects
-from trainer.dist.strategy import make_strategy, warm_up
+from trainer.dist.sharding import copy_share, materialize
+from trainer.dist.strategy import Sharing, make_strategy, warm_up
 from trainer.errors import UserError
-from trainer.model.denoiser import Denoiser, image_losses
-from trainer.model.load import load_text_encoders, load_unet, load_vae
-from trainer.model.text import TextConditioning
+from trainer.model.denoiser import Denoiser, TrainedModel, gathered_blocks, image_losses
+from trainer.model.freeze import frozen_names, never_used, original_unet_names
+from trainer.model.load import empty_text_encoders, empty_unet, load_text_encoders, load_vae, read_weights
+from trainer.model.text import TextEncoders
 from trainer.model.vae import ImageEncoder
 from trainer.train.checkpoint import OPTIMIZER, read_tensors
 from trainer.train.optim import load_optimizer_tensors, make_optimizer
-from trainer.train.precision import DTYPES, autocast_dtype
+from trainer.train.precision import DTYPES, precision_of
 from trainer.train.run_dir import find_damage, newest_checkpoint, read_state
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts
@@ -62,7 +66,7 @@ def find_resume_point(config: Config, comm: Comm) -> Path | None:
 
 
 def build_run(config: Config, comm: Comm) -> Run:
-    """Load model, data and training state; every worker holds the whole model (DDP)."""
+    """Load model, data and training state, and share the model among the workers."""
     checkpoint = find_resume_point(config, comm)
     state = TrainState.from_json(read_state(checkpoint), checkpoint) if checkpoint else None
     if state is not None and state.seed != config.run.seed:
@@ -72,11 +76,12 @@ def build_run(config: Config, comm: Comm) -> Run:
     name = state.snapshot if state and within_epoch else newest_snapshot(config.data.prepared, comm)
     prepared = PreparedSet.open(config.data.prepared, name)
     _check_shards(prepared, config.data.max_bad_fraction)
-    denoiser = load_denoiser(config, checkpoint or config.model.path, prepared, comm.device)
-    denoiser.unet.train()
+    model, sharing = lay_out_model(config), choose_sharing(config, comm)
+    fill = partial(fill_model, config, checkpoint)
+    strategy = make_strategy(model, sharing, gathered_blocks(model), comm, fill)
     if config.train.gradient_checkpointing:
-        denoiser.unet.enable_gradient_checkpointing()
-    strategy = make_strategy(denoiser.unet, comm)
+        model.unet.enable_gradient_checkpointing()
+    denoiser = make_denoiser(config, model.train(), prepared, comm.device, sharing)
     optimizer = make_optimizer(strategy.parameters, config.optimizer)
     if checkpoint is not None:
         load_optimizer_tensors(optimizer, strategy.parameters, read_tensors(checkpoint / OPTIMIZER))
@@ -101,32 +106,137 @@ def _check_shards(prepared: PreparedSet, max_bad_fraction: float) -> None:
         _log.warning("%s; its rows are left out", line)
 
 
+def choose_sharing(config: Config, comm: Comm) -> Sharing:
+    """How this run's workers share the model."""
+    if comm.world == 1:
+        return Sharing("single")
+    kind = config.memory.strategy
+    if kind == "auto":
+        kind = "ddp" if comm.device.type == "cpu" else "zero2"
+    precision = precision_of(config.train.precision)
+    dtype = precision.compute if kind != "ddp" and precision.autocast else None
+    return Sharing(kind, compute_dtype=dtype, reduce_dtype=dtype)
+
+
+def lay_out_model(config: Config) -> TrainedModel:
+    """What trains, on the meta device, in the dtype its weights are held in; what is frozen asks for no gradients.
+
+    Raises:
+        UserError: a name in `trainable` means nothing, or nothing is left to train.
+    """
+    path, parts = config.model.path, config.trainable
+    encoders = empty_text_encoders(path) if text_encoders_train(config) else None
+    model = TrainedModel(empty_unet(path), encoders)
+    model.requires_grad_(False)
+    _thaw(model.unet, "unet", parts.unet, original_unet_names(dict(model.unet.config)))
+    if encoders:
+        one = dict(encoders.one.named_parameters())
+        unused = never_used(one, encoders.one.config.num_hidden_layers)
+        _thaw(encoders.one, "text_encoder_1", parts.text_encoder_1, {}, unused)
+        _thaw(encoders.two, "text_encoder_2", parts.text_encoder_2, {})
+    return model.to(precision_of(config.train.precision).weights)
+
+
+def text_encoders_train(config: Config) -> bool:
+    """Whether any of them does."""
+    return config.trainable.text_encoder_1.train or config.trainable.text_encoder_2.train
+
+
+def _thaw(
+    module: nn.Module,
+    part_name: str,
+    part: TextEncoderPart,
+    other_names: dict[str, str],
+    unused: Collection[str] = (),
+) -> None:
+    """Let the parameters of one part ask for gradients, but for those that are to stay as they are."""
+    if not part.train:
+        return
+    parameters = {name.removeprefix("text_model."): parameter for name, parameter in module.named_parameters()}
+    frozen, idle = frozen_names(parameters, part.freeze, other_names)
+    key = f"trainable.{part_name}.freeze"
+    if idle:
+        beginnings = {name.rsplit(".", cut)[0] for name in (*parameters, *other_names.values()) for cut in range(1, 6)}
+        offer = nearest(idle[0], beginnings)
+        meant = f"; did you mean `{offer}`?" if offer else ""
+        raise UserError(f"{key}: `{idle[0]}` is the beginning of no weight's name{meant}")
+    trained = [name for name in parameters if name not in frozen and name not in unused]
+    if not trained:
+        raise UserError(f"{key}: leaves nothing to train; write `trainable.{part_name}.train: false`")
+    for name in trained:
+        parameters[name].requires_grad_(True)
+
+
+def fill_model(config: Config, checkpoint: Path | None, model: nn.Module) -> None:
+    """Put weights into a model that has memory, or into this worker's shares of it.
+
+    What a checkpoint holds comes from there, the rest from the run's model.
+    """
+    assert isinstance(model, TrainedModel)
+    modules: dict[str, nn.Module] = {"unet": model.unet}
+    if model.text_encoders:
+        modules |= {"text_encoder": model.text_encoders.one, "text_encoder_2": model.text_encoders.two}
+    for name, module in modules.items():
+        parameters = dict(module.named_parameters())
+        read_weights(module, component_folder(config, checkpoint, name), lambda n, t, p=parameters: copy_share(p[n], t))
+
+
+def component_folder(config: Config, checkpoint: Path | None, name: str) -> Path:
+    """Where a component's weights are now: in the checkpoint if it trains, else in the run's model."""
+    if checkpoint is not None and (checkpoint / name).is_dir():
+        return checkpoint / name
+    return config.model.path / name
+
+
 def load_denoiser(config: Config, weights: Path, prepared: PreparedSet, device: torch.device) -> Denoiser:
-    """The UNet of `weights`/unet in fp32, and what its loss needs, as the configuration says."""
-    model, encoders, image_encoder = config.model, None, None
-    if not config.data.cache_text:
-        encoders = load_text_encoders(model.path, DTYPES[model.text_encoder_precision], device)
+    """The weights of a checkpoint on one worker, and what its loss needs, as the configuration says."""
+    model = lay_out_model(config).requires_grad_(False)
+    materialize(model, device)
+    fill_model(config, weights, model)
+    return make_denoiser(config, model.eval(), prepared, device, Sharing("single"))
+
+
+def make_denoiser(
+    config: Config, model: TrainedModel, prepared: PreparedSet, device: torch.device, sharing: Sharing
+) -> Denoiser:
+    """The model together with what its loss needs."""
+    settings, encoders, image_encoder = config.model, None, None
+    if not config.data.cache_text and model.text_encoders is None:
+        encoders = load_frozen_text_encoders(config, device)
+    if model.text_encoders is not None:
+        model.text_encoders = replace(model.text_encoders, join=config.captions.chunks)
     if prepared.holds_images:
-        vae = load_vae(model.path, model.vae, DTYPES[model.vae_precision], device)
+        vae = load_vae(settings.path, settings.vae, DTYPES[settings.vae_precision], device)
         image_encoder = ImageEncoder(vae, config.data.vae_batch_size)
+    precision = precision_of(config.train.precision)
     return Denoiser(
-        unet=load_unet(weights, torch.float32, device),
+        model=model,
         objective=epsilon_objective(scaled_linear().to(device)),
-        text_encoders=encoders,
+        frozen_text_encoders=encoders,
         image_encoder=image_encoder,
         scaling_factor=image_encoder.vae.config["scaling_factor"] if image_encoder else prepared.scaling_factor,
-        autocast_dtype=autocast_dtype(config.train.precision),
+        input_dtype=sharing.compute_dtype or precision.weights,
+        autocast_dtype=None if sharing.compute_dtype else precision.autocast,
     )
+
+
+def load_frozen_text_encoders(config: Config, device: torch.device) -> TextEncoders:
+    """The run's text encoders as they are in its model."""
+    precision = DTYPES[config.model.text_encoder_precision]
+    return replace(load_text_encoders(config.model.path, precision, device), join=config.captions.chunks)
 
 
 def _throw_away_loss(denoiser: Denoiser, device: torch.device, model: nn.Module) -> Tensor:
     """A loss through every weight, on the smallest input that the UNet takes."""
     config = dict(denoiser.unet.config)
     latents = torch.zeros(1, config["in_channels"], 8, 8, device=device)
-    pooled_dim = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    text = TextConditioning(
-        torch.zeros(1, 77, config["cross_attention_dim"], device=device), torch.zeros(1, pooled_dim, device=device)
-    )
+    text = {"input_ids": torch.zeros(1, 2, 1, 77, dtype=torch.int64, device=device)}
+    if denoiser.model.text_encoders is None:
+        pooled_dim = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        text = {
+            "text_hidden": torch.zeros(1, 77, config["cross_attention_dim"], device=device),
+            "text_pooled": torch.zeros(1, pooled_dim, device=device),
+        }
     timesteps = torch.zeros(1, dtype=torch.int64, device=device)
     time_ids = torch.zeros(1, 6, device=device)
     return image_losses(denoiser, model, latents, latents, timesteps, text, time_ids).mean()

@@ -4,21 +4,28 @@ Imports no torch.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from trainer.config.schema import Config
 from trainer.data.caption_survey import CaptionSurvey, sampled_records, survey_captions
 from trainer.data.captions import CaptionRules
 from trainer.data.snapshot import PreparedSet
 from trainer.errors import UserError
+from trainer.model.text import CaptionTokenizer, load_tokenizers
 
 _EXAMPLES = 5
 _LONGEST = 400
-_USED_TOKENS = 75
 
 
 def caption_rules(config: Config) -> CaptionRules:
     """The rules of the configuration's `captions`."""
-    return CaptionRules(**config.captions.model_dump(exclude={"max_empty_fraction"}))
+    return CaptionRules(**config.captions.model_dump(exclude={"max_empty_fraction", "max_tokens", "chunks"}))
+
+
+def caption_tokenizer(config: Config) -> CaptionTokenizer:
+    """The model's tokenizers, set to as many chunks as `captions.max_tokens` takes."""
+    tokenizer = load_tokenizers(config.model.path)
+    return replace(tokenizer, chunks=config.captions.max_tokens // tokenizer.max_tokens)
 
 
 def survey_of(config: Config, records: Sequence[tuple[str, str]]) -> CaptionSurvey:
@@ -28,9 +35,8 @@ def survey_of(config: Config, records: Sequence[tuple[str, str]]) -> CaptionSurv
 
 def describe_captions(config: Config, survey: CaptionSurvey) -> list[str]:
     """Examples with their tokens, and what is remarkable in the sample."""
-    from trainer.model.text import load_tokenizers
-
-    count_tokens = load_tokenizers(config.model.path).count_tokens
+    tokenizer = caption_tokenizer(config)
+    count_tokens = tokenizer.count_tokens
     random = caption_rules(config).is_random
     lines = [f"captions as they will be trained{', in the first two epochs' if random else ''}:"]
     for example in survey.examples:
@@ -38,10 +44,10 @@ def describe_captions(config: Config, survey: CaptionSurvey) -> list[str]:
         counts = count_tokens(example.texts)
         lines += [f"    {count:>4} tokens: {_short(text)}" for text, count in zip(example.texts, counts, strict=True)]
     sampled = len(survey.texts)
-    too_long = sum(count > _USED_TOKENS for count in count_tokens(survey.texts))
+    too_long = sum(count > tokenizer.max_tokens for count in count_tokens(survey.texts))
     lines.append(
         f"  of {sampled:,} sampled: {len(survey.empty_keys):,} without text, {too_long:,} longer than the "
-        f"{_USED_TOKENS} tokens that are used"
+        f"{tokenizer.max_tokens} tokens that are used"
     )
     captions = config.captions
     asks_for_tags = captions.use != "caption" or captions.shuffle_tags or captions.tag_dropout_rate > 0

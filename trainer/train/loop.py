@@ -5,28 +5,26 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 
 from trainer.config.schema import Config
 from trainer.data.augment import Augmentation
 from trainer.data.loader import BatchReader, Loader, open_loader
 from trainer.data.sampler import EpochPlan, Position, epochs_done, steps_per_epoch, with_global_batch
 from trainer.data.snapshot import PreparedSet
-from trainer.dist.comm import Comm, barrier
+from trainer.dist.comm import Comm, barrier, broadcast_object
 from trainer.errors import UserError
 from trainer.evaluate.report import loss_curve_png
 from trainer.measure.arithmetic import RunArithmetic
 from trainer.measure.progress import ProgressLine
 from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
-from trainer.model.text import load_tokenizers
 from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.build import Run, build_run, newest_snapshot
-from trainer.train.captions import caption_rules
+from trainer.train.captions import caption_rules, caption_tokenizer
 from trainer.train.checkpoint import write_checkpoint
+from trainer.train.checkpoint_files import checkpoint_files
 from trainer.train.encoding import encoded_batches
 from trainer.train.lr_schedule import lr_at
-from trainer.train.optim import optimizer_tensors
 from trainer.train.run_dir import MANIFEST, checkpoint_dir, prune_checkpoints
 from trainer.train.scoring import Scorer
 from trainer.train.state import TrainState
@@ -53,7 +51,7 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
         if comm.rank == 0:
             bad = forget_bad_rows_after(config.run.dir, state.step)
             outputs = _Outputs.open(stack, config, state, arithmetic.total_steps, fresh=run.state is None)
-        scorer = Scorer(config, comm, run.parts.denoiser, run.prepared)
+        scorer = Scorer(config, comm, run.parts.denoiser, run.prepared, run.parts.strategy.gathered)
         if run.state is None:
             scorer.score_when_due(0, outputs and outputs.metrics, at_end=False)
         loader = stack.enter_context(open_training_loader(config, comm, run, state, arithmetic.accumulation))
@@ -151,7 +149,7 @@ def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainSta
 
 def open_training_loader(config: Config, comm: Comm, run: Run, state: TrainState, accumulation: int) -> Loader:
     """This worker's batches from where the run stands."""
-    tokenizers = None if config.data.cache_text else load_tokenizers(config.model.path)
+    tokenizers = None if config.data.cache_text else caption_tokenizer(config)
     augmentation = Augmentation(config.data.augment.flip_probability, config.data.augment.random_crop)
     return open_loader(
         BatchReader(run.prepared, "train", config.run.seed, tokenizers, augmentation, caption_rules(config)),
@@ -167,32 +165,37 @@ def open_training_loader(config: Config, comm: Comm, run: Run, state: TrainState
 
 
 def _save(config: Config, comm: Comm, run: Run, state: TrainState, *, must_succeed: bool) -> None:
-    """Write the checkpoint of this step (rank 0). While the run goes on, a full disk is no reason to end it."""
+    """Write the checkpoint of this step. While the run goes on, a full disk is no reason to end it."""
     path = checkpoint_dir(config.run.dir, state.step)
-    if comm.rank != 0 or (path / MANIFEST).is_file():
+    if broadcast_object(comm, (path / MANIFEST).is_file()):
         return
-    strategy = run.parts.strategy
     begin = time.perf_counter()
+    strategy = run.parts.strategy
     try:
         write_checkpoint(
-            path,
-            save_unet=partial(run.parts.denoiser.unet.save_pretrained, max_shard_size="100GB"),
-            optimizer=optimizer_tensors(run.parts.optimizer, strategy.parameters),
-            state=state.to_json(),
+            path, checkpoint_files(run.parts), state.to_json(), strategy.whole_tensors, writes=comm.rank == 0
         )
     except OSError as error:
         if must_succeed:
             raise UserError(f"{path}: the checkpoint could not be written: {error.strerror}") from error
         _log.warning("%s: not written (%s); training goes on, the next one is tried as usual", path, error.strerror)
         return
-    prune_checkpoints(config.run.dir, config.checkpoint.keep)
-    _log.info("saved %s in %.1f s", path, time.perf_counter() - begin)
+    if comm.rank == 0:
+        prune_checkpoints(config.run.dir, config.checkpoint.keep)
+        _log.info("saved %s in %.1f s", path, time.perf_counter() - begin)
 
 
 def _announce(config: Config, run: Run, arithmetic: RunArithmetic, state: TrainState) -> None:
     strategy, device = run.parts.strategy, run.parts.comm.device
-    count = sum(parameter.numel() for parameter in strategy.parameters.values())
-    _log.info("UNet: all %s weights train, in %s on %s", f"{count:,}", config.train.precision, device.type)
+    for name, module in run.parts.denoiser.model.named_children():
+        weights = {full: p.numel() for full, p in module.named_parameters(prefix=name)}
+        trained = sum(number for full, number in weights.items() if full in strategy.parameters)
+        share = "all" if trained == sum(weights.values()) else f"{trained / sum(weights.values()):.1%} of its"
+        if trained:
+            _log.info("%s: %s %s weights train", name, share, f"{trained:,}")
+        else:
+            _log.info("%s: frozen", name)
+    _log.info("%s on %s%s", config.train.precision, device.type, f", {strategy.sharing.kind}" * (strategy.world > 1))
     for line in arithmetic.describe(state.step):
         _log.info("%s", line)
 

@@ -1,10 +1,36 @@
-"""The names of precisions in the configuration, as dtypes."""
+"""The names of precisions in the configuration, as dtypes of what is held and what is computed."""
+
+from dataclasses import dataclass
 
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The dtype that the UNet's arithmetic is cast to; None where it stays fp32."""
-    return None if precision == "fp32" else DTYPES[precision]
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes of what trains.
+
+    Attributes:
+        weights: in which weights are held, and updated.
+        compute: in which forward and backward passes compute.
+    """
+
+    weights: torch.dtype
+    compute: torch.dtype
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype that the arithmetic on the weights is cast to; None where it has the weights' own."""
+        return None if self.weights == self.compute else self.compute
+
+
+def precision_of(name: str) -> Precision:
+    """The meaning of `train.precision`."""
+    return {
+        "fp32": Precision(torch.float32, torch.float32),
+        "bf16": Precision(torch.float32, torch.bfloat16),
+        "fp16": Precision(torch.float32, torch.float16),
+        "bf16_stochastic": Precision(torch.bfloat16, torch.bfloat16),
+        "bf16_kahan": Precision(torch.bfloat16, torch.bfloat16),
+    }[name]

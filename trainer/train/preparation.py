@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from trainer.data.buckets import BucketRules
 from trainer.data.encode import encode_shards, pending_payloads, write_references
 from trainer.data.settings import PrepareSettings
 from trainer.data.sources.listing import SOURCE_TYPES, Source
-from trainer.model.folder import read_config, vae_folder, weights_fingerprint
-from trainer.train.captions import caption_rules
+from trainer.model.source import component_config, find_source, vae_source, weights_fingerprint
+from trainer.train.captions import caption_rules, caption_tokenizer
 
 _WRITERS = 8
 
@@ -23,11 +24,12 @@ def prepare_settings(config: Config) -> PrepareSettings:
     # A set of images is the same for every VAE: each run encodes with its own.
     vae_fingerprint, scaling_factor, encoders = "of the run", 1.0, None
     if config.data.mode == "latents":
-        vae = vae_folder(model.path, model.vae)
-        vae_fingerprint = f"{weights_fingerprint(vae)} {model.vae_precision}"
-        scaling_factor = read_config(vae).get("scaling_factor", 0.18215)
+        vae = vae_source(model.path, model.vae)
+        vae_fingerprint = f"{weights_fingerprint(vae, 'vae')} {model.vae_precision}"
+        scaling_factor = component_config(vae, "vae").get("scaling_factor", 0.18215)
     if config.data.cache_text:
-        parts = [weights_fingerprint(model.path / name) for name in ("text_encoder", "text_encoder_2")]
+        source, form = find_source(model.path), model.text_projection
+        parts = [weights_fingerprint(source, name, form) for name in ("text_encoder", "text_encoder_2")]
         encoders = f"{' '.join(parts)} {model.text_encoder_precision}"
     return PrepareSettings(
         prepared=config.data.prepared,
@@ -83,7 +85,6 @@ def encode_share(config: Config) -> None:
     from trainer.data.captions import compose
     from trainer.dist.comm import init_device
     from trainer.model.load import load_text_encoders, load_vae
-    from trainer.model.text import load_tokenizers
     from trainer.model.vae import ImageEncoder
     from trainer.train.precision import DTYPES
 
@@ -100,8 +101,11 @@ def encode_share(config: Config) -> None:
         encode = encode_images
     encode_text: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None
     if config.data.cache_text:
-        encoders = load_text_encoders(model.path, DTYPES[model.text_encoder_precision], device)
-        tokenize = load_tokenizers(model.path)
+        encoders = load_text_encoders(
+            model.path, DTYPES[model.text_encoder_precision], device, model.text_projection
+        )
+        encoders = replace(encoders, join=config.captions.chunks)
+        tokenize = caption_tokenizer(config)
 
         rules = caption_rules(config)  # not random, or the configuration would have been refused
 

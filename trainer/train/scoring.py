@@ -1,7 +1,8 @@
 """Validation loss and sample grids: what is done with a UNet now and then, in training and by `eval`."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +24,10 @@ from trainer.evaluate.sampling import decoded_images, sample_images
 from trainer.evaluate.validation import ValidationLoss, validation_batches, validation_loss
 from trainer.measure.telemetry import MetricsWriter
 from trainer.model.denoiser import Denoiser
-from trainer.model.load import load_text_encoders, load_vae
-from trainer.model.text import CaptionTokenizer, TextEncoders, load_tokenizers
-from trainer.train.captions import caption_rules
+from trainer.model.load import load_vae
+from trainer.model.text import CaptionTokenizer, TextEncoders
+from trainer.train.build import load_frozen_text_encoders
+from trainer.train.captions import caption_rules, caption_tokenizer
 from trainer.train.encoding import encoded_batches
 from trainer.train.precision import DTYPES
 
@@ -44,34 +46,39 @@ class Picture:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores `denoiser` on the run's data; what only this needs is loaded when first used."""
+    """Scores `denoiser` on the run's data; what only this needs is loaded when first used.
+
+    Attributes:
+        gathered: around forward passes that workers run each by itself.
+    """
 
     config: Config
     comm: Comm
     denoiser: Denoiser
     prepared: PreparedSet
+    gathered: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @cached_property
     def _tokenizers(self) -> CaptionTokenizer:
-        return load_tokenizers(self.config.model.path)
+        return caption_tokenizer(self.config)
 
     @cached_property
     def _text_encoders(self) -> TextEncoders:
-        precision = DTYPES[self.config.model.text_encoder_precision]
-        loaded = self.denoiser.text_encoders
-        return loaded or load_text_encoders(self.config.model.path, precision, self.comm.device)
+        return self.denoiser.text_encoders or load_frozen_text_encoders(self.config, self.comm.device)
 
     def score_when_due(self, step: int, metrics: MetricsWriter | None, *, at_end: bool) -> None:
         """What `validation.every_steps` and `samples.every_steps` ask for at this step."""
         every = self.config.validation.every_steps
         if every and (at_end or step % every == 0):
-            result = self.validate()
+            with self.gathered():
+                result = self.validate()
             _log.info("step %d  validation loss %.4f (%d images)", step, result.loss, result.num_images)
             if metrics:
                 metrics.validation(step, result.loss, result.at_timestep)
         every = self.config.samples.every_steps
         if every and step and (at_end or step % every == 0):
-            grid = self.draw(self.config.run.dir / "samples" / f"step-{step:08d}", f"step {step:,}")
+            with self.gathered():
+                grid = self.draw(self.config.run.dir / "samples" / f"step-{step:08d}", f"step {step:,}")
             _log.info("step %d  samples: %s", step, grid)
 
     def validate(self) -> ValidationLoss:
@@ -108,6 +115,7 @@ class Scorer:
                 guidance_scale=settings.guidance_scale,
                 seeds=[settings.seed + index],
                 device=comm.device,
+                input_dtype=self.denoiser.input_dtype,
                 autocast_dtype=self.denoiser.autocast_dtype,
             )
             image.save(folder / f"{index:02d}.png")

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.data.sampler import Position
 from trainer.errors import UserError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.data.loader import Batch
 from trainer.data.snapshot import RowProblem
 from trainer.diffusion.noise import draw
 from trainer.dist.comm import Comm, sum_floats
+from trainer.dist.sharding import local_tensor
 from trainer.dist.strategy import Strategy
-from trainer.model.conditioning import condition_text
-from trainer.model.denoiser import Denoiser, image_losses
+from trainer.model.denoiser import Denoiser, image_losses, text_arguments
 from trainer.train.optim import set_lr
 
 
@@ -56,7 +56,7 @@ class StepResult:
 def batch_losses(parts: StepParts, batch: Batch) -> Tensor:
     """Loss of each image of a micro-batch, fp32 [B], with the graph that leads back to the weights."""
     device, denoiser = parts.comm.device, parts.denoiser
-    text = condition_text(denoiser.text_encoders, device, batch.input_ids, batch.text_hidden, batch.pooled)
+    text = text_arguments(denoiser, device, batch.input_ids, batch.text_hidden, batch.pooled)
     assert batch.latents is not None, "images are encoded before they come here"
     latents = batch.latents.to(device, non_blocking=True)
     noise, timesteps = draw(batch.draw_seeds, latents.shape[1:], denoiser.objective.schedule.num_timesteps, device)
@@ -104,18 +104,22 @@ def train_step(
 def _update(parts: StepParts, planned_images: float, num_images: float, lr: float) -> float:
     """Correct, clip and apply the gradients; return their norm. A step without images changes nothing."""
     parameters = parts.strategy.parameters.values()
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if num_images == 0:
         parts.optimizer.zero_grad(set_to_none=True)
         return 0.0
     if num_images != planned_images:  # rare: a row could not be read
-        for gradient in gradients:
-            gradient.mul_(planned_images / num_images)
-    norm = nn.utils.get_total_norm(gradients)
+        _scale(gradients, planned_images / num_images)
+    norm = float(parts.strategy.grad_norm(gradients))
     # Asked first, because scaling by 1 is a pass over all gradients, and most steps of a sound run need no clipping.
-    if parts.max_grad_norm > 0 and float(norm) > parts.max_grad_norm:
-        nn.utils.clip_grads_with_norm_(parameters, parts.max_grad_norm, norm)
+    if 0 < parts.max_grad_norm < norm:
+        _scale(gradients, parts.max_grad_norm / (norm + 1e-6))
     set_lr(parts.optimizer, lr)
     parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return norm
+
+
+def _scale(gradients: Iterable[Tensor], factor: float) -> None:
+    for gradient in gradients:
+        gradient.mul_(factor)
