@@ -321,13 +321,26 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
     ),
     "run inside a source": (changed("runs/x", "photos/run"), "c.yaml:2: run.dir = photos/run with data.sources.0.path"),
     # paths
-    "model missing": (changed("sdxl", "sdlx"), "c.yaml:4: model.path = sdlx: no such folder; did you mean `sdxl`?"),
+    "model missing": (
+        changed("sdxl", "sdlx"),
+        "model.path = sdlx: no such file or folder; did you mean `sdxl`?",
+    ),
     "source missing": (
         changed("photos", "photo"),
         "c.yaml:7: data.sources.0.path = photo: no such folder; did you mean",
     ),
-    "folder above missing": (changed("sdxl", "models/sdxl"), "model.path = models/sdxl: no such folder (`models` does"),
-    "model is a file": (changed("sdxl", "c.yaml"), "c.yaml:4: model.path = c.yaml: must be a folder; this is a file"),
+    "folder above missing": (
+        changed("sdxl", "./models/sdxl"),
+        "c.yaml:4: model.path = models/sdxl: no such file or folder (`models` does",
+    ),
+    "model is no text": (
+        changed("sdxl", "5"),
+        "model.path = 5: must be a path or the id of a model on",
+    ),
+    "tokenizer is a file": (
+        changed("sdxl", "sdxl\n  tokenizer: c.yaml"),
+        "c.yaml:5: model.tokenizer = c.yaml: must be a folder; this is a file",
+    ),
     "run is a file": (changed("runs/x", "c.yaml"), "c.yaml:2: run.dir = c.yaml: must be a folder; this is a file"),
     "checkpoint missing": (changed("dir: runs/x", "dir: x\n  resume: y"), "c.yaml:3: run.resume = y: no such folder"),
     # YAML

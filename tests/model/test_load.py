@@ -133,7 +133,7 @@ def test_weights_that_do_not_fit_the_configuration(copied: Path) -> None:
         load_unet(copied, torch.float32, "cpu")
 
     save_file({**whole, "conv_in.bias": torch.zeros(3)}, file)
-    with pytest.raises(UserError, match=r"conv_in\.bias has shape \[3\], and config\.json asks for \[16\]"):
+    with pytest.raises(UserError, match=r"conv_in\.bias has shape \[3\], and its configuration asks for \[16\]"):
         load_unet(copied, torch.float32, "cpu")
 
 

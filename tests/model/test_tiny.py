@@ -12,7 +12,7 @@ from PIL import Image
 from trainer.cli.make_tiny import main
 from trainer.data import photos
 from trainer.errors import UserError
-from trainer.model.folder import check_model_folder
+from trainer.model.check import check_model
 from trainer.model.tiny import write_clip_tokenizer, write_tiny_model
 from trainer.model.tiny_vae import SCALING_FACTOR, make_tiny_vae, reconstruction_psnr, train_tiny_vae
 
@@ -55,7 +55,7 @@ def test_diffusers_draws_with_the_tiny_model(tiny_folder: Path) -> None:
 
 
 def test_the_tiny_model_passes_our_own_check(tiny_folder: Path) -> None:
-    check_model_folder(tiny_folder)
+    check_model(tiny_folder)
 
 
 def test_the_tokenizers_give_clips_ids(tiny_folder: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_command_makes_only_what_is_missing(
     monkeypatch.setattr(photos, "PHOTOS", few)
     arguments = ["--out", str(tmp_path / "tiny"), "--vae-steps", "0"]
     assert main(arguments) == 0
-    check_model_folder(tmp_path / "tiny" / "model")
+    check_model(tmp_path / "tiny" / "model")
     made = json.loads((tmp_path / "tiny" / "made.json").read_text())
     assert made["model"]["vae_steps"] == 0
     weights = tmp_path / "tiny" / "model" / "unet" / "diffusion_pytorch_model.safetensors"

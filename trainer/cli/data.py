@@ -13,6 +13,7 @@ from trainer.data.snapshot import PreparedSet
 from trainer.data.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, left_out, sample
 from trainer.errors import UserError
 from trainer.evaluate.data_chart import DataChart, data_chart_png
+from trainer.model.source import ModelPath
 from trainer.train.captions import caption_rules
 
 _SHOWN_REASONS = 12
@@ -37,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
     prepared = PreparedSet.open(find_prepared(arguments))
     for line in [*_table(bucket_counts(prepared)), *_left_out(prepared.path)]:
         print(line)
-    rules, model = _texts_of(arguments)
-    lengths, unit, used = _lengths(model)
+    rules, model, tokenizer = _texts_of(arguments)
+    lengths, unit, used = _lengths(model, tokenizer)
     found = _sample(prepared, max(1, arguments.sample), rules)
     out = arguments.out or prepared.path / "stats.png"
     if not out.parent.is_dir():
@@ -61,23 +62,23 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _texts_of(arguments: argparse.Namespace) -> tuple[CaptionRules, Path | None]:
-    """How captions become texts, and the folder with the tokenizers if it is known."""
+def _texts_of(arguments: argparse.Namespace) -> tuple[CaptionRules, ModelPath | None, Path | None]:
+    """How captions become texts, and `model.path` and `model.tokenizer` if they are known."""
     if arguments.target.is_dir():
-        return PLAIN, arguments.model
+        return PLAIN, arguments.model, None
     config = load_config(arguments.target, arguments.overrides, check_paths=False)
-    return caption_rules(config), arguments.model or config.model.path
+    if arguments.model:
+        return caption_rules(config), arguments.model, None
+    return caption_rules(config), config.model.path, config.model.tokenizer
 
 
-def _lengths(model: Path | None) -> tuple[Lengths, str, int | None]:
+def _lengths(model: ModelPath | None, tokenizer: Path | None) -> tuple[Lengths, str, int | None]:
     """How texts are measured: in tokens where there are tokenizers."""
     if model is None:
         return lambda texts: [len(text) for text in texts], "characters (give --model to count tokens)", None
-    if not (model / "tokenizer").is_dir():
-        raise UserError(f"{model}: holds no `tokenizer` folder; give a model in diffusers' layout with --model")
     from trainer.model.text import load_tokenizers
 
-    return load_tokenizers(model).count_tokens, "CLIP tokens", _USED_TOKENS
+    return load_tokenizers(model, tokenizer).count_tokens, "CLIP tokens", _USED_TOKENS
 
 
 def _sample(prepared: PreparedSet, count: int, rules: CaptionRules) -> Sample:

@@ -13,9 +13,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from trainer.model.tokenizer_files import find_tokenizers
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+_CHUNK_LENGTH = 77
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +81,23 @@ class CaptionTokenizer:
         return pieces + [tokenizer.encode("")] * missing if missing else pieces
 
 
-def load_tokenizers(model_path: Path) -> CaptionTokenizer:
-    """The tokenizers of a model folder that `check_model_folder` accepts."""
+def load_tokenizers(model: Path | str, tokenizer: Path | None = None) -> CaptionTokenizer:
+    """The tokenizers of a model that `check_model` accepts.
+
+    Args:
+        model: `model.path`; tokenizer: `model.tokenizer`.
+    Raises:
+        UserError: there are none; see `trainer.model.tokenizer_files`.
+    """
     from transformers import CLIPTokenizer
 
-    one = CLIPTokenizer.from_pretrained(model_path / "tokenizer", local_files_only=True)
-    two = CLIPTokenizer.from_pretrained(model_path / "tokenizer_2", local_files_only=True)
+    folder_one, folder_two = find_tokenizers(model, tokenizer)
+    one = CLIPTokenizer.from_pretrained(folder_one, local_files_only=True, model_max_length=_CHUNK_LENGTH)
+    # SDXL's second tokenizer pads with OpenCLIP's id 0, which is "!", and has all else in common with the first.
+    own = {} if folder_two else {"pad_token": "!"}
+    two = CLIPTokenizer.from_pretrained(
+        folder_two or folder_one, local_files_only=True, model_max_length=_CHUNK_LENGTH, **own
+    )
     alike = one.get_vocab() == two.get_vocab() and one.model_max_length == two.model_max_length
     # Special tokens are found in the raw text; all but the padding token are the same in both.
     specials = set(two.all_special_tokens) ^ set(one.all_special_tokens)

@@ -22,6 +22,8 @@ from trainer.errors import UserError
 from trainer.model.denoiser import Denoiser, TrainedModel, gathered_blocks, image_losses
 from trainer.model.freeze import frozen_names, never_used, original_unet_names
 from trainer.model.load import empty_text_encoders, empty_unet, load_text_encoders, load_vae, read_weights
+from trainer.model.parts import Part
+from trainer.model.source import find_source, open_folder_part, open_part
 from trainer.model.text import TextEncoders
 from trainer.model.vae import ImageEncoder
 from trainer.train.checkpoint import OPTIMIZER, read_tensors
@@ -178,14 +180,14 @@ def fill_model(config: Config, checkpoint: Path | None, model: nn.Module) -> Non
         modules |= {"text_encoder": model.text_encoders.one, "text_encoder_2": model.text_encoders.two}
     for name, module in modules.items():
         parameters = dict(module.named_parameters())
-        read_weights(module, component_folder(config, checkpoint, name), lambda n, t, p=parameters: copy_share(p[n], t))
+        read_weights(module, component_part(config, checkpoint, name), lambda n, t, p=parameters: copy_share(p[n], t))
 
 
-def component_folder(config: Config, checkpoint: Path | None, name: str) -> Path:
-    """Where a component's weights are now: in the checkpoint if it trains, else in the run's model."""
+def component_part(config: Config, checkpoint: Path | None, name: str) -> Part:
+    """A component's weights as they are now: in the checkpoint if it trains, else in the run's model."""
     if checkpoint is not None and (checkpoint / name).is_dir():
-        return checkpoint / name
-    return config.model.path / name
+        return open_folder_part(name, checkpoint / name)
+    return open_part(find_source(config.model.path), name, config.model.text_projection)
 
 
 def load_denoiser(config: Config, weights: Path, prepared: PreparedSet, device: torch.device) -> Denoiser:
@@ -223,7 +225,8 @@ def make_denoiser(
 def load_frozen_text_encoders(config: Config, device: torch.device) -> TextEncoders:
     """The run's text encoders as they are in its model."""
     precision = DTYPES[config.model.text_encoder_precision]
-    return replace(load_text_encoders(config.model.path, precision, device), join=config.captions.chunks)
+    encoders = load_text_encoders(config.model.path, precision, device, config.model.text_projection)
+    return replace(encoders, join=config.captions.chunks)
 
 
 def _throw_away_loss(denoiser: Denoiser, device: torch.device, model: nn.Module) -> Tensor:

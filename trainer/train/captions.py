@@ -24,7 +24,7 @@ def caption_rules(config: Config) -> CaptionRules:
 
 def caption_tokenizer(config: Config) -> CaptionTokenizer:
     """The model's tokenizers, set to as many chunks as `captions.max_tokens` takes."""
-    tokenizer = load_tokenizers(config.model.path)
+    tokenizer = load_tokenizers(config.model.path, config.model.tokenizer)
     return replace(tokenizer, chunks=config.captions.max_tokens // tokenizer.max_tokens)
 
 

@@ -101,9 +101,7 @@ def encode_share(config: Config) -> None:
         encode = encode_images
     encode_text: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None
     if config.data.cache_text:
-        encoders = load_text_encoders(
-            model.path, DTYPES[model.text_encoder_precision], device, model.text_projection
-        )
+        encoders = load_text_encoders(model.path, DTYPES[model.text_encoder_precision], device, model.text_projection)
         encoders = replace(encoders, join=config.captions.chunks)
         tokenize = caption_tokenizer(config)
 

@@ -1,0 +1,259 @@
+"""Whether a model can be trained: looks at configurations, names and shapes before anything is started; without torch.
+
+Only a pickled checkpoint takes torch, which alone can read its names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.model.folder import WEIGHTS_STEMS, weight_files
+from trainer.model.header import Header, header_fault
+from trainer.model.hub import cached_model, download_model
+from trainer.model.identify import WANTED, Identity, classify, identify, wrong_model_line
+from trainer.model.key_map import COMPONENTS, TEXT_PROJECTION, UNET_PREFIX
+from trainer.model.parts import TextProjection
+from trainer.model.source import (
+    LINEAR_PROJECTIONS,
+    ModelPath,
+    ModelSource,
+    component_folder,
+    file_config,
+    file_keys,
+    find_source,
+    source_header,
+)
+from trainer.model.tokenizer_files import tokenizer_folders
+
+LAYOUT = "SDXL in diffusers' folder layout (unet/, vae/, text_encoder/, text_encoder_2/)"
+_WANTED_VAE = "an SDXL VAE (one .safetensors file or a folder)"
+# Tensors by which a single file says that it does not predict the noise.
+_OTHER_PREDICTIONS = {"v_pred": "v-prediction", "edm_mean": "EDM", "edm_vpred.sigma_max": "EDM v-prediction"}
+_ONLY_EPSILON = "only epsilon models are trained yet"
+
+
+def check_model(
+    model: ModelPath,
+    vae: Path | None = None,
+    tokenizer: Path | None = None,
+    text_projection: TextProjection = "correct",
+) -> None:
+    """Refuses anything but a complete SDXL model that this trainer can train; downloads it where it is a hub id.
+
+    Takes milliseconds where the model lies here.
+
+    Args:
+        model: `model.path` of the configuration.
+        vae: `model.vae`, which stands in for the model's own.
+        tokenizer: `model.tokenizer`.
+        text_projection: `model.text_projection`.
+    Raises:
+        UserError: with one line per problem; a model of another kind gets one line alone.
+    """
+    if isinstance(model, str):
+        model = _hub_folder(model, vae, tokenizer)
+    configs, problems = _problems(model, vae is None, text_projection)
+    if vae is not None:
+        config, found = _check_vae(vae)
+        configs |= {"vae": config} if config else {}
+        problems += found
+    try:
+        tokenizer_folders(find_source(model), tokenizer)
+    except UserError as error:
+        problems += error.lines
+    if "unet" in configs:
+        problems += _check_fit(configs)
+    if problems:
+        raise UserError(*problems)
+
+
+def _hub_folder(hub_id: str, vae: Path | None, tokenizer: Path | None) -> Path:
+    """The model in the hub's cache, downloaded if it is not there as a whole."""
+    folder = cached_model(hub_id)
+    if folder is None or _folder_problems(folder, vae is None)[1]:
+        return download_model(hub_id)
+    try:
+        tokenizer_folders(ModelSource(folder, "folder"), tokenizer)
+    except UserError:
+        return download_model(hub_id)
+    return folder
+
+
+def _problems(
+    path: Path, needs_vae: bool, text_projection: TextProjection
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Configurations of the components that were found, and what is wrong with the model."""
+    found = identify(path)
+    if found.kind == "pickle" and path.is_file():
+        found = classify(source_header(ModelSource(path, "pickle")))
+    # A model of another kind lacks parts by its nature: its one line says more than the list of them.
+    if found.kind != "sdxl" and (found.is_readable or not path.is_dir()):
+        raise UserError(wrong_model_line("model.path", path, found))
+    if not path.is_dir():
+        return _file_problems(path, found, needs_vae, text_projection)
+    if not (path / "unet").is_dir():
+        raise UserError(wrong_model_line("model.path", path, found))
+    configs, problems = _folder_problems(path, needs_vae)
+    if text_projection == "kohya":
+        problems.append(
+            "model.text_projection = kohya: has no effect on a folder, where the matrix has one meaning; "
+            "use it with the single file of a kohya run"
+        )
+    return configs, problems
+
+
+def _folder_problems(path: Path, needs_vae: bool) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    configs: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
+    for name in COMPONENTS:
+        if name != "vae" or needs_vae:
+            config, found = _check_component("model.path", path / name, name)
+            problems += found
+            configs |= {name: config} if config is not None else {}
+    return configs, problems + _check_scheduler(path)
+
+
+def _check_component(place: str, folder: Path, name: str) -> tuple[dict[str, Any] | None, list[str]]:
+    if not folder.is_dir():
+        return None, [f"{place}: {folder}: the folder is missing; wanted {LAYOUT}"]
+    file = folder / "config.json"
+    if not file.is_file():
+        return None, [f"{place}: {file}: the file is missing"]
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return None, [f"{place}: {file}: not valid JSON: {error}"]
+    if not isinstance(config, dict):
+        return None, [f"{place}: {file}: not a JSON object"]
+    return config, _check_weights(place, folder, WEIGHTS_STEMS[name])
+
+
+def _check_weights(place: str, folder: Path, stem: str) -> list[str]:
+    try:
+        files = weight_files(folder)
+    except (ValueError, KeyError, AttributeError) as error:
+        return [f"{place}: {folder}: the index of the weight files cannot be read: {error!r}"]
+    if not files:
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        mend = f"; {pickled[0]} is a pickle, which is not read: save it as safetensors" if pickled else ""
+        return [f"{place}: {folder}: no weights; wanted {stem}.safetensors{mend}"]
+    lines = []
+    for file in files:
+        if not file.is_file():
+            lines.append(f"{place}: {file}: the file is missing, and the index beside it names it")
+        elif fault := header_fault(file):
+            lines.append(f"{place}: {file} is {fault.description}{f'; {fault.mend}' if fault.mend else ''}")
+    return lines
+
+
+def _check_scheduler(path: Path) -> list[str]:
+    file = path / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return []
+    try:
+        prediction = json.loads(file.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+    except (ValueError, AttributeError) as error:
+        return [f"model.path: {file}: cannot be read: {error}"]
+    return [] if prediction == "epsilon" else [f"model.path: {file}: prediction_type is {prediction}; {_ONLY_EPSILON}"]
+
+
+def _file_problems(
+    path: Path, found: Identity, needs_vae: bool, text_projection: TextProjection
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    missing = [name for name in COMPONENTS if name not in found.parts]
+    if missing == ["vae"]:
+        if needs_vae:
+            raise UserError(f"model.path: {path} is {found.description}; give one by model.vae")
+    elif missing:
+        raise UserError(wrong_model_line("model.path", path, found))
+    header = source_header(find_source(path))
+    try:
+        configs = {name: file_config(header, name) for name in COMPONENTS if name != "vae" or needs_vae}
+    except ValueError as error:
+        return {}, [f"model.path: {path}: its metadata's configurations cannot be read: {error}"]
+    width = header.tensors[f"{UNET_PREFIX}input_blocks.0.0.weight"].shape[0]
+    if width != configs["unet"]["block_out_channels"][0]:
+        mend = "and its metadata have no configurations; convert it to a diffusers folder"
+        raise UserError(wrong_model_line("model.path", path, found) + f": {mend}")
+    problems = [line for name in configs for line in _check_names("model.path", path, header, name)]
+    return configs, problems + _check_markers(path, header) + _check_projection(path, header, text_projection)
+
+
+def _check_names(place: str, path: Path, header: Header, component: str) -> list[str]:
+    """Whether a component of a file has all tensors that its configuration asks for, and in the UNet no others."""
+    keys = file_keys(header, component)
+    missing = [key.file_name for key in keys if key.file_name not in header.tensors]
+    if missing:
+        lacks = f"lacks {len(missing)} of the {component}'s {len(keys)} tensors, such as {missing[0]}"
+        return [f"{place}: {path}: {lacks}; wanted {WANTED}"]
+    known = {key.file_name for key in keys}
+    unknown = [name for name in header.tensors if component == "unet" and name.startswith(UNET_PREFIX)]
+    unknown = [name for name in unknown if name not in known]
+    if unknown:
+        return [f"{place}: {path}: holds {len(unknown)} tensors that SDXL's UNet has not, such as {unknown[0]}"]
+    return []
+
+
+def _check_markers(path: Path, header: Header) -> list[str]:
+    kind = next((kind for name, kind in _OTHER_PREDICTIONS.items() if name in header.tensors), None)
+    if kind:
+        return [f"model.path: {path}: its marker tensors say {kind}; {_ONLY_EPSILON}"]
+    prediction = header.metadata.get("modelspec.prediction_type", "epsilon")
+    if prediction in ("", "epsilon", "eps"):
+        return []
+    return [f"model.path: {path}: its metadata say prediction_type {prediction[:40]}; {_ONLY_EPSILON}"]
+
+
+def _check_projection(path: Path, header: Header, text_projection: TextProjection) -> list[str]:
+    if text_projection == "correct" or TEXT_PROJECTION in header.tensors:
+        return []
+    own = next((name for name in LINEAR_PROJECTIONS if name in header.tensors), LINEAR_PROJECTIONS[0])
+    return [f"model.text_projection = kohya: has no effect on {path}, which holds the matrix as {own}, not transposed"]
+
+
+def _check_vae(vae: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    found = identify(vae)
+    if found.kind == "pickle" and vae.is_file():
+        found = classify(source_header(ModelSource(vae, "pickle")))
+    if vae.is_dir():
+        folder = component_folder(ModelSource(vae, "folder"), "vae")
+        if folder == vae and found.kind != "vae" and found.is_readable:
+            return None, [wrong_model_line("model.vae", vae, found, _WANTED_VAE)]
+        return _check_component("model.vae", folder, "vae")
+    if "vae" not in found.parts:
+        return None, [wrong_model_line("model.vae", vae, found, _WANTED_VAE)]
+    header = source_header(find_source(vae))
+    return file_config(header, "vae"), _check_names("model.vae", vae, header, "vae")
+
+
+def _check_fit(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Whether the UNet's configuration fits the other parts that were found."""
+    unet = configs["unet"]
+    problems = []
+    if {"text_encoder", "text_encoder_2"} <= configs.keys():
+        one, two = configs["text_encoder"], configs["text_encoder_2"]
+        text_width = one.get("hidden_size", 512) + two.get("hidden_size", 512)
+        if unet.get("cross_attention_dim") != text_width:
+            problems.append(
+                f"model.path: unet cross_attention_dim is {unet.get('cross_attention_dim')}, "
+                f"and the text encoders' hidden sizes add up to {text_width}; they must be equal"
+            )
+        vector = two.get("projection_dim", 512) + 6 * (unet.get("addition_time_embed_dim") or 0)
+        if unet.get("projection_class_embeddings_input_dim") != vector:
+            problems.append(
+                f"model.path: unet projection_class_embeddings_input_dim is "
+                f"{unet.get('projection_class_embeddings_input_dim')}, and text_encoder_2 projection_dim + "
+                f"6 x unet addition_time_embed_dim is {vector}; they must be equal"
+            )
+    for key, meaning in (("in_channels", "takes"), ("out_channels", "gives")):
+        channels = configs.get("vae", {}).get("latent_channels", 4)
+        if unet.get(key, 4) != channels:
+            problems.append(
+                f"model.path: the UNet {meaning} {unet[key]} channels, and the VAE's latents have {channels}; "
+                "they must be equal (inpainting models are not trained)"
+            )
+    return problems

@@ -1,0 +1,306 @@
+"""Where a model's weights lie and how they are read: a diffusers folder, a single file, a pickled checkpoint, a hub id.
+
+Opening a source reads no weights. What names, configurations and counts tell is free of torch, but for pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import xxhash
+
+from trainer.errors import UserError
+from trainer.model import folder as model_folder
+from trainer.model.header import Header, HeaderFault, TensorEntry, read_header
+from trainer.model.hub import cached_model
+from trainer.model.key_map import PREFIXES, TEXT_PROJECTION, VAE_PREFIX, KeyEntry, single_file_keys
+from trainer.model.parts import CONFIGS_KEY, Part, PartTensor, TextProjection, name_in_module
+from trainer.model.presets import preset
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ModelPath = Path | str
+"""A place on this host, or as text the id of a model on the hub."""
+# Linear's own orientation: what other tools save under these names is not transposed.
+LINEAR_PROJECTIONS = (f"{TEXT_PROJECTION}.weight", f"{TEXT_PROJECTION}.weight.weight")
+_PIECE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A place that weights are read from.
+
+    Attributes:
+        kind: `folder`: diffusers' layout, or a VAE's own folder; `file`: a single .safetensors file; `pickle`: a
+            checkpoint of torch.
+    """
+
+    path: Path
+    kind: Literal["folder", "file", "pickle"]
+
+
+def find_source(model: ModelPath) -> ModelSource:
+    """What `model.path` or `model.vae` names; of a hub id, the folder in the hub's cache.
+
+    Raises:
+        UserError: there is nothing.
+    """
+    if isinstance(model, str):
+        cached = cached_model(model)
+        if cached is None:
+            raise UserError(f"model.path = {model}: not in the hub's cache of this host; run `hf download {model}`")
+        model = cached
+    if model.is_dir():
+        return ModelSource(model, "folder")
+    try:
+        with model.open("rb") as stream:
+            start = stream.read(9)
+    except OSError as error:
+        raise UserError(f"{model}: cannot be read: {error.strerror}") from None
+    return ModelSource(model, "file" if start[8:] == b"{" else "pickle")
+
+
+def vae_source(model: ModelPath, vae: Path | None) -> ModelSource:
+    """Where the VAE is read from: `vae` (`model.vae`) if it is given, else the model."""
+    return find_source(model if vae is None else vae)
+
+
+def source_header(source: ModelSource) -> Header:
+    """Names, dtypes and shapes of a file or pickle.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if source.kind == "pickle":
+        from trainer.model.pickle_file import pickle_header
+
+        return pickle_header(source.path)
+    try:
+        return read_header(source.path)
+    except HeaderFault as fault:
+        mend = f"; {fault.mend}" if fault.mend else ""
+        raise UserError(f"{source.path}: is {fault.description}{mend}") from None
+
+
+def component_config(source: ModelSource, component: str) -> dict[str, Any]:
+    """The configuration of one of `COMPONENTS`: a single file's own, or SDXL's."""
+    if source.kind == "folder":
+        return model_folder.read_config(component_folder(source, component))
+    return file_config(source_header(source) if source.kind == "file" else None, component)
+
+
+def file_config(header: Header | None, component: str) -> dict[str, Any]:
+    """A component's configuration by the metadata of a single file, or SDXL's where it has none."""
+    own = json.loads(header.metadata.get(CONFIGS_KEY, "{}")) if header else {}
+    return own.get(component) or preset(component)
+
+
+def component_folder(source: ModelSource, component: str) -> Path:
+    """The folder of a component's `config.json` and weights."""
+    if component == "vae":
+        vae = source.path / "vae"
+        return vae if vae.is_dir() else source.path
+    return source.path / component
+
+
+def file_keys(header: Header, component: str, text_projection: TextProjection = "correct") -> list[KeyEntry]:
+    """The table of a component with the names that this file has for it.
+
+    A VAE's own file may lack the prefix, or be in diffusers' names. A text projection is transposed where it is saved
+    as x @ P, and not where it is saved as a Linear's weight. Tensors that the file lacks have the usual name.
+
+    Args:
+        text_projection: `kohya` takes the matrix as kohya's scripts do, without transposing it.
+    """
+    names = header.tensors
+    entries = []
+    for entry in single_file_keys({component: file_config(header, component)}):
+        if entry.file_name not in names:
+            if entry.component == "vae":
+                bare = entry.file_name.removeprefix(VAE_PREFIX)
+                entry = replace(entry, file_name=bare) if bare in names else _in_diffusers_names(entry, names)
+            elif entry.file_name == TEXT_PROJECTION:
+                own = next((name for name in LINEAR_PROJECTIONS if name in names), None)
+                entry = replace(entry, file_name=own, form="same") if own else entry
+        elif entry.file_name == TEXT_PROJECTION and text_projection == "kohya":
+            entry = replace(entry, form="same")
+        entries.append(entry)
+    return entries
+
+
+def _in_diffusers_names(entry: KeyEntry, names: Mapping[str, TensorEntry]) -> KeyEntry:
+    own = next((name for name in _old_names(entry.names[0]) if name in names), None)
+    return replace(entry, file_name=own, form="same") if own else entry
+
+
+def _old_names(name: str) -> Iterator[str]:
+    yield name
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        if f".{new}." in name:
+            yield name.replace(f".{new}.", f".{old}.")
+
+
+def open_part(source: ModelSource, component: str, text_projection: TextProjection = "correct") -> Part:
+    """One component: its configuration, and for each tensor of its module how to read it.
+
+    Tensors are read one at a time into memory of their own; those of a pickle are views of the mapped file. Tensors
+    of a folder that no module has are listed under their own names; those of a file are left out.
+
+    Raises:
+        UserError: the source cannot be read, or has none of the component's tensors.
+    """
+    if source.kind == "folder":
+        return open_folder_part(component, component_folder(source, component))
+    header = source_header(source)
+    keys = [key for key in file_keys(header, component, text_projection) if key.file_name in header.tensors]
+    if not keys:
+        raise UserError(f"{source.path}: holds no {PREFIXES[component]} tensors")
+    reader = _pickle_tensors(source.path) if source.kind == "pickle" else _file_tensors(source.path, header)
+    tensors: dict[str, PartTensor] = {}
+    for key in keys:
+        tensors |= reader(key)
+    return Part(component, source.path, file_config(header, component), tensors)
+
+
+def component_tensors(
+    source: ModelSource, component: str, text_projection: TextProjection = "correct"
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a component's module with their names there, one at a time, on the CPU, in the file's dtype.
+
+    Raises:
+        UserError: as `open_part`.
+    """
+    for name, tensor in open_part(source, component, text_projection).tensors.items():
+        yield name, tensor.read()
+
+
+def open_folder_part(component: str, folder: Path) -> Part:
+    """A component in a folder of any name: `config.json` and weights."""
+    config = model_folder.read_config(folder)
+    wanted = {name for entry in single_file_keys({component: config}) for name in entry.names}
+    tensors: dict[str, PartTensor] = {}
+    for file in model_folder.weight_files(folder):
+        header = source_header(ModelSource(file, "file"))
+        for stored_name, entry in header.tensors.items():
+            if not stored_name.endswith("position_ids"):
+                tensors[name_in_module(stored_name, wanted) or stored_name] = _part_tensor(file, entry)
+    return Part(component, folder, config, tensors)
+
+
+def _part_tensor(file: Path, entry: TensorEntry, key: KeyEntry | None = None) -> PartTensor:
+    """One tensor of the module that is read from a range of a file; with a `key`, changed to the module's form."""
+    import torch
+
+    from trainer.model.single_file import from_file
+    from trainer.model.tensor_file import read_tensor, torch_dtype
+
+    def changed(tensor: Tensor) -> Tensor:
+        return from_file(key, tensor)[0][1] if key else tensor
+
+    try:
+        meta = changed(torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta"))
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    return PartTensor(entry.dtype, meta, lambda: changed(read_tensor(file, entry)))
+
+
+def _file_tensors(path: Path, header: Header) -> Callable[[KeyEntry], dict[str, PartTensor]]:
+    def tensors(key: KeyEntry) -> dict[str, PartTensor]:
+        stored, count = header.tensors[key.file_name], len(key.names)
+        if count == 1:
+            return {key.names[0]: _part_tensor(path, stored, key)}
+        if not stored.shape or stored.shape[0] % count:
+            raise UserError(f"{path}: {key.file_name} has shape {list(stored.shape)}; wanted {count} equal parts")
+        size = stored.num_bytes // count
+        shape = (stored.shape[0] // count, *stored.shape[1:])
+        return {
+            name: _part_tensor(path, replace(stored, shape=shape, begin=stored.begin + i * size, num_bytes=size))
+            for i, name in enumerate(key.names)
+        }
+
+    return tensors
+
+
+def _pickle_tensors(path: Path) -> Callable[[KeyEntry], dict[str, PartTensor]]:
+    import torch
+
+    from trainer.model.pickle_file import read_pickle
+    from trainer.model.single_file import from_file
+    from trainer.model.tensor_file import dtype_name
+
+    stored = read_pickle(path)
+
+    def reader(tensor: Tensor) -> Callable[[], Tensor]:
+        return lambda: tensor
+
+    def tensors(key: KeyEntry) -> dict[str, PartTensor]:
+        try:
+            views = from_file(key, stored[key.file_name])
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+        return {
+            name: PartTensor(
+                dtype_name(view.dtype), torch.empty(view.shape, dtype=view.dtype, device="meta"), reader(view)
+            )
+            for name, view in views
+        }
+
+    return tensors
+
+
+def count_weights(source: ModelSource, component: str) -> int:
+    """Number of weights of a component, from headers."""
+    if source.kind == "folder":
+        return model_folder.count_weights(component_folder(source, component))
+    tensors = source_header(source)
+    keys = file_keys(tensors, component)
+    return sum(math.prod(tensors.tensors[key.file_name].shape) for key in keys if key.file_name in tensors.tensors)
+
+
+def weights_fingerprint(source: ModelSource, component: str, text_projection: TextProjection = "correct") -> str:
+    """32 hex digits that change with a component's weights or configuration, and not with the file's place.
+
+    The same weights in a folder and in a single file have fingerprints of their own.
+    """
+    if source.kind == "folder":
+        return model_folder.weights_fingerprint(component_folder(source, component))
+    header = source_header(source)
+    digest = model_folder.config_digest(file_config(header, component))
+    keys = sorted(file_keys(header, component, text_projection), key=lambda key: key.names)
+    keys = [key for key in keys if key.file_name in header.tensors]
+    pickled: dict[str, Tensor] = {}
+    if source.kind == "pickle":
+        from trainer.model.pickle_file import read_pickle
+
+        pickled = read_pickle(source.path)
+    with source.path.open("rb") as stream:
+        for key in keys:
+            entry = header.tensors[key.file_name]
+            digest.update(f"{key.names} {key.form} {entry.dtype} {entry.shape}".encode())
+            if pickled:
+                digest.update(_bytes_of(pickled[key.file_name]))
+            else:
+                stream.seek(entry.begin)
+                _digest_range(digest, stream.read, entry.num_bytes)
+    return digest.hexdigest()
+
+
+def _digest_range(digest: xxhash.xxh3_128, read: Callable[[int], bytes], num_bytes: int) -> None:
+    while num_bytes > 0:
+        piece = read(min(_PIECE_BYTES, num_bytes))
+        if not piece:
+            raise UserError("a weights file has become shorter while it was read; copy it again")
+        digest.update(piece)
+        num_bytes -= len(piece)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
