@@ -273,7 +273,8 @@ def _pipeline(path: Path) -> Identity:
         return Identity(found.kind, "diffusers", found.description, found.mend, parts)
     missing = [_PART_NAMES[part] for part in _PARTS if part not in parts]
     without = f" without its {' and '.join(missing)}" if missing else ""
-    return Identity("sdxl", "diffusers", f"{SDXL} in diffusers' layout{without}", parts=parts)
+    name = found.description.removeprefix("the UNet alone of ")
+    return Identity("sdxl", "diffusers", f"{name} in diffusers' layout{without}", parts=parts)
 
 
 def _component(folder: Path, name: str) -> Identity:

@@ -10,16 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trainer.model.folder import weight_files
 from trainer.model.header import Header, read_header
-from trainer.model.identify import Identity
-from trainer.model.key_map import COMPONENTS, PREFIXES, KeyEntry, block_of, single_file_keys
-from trainer.model.parts import name_in_module, single_file_configs
+from trainer.model.identify import Identity, identify
+from trainer.model.key_map import COMPONENTS, PREFIXES, UNET_PREFIX, KeyEntry, block_of, single_file_keys
+from trainer.model.parts import CONFIGS_KEY, name_in_module, single_file_configs
 from trainer.model.presets import preset
 
 PIECE_BYTES = 8 << 20
+_SDXL_WIDTH = 320
 _COMPONENT_BEGINNINGS = (
     *((prefix, component) for component, prefix in PREFIXES.items()),
     ("conditioner.embedders.0.model.", "text_encoder_2"),  # the refiner's only one
@@ -51,8 +50,8 @@ class StoredTensor:
     num_bytes: int
     is_transposed: bool = False
     """Whether it is stored as the transpose of what a single file has."""
-    data: np.ndarray | None = None
-    """Its bytes, uint8, where they are not at `begin` of the file: of a pickle."""
+    data: memoryview | None = None
+    """Its bytes where they are not at `begin` of the file: of a pickle."""
 
     @property
     def count(self) -> int:
@@ -86,7 +85,7 @@ def stored_files(path: Path, found: Identity) -> tuple[StoredFile, ...]:
         OSError: a file cannot be read.
     """
     if path.is_file():
-        return (_single_file(path),)
+        return (_single_file(path) if identify(path).is_readable else _pickle(path),)
     if found.layout == "component":
         component = found.parts[0] if found.parts else path.name if path.name in COMPONENTS else "other"
         return _component_files(path, component)
@@ -113,7 +112,7 @@ def split_stacked(tensor: StoredTensor) -> tuple[StoredTensor, ...]:
     )
 
 
-def read_pieces(tensor: StoredTensor, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes | np.ndarray]:
+def read_pieces(tensor: StoredTensor, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes | memoryview]:
     """The bytes of a tensor, at most `piece_bytes` (a multiple of 8) at a time.
 
     Raises:
@@ -142,8 +141,12 @@ def read_pieces(tensor: StoredTensor, piece_bytes: int = PIECE_BYTES) -> Iterato
 def wanted_names(files: tuple[StoredFile, ...]) -> set[str] | None:
     """Names that a single file of SDXL must have, by the configurations in its metadata or the published ones; None
     where they cannot be told."""
+    header = files[0].header
+    first = header.tensors.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
+    if CONFIGS_KEY not in header.metadata and (first is None or first.shape[0] != _SDXL_WIDTH):
+        return None
     try:
-        return {entry.file_name for entry in single_file_keys(single_file_configs(files[0].header.metadata))}
+        return {entry.file_name for entry in single_file_keys(single_file_configs(header.metadata))}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         return None
 
@@ -168,6 +171,21 @@ def _single_file(path: Path) -> StoredFile:
         component, table = _table_of(header)
         tensors = tuple(_named(replace(tensor, component=component), table) for tensor in tensors)
     return StoredFile(path, header, tensors)
+
+
+def _pickle(path: Path) -> StoredFile:
+    """A checkpoint's tensors, mapped into memory by torch."""
+    import torch
+
+    from trainer.model.pickle_file import pickle_header, read_pickle
+
+    content, header = read_pickle(path), pickle_header(path)
+    tensors = []
+    for name, entry in header.tensors.items():
+        data = content[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
+        where = StoredTensor(name, _component_of(name), path, entry.dtype, entry.shape, 0, entry.num_bytes, data=data)
+        tensors.append(where)
+    return StoredFile(path, header, tuple(tensors))
 
 
 def _component_of(name: str) -> str:

@@ -1,0 +1,93 @@
+"""`sdxl-train inspect FILE|DIR [OTHER]`: what a model is, what is in it, and what differs between two."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from trainer.cli.inspect_text import inspection_lines
+from trainer.errors import UserError
+from trainer.model.header import HeaderFault
+from trainer.model.identify import Identity
+from trainer.model.inspect import as_json, inspect, look, total_bytes
+
+_EXAMPLES = """\
+examples:
+  sdxl-train inspect sdxl.safetensors                  all of it: every weight is read once
+  sdxl-train inspect sdxl.safetensors --quick          headers only, at once
+  sdxl-train inspect a.safetensors b.safetensors       what changed, block by block, and a chart beside b
+  sdxl-train inspect base/ runs/x/checkpoints/step-00001000 -o change.png
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Says what a model is; given two, what differs. Returns 0, or raises what makes it 2: not a model."""
+    parser = argparse.ArgumentParser(
+        prog="sdxl-train inspect",
+        description="Say what a model file or folder is and what is in it, or compare two block by block.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, metavar="FILE|DIR", help="a model file, a diffusers folder or a checkpoint")
+    parser.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="the model to compare with it")
+    parser.add_argument("--quick", action="store_true", help="read headers only: no faults, no hashes")
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE", help="an SDXL known to be right, to judge the text projection by"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "-o", "--out", type=Path, metavar="PNG", help="the chart of a comparison (default: beside OTHER)"
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    for path in (arguments.model, arguments.other, arguments.reference):
+        if path is not None:
+            checked(path)
+    if arguments.other is not None:
+        return _compare(arguments)
+    if arguments.out is not None:
+        raise UserError(f"--out {arguments.out}: a chart is drawn of two models; give a second one")
+    _show(arguments)
+    return 0
+
+
+def checked(path: Path) -> Identity:
+    """What a path is, if there are tensors to look into.
+
+    Raises:
+        UserError: it is not a model; the line says what it is.
+    """
+    found = look(path)
+    if not found.is_readable:
+        mend = f"; {found.mend}" if found.mend else ""
+        raise UserError(f"{path} is {found.description}{mend}")
+    return found
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], object]]:
+    """A bar of bytes, on a terminal."""
+    with tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        yield bar.update
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    path: Path = arguments.model
+    try:
+        with progress(path.name, 0 if arguments.quick else total_bytes(path)) as advance:
+            found = inspect(path, quick=arguments.quick, reference=arguments.reference, on_bytes=advance)
+    except HeaderFault as fault:
+        raise UserError(f"{path}: holds {fault.description}{f'; {fault.mend}' if fault.mend else ''}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if arguments.json:
+        print(json.dumps(as_json(found), indent=2, ensure_ascii=False))
+        return
+    for line in inspection_lines(found):
+        print(line)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    raise UserError("two models are not compared yet")
