@@ -25,8 +25,7 @@ _DTYPES = ("fp16", "bf16", "fp32", "same")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write a checkpoint, a diffusers folder or a single file as one file with SDXL's original key names, or as a
-    diffusers folder. It is there whole or not at all; memory stays below 1 GB."""
+    """Write a checkpoint or any SDXL as one file with the original key names, or as a diffusers folder."""
     parser = argparse.ArgumentParser(
         prog="sdxl-train export",
         description=main.__doc__,
@@ -35,7 +34,6 @@ def main(argv: Sequence[str]) -> int:
     )
     _add_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
-    told = {field.name: getattr(arguments, field.name, None) for field in fields(Description)}
     wish = Wish(
         out=arguments.out,
         layout=arguments.layout,
@@ -49,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         tokenizer=arguments.tokenizer,
         prediction_type=arguments.prediction_type,
         ztsnr=arguments.ztsnr,
-        description=Description(**told),
+        description=told_description(arguments),
         thumbnail=arguments.thumbnail,
         with_thumbnail=not arguments.no_thumbnail,
         with_config=not arguments.no_config,
@@ -110,6 +108,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="v_prediction sets the marker v_pred (default: what the model says)",
     )
     what.add_argument("--ztsnr", action="store_true", help="set the marker of zero terminal SNR")
+    add_description_arguments(parser)
+    parser.add_argument("--no-thumbnail", action="store_true")
+    parser.add_argument("--no-config", action="store_true", help="leave the run's configuration out")
+
+
+def add_description_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a person says about a model."""
     words = parser.add_argument_group("metadata")
     words.add_argument("--title", help="default: the file's name")
     for name in ("author", "description", "license"):
@@ -117,6 +122,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     words.add_argument("--tags", help="separated by commas")
     words.add_argument("--usage-hint", help="a short line, such as trigger words")
     words.add_argument("--trigger-phrase")
-    words.add_argument("--thumbnail", type=Path, metavar="IMAGE", help="default: the run's newest samples")
-    words.add_argument("--no-thumbnail", action="store_true")
-    words.add_argument("--no-config", action="store_true", help="leave the run's configuration out")
+    words.add_argument("--thumbnail", type=Path, metavar="IMAGE", help="default: the run's newest samples, if any")
+
+
+def told_description(arguments: argparse.Namespace) -> Description:
+    """What `add_description_arguments` read."""
+    return Description(**{field.name: getattr(arguments, field.name, None) for field in fields(Description)})

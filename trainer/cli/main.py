@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": "validation loss and a sample grid of a run or checkpoint",
     "sample": "draw images from a run or checkpoint",
     "export": "write a checkpoint as one file or folder that A1111, ComfyUI, diffusers and others open",
+    "merge": "the weighted sum of two models, with weights for blocks",
     "schema": "print the configuration's JSON Schema, for editors",
     "inspect": "say what a model is and what is in it, or what differs between two",
     "make-tiny": "make a tiny SDXL and a data set of real photographs, to try everything out",

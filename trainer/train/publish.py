@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from trainer import __version__
 from trainer.config.yaml_source import dump
 from trainer.errors import UserError
-from trainer.model.modelspec import Description, modelspec, thumbnail_of, without_folders
+from trainer.model.merge import BlockWeights, merged_parts
+from trainer.model.modelspec import PREFIX, Description, modelspec, thumbnail_of, without_folders
 from trainer.model.parts import TextProjection
 from trainer.train.publish_source import Source, open_source, prediction_of, scheduler_of, tokenizers_of
 from trainer.train.run_dir import checkpoint_step
@@ -20,6 +21,7 @@ from trainer.train.run_dir import checkpoint_step
 if TYPE_CHECKING:
     from trainer.model.export import Precision
 
+TITLE_KEY = f"{PREFIX}title"
 _DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 
 
@@ -83,10 +85,7 @@ def prepare_export(place: Path, wish: Wish) -> PreparedExport:
     Raises:
         UserError: something is missing, damaged, or does not go together.
     """
-    if wish.out.exists() and not wish.overwrite:
-        raise UserError(f"{wish.out}: exists; give another name, or --overwrite")
-    if not wish.out.absolute().parent.is_dir():
-        raise UserError(f"{wish.out.absolute().parent}: no such folder")
+    _require_room(wish)
     source = open_source(place, wish.model, wish.vae, wish.weights, wish.source_projection)
     prediction, ztsnr = prediction_of(source, wish.prediction_type, wish.ztsnr)
     if wish.layout == "diffusers":
@@ -94,12 +93,45 @@ def prepare_export(place: Path, wish: Wish) -> PreparedExport:
     return _prepare_file(source, wish, prediction, ztsnr)
 
 
-def _prepare_file(source: Source, wish: Wish, prediction: str, ztsnr: bool) -> PreparedExport:
+def prepare_merge(first: Path, second: Path, alpha: float, blocks: BlockWeights, wish: Wish) -> PreparedExport:
+    """The same for the weighted sum of two models as one file; what is not weights is the first's.
+
+    Args:
+        first, second: checkpoints, runs, diffusers folders or single files.
+        alpha, blocks: see `merged_parts`.
+
+    Raises:
+        UserError: as `prepare_export`, and where the models do not go together.
+    """
+    _require_room(wish)
+    a, b = open_source(first, None, wish.vae, "live"), open_source(second, None, None, "live")
+    told = [prediction_of(source, wish.prediction_type, wish.ztsnr) for source in (a, b)]
+    if told[0] != told[1]:
+        kinds = [prediction + " with zero terminal SNR" * ztsnr for prediction, ztsnr in told]
+        raise UserError(f"{first} predicts {kinds[0]}, {second} {kinds[1]}: their sum would be neither")
+    names = [source.metadata.get(TITLE_KEY) or place.absolute().stem for source, place in ((a, first), (b, second))]
+    description = replace(wish.description, merged_from=", ".join(names))
+    merged = replace(a, parts=merged_parts(a.parts, b.parts, alpha, blocks), config=None, checkpoint=None, metadata={})
+    recipe = {"a": names[0], "b": names[1], "alpha": alpha, "blocks": [list(pair) for pair in blocks]}
+    more = {"sdxl_train.merge": json.dumps(recipe)}
+    return _prepare_file(merged, replace(wish, description=description), *told[0], more)
+
+
+def _require_room(wish: Wish) -> None:
+    if wish.out.exists() and not wish.overwrite:
+        raise UserError(f"{wish.out}: exists; give another name, or --overwrite")
+    if not wish.out.absolute().parent.is_dir():
+        raise UserError(f"{wish.out.absolute().parent}: no such folder")
+
+
+def _prepare_file(
+    source: Source, wish: Wish, prediction: str, ztsnr: bool, more: Mapping[str, str] | None = None
+) -> PreparedExport:
     from trainer.model.export import file_metadata, plan_single_file, total_bytes, write_single_file
 
     markers = ("v_pred",) * (prediction == "v_prediction") + ("ztsnr",) * ztsnr
     planned = plan_single_file(source.parts, _precision(wish), markers, wish.text_projection)
-    metadata = _metadata(source, wish, prediction) | file_metadata(source.parts)
+    metadata = _metadata(source, wish, prediction) | dict(more or {}) | file_metadata(source.parts)
     notes = [f"marked {' and '.join(markers)}: ComfyUI, A1111 and Forge set themselves to it"] if markers else []
     if prediction == "flow":
         notes.append("flow has no marker that other tools know: in ComfyUI, add the node ModelSamplingSD3")
@@ -144,8 +176,8 @@ def _precision(wish: Wish) -> Precision:
 
 def _metadata(source: Source, wish: Wish, prediction: str) -> dict[str, str]:
     config, checkpoint = source.config, source.checkpoint
-    kept = {name: text for name, text in source.metadata.items() if name.startswith("modelspec.")}
-    title = wish.description.title or kept.get("modelspec.title") or wish.out.stem
+    kept = {name: text for name, text in source.metadata.items() if name.startswith(PREFIX)}
+    title = wish.description.title or kept.get(TITLE_KEY) or wish.out.stem
     resolution_px = (
         config.data.buckets.resolution if config else 8 * source.parts["unet"].config.get("sample_size", 128)
     )
