@@ -212,6 +212,9 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
+    kind: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw`: both moments in fp32, 8 bytes per weight. `adamw_8bit`: in blocks of 8 bits, 2.03 bytes per weight;
+    biases, norms and other small tensors stay in fp32."""
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate; `trainable` may give parts of the model their own."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]

@@ -1,38 +1,103 @@
-"""AdamW, and its state as named tensors."""
+"""Builds the optimizer, sets its learning rates, and gives its state as named tensors and takes it back."""
 
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.config.schema import OptimizerConfig
+from trainer.errors import UserError
+from trainer.train.adamw import BlockAdamW, Rounding
+from trainer.train.local_part import local_part, part_of, whole_of
 
-NamedParameters = Mapping[str, torch.nn.Parameter]
+NamedParameters = Mapping[str, nn.Parameter]
 
 
-def make_optimizer(parameters: NamedParameters, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over `parameters`, fused: one pass over memory per step."""
+def make_optimizer(
+    parameters: NamedParameters | Mapping[str, NamedParameters],
+    config: OptimizerConfig,
+    *,
+    peak_lrs: Mapping[str, float] | None = None,
+    rounding: Rounding | None = None,
+    seed: int = 0,
+    free_gradients: bool = False,
+    compiled: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) as `config.kind` says, with weight decay on every weight.
+
+    fp32 weights with fp32 moments go to torch's fused implementation: one pass over memory per step.
+
+    Args:
+        parameters: groups by name ("unet", "text_encoder_1", ...), each a mapping of parameters by name; names must
+            differ between groups too, for they are the state's. Or the parameters of one group, called "unet".
+        peak_lrs: peak learning rate by group; `config.lr` where it names none.
+        rounding: how bf16 weights are rounded; None where they are fp32.
+        seed: of the stochastic rounding; the run's.
+        free_gradients: drop each gradient right after its use (not with the fused implementation).
+        compiled: fuse the arithmetic with torch.compile (not with the fused implementation).
+
+    Raises:
+        ValueError: bf16 weights without `rounding`, `rounding` without bf16 weights, or a name twice.
+    """
+    grouped = _grouped(parameters)
+    _check_names(grouped)
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(
-        parameters.values(),
-        lr=config.lr,
-        betas=(beta1, beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
+    groups = []
+    for group, named in grouped.items():
+        peak_lr = (peak_lrs or {}).get(group, config.lr)
+        settings = {"betas": (beta1, beta2), "eps": config.eps, "weight_decay": config.weight_decay}
+        groups.append({"params": list(named.items()), "name": group, "peak_lr": peak_lr, "lr": peak_lr, **settings})
+    all_fp32 = all(p.dtype == torch.float32 for named in grouped.values() for p in named.values())
+    if all_fp32 and rounding is None and config.kind == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    return BlockAdamW(
+        groups,
+        eight_bit=config.kind == "adamw_8bit",
+        rounding=rounding,
+        seed=seed,
+        free_gradients=free_gradients,
+        compiled=compiled,
     )
 
 
+def _grouped(parameters: NamedParameters | Mapping[str, NamedParameters]) -> Mapping[str, NamedParameters]:
+    if any(isinstance(value, Tensor) for value in parameters.values()):
+        return {"unet": cast(NamedParameters, parameters)}
+    return cast(Mapping[str, NamedParameters], parameters)
+
+
+def _check_names(groups: Mapping[str, NamedParameters]) -> None:
+    names = [name for named in groups.values() for name in named]
+    if len(set(names)) != len(names):
+        raise ValueError("two groups hold parameters of the same name")
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Assign the learning rate of all groups."""
+    """Assign one learning rate to all groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
+def scale_lr(optimizer: torch.optim.Optimizer, factor: float | Mapping[str, float]) -> dict[str, float]:
+    """Assign `peak learning rate x factor` to each group; return the learning rates by group.
+
+    Args:
+        factor: the schedule's, for all groups or by the group's name.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * (factor if isinstance(factor, float | int) else factor[group["name"]])
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: NamedParameters) -> dict[str, Tensor]:
-    """The optimizer's state as `<parameter name>.<state name>` -> tensor, as it is (no copy)."""
+    """The optimizer's state as `<parameter name>.<state name>` -> tensor, as it is (no copy).
+
+    State of a sharded parameter is a DTensor that is sharded alike, by rows; its whole is the same for any number of
+    workers, so that it can be gathered, written and given to a run with another number.
+    """
     return {
-        f"{name}.{key}": value
+        f"{name}.{key}": whole_of(value, parameter)
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -41,14 +106,33 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: NamedParamet
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: NamedParameters, tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Put back what `optimizer_tensors` gave; each moment goes to its parameter's device and dtype.
+    """Put back what `optimizer_tensors` gave, or its wholes; each goes to its parameter's device and placement.
 
     Raises:
         KeyError: a tensor belongs to no parameter of the model.
+        UserError: moments were kept in another number of bits.
     """
+    ours = optimizer if isinstance(optimizer, BlockAdamW) else None
     for full_name, value in tensors:
         name, key = full_name.rsplit(".", 1)
         parameter = parameters[name]
-        # Fused AdamW keeps its step counter beside the parameter; moments have the parameter's dtype.
-        dtype = torch.float32 if key == "step" else parameter.dtype
-        optimizer.state[parameter][key] = value.to(device=parameter.device, dtype=dtype)
+        part = local_part(parameter)[0]
+        if key == "step":
+            # Fused AdamW keeps its step counter beside the parameter, ours on the CPU where it is read.
+            optimizer.state[parameter][key] = value.to("cpu" if ours else part.device, torch.float32)
+            continue
+        if key == "exp_avg":
+            _check_bits(name, value, ours is not None and ours.keeps_8_bits(parameter))
+        rows = part_of(value, parameter).to(part.device)
+        if rows.untyped_storage().nbytes() > rows.nbytes:  # a view would keep the whole in memory
+            rows = rows.clone()
+        optimizer.state[parameter][key] = rows if ours else whole_of(rows, parameter)
+
+
+def _check_bits(name: str, stored: Tensor, wants_8_bits: bool) -> None:
+    if (stored.dtype == torch.uint8) != wants_8_bits:
+        kinds = ("adamw_8bit", "adamw") if stored.dtype == torch.uint8 else ("adamw", "adamw_8bit")
+        raise UserError(
+            f"optimizer.kind = {kinds[1]}: the checkpoint holds the moments of {name} as {kinds[0]} keeps them; "
+            f"go on with optimizer.kind={kinds[0]}"
+        )

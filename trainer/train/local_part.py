@@ -1,0 +1,47 @@
+"""This worker's part of a tensor that may be sharded (FSDP2), and where in the whole it lies."""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, int]:
+    """The rows that this worker holds, and the number of the first of them within the whole tensor.
+
+    Raises:
+        ValueError: sharded along another dimension than the first, or twice.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    return tensor.to_local(), _first_row(tensor)
+
+
+def _first_row(tensor: DTensor) -> int:
+    cuts = [(dim, place) for dim, place in enumerate(tensor.placements) if not place.is_replicate()]
+    if not cuts:
+        return 0
+    (mesh_dim, placement), *others = cuts
+    if others or not isinstance(placement, Shard) or placement.dim != 0:
+        raise ValueError(f"placements {tensor.placements} of a parameter: only rows can be sharded, and once")
+    workers, mine = tensor.device_mesh.size(mesh_dim), tensor.device_mesh.get_local_rank(mesh_dim)
+    rows = tensor.shape[0]
+    return min(mine * -(-rows // workers), rows)
+
+
+def whole_of(part: Tensor, like: Tensor) -> Tensor:
+    """`part` as a shard of a whole that is cut as the parameter `like` is; rows of both correspond."""
+    if not isinstance(like, DTensor) or isinstance(part, DTensor) or part.ndim == 0:
+        return part
+    shape = torch.Size([like.shape[0], *part.shape[1:]])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """This worker's rows of `value`, which is whole, or sharded as the parameter `like` is, or already those rows."""
+    if isinstance(value, DTensor):
+        return value.to_local()
+    if not isinstance(like, DTensor) or value.ndim == 0 or value.shape[0] != like.shape[0]:
+        return value
+    part, first_row = local_part(like)
+    return value[first_row : first_row + part.shape[0]]
