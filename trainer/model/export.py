@@ -22,7 +22,9 @@ from trainer.model.parts import CONFIGS_KEY, Part, TextProjection, differing_con
 from trainer.model.presets import preset
 from trainer.model.single_file import logit_scale, position_ids, to_file
 from trainer.model.tensor_file import TensorSpec, aligned, write_tensor_file
+from trainer.model.tiny import write_clip_tokenizer
 
+END_TOKEN = "<|endoftext|>"
 MARKERS = ("v_pred", "ztsnr")
 _WEIGHTS_FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -123,7 +125,7 @@ def write_folder(
     parts: Mapping[str, Part],
     precision: Precision,
     scheduler: Mapping[str, Any],
-    tokenizers: tuple[Path, Path],
+    tokenizers: tuple[Path, Path | None],
     on_written: Callable[[int], None] | None = None,
 ) -> None:
     """Write a folder in diffusers' layout; it is there whole or not at all.
@@ -131,7 +133,7 @@ def write_folder(
     Args:
         folder: replaced if it exists, at the end.
         scheduler: its `scheduler_config.json`.
-        tokenizers: folders to copy both tokenizers from.
+        tokenizers: folders to copy both tokenizers from; None: the second is the first with another padding token.
 
     Raises:
         UserError: a value is NaN or infinite, or too large for the dtype.
@@ -147,14 +149,22 @@ def write_folder(
             file = temporary / name / _WEIGHTS_FILES[name]
             specs = [tensor.spec for tensor in planned]
             write_tensor_file(file, specs, _made(planned), {"format": "pt"}, on_written=on_written)
-        for name, source in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=True):
-            shutil.copytree(source, temporary / name)
+        _copy_tokenizers(temporary, *tokenizers)
         _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
         _write_json(temporary / "model_index.json", preset("model_index"))
         _replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _copy_tokenizers(folder: Path, one: Path, two: Path | None) -> None:
+    if two is None:
+        write_clip_tokenizer(folder / "tokenizer", END_TOKEN, tokenizer_from=one)
+        write_clip_tokenizer(folder / "tokenizer_2", "!", tokenizer_from=one)
+        return
+    shutil.copytree(one, folder / "tokenizer")
+    shutil.copytree(two, folder / "tokenizer_2")
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:

@@ -45,7 +45,7 @@ class Description:
 def modelspec(
     description: Description,
     *,
-    resolution_px: int,
+    resolution: str,
     prediction_type: str,
     unet_dtype: str,
     vae_dtype: str,
@@ -56,7 +56,7 @@ def modelspec(
 
     Args:
         description: has a title.
-        resolution_px: side of the square images that the model is meant for.
+        resolution: width x height of the square images that the model is meant for, such as "1024x1024".
         prediction_type: epsilon, v_prediction or flow.
         unet_dtype, vae_dtype: such as "float16".
         thumbnail: a data URL.
@@ -65,7 +65,7 @@ def modelspec(
     told = {field.name: getattr(description, field.name) for field in fields(description)}
     content = _FIXED | {name: text for name, text in told.items() if text}
     content["date"] = (now or datetime.now(timezone.utc)).isoformat(timespec="seconds")
-    content["resolution"] = f"{resolution_px}x{resolution_px}"
+    content["resolution"] = resolution
     content["prediction_type"] = _PREDICTION_WORDS[prediction_type]
     content |= {"unet_dtype": unet_dtype, "vae_dtype": vae_dtype}
     if thumbnail:

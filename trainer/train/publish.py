@@ -109,12 +109,18 @@ def prepare_merge(first: Path, second: Path, alpha: float, blocks: BlockWeights,
     if told[0] != told[1]:
         kinds = [prediction + " with zero terminal SNR" * ztsnr for prediction, ztsnr in told]
         raise UserError(f"{first} predicts {kinds[0]}, {second} {kinds[1]}: their sum would be neither")
-    names = [source.metadata.get(TITLE_KEY) or place.absolute().stem for source, place in ((a, first), (b, second))]
+    names = [_name_of(a, first), _name_of(b, second)]
     description = replace(wish.description, merged_from=", ".join(names))
     merged = replace(a, parts=merged_parts(a.parts, b.parts, alpha, blocks), config=None, checkpoint=None, metadata={})
     recipe = {"a": names[0], "b": names[1], "alpha": alpha, "blocks": [list(pair) for pair in blocks]}
     more = {"sdxl_train.merge": json.dumps(recipe)}
     return _prepare_file(merged, replace(wish, description=description), *told[0], more)
+
+
+def _name_of(source: Source, place: Path) -> str:
+    if source.checkpoint:
+        return f"{source.checkpoint.parent.parent.name} step {checkpoint_step(source.checkpoint)}"
+    return source.metadata.get(TITLE_KEY) or place.absolute().stem
 
 
 def _require_room(wish: Wish) -> None:
@@ -178,16 +184,13 @@ def _metadata(source: Source, wish: Wish, prediction: str) -> dict[str, str]:
     config, checkpoint = source.config, source.checkpoint
     kept = {name: text for name, text in source.metadata.items() if name.startswith(PREFIX)}
     title = wish.description.title or kept.get(TITLE_KEY) or wish.out.stem
-    resolution_px = (
-        config.data.buckets.resolution if config else 8 * source.parts["unet"].config.get("sample_size", 128)
-    )
     precision, stored = (
         _precision(wish),
         {name: next(iter(part.tensors.values())) for name, part in source.parts.items()},
     )
     spec = modelspec(
         replace(wish.description, title=title),
-        resolution_px=resolution_px,
+        resolution=_resolution(source),
         prediction_type=prediction,
         unet_dtype=str(precision.of("unet", stored["unet"].meta.dtype)).removeprefix("torch."),
         vae_dtype=str(precision.of("vae", stored["vae"].meta.dtype)).removeprefix("torch."),
@@ -199,6 +202,18 @@ def _metadata(source: Source, wish: Wish, prediction: str) -> dict[str, str]:
     if config and wish.with_config:
         own["sdxl_train.config"] = dump(without_folders(json.loads(config.model_dump_json())))
     return kept | spec | own
+
+
+def _resolution(source: Source) -> str:
+    """Width x height of square images: of the run's buckets, or what a file says, or the UNet's own size."""
+    if source.config:
+        side = source.config.data.buckets.resolution
+    elif told := source.metadata.get(f"{PREFIX}resolution"):
+        return told
+    else:
+        size = source.parts["unet"].config.get("sample_size")
+        side = 8 * size if isinstance(size, int) else 1024
+    return f"{side}x{side}"
 
 
 def _thumbnail(wish: Wish, checkpoint: Path | None) -> str | None:

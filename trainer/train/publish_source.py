@@ -9,6 +9,7 @@ from typing import Any, Literal
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.errors import UserError
+from trainer.model.identify import identify, wrong_model_line
 from trainer.model.key_map import COMPONENTS
 from trainer.model.modelspec import told_prediction_type
 from trainer.model.parts import Part, TextProjection, require_whole
@@ -22,6 +23,7 @@ from trainer.model.source import (
     source_header,
     vae_source,
 )
+from trainer.model.tokenizer_files import tokenizer_folders
 from trainer.train.run_dir import MANIFEST, list_checkpoints, manifest_entry
 
 RESOLVED_CONFIG = "config.resolved.yaml"
@@ -68,7 +70,7 @@ def open_source(
         for given, option in ((model, "--model"), (weights == "ema", "--weights ema")):
             if given:
                 raise UserError(f"{option}: has no effect; {place} is no checkpoint of a run")
-        source = find_source(place)
+        source = _sdxl(place)
         metadata = source_header(source).metadata if source.kind == "file" else {}
         return Source(model_parts(place, vae, text_projection), source, metadata=metadata)
     run_config = checkpoint.parent.parent / RESOLVED_CONFIG
@@ -81,9 +83,17 @@ def open_source(
         )
     vae = vae or (config.model.vae if config and not model else None)
     if config and not model:
-        text_projection = getattr(config.model, "text_projection", "correct")
+        text_projection = config.model.text_projection
     parts = model_parts(base, vae, text_projection)
     return Source(parts | _trained_parts(checkpoint, weights), find_source(base), checkpoint, config)
+
+
+def _sdxl(place: Path) -> ModelSource:
+    source = find_source(place)
+    found = identify(place)
+    if source.kind != "pickle" and found.kind != "sdxl":
+        raise UserError(wrong_model_line("", place, found).removeprefix(": "))
+    return source
 
 
 def _checkpoint_at(place: Path) -> Path | None:
@@ -169,19 +179,15 @@ def scheduler_of(source: Source, prediction: str, ztsnr: bool) -> dict[str, Any]
     return scheduler
 
 
-def tokenizers_of(source: Source, given: Path | None) -> tuple[Path, Path]:
-    """The folders of both tokenizers: of `given`, or of the model.
+def tokenizers_of(source: Source, given: Path | None) -> tuple[Path, Path | None]:
+    """The folders of both tokenizers: of `given`, else of the run, else of the model; see `tokenizer_folders`.
 
     Raises:
         UserError: there are none.
     """
-    of_run = getattr(source.config.model, "tokenizer", None) if source.config else None
-    for place in (given, of_run, source.base.path):
-        if place is not None and (place / "tokenizer").is_dir() and (place / "tokenizer_2").is_dir():
-            return place / "tokenizer", place / "tokenizer_2"
-        if place is not None and place == given:
-            raise UserError(f"--tokenizer {given}: wanted a folder that holds tokenizer/ and tokenizer_2/")
-    raise UserError(
-        f"{source.base.path}: holds no tokenizers, which the diffusers layout needs; give --tokenizer DIR, a folder "
-        "that holds tokenizer/ and tokenizer_2/"
-    )
+    of_run = source.config.model.tokenizer if source.config else None
+    try:
+        return tokenizer_folders(source.base, given or of_run)
+    except UserError as error:
+        said = " ".join(error.lines).replace("model.tokenizer", "--tokenizer").replace("model.path: ", "")
+        raise UserError(f"the diffusers layout needs tokenizers: {said}") from None
