@@ -1,0 +1,272 @@
+"""Planned against measured peak memory: real training of UNets of 16M to 600M weights on the CPU.
+
+    python benchmarks/memory_plan.py [--models tiny,m100] [--workers 1,4]
+
+Each row trains for real (gloo between the workers); the measured peak is PyTorch's own count of what it allocates,
+in an optimizer step in steady state. The planned one comes from a pass over the same model without memory
+(`trainer.measure.memory_trace`). Takes an hour on 2 cores; a few minutes for `tiny` alone.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.dist.comm import Comm
+from trainer.dist.strategy import Sharing, StrategyKind, make_strategy, warm_up
+from trainer.measure.memory_strategy import Holding, Peak, strategy_peak
+from trainer.measure.memory_trace import trace_pass
+from trainer.model.denoiser import TrainedModel
+from trainer.model.recompute import apply_recompute, repeated_blocks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TEXT_POSITIONS, POOLED_WIDTH = 77, 80
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    model: str
+    kind: StrategyKind
+    workers: int
+    accumulation: int
+    recompute: bool
+    exchange_every_pass: bool = False
+    weights: str = "fp32"
+    compute: str = "fp32"
+    batch: int = 2
+    side_px: int = 256
+
+
+def unet_config(model: str) -> dict[str, Any]:
+    """SDXL's topology in other widths; depths of the transformers as in SDXL or fewer."""
+    widths, depths, text_width = {
+        "tiny": ((32, 64, 96), (1, 2, 10), 160),
+        "m100": ((128, 256, 320), (1, 2, 10), 512),
+        "m250": ((128, 256, 576), (1, 2, 8), 768),
+        "m600": ((192, 384, 896), (1, 2, 8), 1024),
+    }[model]
+    return {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": widths,
+        "transformer_layers_per_block": list(depths),
+        "attention_head_dim": [width // (32 if model == "tiny" else 64) for width in widths],
+        "cross_attention_dim": text_width,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 6 * 256 + POOLED_WIDTH,
+    }
+
+
+def make_model(case: Case) -> TrainedModel:
+    """The model on "meta"."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    with torch.device("meta"):
+        model = TrainedModel(UNet2DConditionModel(**unet_config(case.model)).train())
+    if case.recompute:
+        apply_recompute(model, repeated_blocks(model))
+    return model
+
+
+def make_loss(case: Case, model: nn.Module, dtype: torch.dtype, device: str) -> Callable[[], Tensor]:
+    """A pass over one micro-batch."""
+    size, text_width = case.side_px // 8, unet_config(case.model)["cross_attention_dim"]
+
+    def loss() -> Tensor:
+        latents = torch.zeros(case.batch, 4, size, size, dtype=dtype, device=device)
+        prediction = model(
+            latents,
+            torch.zeros(case.batch, dtype=torch.int64, device=device),
+            torch.zeros(case.batch, 6, device=device),
+            text_hidden=torch.zeros(case.batch, TEXT_POSITIONS, text_width, dtype=dtype, device=device),
+            text_pooled=torch.zeros(case.batch, POOLED_WIDTH, dtype=dtype, device=device),
+        )
+        return F.mse_loss(prediction.float(), latents.float())
+
+    return loss
+
+
+def input_dtype(case: Case) -> torch.dtype:
+    """Spread weights are gathered in the dtype that is computed in; others are cast by autocast."""
+    return DTYPES[case.compute if case.kind in ("zero2", "zero3") else case.weights]
+
+
+def plan(case: Case) -> Peak:
+    """The peak of `case` from a pass without memory."""
+    dtype = input_dtype(case)
+    model = make_model(case).to(dtype)
+    autocast = DTYPES[case.compute] if dtype != DTYPES[case.compute] else None
+    trace = trace_pass(model, make_loss(case, model, dtype, "meta"), repeated_blocks(model), "cpu", autocast)
+    size = DTYPES[case.weights].itemsize
+    return strategy_peak(
+        trace,
+        Holding(
+            strategy=case.kind,
+            world=case.workers,
+            stored_bytes=size,
+            compute_bytes=dtype.itemsize,
+            reduce_bytes=dtype.itemsize,
+            optimizer_bytes=2 * size,
+            accumulation=case.accumulation,
+            reduce_each_pass=case.exchange_every_pass,
+        ),
+    )
+
+
+def measure(case: Case, rank: int) -> int | None:
+    """The peak of `case` as rank 0 trains it: its second optimizer step."""
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    if rank == 0:
+        profiler.start()
+    _train(case, Comm(rank, case.workers, rank, torch.device("cpu")))
+    gc.collect()
+    if rank != 0:
+        return None
+    profiler.stop()
+    results = profiler.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+    changes = sorted((event.start_ns(), event.nbytes(), event.name()) for event in results.events())
+    level, peak, measuring = 0, 0, False
+    for _, change, name in changes:
+        if name == "[memory]":
+            level += change
+            peak = max(peak, level) if measuring else peak
+        elif name == "second step":
+            measuring, peak = True, level
+    return peak
+
+
+def _train(case: Case, comm: Comm) -> None:
+    dtype = input_dtype(case)
+    mixed = dtype if case.weights != case.compute and dtype != DTYPES[case.weights] else None
+    sharing = Sharing(case.kind, mixed, mixed, case.exchange_every_pass)
+    model = make_model(case).to(DTYPES[case.weights])
+    strategy = make_strategy(model, sharing, repeated_blocks(model).values(), comm, _fill)
+    # Workers but the first only keep it company: their optimizer's memory is another's.
+    optimizer = torch.optim.AdamW(strategy.parameters.values(), lr=1e-5, fused=True) if comm.rank == 0 else None
+    loss = make_loss(case, strategy.model, dtype, "cpu")
+    autocast = torch.autocast("cpu", DTYPES[case.compute], enabled=dtype != DTYPES[case.compute])
+
+    def step() -> None:
+        for index in range(case.accumulation):
+            with strategy.reduction(last=index == case.accumulation - 1):
+                with autocast:
+                    value = loss()
+                strategy.backward(value)
+        if optimizer is not None:
+            optimizer.step()
+        strategy.model.zero_grad(set_to_none=True)
+
+    with autocast:
+        warm_up(strategy, lambda _: loss())
+    step()
+    with torch.profiler.record_function("second step"):
+        step()
+
+
+@torch.no_grad()
+def _fill(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # pyright: ignore[reportCallIssue]
+        local.fill_(0.01)
+
+
+def cases(models: Sequence[str], worker_counts: Sequence[int]) -> list[Case]:
+    """Every row."""
+    found = []
+    for model, workers in itertools.product(models, worker_counts):
+        # Half of it, where four workers of 600M share 24 GB of RAM.
+        weights = "bf16" if model == "m600" else "fp32"
+        kinds: list[StrategyKind] = ["single"] if workers == 1 else ["ddp", "zero2"]
+        for kind, accumulation, recompute in itertools.product(kinds, (1, 4), (False, True)):
+            each = (False, True) if kind == "zero2" and accumulation > 1 else (False,)
+            found += [Case(model, kind, workers, accumulation, recompute, e, weights, weights) for e in each]
+        kinds = ["single"] if workers == 1 else ["zero2"]
+        if model != "m600":
+            found += [Case(model, kind, workers, 1, False, compute="bf16") for kind in kinds]
+    return found
+
+
+def measure_all(group: Sequence[Case]) -> list[int]:
+    """Measured peaks of cases with one number of workers, trained one after the other by the same processes."""
+    workers = group[0].workers
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--cases", json.dumps([asdict(case) for case in group])]
+        processes = []
+        for rank in range(workers):
+            env = {**os.environ, "RANK": str(rank), "MEMORY_PLAN_STORE": f"{folder}/store"}
+            out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+            processes.append(subprocess.Popen(command, env=env, stdout=out, text=True))
+        found, _ = processes[0].communicate()
+        codes = [process.wait() for process in processes]
+    if any(codes):
+        raise RuntimeError(f"workers ended with {codes}")
+    return json.loads(found.splitlines()[-1])
+
+
+def run_cases(group: Sequence[Case]) -> None:
+    """What one worker does."""
+    torch.set_num_threads(1)
+    rank, workers = int(os.environ["RANK"]), group[0].workers
+    if workers > 1:
+        store = dist.FileStore(os.environ["MEMORY_PLAN_STORE"], workers)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
+    print(json.dumps([measure(case, rank) for case in group]))
+    if workers > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def row(case: Case, measured: int) -> tuple[str, float]:
+    """A row of the table, and by how much the plan is off (0.01: one percent too high)."""
+    planned = plan(case)
+    error = planned.total / measured - 1
+    name = case.kind + (", gradients in each pass" if case.exchange_every_pass else "")
+    numbers = f"{planned.total / 2**20:,.1f} | {measured / 2**20:,.1f} | {error:+.2%}"
+    kept = "recomputed" if case.recompute else "kept"
+    text = f"| {case.model} | {case.weights}/{case.compute} | {name} | {case.workers} | {case.accumulation} | {kept} |"
+    return f"{text} {numbers} |", error
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", default="tiny,m100,m250,m600")
+    parser.add_argument("--workers", default="1,4")
+    parser.add_argument("--cases", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.cases:
+        run_cases([Case(**fields) for fields in json.loads(arguments.cases)])
+        return
+    print("| UNet | weights/compute | strategy | workers | passes | activations | planned MiB | measured MiB | error |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    rows = cases(arguments.models.split(","), [int(count) for count in arguments.workers.split(",")])
+    worst = 0.0
+    for _, group in itertools.groupby(rows, key=lambda case: (case.model, case.workers)):
+        members = list(group)
+        for case, measured in zip(members, measure_all(members), strict=True):
+            text, error = row(case, measured)
+            print(text, flush=True)
+            worst = max(worst, abs(error))
+    print(f"\nlargest error: {worst:.2%} of {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    main()

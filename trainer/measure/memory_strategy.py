@@ -1,0 +1,382 @@
+"""What a strategy holds while a pass runs: weights, gradients, optimizer state and buffers, mark by mark; no torch.
+
+Every figure is in bytes on one worker. `strategy_peak` walks through the passes of one optimizer step in steady
+state and returns the moment at which most is held, split by what holds it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from trainer.measure.memory_trace import Segment, Trace
+
+StrategyName = Literal["single", "ddp", "zero2", "zero3"]
+PARTS = ("weights", "masters", "gradients", "optimizer", "activations", "communication", "frozen")
+Split = dict[str, int]
+
+
+@dataclass(frozen=True)
+class ParameterSize:
+    """A parameter as a strategy sees it."""
+
+    name: str
+    shape: tuple[int, ...]
+    trains: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    def padded_numel(self, world: int) -> int:
+        """Elements when the first dimension is cut into equal parts for `world` workers."""
+        first = self.shape[0] if self.shape else 1
+        return -(-first // world) * world * (self.numel // max(first, 1))
+
+
+@dataclass(frozen=True)
+class Holding:
+    """How the parameters of a run are held.
+
+    Attributes:
+        strategy: `single`: one process, no wrapper; `ddp`: all of it on every worker; `zero2`: shards, gathered for each pass; `zero3`: gathered for
+            each unit.
+        world: workers that share the state.
+        stored_bytes: of one weight as the optimizer sees it (its master, where `compute_bytes` is smaller).
+        compute_bytes: of one weight in the forward pass. Differs from `stored_bytes` with zero2 and zero3 only;
+            autocast's copies are part of the trace.
+        reduce_bytes: of one gradient on the wire.
+        optimizer_bytes: state per weight that trains, such as 8 for AdamW in fp32.
+        accumulation: passes per optimizer step.
+        reduce_each_pass: zero2 and zero3 with accumulation: reduce in every pass, or keep whole gradients.
+        bucket_bytes: of one DDP bucket.
+        bucket_views: `gradient_as_bucket_view`.
+        batched_copy: `batched_grad_copy`: gradients wait until their bucket is full.
+        keeps_views: gradients are zeroed in place and stay views of their buckets.
+        optimizer_temporary_bytes: alive at once within the optimizer's step.
+        frozen_bytes: parts that do not train and lie on the same device, all through the step.
+    """
+
+    strategy: StrategyName
+    world: int
+    stored_bytes: int
+    compute_bytes: int
+    reduce_bytes: int
+    optimizer_bytes: float
+    accumulation: int = 1
+    reduce_each_pass: bool = True
+    bucket_bytes: int = 64 * 2**20
+    bucket_views: bool = True
+    batched_copy: bool = True
+    keeps_views: bool = False
+    optimizer_temporary_bytes: int = 0
+    frozen_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The fullest moment of a step.
+
+    Attributes:
+        phase: forward, backward or optimizer.
+        split: bytes by part.
+    """
+
+    phase: str
+    split: Split
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.split.values())
+
+
+@dataclass
+class _Ledger:
+    """What is held now, and the fullest moment so far."""
+
+    held: Split
+    activations: int = 0
+    phase: str = "forward"
+    peak: Peak = field(default_factory=lambda: Peak("", {}))
+
+    def add(self, part: str, amount: int) -> None:
+        self.held[part] += amount
+        self.note(0)
+
+    def note(self, above: int) -> None:
+        """The activations rise `above` their level for a moment."""
+        total = sum(self.held.values()) + self.activations + above
+        if total > self.peak.total:
+            self.peak = Peak(self.phase, self.held | {"activations": self.activations + above})
+
+
+class _Accountant(Protocol):
+    """What a strategy does at the marks."""
+
+    def begin_pass(self, index: int) -> None: ...
+    def at(self, kind: str, name: str) -> None: ...
+    def end_step(self) -> None: ...
+
+
+def strategy_peak(trace: "Trace", holding: Holding) -> Peak:
+    """The fullest moment of an optimizer step in steady state; all of its passes are like the traced one."""
+    parameters = [ParameterSize(name, shape, name in trace.trains) for name, shape in trace.shapes.items()]
+    segments, unit_of = trace.segments, trace.unit_of
+    ledger = _Ledger(dict.fromkeys(PARTS, 0))
+    ledger.held["frozen"] = holding.frozen_bytes
+    make = _Replicated if holding.strategy in ("single", "ddp") else _Sharded
+    accountant: _Accountant = make(ledger, parameters, unit_of, holding, gradient_order(segments))
+    for step in range(2):  # the first one brings everything into its steady state
+        ledger.peak = Peak("", {})
+        for index in range(holding.accumulation):
+            ledger.phase = "forward"
+            accountant.begin_pass(index)
+            for segment in segments:
+                ledger.note(segment.peak)
+                ledger.activations += segment.net
+                accountant.at(segment.mark, segment.name)
+                if segment.mark == "end of forward":
+                    ledger.phase = "backward"
+            ledger.activations = 0
+        ledger.phase = "optimizer"
+        ledger.note(holding.optimizer_temporary_bytes)
+        accountant.end_step()
+        del step
+    return ledger.peak
+
+
+def gradient_order(segments: Sequence["Segment"]) -> list[str]:
+    """Parameters in the order in which their gradients arrive."""
+    return [segment.name for segment in segments if segment.mark == "gradient"]
+
+
+class _Replicated:
+    """Plain training in one process, or DDP with buckets that stay."""
+
+    def __init__(
+        self,
+        ledger: _Ledger,
+        parameters: Sequence[ParameterSize],
+        unit_of: Mapping[str, str],
+        holding: Holding,
+        order: Sequence[str],
+    ) -> None:
+        del unit_of
+        self._ledger, self._holding = ledger, holding
+        size = holding.stored_bytes
+        self._bytes = {p.name: p.numel * size for p in parameters if p.trains}
+        total = sum(self._bytes.values())
+        ledger.held["weights"] = sum(p.numel * size for p in parameters)
+        ledger.held["optimizer"] = round(holding.optimizer_bytes * total / size)
+        self._wrapped = holding.strategy == "ddp"
+        if self._wrapped:
+            ledger.held["gradients"] = total  # the buckets
+        self._bucket_of = _buckets(order, self._bytes, holding.bucket_bytes)
+        self._waiting: dict[int, set[str]] = {}
+        self._loose: set[str] = set()  # gradients with memory of their own
+        self._synchronizes = True
+
+    def begin_pass(self, index: int) -> None:
+        self._synchronizes = index == self._holding.accumulation - 1
+        self._waiting = {}
+        for name, bucket in self._bucket_of.items():
+            self._waiting.setdefault(bucket, set()).add(name)
+
+    def at(self, kind: str, name: str) -> None:
+        if kind != "gradient":
+            return
+        ledger, holding, size = self._ledger, self._holding, self._bytes[name]
+        viewed = self._wrapped and holding.bucket_views
+        if name not in self._loose and not (viewed and holding.keeps_views):
+            self._loose.add(name)
+            ledger.add("gradients", size)
+        if not viewed or not self._synchronizes or holding.keeps_views:
+            return
+        if not holding.batched_copy:
+            self._drop(name)
+            return
+        waiting = self._waiting[self._bucket_of[name]]
+        waiting.discard(name)
+        if not waiting:
+            for member, bucket in self._bucket_of.items():
+                if bucket == self._bucket_of[name]:
+                    self._drop(member)
+
+    def end_step(self) -> None:
+        for name in tuple(self._loose):
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        if name in self._loose:
+            self._loose.remove(name)
+            self._ledger.add("gradients", -self._bytes[name])
+
+
+def _buckets(order: Sequence[str], sizes: Mapping[str, int], capacity: int) -> dict[str, int]:
+    """DDP's buckets after it has seen one backward pass: filled in the order of arrival until they are full."""
+    bucket, filled, found = 0, 0, {}
+    for name in order:
+        found[name] = bucket
+        filled += sizes[name]
+        if filled >= capacity:
+            bucket, filled = bucket + 1, 0
+    return found
+
+
+class _Sharded:
+    """FSDP2: every worker keeps its share of each unit, and gathers whole units to compute with."""
+
+    def __init__(
+        self,
+        ledger: _Ledger,
+        parameters: Sequence[ParameterSize],
+        unit_of: Mapping[str, str],
+        holding: Holding,
+        order: Sequence[str],
+    ) -> None:
+        del order
+        self._ledger, self._holding = ledger, holding
+        self._unit_of = unit_of
+        self._padded: dict[str, int] = {}  # elements of each unit
+        self._trained: dict[str, int] = {}
+        self._numel = {p.name: p.numel for p in parameters}
+        for parameter in parameters:
+            unit, numel = unit_of.get(parameter.name, ""), parameter.padded_numel(holding.world)
+            self._padded[unit] = self._padded.get(unit, 0) + numel
+            self._trained[unit] = self._trained.get(unit, 0) + (numel if parameter.trains else 0)
+        shards = sum(self._padded.values()) // holding.world
+        mixed = holding.compute_bytes != holding.stored_bytes
+        ledger.held["masters" if mixed else "weights"] += shards * holding.stored_bytes
+        trained = sum(self._trained.values()) // holding.world
+        ledger.held["optimizer"] = round(holding.optimizer_bytes * trained)
+        self._mixed = mixed
+        self._whole: set[str] = set()  # units that are gathered
+        self._gathered_ahead: set[str] = set()
+        self._order: list[str] = []
+        self._previous_gather = 0
+        self._reduce_input = 0
+        self._unit_gradients: dict[str, int] = {}  # whole gradients in the compute dtype
+        self._kept_gradients: dict[str, int] = {}  # whole gradients kept from pass to pass, in the reduce dtype
+        self._shards: set[str] = set()  # units whose gradient shard is there
+        self._reduces = True
+        self._backward = False
+
+    def begin_pass(self, index: int) -> None:
+        self._reduces = self._holding.reduce_each_pass or index == self._holding.accumulation - 1
+        self._order = []
+        self._backward = False
+        self._gather("")
+
+    def at(self, kind: str, name: str) -> None:
+        if kind == "forward" and not self._backward:
+            if self._holding.strategy == "zero3" and self._order:
+                self._release(self._order[-1])
+            self._order.append(name)
+            self._gather(name)
+        elif kind == "end of forward":
+            if self._holding.strategy == "zero3" and self._order:
+                self._release(self._order[-1])
+            self._ledger.add("communication", -self._previous_gather)
+            self._previous_gather, self._backward = 0, True
+        elif kind == "before backward" and self._holding.strategy == "zero3":
+            self._gather_for_backward(name)
+        elif kind == "gradient":
+            unit = self._unit_of.get(name, "")
+            size = self._numel[name] * self._holding.compute_bytes
+            # Where gradients are kept in the wire's own dtype, a later pass adds to them in place.
+            in_place = self._kept_gradients.get(unit, 0) and self._holding.reduce_bytes == self._holding.compute_bytes
+            if not in_place:
+                self._unit_gradients[unit] = self._unit_gradients.get(unit, 0) + size
+                self._ledger.add("gradients", size)
+        elif kind == "backward":
+            self._end_unit(name)
+        elif kind == "end of backward":
+            for unit in [*self._whole]:
+                self._end_unit(unit)
+            self._ledger.add("communication", -self._reduce_input)
+            self._reduce_input = 0
+
+    def end_step(self) -> None:
+        shards = sum(self._trained[unit] for unit in self._shards) // self._holding.world
+        self._ledger.add("gradients", -shards * self._holding.stored_bytes)
+        self._shards.clear()
+
+    def _gather(self, unit: str) -> None:
+        """All-gather into one flat buffer, then copy out; the buffer lives until the next gather's."""
+        if unit in self._whole or unit not in self._padded:
+            return
+        flat = self._padded[unit] * self._holding.compute_bytes
+        if self._holding.world > 1:
+            shard = flat // self._holding.world if self._mixed else 0
+            self._ledger.add("communication", flat + shard)
+            self._ledger.add("communication", -shard - self._previous_gather)
+            self._previous_gather = flat
+        self._ledger.add("weights", flat)
+        self._whole.add(unit)
+
+    def _gather_for_backward(self, unit: str) -> None:
+        for wanted in (unit, self._before(unit)):
+            if wanted is None or wanted in self._whole or wanted in self._gathered_ahead:
+                continue
+            self._ledger.add("communication", self._padded[wanted] * self._holding.compute_bytes)
+            self._gathered_ahead.add(wanted)
+            if wanted == unit:
+                self._copy_out(unit)
+        self._copy_out(unit)
+
+    def _copy_out(self, unit: str) -> None:
+        if unit in self._gathered_ahead:
+            self._gathered_ahead.remove(unit)
+            flat = self._padded[unit] * self._holding.compute_bytes
+            self._ledger.add("weights", flat)
+            self._ledger.add("communication", -flat)
+            self._whole.add(unit)
+
+    def _before(self, unit: str) -> str | None:
+        place = self._order.index(unit) if unit in self._order else 0
+        return self._order[place - 1] if place > 0 else None
+
+    def _release(self, unit: str) -> None:
+        if unit in self._whole and unit != "":
+            self._whole.remove(unit)
+            self._ledger.add("weights", -self._padded[unit] * self._holding.compute_bytes)
+
+    def _end_unit(self, unit: str) -> None:
+        """After a unit's backward pass: let go of its whole weights, reduce its gradients to this worker's share."""
+        if unit not in self._whole:
+            return
+        holding, ledger = self._holding, self._ledger
+        self._whole.remove(unit)
+        ledger.add("weights", -self._padded[unit] * holding.compute_bytes)
+        gradients = self._unit_gradients.pop(unit, 0)
+        same = holding.reduce_bytes == holding.compute_bytes
+        if not self._reduces:
+            kept = self._kept_gradients.get(unit, 0)
+            if same:
+                self._kept_gradients[unit] = kept or gradients
+            elif gradients:
+                whole = gradients // holding.compute_bytes * holding.reduce_bytes
+                ledger.add("gradients", 0 if kept else whole)
+                ledger.add("gradients", -gradients)
+                self._kept_gradients[unit] = whole
+            return
+        gradients += self._kept_gradients.pop(unit, 0)
+        if not gradients:
+            return
+        ledger.add("communication", -self._reduce_input)
+        self._reduce_input = self._trained[unit] * holding.reduce_bytes
+        ledger.add("communication", self._reduce_input)
+        ledger.add("gradients", -gradients)
+        reduced = self._trained[unit] // holding.world * holding.reduce_bytes
+        shard = self._trained[unit] // holding.world * holding.stored_bytes
+        ledger.add("communication", reduced)
+        if holding.reduce_bytes != holding.stored_bytes:
+            ledger.add("communication", shard)
+            ledger.add("communication", -shard)
+        ledger.add("communication", -reduced)
+        if unit not in self._shards:
+            self._shards.add(unit)
+            ledger.add("gradients", shard)

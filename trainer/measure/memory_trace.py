@@ -1,0 +1,232 @@
+"""Counts the bytes that one forward and backward pass keeps alive, on tensors that have no memory ("meta").
+
+The pass is the real one, of the real modules at their real sizes; only the kernels do nothing. Weights and the
+gradients that have reached them are left out: who holds them, and how often, is the strategy's part
+(`memory_strategy.py`).
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainer.measure.memory_kernels import HIDDEN_BYTES, Kernels, emulated_kernels
+
+MarkKind = Literal["forward", "end of forward", "before backward", "gradient", "backward", "end of backward"]
+
+_CUDA_BLOCK = 512  # the caching allocator's granularity, bytes
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What happens up to a mark, in bytes of everything but weights and gradients that have arrived.
+
+    Attributes:
+        peak: highest level over that at the segment's start.
+        net: level at its end over that at its start.
+        mark: what happens then: `forward` of a unit begins, the forward pass ends, `before backward` of a unit
+            the gradient of its output is there, the `gradient` of a parameter is there, `backward` of a unit ends.
+        name: of the unit or the parameter.
+        gradient_bytes: of the parameter's gradient.
+    """
+
+    peak: int
+    net: int
+    mark: MarkKind
+    name: str
+    gradient_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward and backward pass of a model.
+
+    Attributes:
+        segments: from its beginning to its end.
+        shapes: of all parameters, by name.
+        trains: names of those that get gradients.
+        unit_of: the innermost marked unit that holds a parameter; absent for those outside of all units.
+    """
+
+    segments: tuple[Segment, ...]
+    shapes: dict[str, tuple[int, ...]]
+    trains: frozenset[str]
+    unit_of: dict[str, str]
+
+    @property
+    def saved_bytes(self) -> int:
+        """Alive at the end of the forward pass."""
+        level = 0
+        for segment in self.segments:
+            level += segment.net
+            if segment.mark == "end of forward":
+                return level
+        raise AssertionError("a trace has an end of its forward pass")
+
+
+def trace_pass(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    units: Mapping[str, nn.Module],
+    kernels: Kernels,
+    autocast: torch.dtype | None = None,
+) -> Trace:
+    """Run `loss` and its backward pass, and say what is alive when.
+
+    Args:
+        model: on the device "meta"; those of its parameters that train ask for gradients.
+        loss: runs the forward pass; makes its own inputs on "meta", which count as activations.
+        units: modules of the model whose beginning and end are marked, by name in the model.
+        kernels: whose memory is counted: attention, autocast and the allocator's rounding differ.
+        autocast: as `torch.autocast` would do on that device around the forward pass; it does not know "meta".
+    """
+    live = _LiveBytes(_CUDA_BLOCK if kernels == "cuda" else 1)
+    parameters = dict(model.named_parameters())
+    for tensor in (*parameters.values(), *model.buffers()):
+        live.ignore(tensor)
+    handles: list[Any] = []
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            handles.append(parameter.register_post_accumulate_grad_hook(_gradient_hook(live, name)))
+    for name, unit in units.items():
+        handles.append(unit.register_forward_pre_hook(_forward_hook(live, name), with_kwargs=True))
+        handles.append(unit.register_forward_hook(_output_hook(live, name)))
+    try:
+        with live, emulated_kernels(kernels, autocast) as end_forward:
+            value = loss()
+            end_forward()
+            live.mark("end of forward", "")
+            torch.autograd.backward(value)
+            del value
+            live.mark("end of backward", "")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Trace(
+        segments=tuple(live.segments),
+        shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        trains=frozenset(name for name, parameter in parameters.items() if parameter.requires_grad),
+        unit_of=_innermost_units(parameters, units),
+    )
+
+
+def trace_peak(run: Callable[[], object], held: Mapping[str, Tensor], kernels: Kernels) -> int:
+    """Most bytes that `run` keeps alive beside `held`, such as one pass of the frozen VAE."""
+    live = _LiveBytes(_CUDA_BLOCK if kernels == "cuda" else 1)
+    for tensor in held.values():
+        live.ignore(tensor)
+    with live, emulated_kernels(kernels, None):
+        run()
+        live.mark("end of forward", "")
+    return live.segments[0].peak
+
+
+def _innermost_units(parameters: Iterable[str], units: Iterable[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for unit in sorted(units, key=len):
+        found.update({name: unit for name in parameters if name.startswith(unit + ".")})
+    return found
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows each storage from the operation that makes it to its end."""
+
+    def __init__(self, granularity: int) -> None:
+        super().__init__()
+        self.segments: list[Segment] = []
+        self._granularity = granularity
+        self._sizes: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._level = self._start = self._peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        hidden = HIDDEN_BYTES.get(func)
+        if hidden is not None and self._granularity > 1:
+            self._peak = max(self._peak, self._level + hidden(args))
+        return out
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Never count this tensor."""
+        self._sizes[tensor.untyped_storage()._cdata] = 0
+
+    def take(self, tensor: Tensor) -> int:
+        """Stop counting this tensor, and return its bytes."""
+        key = tensor.untyped_storage()._cdata
+        size = self._sizes.get(key, 0)
+        self._sizes[key] = 0
+        self._level -= size
+        return size
+
+    def mark(self, kind: MarkKind, name: str, gradient_bytes: int = 0) -> None:
+        """End a segment."""
+        peak, net = self._peak - self._start, self._level - self._start
+        self.segments.append(Segment(peak, net, kind, name, gradient_bytes))
+        self._start = self._peak = self._level
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        size = -(-storage.nbytes() // self._granularity) * self._granularity
+        self._sizes[key] = size
+        self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
+        self._level += size
+        self._peak = max(self._peak, self._level)
+
+    def _forget(self, key: int) -> None:
+        self._level -= self._sizes.pop(key)
+        del self._references[key]
+
+
+def _gradient_hook(live: _LiveBytes, name: str) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        live.mark("gradient", name, live.take(parameter.grad))
+        parameter.grad = None
+
+    return hook
+
+
+def _forward_hook(live: _LiveBytes, name: str) -> Callable[..., tuple[Any, Any]]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        live.mark("forward", name)
+        wanting = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.requires_grad]
+        if not wanting or not torch.is_grad_enabled():
+            return args, kwargs
+        # As FSDP2 does it: the gradients of all inputs come through here, once the unit's backward pass is done.
+        through = iter(_MarkBackward.apply(live, name, *wanting))  # pyright: ignore[reportGeneralTypeIssues, reportArgumentType]
+        marked = {id(value): next(through) for value in wanting}
+        new_kwargs = {key: marked.get(id(value), value) for key, value in kwargs.items()}
+        return tuple(marked.get(id(value), value) for value in args), new_kwargs
+
+    return hook
+
+
+def _output_hook(live: _LiveBytes, name: str) -> Callable[..., None]:
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        for value in output if isinstance(output, tuple) else (output,):
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(lambda _: live.mark("before backward", name))
+
+    return hook
+
+
+class _MarkBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, live: _LiveBytes, name: str, *inputs: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.live, ctx.name = live, name
+        return inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.live.mark("backward", ctx.name)
+        return (None, None, *gradients)
