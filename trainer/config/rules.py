@@ -40,6 +40,7 @@ def broken_rules(config: Config) -> list[Problem]:
         _mode,
         _captions,
         _trainable,
+        _export,
         _validation,
         _samples,
         _written_folders,
@@ -219,6 +220,17 @@ def _trainable(config: Config) -> Iterator[Problem]:
     if config.captions.max_tokens == 75 and _is_given(config, "captions.chunks"):
         keys = ("captions.chunks", "captions.max_tokens")
         yield _clash(config, keys, "has no effect; there is one chunk, and nothing to join")
+
+
+def _export(config: Config) -> Iterator[Problem]:
+    when = config.checkpoint.export.when
+    for name in type(config.checkpoint.export).model_fields:
+        key = f"checkpoint.export.{name}"
+        if name != "when" and when == "never" and _is_given(config, key):
+            yield _clash(config, (key, "checkpoint.export.when"), "has no effect; use `when: end` or `checkpoints`")
+    if when == "end" and _is_given(config, "checkpoint.export.keep"):
+        keys = ("checkpoint.export.keep", "checkpoint.export.when")
+        yield _clash(config, keys, "has no effect; one file is written")
 
 
 def _validation(config: Config) -> Iterator[Problem]:

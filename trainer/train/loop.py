@@ -24,6 +24,7 @@ from trainer.train.captions import caption_rules, caption_tokenizer
 from trainer.train.checkpoint import write_checkpoint
 from trainer.train.checkpoint_files import checkpoint_files
 from trainer.train.encoding import encoded_batches
+from trainer.train.exports import Exports
 from trainer.train.lr_schedule import lr_at
 from trainer.train.run_dir import MANIFEST, checkpoint_dir, prune_checkpoints
 from trainer.train.scoring import Scorer
@@ -51,6 +52,7 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
         if comm.rank == 0:
             bad = forget_bad_rows_after(config.run.dir, state.step)
             outputs = _Outputs.open(stack, config, state, arithmetic.total_steps, fresh=run.state is None)
+        exports = stack.enter_context(Exports(config)) if comm.rank == 0 else None
         scorer = Scorer(config, comm, run.parts.denoiser, run.prepared, run.parts.strategy.gathered)
         if run.state is None:
             scorer.score_when_due(0, outputs and outputs.metrics, at_end=False)
@@ -82,6 +84,8 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
                 raise bad.as_error(limit, config.run.dir)
             if not result.stop:
                 scorer.score_when_due(state.step, outputs and outputs.metrics, at_end=done)
+            if exports:  # after the samples, one of which is the file's thumbnail
+                exports.start_when_due(state.step, is_finished=state.step >= arithmetic.total_steps)
             if not done and state.position.starts_epoch:
                 newer = _newer_data(config, comm, state)
                 if newer:

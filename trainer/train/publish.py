@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from trainer import __version__
+from trainer.config.schema import Config
 from trainer.config.yaml_source import dump
 from trainer.errors import UserError
 from trainer.model.merge import BlockWeights, merged_parts
@@ -76,17 +77,18 @@ class PreparedExport:
     write: Callable[[Callable[[int], None] | None], None]
 
 
-def prepare_export(place: Path, wish: Wish) -> PreparedExport:
+def prepare_export(place: Path, wish: Wish, config: Config | None = None) -> PreparedExport:
     """Look at everything that an export needs, without reading weights that need no check.
 
     Args:
         place: a checkpoint, a run directory (its newest checkpoint), a diffusers folder or a single file.
+        config: of the checkpoint's run; None: as it lies beside it.
 
     Raises:
         UserError: something is missing, damaged, or does not go together.
     """
     _require_room(wish)
-    source = open_source(place, wish.model, wish.vae, wish.weights, wish.source_projection)
+    source = open_source(place, wish.model, wish.vae, wish.weights, wish.source_projection, config)
     prediction, ztsnr = prediction_of(source, wish.prediction_type, wish.ztsnr)
     if wish.layout == "diffusers":
         return _prepare_folder(source, wish, prediction, ztsnr)

@@ -53,6 +53,7 @@ def open_source(
     vae: Path | None,
     weights: Literal["live", "ema"],
     text_projection: TextProjection = "correct",
+    config: Config | None = None,
 ) -> Source:
     """The parts of what is to be published, each from where it lies; reads headers and checksums alone.
 
@@ -61,6 +62,7 @@ def open_source(
         model: what the parts that a checkpoint lacks are taken from; None: the model that its run started from.
         vae: replaces the model's.
         text_projection: how a single file that is no run's model holds it.
+        config: of the checkpoint's run; None: as it lies beside it.
 
     Raises:
         UserError: something is missing, damaged, or does not go together.
@@ -74,7 +76,8 @@ def open_source(
         metadata = source_header(source).metadata if source.kind == "file" else {}
         return Source(model_parts(place, vae, text_projection), source, metadata=metadata)
     run_config = checkpoint.parent.parent / RESOLVED_CONFIG
-    config = load_config(run_config, check_paths=False) if run_config.is_file() else None
+    if config is None and run_config.is_file():
+        config = load_config(run_config, check_paths=False)
     base = model or (config.model.path if config else None)
     if base is None:
         raise UserError(

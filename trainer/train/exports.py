@@ -1,0 +1,88 @@
+"""`checkpoint.export`: files to publish, written beside the training in a thread of rank 0."""
+
+import logging
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from trainer.config.schema import Config
+from trainer.errors import UserError
+from trainer.model.modelspec import Description
+from trainer.train.publish import Wish, prepare_export
+from trainer.train.run_dir import MANIFEST, checkpoint_dir
+
+_log = logging.getLogger(__name__)
+
+
+class _Cancelled(Exception):
+    """The run ends before the file is written."""
+
+
+class Exports:
+    """Writes exports one after the other; no failure of theirs, such as a full disk, ends the run.
+
+    Leaving the context waits for the export of a finished run; one that is under way when a run is stopped or fails
+    is given up, and nothing is left of it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._thread: threading.Thread | None = None
+        self._give_up = threading.Event()
+        self._is_finished = False
+
+    def __enter__(self) -> "Exports":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        if kind is not None or not self._is_finished:
+            self._give_up.set()
+        self._wait()
+
+    def start_when_due(self, step: int, *, is_finished: bool) -> None:
+        """Begin the export that `checkpoint.export` asks for at this step; call it when its checkpoint is written.
+
+        Args:
+            is_finished: whether this was the run's last step.
+        """
+        wish, checkpoint = self._config.checkpoint, checkpoint_dir(self._config.run.dir, step)
+        self._is_finished = is_finished
+        due = is_finished or (wish.export.when == "checkpoints" and step % wish.every_steps == 0)
+        if wish.export.when == "never" or not due or not (checkpoint / MANIFEST).is_file():
+            return
+        if is_finished:
+            self._wait()
+        elif self._thread and self._thread.is_alive():
+            _log.warning("step %d is not exported: the export before it is still being written", step)
+            return
+        self._thread = threading.Thread(target=self._export, args=(checkpoint,), name="export", daemon=True)
+        self._thread.start()
+
+    def _wait(self) -> None:
+        if self._thread:
+            self._thread.join()
+
+    def _export(self, checkpoint: Path) -> None:
+        settings, run_dir = self._config.checkpoint.export, self._config.run.dir
+        folder = settings.dir or run_dir / "exports"
+        out = folder / f"{run_dir.name}-{checkpoint.name}.safetensors"
+        description = Description(settings.title or None, settings.author or None, license=settings.license or None)
+        begin = time.perf_counter()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            wish = Wish(out, dtype=settings.dtype, description=description, overwrite=True)
+            prepare_export(checkpoint, wish, self._config).write(self._go_on)
+            if settings.keep:
+                for old in sorted(folder.glob(f"{run_dir.name}-step-????????.safetensors"))[: -settings.keep]:
+                    old.unlink()
+        except _Cancelled:
+            _log.warning("%s: given up, for the run ends; `sdxl-train export %s -o FILE` writes it", out, checkpoint)
+        except (UserError, OSError) as error:
+            _log.warning("not exported, training is not affected: %s", " ".join(str(error).split()))
+        else:
+            _log.info("exported %s in %.1f s", out, time.perf_counter() - begin)
+
+    def _go_on(self, _: int) -> None:
+        if self._give_up.is_set():
+            raise _Cancelled
