@@ -1,0 +1,48 @@
+"""Single files of a small model, written by the table of names and safetensors alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.model.folder import read_config
+from trainer.model.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, single_file_keys
+from trainer.model.parts import CONFIGS_KEY
+from trainer.model.single_file import logit_scale, position_ids, to_file
+from trainer.model.source import component_tensors, find_source
+
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def single_file_tensors(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Every tensor of a single file of the model in `folder`."""
+    source = find_source(folder)
+    states = {name: dict(component_tensors(source, name)) for name in COMPONENTS}
+    keys = single_file_keys({name: read_config(folder / name) for name in COMPONENTS})
+    tensors = {
+        key.file_name: to_file(key, [states[key.component][name] for name in key.names]).to(dtype) for key in keys
+    }
+    return tensors | {POSITION_IDS: position_ids(), LOGIT_SCALE: logit_scale(dtype)}
+
+
+def write_single_file(
+    folder: Path, file: Path, dtype: torch.dtype = torch.float32, change: Change = lambda tensors: tensors
+) -> Path:
+    """Write the model in `folder` as one file, with its configurations."""
+    configs = {name: read_config(folder / name) for name in COMPONENTS}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in change(single_file_tensors(folder, dtype)).items()}
+    save_file(tensors, file, metadata={CONFIGS_KEY: json.dumps(configs)})
+    return file
+
+
+def rewrite(file: Path, out: Path, change: Change, metadata: dict[str, str] | None = None) -> Path:
+    """A copy of a single file with other tensors, and the same configurations."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    save_file(change(load_file(file)), out, metadata=header["__metadata__"] | (metadata or {}))
+    return out
