@@ -8,8 +8,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from trainer.cli.compare_text import comparison_lines
 from trainer.cli.inspect_text import inspection_lines
 from trainer.errors import UserError
+from trainer.evaluate.change_chart import change_chart_png
+from trainer.model.compare import as_json as comparison_json
+from trainer.model.compare import comparable_bytes, compare
 from trainer.model.header import HeaderFault
 from trainer.model.identify import Identity
 from trainer.model.inspect import as_json, inspect, look, total_bytes
@@ -46,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
         if path is not None:
             checked(path)
     if arguments.other is not None:
-        return _compare(arguments)
+        _compare(arguments)
+        return 0
     if arguments.out is not None:
         raise UserError(f"--out {arguments.out}: a chart is drawn of two models; give a second one")
     _show(arguments)
@@ -73,15 +78,21 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
+@contextmanager
+def _faults_named(place: str) -> Iterator[None]:
+    """What goes wrong with a file, as one line."""
+    try:
+        yield
+    except HeaderFault as fault:
+        raise UserError(f"{place}: holds {fault.description}{f'; {fault.mend}' if fault.mend else ''}") from None
+    except OSError as error:
+        raise UserError(f"{place}: cannot be read ({error.strerror or error})") from None
+
+
 def _show(arguments: argparse.Namespace) -> None:
     path: Path = arguments.model
-    try:
-        with progress(path.name, 0 if arguments.quick else total_bytes(path)) as advance:
-            found = inspect(path, quick=arguments.quick, reference=arguments.reference, on_bytes=advance)
-    except HeaderFault as fault:
-        raise UserError(f"{path}: holds {fault.description}{f'; {fault.mend}' if fault.mend else ''}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    with _faults_named(str(path)), progress(path.name, 0 if arguments.quick else total_bytes(path)) as advance:
+        found = inspect(path, quick=arguments.quick, reference=arguments.reference, on_bytes=advance)
     if arguments.json:
         print(json.dumps(as_json(found), indent=2, ensure_ascii=False))
         return
@@ -89,5 +100,25 @@ def _show(arguments: argparse.Namespace) -> None:
         print(line)
 
 
-def _compare(arguments: argparse.Namespace) -> int:
-    raise UserError("two models are not compared yet")
+def _compare(arguments: argparse.Namespace) -> None:
+    a, b = arguments.model, arguments.other
+    for name in ("quick", "reference"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name}: belongs to one model; of two, all weights are compared, A being the reference")
+    out: Path = arguments.out or b.absolute().parent / f"{b.absolute().name}.change.png"
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    with _faults_named(f"{a} or {b}"), progress("comparing", comparable_bytes(a, b)) as advance:
+        found = compare(a, b, on_bytes=advance)
+    if not found.tensors:
+        raise UserError(
+            f"{a} ({found.identity_a.description}) and {b} ({found.identity_b.description}) "
+            "have no tensor of the same name and size; give two models of one kind"
+        )
+    change_chart_png(found, out)
+    if arguments.json:
+        print(json.dumps(comparison_json(found) | {"chart": str(out)}, indent=2, ensure_ascii=False))
+        return
+    for line in comparison_lines(found):
+        print(line)
+    print(f"\nchart: {out}")

@@ -4,6 +4,7 @@ Nothing here imports torch: help, mistakes in a config and the plan answer at on
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -63,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in error.lines:
             print(f"sdxl-train: {line}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `head` does; Python would complain again while it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         return 130
 

@@ -22,7 +22,7 @@ DTYPE_BITS = {
 
 MAX_HEADER_BYTES = 32 << 20  # SDXL's is 0.3 MB; the largest known, with a LoRA's whole tag statistics, a few MB
 MAX_TENSORS = 100_000
-_MAX_PUNCTUATION = 4_000_000  # what a header's values can number: each costs up to 100 bytes of memory
+_MAX_PUNCTUATION = 1_500_000  # what a header's values can number: each costs up to 100 bytes of memory
 _MAX_DIGITS = 19
 _MAX_AXES, _MAX_BYTES = 8, 1 << 48
 _SAFETENSORS_MAX_HEADER_BYTES = 100_000_000  # the format's own limit

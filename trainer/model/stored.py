@@ -61,8 +61,7 @@ class StoredTensor:
     @property
     def block(self) -> str:
         """The block it belongs to, as in `trainer.model.key_map.block_of`."""
-        block = block_of(self.name)
-        return block if block != "other" else _block_by_name(self.name)
+        return block_by_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -121,20 +120,13 @@ def read_pieces(tensor: StoredTensor, piece_bytes: int = PIECE_BYTES) -> Iterato
     if tensor.data is not None:
         yield from (tensor.data[at : at + piece_bytes] for at in range(0, tensor.num_bytes, piece_bytes))
         return
-    with tensor.file.open("rb", buffering=0) as stream:
+    with tensor.file.open("rb") as stream:
         stream.seek(tensor.begin)
-        left = tensor.num_bytes
-        while left:
-            piece = stream.read(min(left, piece_bytes))
-            # A read may give less than it was asked for, and elements must not be cut.
-            while piece and len(piece) % 8 and len(piece) < left:
-                more = stream.read(8 - len(piece) % 8)
-                if not more:
-                    break
-                piece += more
-            if not piece:
+        for at in range(0, tensor.num_bytes, piece_bytes):
+            wanted = min(piece_bytes, tensor.num_bytes - at)
+            piece = stream.read(wanted)
+            if len(piece) < wanted:
                 raise OSError(f"{tensor.file}: has become shorter")
-            left -= len(piece)
             yield piece
 
 
@@ -243,8 +235,11 @@ def _named(tensor: StoredTensor, table: Mapping[str, KeyEntry]) -> StoredTensor:
     return replace(tensor, name=entry.file_name + part, is_transposed=is_transposed)
 
 
-def _block_by_name(name: str) -> str:
-    """The first parts of a name, with a number if there is one among them: of models that are not SDXL."""
+def block_by_name(name: str) -> str:
+    """`key_map.block_of`; of models that are not SDXL, the first parts of a name up to a number."""
+    block = block_of(name)
+    if block != "other":
+        return block
     parts = re.sub(r"\.(weight|bias|alpha)$", "", name).split(".")
     number = next((n for n, part in enumerate(parts) if part.isdecimal()), 1)
     return ".".join(parts[: min(number + 1, 4)])
