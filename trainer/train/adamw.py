@@ -119,7 +119,7 @@ class BlockAdamW(torch.optim.Optimizer):
     ) -> None:
         """Update one parameter, a chunk of whole blocks at a time."""
         weight, first_row = local_part(parameter)
-        state = self.state[parameter] or self._start(parameter)
+        state = self.state[parameter] or self.start(parameter)
         step = int(state["step"]) + 1
         state["step"].fill_(step)
         block = block_size(parameter.shape)
@@ -148,7 +148,7 @@ class BlockAdamW(torch.optim.Optimizer):
         if not weight.is_contiguous():  # channels-last weights were updated in a copy
             weight.copy_(rows.weight.view(weight.shape))
 
-    def _start(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def start(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Zero moments of this worker's part of a parameter."""
         weight, _ = local_part(parameter)
         state = self.state[parameter]
