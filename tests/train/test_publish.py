@@ -96,12 +96,14 @@ def test_markers_vae_and_metadata_of_a_file_written_anew(
     assert header.tensors["first_stage_model.quant_conv.bias"].dtype == "F32"
     assert header.metadata["modelspec.prediction_type"] == "v"
     # The markers, title and dtypes are taken over; the projection is turned back.
-    run("export", first, "-o", second, "--dtype", "same", "--from-kohya")
+    run("export", first, "-o", second, "--dtype", "same", "--from-kohya", "--author", "someone")
     again = read_header(second)
     assert {name: entry.dtype for name, entry in again.tensors.items()} == {
         name: entry.dtype for name, entry in header.tensors.items()
     }
-    assert again.metadata["modelspec.title"] == "Foxes" and again.metadata["modelspec.prediction_type"] == "v"
+    assert again.metadata["modelspec.title"] == "Foxes" and again.metadata["modelspec.author"] == "someone"
+    assert again.metadata["modelspec.hash_sha256"] == f"0x{hash_of_data(second)}"
+    assert again.metadata["modelspec.prediction_type"] == "v"
     name = "conditioner.embedders.1.model.text_projection"
     assert torch.equal(load_file(first)[name].T, load_file(second)[name])
     options = ("--layout", "diffusers", "--tokenizer", model_folder, "--vae", model_folder / "vae")
@@ -122,6 +124,10 @@ def test_mistakes_are_one_line_each(
     assert "is a LoRA" in refused(capsys, "export", lora, "-o", out)
     assert "no such file" in refused(capsys, "export", tmp_path / "nothing", "-o", out)
     assert "lora.safetensors: exists" in refused(capsys, "export", model_folder, "-o", lora)
+    assert "must end in .safetensors" in refused(capsys, "export", model_folder, "-o", tmp_path / "a")
+    assert "--tokenizer: has no effect" in refused(capsys, "export", model_folder, "-o", out, "--tokenizer", tmp_path)
+    options = ("--layout", "diffusers", "--title", "Foxes")
+    assert "--title: has no effect" in refused(capsys, "export", model_folder, "-o", tmp_path / "a", *options)
     assert "no moving average" in refused(capsys, "export", checkpoint, "-o", out, "--weights", "ema")
     assert "zero terminal SNR needs" in refused(capsys, "export", model_folder, "-o", out, "--ztsnr")
     assert "is no checkpoint" in refused(capsys, "export", model_folder, "-o", out, "--model", model_folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from trainer.errors import UserError
 from trainer.model.modelspec import Description
 from trainer.train.publish import PreparedExport, Wish, prepare_export
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     )
     _add_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
+    _refuse_idle_options(arguments)
     wish = Wish(
         out=arguments.out,
         layout=arguments.layout,
@@ -56,6 +58,16 @@ def main(argv: Sequence[str]) -> int:
     prepared = prepare_export(arguments.source, wish)
     write_with_bar(prepared, wish.out)
     return 0
+
+
+def _refuse_idle_options(arguments: argparse.Namespace) -> None:
+    """Options that would do nothing in the layout that is asked for."""
+    of_file = ["kohya_compat", "thumbnail", "no_thumbnail", "no_config", *(field.name for field in fields(Description))]
+    idle = ["tokenizer"] if arguments.layout == "single-file" else of_file
+    for name in idle:
+        if getattr(arguments, name, None):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: has no effect with --layout {arguments.layout}")
 
 
 def write_with_bar(prepared: PreparedExport, out: Path) -> None:

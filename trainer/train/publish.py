@@ -15,7 +15,7 @@ from trainer.config.yaml_source import dump
 from trainer.errors import UserError
 from trainer.model.merge import BlockWeights, merged_parts
 from trainer.model.modelspec import PREFIX, Description, modelspec, thumbnail_of, without_folders
-from trainer.model.parts import TextProjection
+from trainer.model.parts import CONFIGS_KEY, TextProjection
 from trainer.train.publish_source import Source, open_source, prediction_of, scheduler_of, tokenizers_of
 from trainer.train.run_dir import checkpoint_step
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trainer.model.export import Precision
 
 TITLE_KEY = f"{PREFIX}title"
+CONFIG_KEY = "sdxl_train.config"
 _DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 
 
@@ -87,7 +88,7 @@ def prepare_export(place: Path, wish: Wish, config: Config | None = None) -> Pre
     Raises:
         UserError: something is missing, damaged, or does not go together.
     """
-    _require_room(wish)
+    _require_place(wish)
     source = open_source(place, wish.model, wish.vae, wish.weights, wish.source_projection, config)
     prediction, ztsnr = prediction_of(source, wish.prediction_type, wish.ztsnr)
     if wish.layout == "diffusers":
@@ -105,7 +106,7 @@ def prepare_merge(first: Path, second: Path, alpha: float, blocks: BlockWeights,
     Raises:
         UserError: as `prepare_export`, and where the models do not go together.
     """
-    _require_room(wish)
+    _require_place(wish)
     a, b = open_source(first, None, wish.vae, "live"), open_source(second, None, None, "live")
     told = [prediction_of(source, wish.prediction_type, wish.ztsnr) for source in (a, b)]
     if told[0] != told[1]:
@@ -113,7 +114,8 @@ def prepare_merge(first: Path, second: Path, alpha: float, blocks: BlockWeights,
         raise UserError(f"{first} predicts {kinds[0]}, {second} {kinds[1]}: their sum would be neither")
     names = [_name_of(a, first), _name_of(b, second)]
     description = replace(wish.description, merged_from=", ".join(names))
-    merged = replace(a, parts=merged_parts(a.parts, b.parts, alpha, blocks), config=None, checkpoint=None, metadata={})
+    parts, kept = merged_parts(a.parts, b.parts, alpha, blocks), {f"{PREFIX}resolution": _resolution(a)}
+    merged = replace(a, parts=parts, config=None, checkpoint=None, metadata=kept)
     recipe = {"a": names[0], "b": names[1], "alpha": alpha, "blocks": [list(pair) for pair in blocks]}
     more = {"sdxl_train.merge": json.dumps(recipe)}
     return _prepare_file(merged, replace(wish, description=description), *told[0], more)
@@ -125,7 +127,9 @@ def _name_of(source: Source, place: Path) -> str:
     return source.metadata.get(TITLE_KEY) or place.absolute().stem
 
 
-def _require_room(wish: Wish) -> None:
+def _require_place(wish: Wish) -> None:
+    if wish.layout == "single-file" and wish.out.suffix != ".safetensors":
+        raise UserError(f"{wish.out}: a single file's name must end in .safetensors; other programs go by it")
     if wish.out.exists() and not wish.overwrite:
         raise UserError(f"{wish.out}: exists; give another name, or --overwrite")
     if not wish.out.absolute().parent.is_dir():
@@ -184,26 +188,31 @@ def _precision(wish: Wish) -> Precision:
 
 def _metadata(source: Source, wish: Wish, prediction: str) -> dict[str, str]:
     config, checkpoint = source.config, source.checkpoint
-    kept = {name: text for name, text in source.metadata.items() if name.startswith(PREFIX)}
+    kept = _kept_metadata(source, wish)
     title = wish.description.title or kept.get(TITLE_KEY) or wish.out.stem
-    precision, stored = (
-        _precision(wish),
-        {name: next(iter(part.tensors.values())) for name, part in source.parts.items()},
-    )
+    precision = _precision(wish)
+    stored = {name: next(iter(part.tensors.values())).meta.dtype for name, part in source.parts.items()}
     spec = modelspec(
         replace(wish.description, title=title),
         resolution=_resolution(source),
         prediction_type=prediction,
-        unet_dtype=str(precision.of("unet", stored["unet"].meta.dtype)).removeprefix("torch."),
-        vae_dtype=str(precision.of("vae", stored["vae"].meta.dtype)).removeprefix("torch."),
+        unet_dtype=str(precision.of("unet", stored["unet"])).removeprefix("torch."),
+        vae_dtype=str(precision.of("vae", stored["vae"])).removeprefix("torch."),
         thumbnail=_thumbnail(wish, checkpoint),
     )
     own = {"sdxl_train.version": __version__, "sdxl_train.text_projection": wish.text_projection}
     if checkpoint is not None:
         own |= {"sdxl_train.step": str(checkpoint_step(checkpoint)), "sdxl_train.weights": wish.weights}
     if config and wish.with_config:
-        own["sdxl_train.config"] = dump(without_folders(json.loads(config.model_dump_json())))
+        own[CONFIG_KEY] = dump(without_folders(json.loads(config.model_dump_json())))
     return kept | spec | own
+
+
+def _kept_metadata(source: Source, wish: Wish) -> dict[str, str]:
+    """What a single file says that stays true when it is written anew."""
+    gone = {CONFIGS_KEY} | ({CONFIG_KEY} if not wish.with_config else set())
+    gone |= {f"{PREFIX}thumbnail"} if not wish.with_thumbnail else set()
+    return {name: text for name, text in source.metadata.items() if name not in gone and "hash" not in name}
 
 
 def _resolution(source: Source) -> str:
