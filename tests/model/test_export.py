@@ -244,7 +244,7 @@ _MEASURE = """
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """1 GB of fp32 weights, the largest tensor 59 MB: at most that, its half, and some 100 MB more."""
+    """1.5 GB of fp32 weights, the largest tensor 19 MB: at most twice that and 100 MB more."""
     from trainer.model.tensor_file import TensorSpec, write_tensor_file
     from trainer.model.tiny import _UNET
 

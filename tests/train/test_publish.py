@@ -32,8 +32,7 @@ def checkpoint(model_folder: Path, tmp_path: Path) -> Path:
         save_file(
             {own: tensor + 1 for own, tensor in load_file(model_folder / name / file).items()}, found / name / file
         )
-    entries = {p.relative_to(found).as_posix(): manifest_entry(p) for p in found.rglob("*") if p.is_file()}
-    (found / MANIFEST).write_text(json.dumps({"version": 1, "files": entries}))
+    write_manifest(found)
     values = {"model.path": model_folder, "run.dir": run, "data.buckets.resolution": 768, "data.buckets.max_px": 768}
     config = load_config(RIGHT, [f"{key}={value}" for key, value in values.items()], check_paths=False)
     (run / "config.resolved.yaml").write_text(to_yaml(config))
@@ -42,6 +41,12 @@ def checkpoint(model_folder: Path, tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         Image.new("RGB", (64, 48), colour).save(folder / "00.png")
     return found
+
+
+def write_manifest(checkpoint: Path) -> None:
+    files = [p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST]
+    entries = {p.relative_to(checkpoint).as_posix(): manifest_entry(p) for p in files}
+    (checkpoint / MANIFEST).write_text(json.dumps({"version": 1, "files": entries}))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -82,6 +87,21 @@ def test_a_checkpoint_is_published_with_what_was_not_trained(
     config = parse(metadata["sdxl_train.config"]).value
     assert isinstance(config, dict) and config["train"]["steps"] == 100
     assert "secret" not in metadata["sdxl_train.config"] and config["run"]["dir"] == "foxes"
+
+
+def test_the_moving_average_is_published_where_there_is_one(
+    checkpoint: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder / "unet", checkpoint / "unet_ema")
+    write_manifest(checkpoint)
+    live, ema = tmp_path / "live.safetensors", tmp_path / "ema.safetensors"
+    run("export", checkpoint, "-o", live, "--dtype", "fp32")
+    run("export", checkpoint, "-o", ema, "--dtype", "fp32", "--weights", "ema")
+    of_live, of_ema = load_file(live), load_file(ema)
+    for name, tensor in of_ema.items():
+        share = 1 if name.startswith("model.") else 0
+        torch.testing.assert_close(of_live[name], tensor + share if share else tensor)
+    assert read_header(ema).metadata["sdxl_train.weights"] == "ema"
 
 
 def test_markers_vae_and_metadata_of_a_file_written_anew(
