@@ -59,7 +59,7 @@ def make_batch(rows: range, weights: list[float] | None = None, problems: tuple[
 
 
 def weights_after(parts: StepParts, batches: list[Batch], planned: float) -> tuple[dict[str, Tensor], float, float]:
-    result = train_step(parts, batches, len(batches), planned, 1e-3, False)
+    result = train_step(parts, batches, len(batches), planned, 1.0, False)
     return dict(parts.denoiser.unet.state_dict()), result.loss, result.grad_norm
 
 
@@ -80,7 +80,7 @@ def assert_same_step(
 def test_one_batch_is_learnt_by_heart(denoiser: Denoiser) -> None:
     parts = make_parts(denoiser, max_grad_norm=1.0)
     batch = make_batch(range(4))
-    losses = [train_step(parts, [batch], 1, 4.0, 4e-3 if step < 300 else 1e-3, False).loss for step in range(400)]
+    losses = [train_step(parts, [batch], 1, 4.0, 4.0 if step < 300 else 1.0, False).loss for step in range(400)]
     assert losses[0] > 0.8
     assert losses[-1] < 0.03
 
@@ -103,7 +103,7 @@ def test_an_unreadable_row_leaves_the_mean_of_the_others(denoiser: Denoiser) -> 
 def test_a_step_without_any_image_changes_nothing(denoiser: Denoiser) -> None:
     parts = make_parts(denoiser)
     before = copy.deepcopy(parts.denoiser.unet.state_dict())
-    result = train_step(parts, [make_batch(range(2), [0.0, 0.0], (problem(0), problem(1)))], 1, 2.0, 1e-3, False)
+    result = train_step(parts, [make_batch(range(2), [0.0, 0.0], (problem(0), problem(1)))], 1, 2.0, 1.0, False)
     assert result.loss != result.loss and result.num_images == 0 and result.bad_rows == 2
     assert all(torch.equal(before[name], value) for name, value in parts.denoiser.unet.state_dict().items())
 
@@ -111,8 +111,8 @@ def test_a_step_without_any_image_changes_nothing(denoiser: Denoiser) -> None:
 def test_clipping_scales_to_the_norm(denoiser: Denoiser) -> None:
     """AdamW forgets a constant scale after its first step, so the clipped moment itself is looked at."""
     free, clipped = make_parts(denoiser), make_parts(denoiser, max_grad_norm=0.01)
-    norm = train_step(free, [make_batch(range(4))], 1, 4.0, 1e-3, False).grad_norm
-    assert train_step(clipped, [make_batch(range(4))], 1, 4.0, 1e-3, False).grad_norm == norm > 0.01
+    norm = train_step(free, [make_batch(range(4))], 1, 4.0, 1.0, False).grad_norm
+    assert train_step(clipped, [make_batch(range(4))], 1, 4.0, 1.0, False).grad_norm == norm > 0.01
     moments = [torch.cat([s["exp_avg"].flatten() for s in p.optimizer.state.values()]) for p in (free, clipped)]
     assert moments[1].norm() == pytest.approx(0.1 * 0.01, rel=1e-3)
     assert moments[0].norm() == pytest.approx(0.1 * norm, rel=1e-3)
@@ -120,5 +120,5 @@ def test_clipping_scales_to_the_norm(denoiser: Denoiser) -> None:
 
 def test_a_stop_request_is_passed_on(denoiser: Denoiser) -> None:
     parts = make_parts(denoiser)
-    assert train_step(parts, [make_batch(range(2))], 1, 2.0, 1e-3, True).stop
-    assert not train_step(parts, [make_batch(range(2))], 1, 2.0, 1e-3, False).stop
+    assert train_step(parts, [make_batch(range(2))], 1, 2.0, 1.0, True).stop
+    assert not train_step(parts, [make_batch(range(2))], 1, 2.0, 1.0, False).stop

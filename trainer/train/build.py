@@ -17,7 +17,7 @@ from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
 from trainer.dist.comm import Comm, broadcast_object, gather_objects
 from trainer.dist.sharding import copy_share, materialize
-from trainer.dist.strategy import Sharing, make_strategy, warm_up
+from trainer.dist.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.errors import UserError
 from trainer.model.denoiser import Denoiser, TrainedModel, gathered_blocks, image_losses
 from trainer.model.freeze import frozen_names, never_used, original_unet_names
@@ -84,7 +84,7 @@ def build_run(config: Config, comm: Comm) -> Run:
     if config.train.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     denoiser = make_denoiser(config, model.train(), prepared, comm.device, sharing)
-    optimizer = make_optimizer(strategy.parameters, config.optimizer)
+    optimizer = optimizer_for(config, strategy)
     if checkpoint is not None:
         load_optimizer_tensors(optimizer, strategy.parameters, read_tensors(checkpoint / OPTIMIZER))
     warm_up(strategy, partial(_throw_away_loss, denoiser, comm.device))
@@ -106,6 +106,25 @@ def _check_shards(prepared: PreparedSet, max_bad_fraction: float) -> None:
         raise UserError(*lines)
     for line in lines:
         _log.warning("%s; its rows are left out", line)
+
+
+def optimizer_for(config: Config, strategy: Strategy) -> torch.optim.Optimizer:
+    """AdamW over what trains, with a learning rate for each part of the model."""
+    parts = {name: getattr(config.trainable, name) for name in type(config.trainable).model_fields}
+    groups = {
+        name: {full: p for full, p in strategy.parameters.items() if full.startswith(f"{name}.")}
+        for name, part in parts.items()
+        if part.train
+    }
+    return make_optimizer(
+        groups,
+        config.optimizer,
+        peak_lrs={name: part.lr for name, part in parts.items() if part.lr is not None},
+        rounding=precision_of(config.train.precision).rounding,
+        seed=config.run.seed,
+        # Of DDP's gradients, which are views of its buckets, nothing would be freed.
+        free_gradients=strategy.sharing.kind != "ddp",
+    )
 
 
 def choose_sharing(config: Config, comm: Comm) -> Sharing:

@@ -26,6 +26,7 @@ from trainer.train.checkpoint_files import checkpoint_files
 from trainer.train.encoding import encoded_batches
 from trainer.train.exports import Exports
 from trainer.train.lr_schedule import lr_at
+from trainer.train.optim import first_lr
 from trainer.train.run_dir import MANIFEST, checkpoint_dir, prune_checkpoints
 from trainer.train.scoring import Scorer
 from trainer.train.state import TrainState
@@ -60,10 +61,12 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
         done = state.step >= arithmetic.total_steps
         while not done:
             begin, waited_before = time.perf_counter(), loader.wait_s
-            lr = lr_at(state.step, arithmetic.total_steps, config.optimizer.lr, config.lr_schedule)
+            lr_factor = lr_at(state.step, arithmetic.total_steps, 1.0, config.lr_schedule)
             batches = next(loader)
             encoded = encoded_batches(run.parts.denoiser.image_encoder, batches.batches)
-            result = train_step(run.parts, encoded, arithmetic.accumulation, batches.weight, lr, stop_requested())
+            result = train_step(
+                run.parts, encoded, arithmetic.accumulation, batches.weight, lr_factor, stop_requested()
+            )
             state = replace(
                 state,
                 step=state.step + 1,
@@ -76,7 +79,7 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
             if outputs:
                 seconds, waited = time.perf_counter() - begin, loader.wait_s - waited_before
                 epoch = epochs_done(state.position, arithmetic.rows_per_bucket)
-                outputs.record(state, result, lr, seconds, waited, epoch, bad.total)
+                outputs.record(state, result, first_lr(run.parts.optimizer), seconds, waited, epoch, bad.total)
             if done or state.step % config.checkpoint.every_steps == 0:
                 _save(config, comm, run, state, must_succeed=done)
             if bad.too_many(limit):

@@ -73,10 +73,9 @@ def _check_names(groups: Mapping[str, NamedParameters]) -> None:
         raise ValueError("two groups hold parameters of the same name")
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Assign one learning rate to all groups."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def first_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the first group: the UNet's, where it trains."""
+    return optimizer.param_groups[0]["lr"]
 
 
 def scale_lr(optimizer: torch.optim.Optimizer, factor: float | Mapping[str, float]) -> dict[str, float]:

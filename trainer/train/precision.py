@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from trainer.train.adamw import Rounding
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -14,10 +16,12 @@ class Precision:
     Attributes:
         weights: in which weights are held, and updated.
         compute: in which forward and backward passes compute.
+        rounding: how updated bf16 weights are rounded; None where they are fp32.
     """
 
     weights: torch.dtype
     compute: torch.dtype
+    rounding: Rounding | None = None
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -31,6 +35,6 @@ def precision_of(name: str) -> Precision:
         "fp32": Precision(torch.float32, torch.float32),
         "bf16": Precision(torch.float32, torch.bfloat16),
         "fp16": Precision(torch.float32, torch.float16),
-        "bf16_stochastic": Precision(torch.bfloat16, torch.bfloat16),
-        "bf16_kahan": Precision(torch.bfloat16, torch.bfloat16),
+        "bf16_stochastic": Precision(torch.bfloat16, torch.bfloat16, "stochastic"),
+        "bf16_kahan": Precision(torch.bfloat16, torch.bfloat16, "kahan"),
     }[name]

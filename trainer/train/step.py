@@ -18,7 +18,7 @@ from trainer.dist.comm import Comm, sum_floats
 from trainer.dist.sharding import local_tensor
 from trainer.dist.strategy import Strategy
 from trainer.model.denoiser import Denoiser, image_losses, text_arguments
-from trainer.train.optim import set_lr
+from trainer.train.optim import scale_lr
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,12 @@ def batch_losses(parts: StepParts, batch: Batch) -> Tensor:
 
 
 def train_step(
-    parts: StepParts, batches: Iterable[Batch], accumulation: int, planned_images: float, lr: float, stop_asked: bool
+    parts: StepParts,
+    batches: Iterable[Batch],
+    accumulation: int,
+    planned_images: float,
+    lr_factor: float,
+    stop_asked: bool,
 ) -> StepResult:
     """Run one optimizer step over this worker's micro-batches.
 
@@ -73,7 +78,7 @@ def train_step(
         batches: `accumulation` micro-batches, the same number on every worker.
         planned_images: sum of the step's weights over all workers as the sampler planned it; gradients
             are scaled by it, and corrected where rows turned out to be unreadable.
-        lr: learning rate of this step.
+        lr_factor: learning rates of this step as a share of each part's peak.
         stop_asked: this worker received a signal; all workers learn of it in `StepResult.stop`.
     """
     comm, strategy = parts.comm, parts.strategy
@@ -94,14 +99,14 @@ def train_step(
     return StepResult(
         loss=total_loss / num_images if num_images else float("nan"),
         num_images=num_images,
-        grad_norm=_update(parts, planned_images, num_images, lr),
+        grad_norm=_update(parts, planned_images, num_images, lr_factor),
         bad_rows=int(total_bad),
         problems=tuple(problems),
         stop=stop > 0,
     )
 
 
-def _update(parts: StepParts, planned_images: float, num_images: float, lr: float) -> float:
+def _update(parts: StepParts, planned_images: float, num_images: float, lr_factor: float) -> float:
     """Correct, clip and apply the gradients; return their norm. A step without images changes nothing."""
     parameters = parts.strategy.parameters.values()
     gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
@@ -114,7 +119,7 @@ def _update(parts: StepParts, planned_images: float, num_images: float, lr: floa
     # Asked first, because scaling by 1 is a pass over all gradients, and most steps of a sound run need no clipping.
     if 0 < parts.max_grad_norm < norm:
         _scale(gradients, parts.max_grad_norm / (norm + 1e-6))
-    set_lr(parts.optimizer, lr)
+    scale_lr(parts.optimizer, lr_factor)
     parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
     return norm

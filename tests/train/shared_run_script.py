@@ -1,0 +1,154 @@
+"""One worker of runs over a small UNet and two small text encoders, shared in several ways.
+
+Arguments: FOLDER STEPS, then the runs as STRATEGY:PRECISION:ACCUMULATION. Of each, rank 0 saves losses and whole
+weights under that name into FOLDER. The weights of the start and the 12 images of each step are the same for any
+number of workers.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from trainer.config.schema import OptimizerConfig
+from trainer.data.loader import Batch
+from trainer.diffusion.objective import epsilon_objective
+from trainer.diffusion.schedule import scaled_linear
+from trainer.dist.comm import Comm, close, init_comm
+from trainer.dist.sharding import copy_share
+from trainer.dist.strategy import Sharing, Strategy, make_strategy, warm_up
+from trainer.model.denoiser import Denoiser, TrainedModel, gathered_blocks, image_losses
+from trainer.model.freeze import never_used
+from trainer.model.text import TextEncoders
+from trainer.train.optim import make_optimizer
+from trainer.train.precision import precision_of
+from trainer.train.step import StepParts, train_step
+
+IMAGES = 12  # of a step
+LR = 1.5e-6  # a usual one: AdamW turns rounding of a gradient near zero into a step of up to this
+_TEXT = {"vocab_size": 64, "max_position_embeddings": 77, "num_attention_heads": 2}
+_TEXT |= {"bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 63}
+
+
+def small_model(with_text: bool) -> TrainedModel:
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        transformer_layers_per_block=[1, 2],
+        attention_head_dim=[1, 2],
+        cross_attention_dim=40,
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    )
+    encoders = None
+    if with_text:
+        one = CLIPTextConfig(**_TEXT, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
+        two = CLIPTextConfig(**_TEXT, hidden_size=24, intermediate_size=48, num_hidden_layers=2, projection_dim=20)
+        encoders = TextEncoders(CLIPTextModel(one), CLIPTextModelWithProjection(two))
+    model = TrainedModel(unet, encoders)
+    if encoders:
+        unused = never_used([name for name, _ in encoders.one.named_parameters()], 2)
+        for name, parameter in encoders.one.named_parameters():
+            parameter.requires_grad_(name not in unused)
+    return model
+
+
+def image(number: int) -> dict[str, Tensor]:
+    """One image's row of a batch; all that is random is its own."""
+    generator = torch.Generator().manual_seed(number)
+    return {
+        "latents": (torch.randn(4, 8, 8, generator=generator) * 7).half(),
+        "input_ids": torch.randint(63, (2, 1, 77), generator=generator),
+        "text_hidden": torch.randn(77, 40, generator=generator).half(),
+        "pooled": torch.randn(20, generator=generator).half(),
+        "time_ids": torch.tensor([1024.0, 768, 0, 0, 1024, 1024]),
+        "weights": torch.tensor(1.0),
+        "draw_seeds": torch.tensor(number),
+    }
+
+
+def batch_of(numbers: list[int], with_text: bool) -> Batch:
+    rows = [image(number) for number in numbers]
+    columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    absent = {"text_hidden": None, "pooled": None} if with_text else {"input_ids": None}
+    return Batch(**{**columns, **absent}, pixels=None, vae_seeds=None, keys=tuple(map(str, numbers)), problems=())
+
+
+def main() -> None:
+    folder, steps, *runs = sys.argv[1:]
+    comm = init_comm(timeout_s=120)
+    for name in runs:
+        kind, precision, accumulation = name.split(":")
+        run(comm, kind, precision, int(accumulation), int(steps), Path(folder) / f"{name}.safetensors")
+    close(comm)
+
+
+def start_weights(with_text: bool) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    model = small_model(with_text)
+    with torch.no_grad():  # else the output, and with it most gradients, are nearly zero
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def run(comm: Comm, kind: str, precision_name: str, accumulation: int, steps: int, out: Path) -> None:
+    with_text = True
+    precision, weights = precision_of(precision_name), start_weights(with_text)
+    with init_empty_weights():
+        model = small_model(with_text).to(precision.weights)
+
+    def fill(empty: nn.Module) -> None:
+        for name, parameter in empty.named_parameters():
+            copy_share(parameter, weights[name])
+
+    dtype = precision.compute if kind.startswith("zero") and precision.autocast else None
+    sharing = Sharing(kind.rstrip("+"), dtype, dtype, kind.endswith("+"))  # type: ignore[arg-type]
+    strategy = make_strategy(model, sharing, gathered_blocks(model), comm, fill)
+    autocast = None if dtype else precision.autocast
+    objective = epsilon_objective(scaled_linear())
+    denoiser = Denoiser(model.train(), objective, None, None, 0.13025, dtype or precision.weights, autocast)
+    parts = StepParts(
+        comm, strategy, make_optimizer(strategy.parameters, OptimizerConfig(lr=LR)), denoiser, max_grad_norm=1.0
+    )
+    warm_up(strategy, lambda wrapped: throw_away_loss(denoiser, wrapped, with_text))
+    losses = [take_step(parts, comm, step, accumulation, with_text) for step in range(steps)]
+    save(strategy, model, comm, out, losses)
+
+
+def throw_away_loss(denoiser: Denoiser, wrapped: nn.Module, with_text: bool) -> Tensor:
+    row = batch_of([0], with_text)
+    names = {"input_ids": row.input_ids} if with_text else {"text_hidden": row.text_hidden, "text_pooled": row.pooled}
+    text = {name: value if name == "input_ids" else value.float() for name, value in names.items() if value is not None}
+    zeros = torch.zeros(1, 4, 8, 8)
+    timesteps = torch.zeros(1, dtype=torch.int64)
+    return image_losses(denoiser, wrapped, zeros, zeros, timesteps, text, row.time_ids).mean()
+
+
+def take_step(parts: StepParts, comm: Comm, step: int, accumulation: int, with_text: bool) -> float:
+    numbers = list(range(step * IMAGES, (step + 1) * IMAGES))[comm.rank :: comm.world]
+    size = len(numbers) // accumulation
+    batches = [batch_of(numbers[i * size : (i + 1) * size], with_text) for i in range(accumulation)]
+    return train_step(parts, batches, accumulation, float(IMAGES), 1.0, False).loss
+
+
+def save(strategy: Strategy, model: nn.Module, comm: Comm, out: Path, losses: list[float]) -> None:
+    named = dict(model.named_parameters())
+    whole = {name: t.clone() for name, t in zip(named, strategy.whole_tensors(named.values()), strict=True)}
+    if comm.rank == 0:
+        save_file(whole, out, metadata={"losses": json.dumps(losses)})
+
+
+main()

@@ -1,0 +1,67 @@
+"""However the workers share the model, they take the same steps as one worker alone."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).parent / "shared_run_script.py"
+STEPS = 50
+
+
+def run(folder: Path, world: int, *names: str) -> Path:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu"}
+    arguments = [sys.executable, str(SCRIPT), str(folder), str(STEPS), *names]
+    workers = [
+        subprocess.Popen(arguments, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
+        for rank in range(world)
+    ]
+    for worker in workers:
+        _, told = worker.communicate(timeout=280)
+        assert worker.returncode == 0, told.decode()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("alone"), 1, "single:fp32:1", "single:bf16:1")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("four"), 4, *SAME_IN_FP32, *SAME_IN_BF16)
+
+
+SAME_IN_FP32 = ("ddp:fp32:1", "zero2:fp32:3", "zero2+:fp32:3", "zero3:fp32:1")
+SAME_IN_BF16 = ("ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
+
+
+def losses_of(folder: Path, name: str) -> list[float]:
+    with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
+        return json.loads(file.metadata()["losses"])
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", SAME_IN_FP32)
+def test_four_workers_take_the_steps_of_one(alone: Path, four: Path, name: str) -> None:
+    assert losses_of(four, name) == pytest.approx(losses_of(alone, "single:fp32:1"), abs=1e-6)
+    expected, weights = load_file(alone / "single:fp32:1.safetensors"), load_file(four / f"{name}.safetensors")
+    assert weights.keys() == expected.keys()
+    furthest = max(float((weights[name] - expected[name]).abs().max()) for name in weights)
+    assert furthest < 1e-6
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", SAME_IN_BF16)
+def test_in_bf16_the_losses_agree(alone: Path, four: Path, name: str) -> None:
+    assert losses_of(four, name) == pytest.approx(losses_of(alone, "single:bf16:1"), abs=1e-3)
