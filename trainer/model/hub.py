@@ -33,6 +33,7 @@ def download_model(hub_id: str) -> Path:
         UserError: no network, no such model, no right to it, or it is not in diffusers' layout.
     """
     from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] - of its HTTP client
 
     place = f"model.path = {hub_id}: no such file or folder here, and as a hub id it"
     try:
@@ -47,7 +48,7 @@ def download_model(hub_id: str) -> Path:
         reason = "wants a licence to be accepted on its page; do so, then run `hf auth login`"
     except errors.RepositoryNotFoundError:
         reason = "does not exist on the hub, or is private; check the spelling, or run `hf auth login`"
-    except (errors.HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         reason = f"cannot be downloaded ({_first_line(error)}); give a local path, or try again with a network"
     raise UserError(f"{place} {reason}")
 

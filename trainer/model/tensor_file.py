@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +44,7 @@ _TORCH_NAMES = {
 _METADATA = "__metadata__"
 _HASH_PREFIX = "0x"
 _PIECE_BYTES = 8 << 20
+_LARGE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,13 @@ def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
 
     if entry.dtype not in _TORCH_NAMES:
         raise UserError(f"{path}: holds tensors of dtype {entry.dtype}, which cannot be read here")
-    data = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    # Memory from the system and not from the heap: buffers that come and go between weights that stay would leave holes
+    # there, a third of the weights' size in all.
+    if entry.num_bytes >= _LARGE_BYTES:
+        memory = mmap.mmap(-1, entry.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        data = torch.frombuffer(memory, dtype=torch.uint8)
+    else:
+        data = torch.empty(entry.num_bytes, dtype=torch.uint8)
     if entry.num_bytes:
         with path.open("rb", buffering=0) as stream:
             stream.seek(entry.begin)

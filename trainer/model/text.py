@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -94,7 +94,7 @@ def load_tokenizers(model: Path | str, tokenizer: Path | None = None) -> Caption
     folder_one, folder_two = find_tokenizers(model, tokenizer)
     one = CLIPTokenizer.from_pretrained(folder_one, local_files_only=True, model_max_length=_CHUNK_LENGTH)
     # SDXL's second tokenizer pads with OpenCLIP's id 0, which is "!", and has all else in common with the first.
-    own = {} if folder_two else {"pad_token": "!"}
+    own: dict[str, Any] = {} if folder_two else {"pad_token": "!"}
     two = CLIPTokenizer.from_pretrained(
         folder_two or folder_one, local_files_only=True, model_max_length=_CHUNK_LENGTH, **own
     )
