@@ -92,6 +92,7 @@ def test_layouts_meet(single: Tensors, model_folder: Path, tmp_path: Path) -> No
 
 def test_a_checkpoint_holds_the_unet_alone(single: Tensors, model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(model_folder / "unet", tmp_path / "step-00000001" / "unet")
+    shutil.copytree(model_folder / "unet", tmp_path / "step-00000001" / "unet_ema")
     (tmp_path / "step-00000001" / "manifest.json").write_text("{}")
     found = compare(saved(tmp_path / "a.safetensors", single), tmp_path / "step-00000001")
     assert [change.name for change in found.components] == ["unet"]

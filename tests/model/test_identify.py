@@ -339,6 +339,9 @@ def test_other_folders(tmp_path: Path) -> None:
     _write_json(tmp_path / "step-00000001" / "manifest.json", {})
     found = identify(tmp_path / "step-00000001")
     assert (found.kind, found.layout, found.parts) == ("unet", "checkpoint", ("unet",))
+    assert found.description == "a checkpoint of this trainer, with the UNet of an SDXL base model"
+    _write_json(tmp_path / "step-00000001" / "text_encoder_2" / "config.json", {})
+    assert identify(tmp_path / "step-00000001").parts == ("unet", "text_encoder_2")
     write_holes(tmp_path / "base.safetensors", BASE)
     assert identify(tmp_path).mend == "give base.safetensors itself"
 

@@ -7,6 +7,7 @@ from itertools import groupby
 from trainer.cli.inspect_text import COMPONENT_NAMES
 from trainer.evaluate.change_chart import percent, short_names
 from trainer.model.compare import Change, Comparison, largest_changes
+from trainer.model.stored import component_of
 
 _WIDTH = 110
 _BAR_WIDTH = 30
@@ -68,13 +69,10 @@ def _notes(found: Comparison) -> Iterator[str]:
 
 
 def _counted(names: Sequence[str]) -> str:
-    """How many tensors of which parts."""
-    parts: dict[str, int] = {}
-    for name in names:
-        part = ".".join(name.split(".")[:2])
-        parts[part] = parts.get(part, 0) + 1
-    shown = ", ".join(f"{part}.* {count:,}" for part, count in list(parts.items())[:4])
-    return f"{len(names):,} tensors ({shown}{', ...' if len(parts) > 4 else ''})"
+    """How many tensors of which components."""
+    components = [component_of(name) for name in names]
+    counts = {component: components.count(component) for component in COMPONENT_NAMES if component in components}
+    return ", ".join(f"{count:,} tensors of {COMPONENT_NAMES[component]}" for component, count in counts.items())
 
 
 def _unchanged(found: Comparison) -> Iterator[str]:

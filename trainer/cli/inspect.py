@@ -15,8 +15,8 @@ from trainer.evaluate.change_chart import change_chart_png
 from trainer.model.compare import as_json as comparison_json
 from trainer.model.compare import comparable_bytes, compare
 from trainer.model.header import HeaderFault
-from trainer.model.identify import Identity
 from trainer.model.inspect import as_json, inspect, look, total_bytes
+from trainer.train.run_dir import list_checkpoints
 
 _EXAMPLES = """\
 examples:
@@ -35,7 +35,9 @@ def main(argv: Sequence[str]) -> int:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", type=Path, metavar="FILE|DIR", help="a model file, a diffusers folder or a checkpoint")
+    parser.add_argument(
+        "model", type=Path, metavar="FILE|DIR", help="a model file, a diffusers folder, a checkpoint or a run"
+    )
     parser.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="the model to compare with it")
     parser.add_argument("--quick", action="store_true", help="read headers only: no faults, no hashes")
     parser.add_argument(
@@ -46,9 +48,10 @@ def main(argv: Sequence[str]) -> int:
         "-o", "--out", type=Path, metavar="PNG", help="the chart of a comparison (default: beside OTHER)"
     )
     arguments = parser.parse_intermixed_args(argv)
-    for path in (arguments.model, arguments.other, arguments.reference):
+    for name in ("model", "other", "reference"):
+        path = getattr(arguments, name)
         if path is not None:
-            checked(path)
+            setattr(arguments, name, checked(path))
     if arguments.other is not None:
         _compare(arguments)
         return 0
@@ -58,17 +61,22 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def checked(path: Path) -> Identity:
-    """What a path is, if there are tensors to look into.
+def checked(path: Path) -> Path:
+    """The path of something that has tensors to look into; of a run directory, its newest checkpoint.
 
     Raises:
         UserError: it is not a model; the line says what it is.
     """
     found = look(path)
+    if found.layout == "run":
+        checkpoints = list_checkpoints(path)
+        if not checkpoints:
+            raise UserError(f"{path} is a run directory without a complete checkpoint")
+        return checkpoints[-1]
     if not found.is_readable:
         mend = f"; {found.mend}" if found.mend else ""
         raise UserError(f"{path} is {found.description}{mend}")
-    return found
+    return path
 
 
 @contextmanager

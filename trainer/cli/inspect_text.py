@@ -118,12 +118,14 @@ def _numbers_lines(numbers: Numbers) -> Iterator[str]:
         yield f"{'':<14}{name}: {told}"
     if len(numbers.faulty) > _MOST_NAMES:
         yield f"{'':<14}and {len(numbers.faulty) - _MOST_NAMES:,} tensors more (--json has all)"
-    if numbers.all_zero:
+    if numbers.largest_in and not total.largest and not numbers.faulty:
+        yield f"{'':<14}warning: every weight is zero: the file was made and never filled"
+    elif numbers.all_zero:
         yield _names_line("all zero", numbers.all_zero, "tensors")
     if numbers.not_read:
         yield _names_line("not looked at", numbers.not_read, "tensors of rare dtypes")
 
 
 def _names_line(label: str, names: Sequence[str], of: str) -> str:
-    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-    return f"{label:<14}{len(names):,} {of}{f': {shown}' if names else ''}"
+    shown = "" if not names else names[0] if len(names) == 1 else f"{names[0]} ..."
+    return f"{label:<14}{len(names):,} {of}{f': {shown}' if shown else ''}"

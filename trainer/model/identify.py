@@ -14,8 +14,10 @@ from trainer.model.header import Header, HeaderFault, header_fault, read_header
 
 SDXL = "an SDXL base model"
 WANTED = "SDXL base (one .safetensors file or a diffusers folder)"
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-_PART_NAMES = dict(zip(_PARTS, ("UNet", "VAE", "first text encoder", "second text encoder"), strict=True))
+_PARTS: tuple[str, ...] = ("unet", "vae", "text_encoder", "text_encoder_2")
+_PART_NAMES: dict[str, str] = dict(
+    zip(_PARTS, ("UNet", "VAE", "first text encoder", "second text encoder"), strict=True)
+)
 _MAX_CONFIG_BYTES = 1 << 20
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 
@@ -238,9 +240,7 @@ def _first_axis(shapes: Mapping[str, tuple[int, ...]], pattern: str, axis: int) 
 
 def _folder(path: Path) -> Identity:
     if (path / "manifest.json").is_file() and (path / "unet").is_dir():
-        found = _component(path / "unet", "unet")
-        return Identity(found.kind, "checkpoint", f"a checkpoint of this trainer ({found.description})", found.mend,
-                        ("unet",))  # fmt: skip
+        return _checkpoint_folder(path)
     if (path / "checkpoints").is_dir() and (path / "config.resolved.yaml").is_file():
         return Identity("folder", "run", "a run directory", "give one of the checkpoints in it")
     if (path / "adapter_config.json").is_file():
@@ -261,12 +261,25 @@ def _folder(path: Path) -> Identity:
     return Identity("folder", "folder", "a folder without a model in it" if any(path.iterdir()) else "an empty folder")
 
 
+def _checkpoint_folder(path: Path) -> Identity:
+    """A checkpoint of this trainer holds what was trained, in diffusers' layout."""
+    found = _component(path / "unet", "unet")
+    parts = tuple(part for part in _PARTS if (path / part / "config.json").is_file())
+    faults = [fault for part in parts if part != "unet" and (fault := _fault_in(path / part, part))]
+    if faults or found.kind != "unet":
+        found = faults[0] if faults else found
+        return Identity(found.kind, "checkpoint", found.description, found.mend, parts)
+    name = found.description.removeprefix("the UNet alone of ")
+    holds = " and ".join(_PART_NAMES[part] for part in parts)
+    return Identity("unet", "checkpoint", f"a checkpoint of this trainer, with the {holds} of {name}", parts=parts)
+
+
 def _pipeline(path: Path) -> Identity:
     """A folder of components; its UNet decides, since pipelines of several names share one."""
     found = _component(path / "unet", "unet")
     parts = tuple(part for part in _PARTS if (path / part / "config.json").is_file())
-    for part in parts[1:]:
-        fault = _fault_in(path / part, part)
+    for part in parts:
+        fault = None if part == "unet" else _fault_in(path / part, part)
         if fault and found.kind in ("unet", "sdxl"):
             return Identity(fault.kind, "diffusers", fault.description, fault.mend, parts)
     if found.kind not in ("unet", "sdxl"):

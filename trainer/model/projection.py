@@ -73,14 +73,14 @@ def _width(files: tuple[StoredFile, ...]) -> int | None:
 
 
 def _logit_scale_hint(files: tuple[StoredFile, ...]) -> str:
-    """A writer that puts 1 in the place of the published 4.6052 is known to leave the projection transposed."""
+    """A constant that differs from the published one shows a writer with habits of its own."""
     found = next((tensor for file in files for tensor in file.tensors if tensor.name == LOGIT_SCALE), None)
     if found is None or found.count != 1 or found.dtype not in FORMATS:
         return ""
     scale = float(_matrix(found).reshape(-1)[0])
     if abs(scale - LOGIT_SCALE_VALUE) < 0.01:
         return ""
-    return f" (logit_scale is {scale:.4g}, published is {LOGIT_SCALE_VALUE}: a tool wrote it that may transpose)"
+    return f" (logit_scale is {scale:.4g}, published is {LOGIT_SCALE_VALUE}: another tool wrote it)"
 
 
 def _against(own: StoredTensor, reference: StoredTensor | None) -> Orientation:
@@ -95,6 +95,8 @@ def _against(own: StoredTensor, reference: StoredTensor | None) -> Orientation:
     told = f"relative distance to the reference {straight:.3g}, of its transpose {turned:.3g}"
     if not min(straight, turned) < _RELATED:
         return Orientation("unknown", f"not of the reference's family ({told})")
+    if straight == turned:
+        return Orientation("unknown", f"the same both ways ({told})")
     return Orientation("correct" if straight < turned else "transposed", told)
 
 

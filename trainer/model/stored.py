@@ -86,9 +86,11 @@ def stored_files(path: Path, found: Identity) -> tuple[StoredFile, ...]:
     if path.is_file():
         return (_single_file(path) if identify(path).is_readable else _pickle(path),)
     if found.layout == "component":
-        component = found.parts[0] if found.parts else path.name if path.name in COMPONENTS else "other"
+        component = found.parts[0] if found.parts else path.name
         return _component_files(path, component)
     folders = [folder for folder in sorted(path.iterdir()) if (folder / "config.json").is_file()]
+    if found.layout == "checkpoint":  # which may hold the moving average beside the live weights
+        folders = [folder for folder in folders if folder.name in found.parts]
     return tuple(file for folder in folders for file in _component_files(folder, folder.name))
 
 
@@ -156,7 +158,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def _single_file(path: Path) -> StoredFile:
     header = read_header(path)
     tensors = tuple(
-        StoredTensor(name, _component_of(name), path, entry.dtype, entry.shape, entry.begin, entry.num_bytes)
+        StoredTensor(name, component_of(name), path, entry.dtype, entry.shape, entry.begin, entry.num_bytes)
         for name, entry in header.tensors.items()
     )
     if all(tensor.component == "other" for tensor in tensors):
@@ -175,12 +177,13 @@ def _pickle(path: Path) -> StoredFile:
     tensors = []
     for name, entry in header.tensors.items():
         data = content[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
-        where = StoredTensor(name, _component_of(name), path, entry.dtype, entry.shape, 0, entry.num_bytes, data=data)
+        where = StoredTensor(name, component_of(name), path, entry.dtype, entry.shape, 0, entry.num_bytes, data=data)
         tensors.append(where)
     return StoredFile(path, header, tuple(tensors))
 
 
-def _component_of(name: str) -> str:
+def component_of(name: str) -> str:
+    """One of `COMPONENTS`, or "other", by a single file's name of a tensor."""
     return next((component for beginning, component in _COMPONENT_BEGINNINGS if name.startswith(beginning)), "other")
 
 
@@ -199,6 +202,7 @@ def _table_of(header: Header) -> tuple[str, dict[str, KeyEntry]]:
 
 
 def _component_files(folder: Path, component: str) -> tuple[StoredFile, ...]:
+    component = component if component in COMPONENTS else "other"
     table = _table(component, read_json(folder / "config.json"))
     files = []
     for path in weight_files(folder):
