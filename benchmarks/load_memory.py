@@ -93,6 +93,8 @@ def measure(model: Path, workers: int, dtype: str) -> int:
         took_s = time.monotonic() - began
         weights = [hear(process)["weights"] for process in started]
         steady = [pss(process) for process in watched]
+        peaks = [max(pair) for pair in zip(peaks, steady, strict=True)]
+        peak_of_all = max(peak_of_all, sum(steady) - sum(base))
         for process in started:
             answer(process)
     finally:
