@@ -1,10 +1,13 @@
 """AdamW against the paper's formula, and its state through tensors and back."""
 
+import pytest
 import torch
 from torch import nn
 
 from trainer.config.schema import OptimizerConfig
-from trainer.train.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from trainer.errors import UserError
+from trainer.train.adamw import BlockAdamW
+from trainer.train.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors, scale_lr
 
 
 def test_two_steps_follow_the_paper() -> None:
@@ -48,3 +51,47 @@ def test_state_goes_through_tensors_and_back() -> None:
         module(batch).square().sum().backward()
         opt.step()
     assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
+
+
+def test_groups_have_their_own_learning_rates() -> None:
+    unet, text = nn.Linear(3, 2), nn.Linear(2, 2)
+    groups = {
+        "unet": {f"unet.{name}": p for name, p in unet.named_parameters()},
+        "text_encoder_1": {f"text_encoder_1.{name}": p for name, p in text.named_parameters()},
+    }
+    optimizer = make_optimizer(groups, OptimizerConfig(lr=1e-3), peak_lrs={"text_encoder_1": 1e-4})
+    assert scale_lr(optimizer, 0.5) == {"unet": 5e-4, "text_encoder_1": 5e-5}
+    assert scale_lr(optimizer, {"unet": 1.0, "text_encoder_1": 0.0}) == {"unet": 1e-3, "text_encoder_1": 0.0}
+    before = [p.detach().clone() for p in (*unet.parameters(), *text.parameters())]
+    for parameter in (*unet.parameters(), *text.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moved = [not torch.equal(p, was) for p, was in zip((*unet.parameters(), *text.parameters()), before, strict=True)]
+    assert moved == [True, True, False, False]
+    with pytest.raises(ValueError, match="same name"):
+        make_optimizer({"a": dict(unet.named_parameters()), "b": dict(text.named_parameters())}, OptimizerConfig(lr=1))
+
+
+def test_fused_where_all_is_fp32_and_ours_elsewhere() -> None:
+    def kind_of(kind: str, dtype: torch.dtype, **more: str) -> type:
+        named = {"w": nn.Parameter(torch.zeros(64, 64, dtype=dtype))}
+        config = OptimizerConfig.model_validate({"lr": 1e-3, "kind": kind})
+        return type(make_optimizer(named, config, **more))
+
+    assert kind_of("adamw", torch.float32) is torch.optim.AdamW
+    assert kind_of("adamw_8bit", torch.float32) is BlockAdamW
+    assert kind_of("adamw", torch.bfloat16, rounding="stochastic") is BlockAdamW
+    with pytest.raises(ValueError, match="bf16 weights need it"):
+        kind_of("adamw", torch.bfloat16)
+    with pytest.raises(ValueError, match="others have none"):
+        kind_of("adamw", torch.float32, rounding="kahan")
+
+
+@pytest.mark.parametrize("kinds", [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")])
+def test_moments_of_another_kind_are_refused(kinds: tuple[str, str]) -> None:
+    named = {"w": nn.Parameter(torch.zeros(64, 64))}
+    first, other = (make_optimizer(named, OptimizerConfig.model_validate({"lr": 1e-3, "kind": kind})) for kind in kinds)
+    named["w"].grad = torch.ones(64, 64)
+    first.step()
+    with pytest.raises(UserError, match=f"go on with optimizer.kind={kinds[0]}$"):
+        load_optimizer_tensors(other, named, optimizer_tensors(first, named).items())

@@ -1,0 +1,107 @@
+"""One of several workers that hold rows of the same parameters; run by test_sharded_optimizer.py.
+
+    python sharded_optimizer_script.py FOLDER RANK WORLD
+
+For each kind: three steps from the start, written as `<kind>-sharded-3.safetensors`; then three more from what a
+single process wrote, as `<kind>-sharded-6.safetensors`.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from trainer.config.schema import OptimizerConfig
+from trainer.train.local_part import local_part, part_of, whole_of
+from trainer.train.loss_scale import LossScale
+from trainer.train.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
+
+KINDS = {
+    "fused": (OptimizerConfig(lr=1e-3), None),
+    "8bit": (OptimizerConfig(lr=1e-3, kind="adamw_8bit"), None),
+    "8bit-stochastic": (OptimizerConfig(lr=1e-3, kind="adamw_8bit"), "stochastic"),
+    "kahan": (OptimizerConfig(lr=1e-3), "kahan"),
+}
+
+
+class Weights(nn.Module):
+    """Rows that three workers share unevenly, down to none."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in {"matrix": (70, 320), "conv": (64, 8, 3, 3), "bias": (77,), "two": (2, 3000)}.items():
+            value = torch.randn(shape, generator=generator) * 0.02
+            setattr(self, name, nn.Parameter(value.to(dtype)))
+
+
+def gradient_of(parameter: nn.Parameter, step: int, index: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + index)
+    whole = (torch.randn(parameter.shape, generator=generator) * 1e-3).to(parameter.dtype)
+    return whole_of(part_of(whole, parameter).clone(), parameter)
+
+
+def run(kind: str, weights: Weights, state: dict[str, Tensor] | None, steps: range) -> dict[str, Tensor]:
+    """Weights and state after `steps`; still sharded where the weights are."""
+    config, rounding = KINDS[kind]
+    named = dict(weights.named_parameters())
+    optimizer = make_optimizer(named, config, rounding=rounding, seed=3)
+    if state is not None:
+        load_optimizer_tensors(optimizer, named, state.items())
+    for step in steps:
+        for index, parameter in enumerate(named.values()):
+            parameter.grad = gradient_of(parameter, step, index)
+        optimizer.step()
+    return {**{name: p.detach() for name, p in named.items()}, **optimizer_tensors(optimizer, named)}
+
+
+def load_weights(weights: Weights, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the whole weights' rows into their places; return the rest, the optimizer's state."""
+    rest = dict(tensors)
+    with torch.no_grad():
+        for name, parameter in weights.named_parameters():
+            local_part(parameter)[0].copy_(part_of(rest.pop(name), parameter))
+    return rest
+
+
+def dtype_of(kind: str) -> torch.dtype:
+    return torch.bfloat16 if KINDS[kind][1] else torch.float32
+
+
+def main() -> None:
+    folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+
+    def write(name: str, tensors: dict[str, Tensor]) -> None:
+        whole = {key: t.full_tensor() if isinstance(t, DTensor) else t for key, t in tensors.items()}
+        if rank == 0:
+            save_file({key: t.contiguous() for key, t in whole.items()}, folder / name)
+
+    for kind in KINDS:
+        weights = Weights(dtype_of(kind))
+        fully_shard(weights, mesh=mesh)
+        write(f"{kind}-sharded-3.safetensors", run(kind, weights, None, range(3)))
+        state = load_weights(weights, load_file(folder / f"{kind}-whole-3.safetensors"))
+        write(f"{kind}-sharded-6.safetensors", run(kind, weights, state, range(3, 6)))
+    # An overflow in one worker's rows: all workers halve the loss scale.
+    gradient = gradient_of(weights.matrix, 0, 0)
+    if rank == 1:
+        gradient.to_local()[0, 0] = math.inf
+    norm = nn.utils.get_total_norm([gradient])
+    assert isinstance(norm, DTensor)
+    assert LossScale(1024.0).after(math.isfinite(norm.full_tensor().item())) == LossScale(512.0)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

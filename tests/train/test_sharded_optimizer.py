@@ -1,0 +1,65 @@
+"""Sharded weights (FSDP2, three workers) get the update of whole ones, and state goes between both.
+
+To the bit, but for torch's fused AdamW, which computes the last few elements of each tensor in another order.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sharded_optimizer_script import KINDS, Weights, dtype_of, load_weights, run
+
+WORLD = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process and three wrote after 3 and 6 steps."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for kind in KINDS:
+        save_file(run(kind, Weights(dtype_of(kind)), None, range(3)), folder / f"{kind}-whole-3.safetensors")
+        save_file(run(kind, Weights(dtype_of(kind)), None, range(6)), folder / f"{kind}-whole-6.safetensors")
+    script = Path(__file__).parent / "sharded_optimizer_script.py"
+    commands = [[sys.executable, str(script), str(folder), str(rank), str(WORLD)] for rank in range(WORLD)]
+    workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        errors = [worker.communicate(timeout=240)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0] * WORLD, "\n".join(errors)
+    return folder
+
+
+def assert_same(kind: str, found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    if kind == "fused":
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-9)
+    else:
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [3, 6])
+def test_sharded_equals_whole(folder: Path, kind: str, steps: int) -> None:
+    """After 6 steps: three of one process, read by three workers who went on."""
+    whole = load_file(folder / f"{kind}-whole-{steps}.safetensors")
+    sharded = load_file(folder / f"{kind}-sharded-{steps}.safetensors")
+    assert whole.keys() == sharded.keys()
+    for name, tensor in whole.items():
+        assert_same(kind, sharded[name], tensor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_goes_on_where_three_stopped(folder: Path, kind: str) -> None:
+    weights = Weights(dtype_of(kind))
+    state = load_weights(weights, load_file(folder / f"{kind}-sharded-3.safetensors"))
+    found = run(kind, weights, state, range(3, 6))
+    for name, tensor in load_file(folder / f"{kind}-whole-6.safetensors").items():
+        assert_same(kind, found[name], tensor)
