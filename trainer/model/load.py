@@ -52,15 +52,20 @@ def load_vae(
     Raises:
         UserError: the weights do not fit the configuration.
     """
+    vae = empty_vae(model, vae_override)
+    _fill(vae, open_part(vae_source(model, vae_override), "vae"), dtype, device)
+    return vae.requires_grad_(False).eval()
+
+
+def empty_vae(model: ModelPath, vae_override: Path | None) -> AutoencoderKL:
+    """The VAE without its weights: on the meta device."""
     from accelerate import init_empty_weights
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    source = vae_source(model, vae_override)
     with init_empty_weights():
-        vae = AutoencoderKL.from_config(component_config(source, "vae"))
+        vae = AutoencoderKL.from_config(component_config(vae_source(model, vae_override), "vae"))
     assert isinstance(vae, AutoencoderKL)
-    _fill(vae, open_part(source, "vae"), dtype, device)
-    return vae.requires_grad_(False).eval()
+    return vae
 
 
 def load_text_encoders(
