@@ -31,7 +31,7 @@ def sample_images(
     guidance_scale: float,
     seeds: Sequence[int],
     device: torch.device,
-    input_dtype: torch.dtype = torch.float32,
+    input_dtype: torch.dtype | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> list[Image.Image]:
     """Draws one image for each prompt with the Euler sampler and SDXL's own settings.
@@ -50,7 +50,7 @@ def sample_images(
         guidance_scale: of classifier-free guidance (Ho and Salimans 2022); 1 or less turns it off.
         seeds: one for each image, of its starting noise, which is drawn on the CPU.
         device: of the UNet.
-        input_dtype: of the latents that the UNet is called with, as in training.
+        input_dtype: of the latents that the UNet is called with, as in training; None: the precision of its weights.
         autocast_dtype: arithmetic of the UNet, as in training; None: the precision of its weights.
 
     Raises:
@@ -73,7 +73,8 @@ def sample_images(
             shape = (unet.config["in_channels"], height_px // factor, width_px // factor)
             noise = standard_normal(torch.tensor([seed]), shape, device)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                latents = _denoised(unet, noise, positive, negative, sizes, num_steps, guidance_scale, input_dtype)
+                dtype = input_dtype or unet.dtype
+                latents = _denoised(unet, noise, positive, negative, sizes, num_steps, guidance_scale, dtype)
             images += decoded_images(vae, latents / vae.config["scaling_factor"])
     return images
 
