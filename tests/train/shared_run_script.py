@@ -23,8 +23,9 @@ from trainer.diffusion.schedule import scaled_linear
 from trainer.dist.comm import Comm, close, init_comm
 from trainer.dist.sharding import copy_share
 from trainer.dist.strategy import Sharing, Strategy, make_strategy, warm_up
-from trainer.model.denoiser import Denoiser, TrainedModel, gathered_blocks, image_losses
+from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.freeze import never_used
+from trainer.model.recompute import repeated_blocks
 from trainer.model.text import TextEncoders
 from trainer.train.optim import make_optimizer
 from trainer.train.precision import precision_of
@@ -116,7 +117,7 @@ def run(comm: Comm, kind: str, precision_name: str, accumulation: int, steps: in
 
     dtype = precision.compute if kind.startswith("zero") and precision.autocast else None
     sharing = Sharing(kind.rstrip("+"), dtype, dtype, kind.endswith("+"))  # type: ignore[arg-type]
-    strategy = make_strategy(model, sharing, gathered_blocks(model), comm, fill)
+    strategy = make_strategy(model, sharing, repeated_blocks(model).values(), comm, fill)
     autocast = None if dtype else precision.autocast
     objective = epsilon_objective(scaled_linear())
     denoiser = Denoiser(model.train(), objective, None, None, 0.13025, dtype or precision.weights, autocast)

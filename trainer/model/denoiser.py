@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from trainer.diffusion.objective import Objective
 from trainer.model.conditioning import condition_text, unet_inputs
@@ -60,12 +57,6 @@ class TrainedModel(nn.Module):
             assert text_hidden is not None and text_pooled is not None, "neither token ids nor what they give"
             text = TextConditioning(text_hidden, text_pooled)
         return self.unet(**unet_inputs(noisy_latents, timesteps, text, time_ids))[0]
-
-
-def gathered_blocks(model: TrainedModel) -> list[nn.Module]:
-    """What is gathered one by one where the weights are spread over the workers: residual and transformer blocks."""
-    kinds = (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer)
-    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 @dataclass(frozen=True, eq=False)

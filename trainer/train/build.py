@@ -19,10 +19,11 @@ from trainer.dist.comm import Comm, broadcast_object, gather_objects
 from trainer.dist.sharding import copy_share, materialize
 from trainer.dist.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.errors import UserError
-from trainer.model.denoiser import Denoiser, TrainedModel, gathered_blocks, image_losses
+from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.freeze import frozen_names, never_used, original_unet_names
 from trainer.model.load import empty_text_encoders, empty_unet, load_text_encoders, load_vae, read_weights
 from trainer.model.parts import Part
+from trainer.model.recompute import repeated_blocks
 from trainer.model.source import find_source, open_folder_part, open_part
 from trainer.model.text import TextEncoders
 from trainer.model.vae import ImageEncoder
@@ -80,7 +81,7 @@ def build_run(config: Config, comm: Comm) -> Run:
     _check_shards(prepared, config.data.max_bad_fraction)
     model, sharing = lay_out_model(config), choose_sharing(config, comm)
     fill = partial(fill_model, config, checkpoint)
-    strategy = make_strategy(model, sharing, gathered_blocks(model), comm, fill)
+    strategy = make_strategy(model, sharing, repeated_blocks(model).values(), comm, fill)
     if config.train.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     denoiser = make_denoiser(config, model.train(), prepared, comm.device, sharing)
