@@ -33,6 +33,7 @@ LAYOUT = "SDXL in diffusers' folder layout (unet/, vae/, text_encoder/, text_enc
 _WANTED_VAE = "an SDXL VAE (one .safetensors file or a folder)"
 # Tensors by which a single file says that it does not predict the noise.
 _OTHER_PREDICTIONS = {"v_pred": "v-prediction", "edm_mean": "EDM", "edm_vpred.sigma_max": "EDM v-prediction"}
+_TOLD_PROJECTION = "sdxl_train.text_projection"  # metadata of `sdxl-train export`
 _ONLY_EPSILON = "only epsilon models are trained yet"
 
 
@@ -209,6 +210,12 @@ def _check_markers(path: Path, header: Header) -> list[str]:
 
 
 def _check_projection(path: Path, header: Header, text_projection: TextProjection) -> list[str]:
+    told = header.metadata.get(_TOLD_PROJECTION)
+    if told in ("correct", "kohya") and told != text_projection:
+        return [
+            f"model.text_projection = {text_projection}: {path} says of itself that it was exported with its text "
+            f"projection as {told}; write `model.text_projection: {told}`"
+        ]
     if text_projection == "correct" or TEXT_PROJECTION in header.tensors:
         return []
     own = next((name for name in LINEAR_PROJECTIONS if name in header.tensors), LINEAR_PROJECTIONS[0])

@@ -16,14 +16,16 @@ _SMALL = re.compile(
 
 
 def cached_model(hub_id: str) -> Path | None:
-    """The folder of a model in the hub's cache, or None; asks no network."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    """The folder of a model in the hub's cache, maybe not the whole of it, or None; asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
+    # Not by snapshot_download, which takes a folder for incomplete where not every file of the repository is there.
     try:
-        return Path(snapshot_download(hub_id, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
+        found = try_to_load_from_cache(hub_id, "unet/config.json")
+    except HFValidationError:
         return None
+    return Path(found).parent.parent if isinstance(found, str) else None
 
 
 def download_model(hub_id: str) -> Path:
@@ -44,6 +46,8 @@ def download_model(hub_id: str) -> Path:
             )
         print(f"downloading {hub_id} ({len(files)} files) from the hub")
         return Path(snapshot_download(hub_id, allow_patterns=files))
+    except errors.OfflineModeIsEnabled:
+        reason = "is not in the hub's cache, and HF_HUB_OFFLINE forbids to load it; give a local path, or unset that"
     except errors.GatedRepoError:
         reason = "wants a licence to be accepted on its page; do so, then run `hf auth login`"
     except errors.RepositoryNotFoundError:
