@@ -4,8 +4,9 @@ torch's fused AdamW rounds bf16 weights to the nearest and keeps moments in the 
 A step takes a few MB beside weights, gradients and state, however large the model is.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,28 +23,30 @@ from trainer.train.blockwise import (
     takes_8_bits,
 )
 from trainer.train.local_part import local_part
-from trainer.train.rounding import Key, round_stochastically, round_with_compensation, rounding_key
+from trainer.train.rounding import round_stochastically, round_with_compensation, rounding_key
 
 Rounding = Literal["stochastic", "kahan"]
 
-CHUNK_ELEMENTS = {"cpu": 32_000, "cuda": 1 << 22}
-"""Elements that are updated at a time, with about 40 bytes of scratch each. On the CPU they stay in its cache, and
-below the 32,768 from which torch would split each single operation between threads: here threads take whole chunks,
-and meet once per parameter instead of sixty times per chunk."""
+CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}
+"""Elements that are updated at a time, with about 40 bytes of scratch each; on the CPU that stays in its cache."""
+
+ELEMENTS_WORTH_THREADS = 1 << 15
+"""Of a smaller parameter, one thread makes the update; torch does not split its operations either."""
 
 
 class _Factors(NamedTuple):
     """The numbers of AdamW (Loshchilov and Hutter 2019, algorithm 2) at one step of one parameter.
 
     The weight's change is -(step_size * first / (sqrt(second) + eps) + decay * weight), with the bias corrections of
-    both moments within `step_size` and `eps`.
+    both moments within `step_size` and `eps`. What changes from step to step is a tensor (fp32 scalar), so that
+    compiled code stays the same.
     """
 
     beta1: float
     beta2: float
-    step_size: float
-    eps: float
-    decay: float
+    step_size: Tensor
+    eps: Tensor
+    decay: Tensor
 
 
 class _Chunk(NamedTuple):
@@ -92,7 +95,7 @@ class BlockAdamW(torch.optim.Optimizer):
         super().__init__(groups, defaults={})
         self.eight_bit, self.rounding, self.seed = eight_bit, rounding, seed
         self.free_gradients, self.chunk_elements = free_gradients, chunk_elements
-        self._update: Callable[..., None] = torch.compile(_update) if compiled else _update
+        self._update: Callable[..., None] = torch.compile(_update, dynamic=True) if compiled else _update
         dtypes = {parameter.dtype for group in self.param_groups for parameter in group["params"]}
         if not dtypes <= {torch.float32, torch.bfloat16}:
             raise ValueError(f"weights of {dtypes} cannot be trained; they must be fp32 or bf16")
@@ -106,7 +109,7 @@ class BlockAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every parameter that has a gradient."""
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with _threads_for_chunks() as pool:
             for group in self.param_groups:
                 for name, parameter in zip(group["param_names"], group["params"], strict=True):
                     if parameter.grad is not None:
@@ -125,13 +128,17 @@ class BlockAdamW(torch.optim.Optimizer):
         block = block_size(parameter.shape)
         rows = _rows(weight, local_part(_gradient(parameter))[0], state, block)
         draws = parameter.dtype == torch.bfloat16 and self.rounding == "stochastic"
-        key = rounding_key(draw_seed(self.seed, "rounding", step, name)) if draws else None
+        key = rounding_key(draw_seed(self.seed, "rounding", step, name), weight.device) if draws else None
         tables = None
         if rows.first_scale is not None:
             tables = code_tables(True, weight.device), code_tables(False, weight.device)
         first_block = first_row * blocks_per_row(parameter.shape)
-        factors = _factors(group, step)
+        factors = _factors(group, step, weight.device)
         at_a_time = max((self.chunk_elements or CHUNK_ELEMENTS[weight.device.type]) // block, 1)
+        threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
+        if weight.numel() < ELEMENTS_WORTH_THREADS:
+            threads = 1
+        at_a_time = max(min(at_a_time, -(-len(rows.weight) // threads)), 1)
         starts = range(0, len(rows.weight), at_a_time)
 
         @torch.no_grad()
@@ -140,7 +147,6 @@ class BlockAdamW(torch.optim.Optimizer):
                 chunk = _Chunk(*(part if part is None else part[start : start + at_a_time] for part in rows))
                 self._update(chunk, factors, tables, first_block + start, key)
 
-        threads = min(torch.get_num_threads(), len(starts)) if weight.device.type == "cpu" else 1
         if threads > 1:
             list(pool.map(update, [starts[i::threads] for i in range(threads)]))
         else:
@@ -162,6 +168,24 @@ class BlockAdamW(torch.optim.Optimizer):
         if parameter.dtype == torch.bfloat16 and self.rounding == "kahan":
             state["compensation"] = torch.zeros(weight.shape, dtype=torch.bfloat16, device=weight.device)
         return state
+
+
+@contextmanager
+def _threads_for_chunks() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch has, each with operations of its own that are not split further.
+
+    They meet once per parameter, instead of sixty times per chunk as torch's do: with other work on the machine, that
+    waiting was measured at ten times the work.
+    """
+    # glibc gives memory back to the system at each free until a larger block has been freed once; a step allocates
+    # some hundred GB of scratch, which would all be mapped anew.
+    torch.empty(30 << 20, dtype=torch.uint8)
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # the setting of one thread is also what later ones begin with
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -186,20 +210,15 @@ def _rows(weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], block: 
     )
 
 
-def _factors(group: Mapping[str, Any], step: int) -> _Factors:
+def _factors(group: Mapping[str, Any], step: int, device: torch.device) -> _Factors:
     beta1, beta2 = group["betas"]
     root = (1 - beta2**step) ** 0.5
-    return _Factors(
-        beta1=beta1,
-        beta2=beta2,
-        step_size=group["lr"] / (1 - beta1**step) * root,
-        eps=group["eps"] * root,
-        decay=group["lr"] * group["weight_decay"],
-    )
+    changing = [group["lr"] / (1 - beta1**step) * root, group["eps"] * root, group["lr"] * group["weight_decay"]]
+    return _Factors(beta1, beta2, *torch.tensor(changing, dtype=torch.float32, device=device).unbind())
 
 
 def _update(
-    chunk: _Chunk, factors: _Factors, tables: tuple[CodeTables, CodeTables] | None, first_block: int, key: Key | None
+    chunk: _Chunk, factors: _Factors, tables: tuple[CodeTables, CodeTables] | None, first_block: int, key: Tensor | None
 ) -> None:
     """Update one chunk in place."""
     gradient = chunk.gradient.to(torch.float32)
@@ -216,10 +235,10 @@ def _update(
         quantize(first, chunk.first, chunk.first_scale, tables[0])
         quantize(second, chunk.second, chunk.second_scale, tables[1])
     if chunk.weight.dtype == torch.float32:
-        chunk.weight.sub_(change.add_(chunk.weight, alpha=factors.decay))
+        chunk.weight.sub_(change.add_(chunk.weight * factors.decay))
         return
     weight = chunk.weight.to(torch.float32)
-    change.add_(weight, alpha=factors.decay)
+    change.add_(weight * factors.decay)
     if key is not None:
         chunk.weight.copy_(round_stochastically(weight.sub_(change), first_block, key))
     else:

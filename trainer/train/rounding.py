@@ -7,17 +7,15 @@ rounding to the nearest would drop nearly all of it (2 % arrives). Hence no such
 import torch
 from torch import Tensor
 
-Key = tuple[int, int]
-
 _LOW_16 = 0xFFFF
 
 
-def rounding_key(draw: int) -> Key:
-    """Two signed 32-bit numbers out of a 63-bit draw."""
-    return _signed_32(draw), _signed_32(draw >> 31)
+def rounding_key(draw: int, device: torch.device) -> Tensor:
+    """A 63-bit draw as two numbers, int32 [2]; a tensor, so that compiled code is the same for every key."""
+    return torch.tensor([_signed_32(draw), _signed_32(draw >> 31)], dtype=torch.int32, device=device)
 
 
-def random_bits(first: int, rows: int, width: int, key: Key, device: torch.device) -> Tensor:
+def random_bits(first: int, rows: int, width: int, key: Tensor, device: torch.device) -> Tensor:
     """32 random bits per counter as int32 [rows, width]; the counters are `first`, `first` + 1 and so on.
 
     A pure function of (key, counter), equal on every device: lowbias32 (C. Wellons, "Prospecting for hash functions",
@@ -34,7 +32,7 @@ def random_bits(first: int, rows: int, width: int, key: Key, device: torch.devic
     return bits
 
 
-def round_stochastically(exact: Tensor, first_block: int, key: Key) -> Tensor:
+def round_stochastically(exact: Tensor, first_block: int, key: Tensor) -> Tensor:
     """bf16 neighbours of `exact` (fp32 [n, block], overwritten), drawn so that the expectation is `exact`.
 
     Adds 16 random bits below bf16's last one and cuts them off. One hash serves two elements: its low half the left
