@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ def cases(models: Sequence[str], worker_counts: Sequence[int]) -> list[Case]:
     return found
 
 
-def measure_all(group: Sequence[Case]) -> list[int]:
+def measure_all(group: Sequence[Case]) -> Iterator[int]:
     """Measured peaks of cases with one number of workers, trained one after the other by the same processes."""
     workers = group[0].workers
     with tempfile.TemporaryDirectory() as folder:
@@ -212,12 +212,13 @@ def measure_all(group: Sequence[Case]) -> list[int]:
         for rank in range(workers):
             env = {**os.environ, "RANK": str(rank), "MEMORY_PLAN_STORE": f"{folder}/store"}
             out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-            processes.append(subprocess.Popen(command, env=env, stdout=out, text=True))
-        found, _ = processes[0].communicate()
+            error = None if rank == 0 else subprocess.DEVNULL
+            processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=error, text=True))
+        assert processes[0].stdout is not None
+        yield from (int(line) for line in processes[0].stdout if line.strip().isdigit())
         codes = [process.wait() for process in processes]
     if any(codes):
         raise RuntimeError(f"workers ended with {codes}")
-    return json.loads(found.splitlines()[-1])
 
 
 def run_cases(group: Sequence[Case]) -> None:
@@ -227,7 +228,8 @@ def run_cases(group: Sequence[Case]) -> None:
     if workers > 1:
         store = dist.FileStore(os.environ["MEMORY_PLAN_STORE"], workers)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
-    print(json.dumps([measure(case, rank) for case in group]))
+    for case in group:
+        print(measure(case, rank), flush=True)
     if workers > 1:
         dist.barrier()
         dist.destroy_process_group()

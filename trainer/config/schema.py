@@ -20,6 +20,7 @@ from trainer.config.values import (
     Section,
     Seed,
     Separator,
+    Size,
     yes_no_or_path,
 )
 
@@ -293,10 +294,19 @@ class SamplesConfig(Section):
 
 
 class MemoryConfig(Section):
+    budget: Size = "auto"
+    """What a worker may use of its card, such as `23GiB`; the rest of this section follows from it. `auto`: the card's
+    memory but for 0.25 GiB; on the CPU, nothing limits it."""
     strategy: Literal["auto", "ddp", "zero2", "zero3"] = "auto"
     """How several workers share the model. `ddp`: each holds all of it and all optimizer state. `zero2` (FSDP2): fp32
     weights, gradients and optimizer state are spread over the workers; each computes on a whole copy in
-    `train.precision`. `zero3`: that copy is spread as well, and fetched block by block. One worker holds everything."""
+    `train.precision`. `zero3`: that copy is spread as well, and fetched block by block. One worker holds everything.
+    `auto`: the fastest that fits."""
+    recompute: Literal["auto", "none", "all"] = "auto"
+    """Blocks whose activations are computed again in the backward pass: less memory, up to a third more time. `auto`:
+    as few as fit."""
+    offload_activations: Literal["auto"] | Flag = "auto"
+    """Activations wait in the host's memory for the backward pass. `auto`: where nothing else fits."""
 
 
 class LogConfig(Section):

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 _YES_NO = {"yes": True, "on": True, "no": False, "off": False}
 LARGEST = 2**31 - 1
+_SIZE = re.compile(r"\d+(\.\d+)? ?[KMG]i?B")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -45,6 +46,13 @@ def yes_no_or_path(value: object) -> object:
     return str(_path(value)) if isinstance(value, str) else value
 
 
+def _size(value: object) -> object:
+    """`auto`, or a number with a unit."""
+    if isinstance(value, str) and (value == "auto" or _SIZE.fullmatch(value)):
+        return value
+    raise PydanticCustomError("rule", "must be auto or a size with its unit, such as 23GiB")
+
+
 Flag = Annotated[bool, BeforeValidator(yes_no, json_schema_input_type=bool | Literal["yes", "no", "on", "off"])]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -53,6 +61,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Separator = Annotated[str, Field(min_length=1)]
 ModelField = Annotated[Path | str, PlainValidator(_model, json_schema_input_type=Path | str)]
 PathField = Annotated[Path, Field(strict=False), BeforeValidator(_path, json_schema_input_type=Path)]
+Size = Annotated[str, BeforeValidator(_size)]
 
 
 class Section(BaseModel):

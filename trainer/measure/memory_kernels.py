@@ -1,14 +1,16 @@
-"""What CUDA's or the CPU's kernels do, on tensors of the device "meta": their attention, their autocast, their scratch."""
+"""What CUDA's or the CPU's kernels do, on tensors of the device "meta": attention, autocast, scratch memory."""
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kernels = Literal["cuda", "cpu"]
+from trainer.measure.memory_strategy import Kernels
+
+_FLASH_WIDTH = 256  # of a head, at most
 
 
 @contextlib.contextmanager
@@ -88,7 +90,7 @@ def _attention(kernels: Kernels, real: Callable[..., Tensor]) -> Callable[..., T
         if kernels == "cpu":
             flash = ops._scaled_dot_product_flash_attention_for_cpu
             return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-        if attn_mask is None and query.dtype != torch.float32:
+        if attn_mask is None and query.dtype != torch.float32 and query.shape[-1] <= _FLASH_WIDTH:
             return ops._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:

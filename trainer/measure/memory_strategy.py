@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     from trainer.measure.memory_trace import Segment, Trace
 
+Kernels = Literal["cuda", "cpu"]
 StrategyName = Literal["single", "ddp", "zero2", "zero3"]
 PARTS = ("weights", "masters", "gradients", "optimizer", "activations", "communication", "frozen")
 Split = dict[str, int]
@@ -41,8 +42,8 @@ class Holding:
     """How the parameters of a run are held.
 
     Attributes:
-        strategy: `single`: one process, no wrapper; `ddp`: all of it on every worker; `zero2`: shards, gathered for each pass; `zero3`: gathered for
-            each unit.
+        strategy: `single`: one process, no wrapper; `ddp`: all of it on every worker; `zero2`: shards, gathered for
+            each pass; `zero3`: gathered for each unit.
         world: workers that share the state.
         stored_bytes: of one weight as the optimizer sees it (its master, where `compute_bytes` is smaller).
         compute_bytes: of one weight in the forward pass. Differs from `stored_bytes` with zero2 and zero3 only;
@@ -57,6 +58,8 @@ class Holding:
         keeps_views: gradients are zeroed in place and stay views of their buckets.
         optimizer_temporary_bytes: alive at once within the optimizer's step.
         frozen_bytes: parts that do not train and lie on the same device, all through the step.
+        between_steps: bytes of work done between steps by name, such as the VAE's pass over a batch of images.
+        between_steps_gathered: those of them for which spread weights are gathered.
     """
 
     strategy: StrategyName
@@ -73,6 +76,8 @@ class Holding:
     keeps_views: bool = False
     optimizer_temporary_bytes: int = 0
     frozen_bytes: int = 0
+    between_steps: Mapping[str, int] = field(default_factory=dict)
+    between_steps_gathered: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Peak:
     """The fullest moment of a step.
 
     Attributes:
-        phase: forward, backward or optimizer.
+        phase: forward, backward, optimizer, or a name from `Holding.between_steps`.
         split: bytes by part.
     """
 
@@ -119,17 +124,17 @@ class _Accountant(Protocol):
     def begin_pass(self, index: int) -> None: ...
     def at(self, kind: str, name: str) -> None: ...
     def end_step(self) -> None: ...
+    def gathered_bytes(self) -> int: ...
 
 
 def strategy_peak(trace: "Trace", holding: Holding) -> Peak:
     """The fullest moment of an optimizer step in steady state; all of its passes are like the traced one."""
-    parameters = [ParameterSize(name, shape, name in trace.trains) for name, shape in trace.shapes.items()]
-    segments, unit_of = trace.segments, trace.unit_of
+    parameters, segments, unit_of = parameter_sizes(trace), trace.segments, trace.unit_of
     ledger = _Ledger(dict.fromkeys(PARTS, 0))
     ledger.held["frozen"] = holding.frozen_bytes
     make = _Replicated if holding.strategy in ("single", "ddp") else _Sharded
     accountant: _Accountant = make(ledger, parameters, unit_of, holding, gradient_order(segments))
-    for step in range(2):  # the first one brings everything into its steady state
+    for _ in range(2):  # the first one brings everything into its steady state
         ledger.peak = Peak("", {})
         for index in range(holding.accumulation):
             ledger.phase = "forward"
@@ -144,8 +149,37 @@ def strategy_peak(trace: "Trace", holding: Holding) -> Peak:
         ledger.phase = "optimizer"
         ledger.note(holding.optimizer_temporary_bytes)
         accountant.end_step()
-        del step
+        for phase, amount in holding.between_steps.items():
+            ledger.phase = phase
+            gathered = accountant.gathered_bytes() if phase in holding.between_steps_gathered else 0
+            ledger.held["weights"] += gathered
+            ledger.note(amount)
+            ledger.held["weights"] -= gathered
     return ledger.peak
+
+
+def wire_bytes(trace: "Trace", holding: Holding) -> int:
+    """What each worker sends in one optimizer step, by ring algorithms; scalars not counted.
+
+    DDP: an all-reduce of all gradients. ZeRO-2: an all-gather of the weights in each pass and a reduce-scatter of the
+    gradients; ZeRO-3 gathers twice in each pass.
+    """
+    world, sizes = holding.world, parameter_sizes(trace)
+    if world == 1:
+        return 0
+    if holding.strategy == "ddp":
+        gradients = sum(p.numel for p in sizes if p.trains) * holding.stored_bytes
+        return 2 * gradients * (world - 1) // world
+    weights = sum(p.padded_numel(world) for p in sizes) * holding.compute_bytes
+    gradients = sum(p.padded_numel(world) for p in sizes if p.trains) * holding.reduce_bytes
+    gathers = holding.accumulation * (2 if holding.strategy == "zero3" else 1)
+    reductions = holding.accumulation if holding.reduce_each_pass else 1
+    return (weights * gathers + gradients * reductions) * (world - 1) // world
+
+
+def parameter_sizes(trace: "Trace") -> list[ParameterSize]:
+    """The parameters of a traced model."""
+    return [ParameterSize(name, shape, name in trace.trains) for name, shape in trace.shapes.items()]
 
 
 def gradient_order(segments: Sequence["Segment"]) -> list[str]:
@@ -208,6 +242,9 @@ class _Replicated:
     def end_step(self) -> None:
         for name in tuple(self._loose):
             self._drop(name)
+
+    def gathered_bytes(self) -> int:
+        return 0
 
     def _drop(self, name: str) -> None:
         if name in self._loose:
@@ -303,6 +340,9 @@ class _Sharded:
         shards = sum(self._trained[unit] for unit in self._shards) // self._holding.world
         self._ledger.add("gradients", -shards * self._holding.stored_bytes)
         self._shards.clear()
+
+    def gathered_bytes(self) -> int:
+        return sum(self._padded.values()) * self._holding.compute_bytes
 
     def _gather(self, unit: str) -> None:
         """All-gather into one flat buffer, then copy out; the buffer lives until the next gather's."""

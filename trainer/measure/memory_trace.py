@@ -5,6 +5,7 @@ gradients that have reached them are left out: who holds them, and how often, is
 (`memory_strategy.py`).
 """
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,10 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from trainer.measure.memory_kernels import HIDDEN_BYTES, Kernels, emulated_kernels
+from trainer.measure.memory_kernels import HIDDEN_BYTES, emulated_kernels
+from trainer.measure.memory_strategy import Kernels
 
-MarkKind = Literal["forward", "end of forward", "before backward", "gradient", "backward", "end of backward"]
+MarkKind = Literal[
+    "forward", "after forward", "end of forward", "before backward", "gradient", "backward", "end of backward"
+]
 
 _CUDA_BLOCK = 512  # the caching allocator's granularity, bytes
 
@@ -28,10 +33,12 @@ class Segment:
     Attributes:
         peak: highest level over that at the segment's start.
         net: level at its end over that at its start.
-        mark: what happens then: `forward` of a unit begins, the forward pass ends, `before backward` of a unit
-            the gradient of its output is there, the `gradient` of a parameter is there, `backward` of a unit ends.
+        mark: what happens then: `forward` of a unit begins or is over (`after forward`), the whole forward pass ends,
+            `before backward` of a unit the gradient of its output is there, the `gradient` of a parameter is there,
+            `backward` of a unit ends.
         name: of the unit or the parameter.
         gradient_bytes: of the parameter's gradient.
+        flops: floating-point operations of products and attention; a multiplication with an addition is two.
     """
 
     peak: int
@@ -39,6 +46,7 @@ class Segment:
     mark: MarkKind
     name: str
     gradient_bytes: int = 0
+    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,36 @@ class Trace:
     @property
     def saved_bytes(self) -> int:
         """Alive at the end of the forward pass."""
-        level = 0
-        for segment in self.segments:
-            level += segment.net
-            if segment.mark == "end of forward":
-                return level
-        raise AssertionError("a trace has an end of its forward pass")
+        return sum(segment.net for segment in self.segments[: self._forward_end() + 1])
+
+    @property
+    def forward_flops(self) -> int:
+        """Of the forward pass; see `Segment.flops`."""
+        return sum(segment.flops for segment in self.segments[: self._forward_end() + 1])
+
+    @property
+    def flops(self) -> int:
+        """Of the whole pass, with what is computed again."""
+        return sum(segment.flops for segment in self.segments)
+
+    def blocks(self) -> "dict[str, Block]":
+        """What each unit's forward pass keeps and costs, where no units lie within another."""
+        found: dict[str, Block] = {}
+        for segment, following in itertools.pairwise(self.segments[: self._forward_end() + 1]):
+            if segment.mark == "forward":
+                found[segment.name] = Block(max(following.net, 0), following.flops)
+        return found
+
+    def _forward_end(self) -> int:
+        return next(i for i, segment in enumerate(self.segments) if segment.mark == "end of forward")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A unit's forward pass: bytes that it leaves for the backward pass, and its operations."""
+
+    saved_bytes: int
+    flops: int
 
 
 def trace_pass(
@@ -74,6 +106,7 @@ def trace_pass(
     units: Mapping[str, nn.Module],
     kernels: Kernels,
     autocast: torch.dtype | None = None,
+    held: Iterable[Tensor] = (),
 ) -> Trace:
     """Run `loss` and its backward pass, and say what is alive when.
 
@@ -83,10 +116,11 @@ def trace_pass(
         units: modules of the model whose beginning and end are marked, by name in the model.
         kernels: whose memory is counted: attention, autocast and the allocator's rounding differ.
         autocast: as `torch.autocast` would do on that device around the forward pass; it does not know "meta".
+        held: not counted either, such as the weights of frozen models that run within `loss`.
     """
     live = _LiveBytes(_CUDA_BLOCK if kernels == "cuda" else 1)
     parameters = dict(model.named_parameters())
-    for tensor in (*parameters.values(), *model.buffers()):
+    for tensor in (*parameters.values(), *model.buffers(), *held):
         live.ignore(tensor)
     handles: list[Any] = []
     for name, parameter in parameters.items():
@@ -114,10 +148,10 @@ def trace_pass(
     )
 
 
-def trace_peak(run: Callable[[], object], held: Mapping[str, Tensor], kernels: Kernels) -> int:
+def trace_peak(run: Callable[[], object], held: Iterable[Tensor], kernels: Kernels) -> int:
     """Most bytes that `run` keeps alive beside `held`, such as one pass of the frozen VAE."""
     live = _LiveBytes(_CUDA_BLOCK if kernels == "cuda" else 1)
-    for tensor in held.values():
+    for tensor in held:
         live.ignore(tensor)
     with live, emulated_kernels(kernels, None):
         run()
@@ -141,13 +175,16 @@ class _LiveBytes(TorchDispatchMode):
         self._granularity = granularity
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._level = self._start = self._peak = 0
+        self._level = self._start = self._peak = self._flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self._flops += count(*args, **(kwargs or {}), out_val=out)
         hidden = HIDDEN_BYTES.get(func)
         if hidden is not None and self._granularity > 1:
             self._peak = max(self._peak, self._level + hidden(args))
@@ -168,7 +205,8 @@ class _LiveBytes(TorchDispatchMode):
     def mark(self, kind: MarkKind, name: str, gradient_bytes: int = 0) -> None:
         """End a segment."""
         peak, net = self._peak - self._start, self._level - self._start
-        self.segments.append(Segment(peak, net, kind, name, gradient_bytes))
+        self.segments.append(Segment(peak, net, kind, name, gradient_bytes, self._flops))
+        self._flops = 0
         self._start = self._peak = self._level
 
     def _see(self, tensor: Tensor) -> None:
@@ -213,6 +251,7 @@ def _forward_hook(live: _LiveBytes, name: str) -> Callable[..., tuple[Any, Any]]
 
 def _output_hook(live: _LiveBytes, name: str) -> Callable[..., None]:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
+        live.mark("after forward", name)
         for value in output if isinstance(output, tuple) else (output,):
             if isinstance(value, Tensor) and value.requires_grad:
                 value.register_hook(lambda _: live.mark("before backward", name))

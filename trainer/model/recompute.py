@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 _BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
@@ -62,7 +63,7 @@ def offloaded_activations(model: nn.Module) -> Iterator[None]:
     from torch.multiprocessing.reductions import StorageWeakRef
 
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    moved: dict[int, tuple[StorageWeakRef, Tensor]] = {}
+    moved: dict[int, tuple[StorageWeakRef, Tensor | None]] = {}
 
     def pack(tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
@@ -70,32 +71,33 @@ def offloaded_activations(model: nn.Module) -> Iterator[None]:
             return tensor
         known = moved.get(storage._cdata)
         if known is None or known[0].expired():
-            whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage)
-            known = StorageWeakRef(storage), _to_host(whole)
+            known = StorageWeakRef(storage), _to_host(storage, tensor)
             moved[storage._cdata] = known
-        return known[1], tensor.device, tensor.shape, tensor.stride(), tensor.storage_offset()
+        return known[1], storage.nbytes() // tensor.itemsize, tensor.dtype, tensor.device, _layout(tensor)
 
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        host, device, shape, stride, offset = packed
-        whole = _to_device(host, device)
-        return whole.as_strided(shape, stride, offset)
+        host, numel, dtype, device, layout = packed
+        whole = torch.empty(numel, dtype=dtype, device=device)
+        if host is not None:
+            whole.copy_(host.view(dtype), non_blocking=True)
+        return whole.as_strided(*layout)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
-def _to_host(tensor: Tensor) -> Tensor:
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def _to_host(storage: torch.UntypedStorage, like: Tensor) -> Tensor | None:
+    """The storage's bytes in the host's memory; None on the meta device, where a plan asks for sizes alone."""
     import torch
 
-    if tensor.device.type == "meta":  # a plan: only the size matters
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    if tensor.device.type != "cuda":
-        return tensor.clone()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device, non_blocking=True) if device.type != "meta" else tensor.clone()
+    if like.is_meta:
+        return None
+    whole = torch.empty(0, dtype=torch.uint8, device=like.device).set_(storage)
+    host = torch.empty(whole.shape, dtype=torch.uint8, pin_memory=like.is_cuda)
+    return host.copy_(whole, non_blocking=True)

@@ -1,0 +1,187 @@
+"""Chooses how a run uses its memory: the strategy and the least recomputation that fit a budget; no torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from trainer.measure.memory_strategy import Holding, Peak
+
+GIB = 2**30
+# Assumptions, used to rank what fits and printed with it.
+CARD_FLOPS = 35e12  # an RTX 3090 in bf16 at half of its 71 TFLOP/s
+WIRE_BYTES_PER_S = 6e9  # between cards through the host's memory
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a worker may use, in bytes.
+
+    Attributes:
+        total: of all that it takes; None where nothing limits it.
+        context: what CUDA and its libraries take before the first tensor.
+        buffers: of NCCL.
+        margin_share: of the peak, for what the allocator cannot use and for the convolutions' scratch.
+        given: where `total` comes from, in words.
+    """
+
+    total: int | None
+    context: int = 0
+    buffers: int = 0
+    margin_share: float = 0.0
+    given: str = ""
+
+    def needed(self, peak: Peak) -> int:
+        """What a peak of tensors takes of the budget."""
+        return round(peak.total * (1 + self.margin_share)) + self.context + self.buffers
+
+    def fits(self, peak: Peak) -> bool:
+        """Whether a peak stays within the budget."""
+        return self.total is None or self.needed(peak) <= self.total
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to run: a strategy, and how many of the blocks are recomputed.
+
+    Attributes:
+        label: in words.
+        recomputed: blocks that are recomputed, the first ones of the list of all blocks.
+        offloads: saved activations wait in the host's memory.
+        peak: the fullest moment of a step.
+        extra_s: seconds per optimizer step beyond the plain passes, by `CARD_FLOPS` and `WIRE_BYTES_PER_S`.
+        fits: within the budget.
+    """
+
+    label: str
+    holding: Holding
+    recomputed: int
+    offloads: bool
+    peak: Peak
+    extra_s: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Ways:
+    """What may be chosen from.
+
+    Attributes:
+        holdings: by label, with the strategies and ways of accumulation that are allowed.
+        num_blocks: that can be recomputed.
+        fewest, most: recomputed blocks that are allowed; equal where nothing is left to choose.
+        may_offload: the last rung is allowed.
+        must_offload: and no other.
+    """
+
+    holdings: dict[str, Holding]
+    num_blocks: int
+    fewest: int
+    most: int
+    may_offload: bool = True
+    must_offload: bool = False
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is known of a way to run, worked out when asked for.
+
+    Attributes:
+        peak: of a holding with so many recomputed blocks, with or without offloading.
+        saved_bytes: of the first so many blocks.
+        extra_s: see `Rung.extra_s`.
+    """
+
+    peak: Callable[[Holding, int, bool], Peak]
+    saved_bytes: Callable[[int], int]
+    extra_s: Callable[[Holding, int, bool], float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and what else was looked at: for each holding the rung without recomputation, and the last."""
+
+    chosen: Rung | None
+    looked_at: tuple[Rung, ...] = field(default=())
+
+
+def choose(ways: Ways, measures: Measures, budget: Budget) -> Choice:
+    """The way that costs least time among those that fit; None where nothing fits."""
+    looked_at: list[Rung] = []
+    found: list[Rung] = []
+    offloading = [True] if ways.must_offload else [False]
+    if ways.may_offload and not ways.must_offload:
+        offloading.append(True)
+    for offloads in offloading:
+        for label, holding in ways.holdings.items():
+            rungs = _rungs_of(label, holding, ways, measures, budget, offloads)
+            looked_at += rungs
+            found += [rung for rung in rungs if rung.fits]
+        if found:
+            break
+    if not found:
+        return Choice(None, tuple(looked_at))
+    # Only the cheapest is brought down to the fewest blocks: each look is a pass over the whole model.
+    best = min(found, key=lambda rung: rung.extra_s)
+    while True:
+        finer = _least(best, ways, measures, budget)
+        if finer is not best:
+            found = [finer if rung is best else rung for rung in found]
+            looked_at.append(finer)
+        best = min(found, key=lambda rung: rung.extra_s)
+        if best is finer:
+            return Choice(finer, tuple(looked_at))
+
+
+def _rungs_of(
+    label: str, holding: Holding, ways: Ways, measures: Measures, budget: Budget, offloads: bool
+) -> list[Rung]:
+    """The rung with the fewest recomputed blocks and, if that does not fit, the one with the most."""
+    first = _rung(label, holding, ways.fewest, measures, budget, offloads)
+    hopeless = budget.total is not None and first.peak.total - first.peak.split["activations"] > budget.total
+    if first.fits or ways.most == ways.fewest or hopeless:
+        return [first]
+    last = _rung(label, holding, ways.most, measures, budget, offloads)
+    return [first, last]
+
+
+def _least(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> Rung:
+    """The same way with fewer recomputed blocks, if fewer fit: as many as save what is over, and a few more."""
+    if budget.total is None or rung.recomputed in (0, ways.fewest) or rung.offloads:
+        return rung
+    first = measures.peak(rung.holding, ways.fewest, rung.offloads)
+    over = (budget.needed(first) - budget.total) / (1 + budget.margin_share)
+    count = next((n for n in range(ways.fewest, rung.recomputed) if measures.saved_bytes(n) >= over), rung.recomputed)
+    while count < rung.recomputed:
+        tried = _rung(rung.label, rung.holding, count, measures, budget, rung.offloads)
+        if tried.fits:
+            return tried
+        count += max(1, ways.num_blocks // 16)
+    return rung
+
+
+def _rung(label: str, holding: Holding, count: int, measures: Measures, budget: Budget, offloads: bool) -> Rung:
+    peak = measures.peak(holding, count, offloads)
+    extra_s = measures.extra_s(holding, count, offloads)
+    return Rung(label, holding, count, offloads, peak, extra_s, budget.fits(peak))
+
+
+def smallest(rungs: Sequence[Rung]) -> Rung:
+    """The rung that needs the least memory."""
+    return min(rungs, key=lambda rung: rung.peak.total)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `23GiB`, `23.5 GB` or `512MiB`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    number, unit = text.strip().rstrip("BbiIKkMmGgTt"), text.strip().lstrip("0123456789. ").lower()
+    units = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+    if unit not in units:
+        raise ValueError(f"{text}: must be a number with a unit, such as 23GiB")
+    return round(float(number) * units[unit])
+
+
+def in_gib(amount: float) -> str:
+    """`12.34`."""
+    return f"{amount / GIB:.2f}"

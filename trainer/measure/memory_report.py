@@ -1,0 +1,175 @@
+"""The plan of a run's memory as a value: printed as text, kept as JSON; no torch."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trainer.measure.arithmetic import format_duration
+from trainer.measure.memory_plan import CARD_FLOPS, GIB, WIRE_BYTES_PER_S, Budget, Rung, in_gib
+from trainer.measure.memory_strategy import PARTS, StrategyName
+
+_PART_NAMES = {"communication": "buffers", "frozen": "frozen models"}
+
+
+@dataclass(frozen=True)
+class RungReport:
+    """One way to run, in bytes per worker.
+
+    Attributes:
+        split: at the fullest moment, by part; CUDA's context, NCCL's buffers and the margin come on top in `needed`.
+    """
+
+    label: str
+    strategy: StrategyName
+    exchanges_every_pass: bool
+    recomputed: int
+    offloads: bool
+    phase: str
+    split: dict[str, int]
+    needed: int
+    fits: bool
+    extra_s: float
+
+    @staticmethod
+    def of(rung: Rung, budget: Budget) -> "RungReport":
+        """The report of a rung."""
+        return RungReport(
+            label=rung.label,
+            strategy=rung.holding.strategy,
+            exchanges_every_pass=rung.holding.reduce_each_pass and rung.holding.accumulation > 1,
+            recomputed=rung.recomputed,
+            offloads=rung.offloads,
+            phase=rung.peak.phase,
+            split=rung.peak.split,
+            needed=budget.needed(rung.peak),
+            fits=rung.fits,
+            extra_s=rung.extra_s,
+        )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run will hold, and how it was chosen.
+
+    Attributes:
+        kernels: `cuda` or `cpu`.
+        image: the largest bucket's height and width in pixels, and images in one pass.
+        chosen: the rung to run with; None: nothing fits.
+        looked_at: all rungs that were worked out.
+        num_blocks: that could be recomputed.
+        recompute: names of the blocks that are recomputed.
+        advice: the smallest changes that make it fit, where nothing does.
+        wire_bytes: sent by each worker in an optimizer step.
+        flops_per_image: forward, backward, recomputed.
+        host_bytes: RAM of this host, all workers together.
+        checkpoint_bytes: of one checkpoint; `disk_bytes`: of all that are kept, and one being written.
+    """
+
+    kernels: str
+    workers: int
+    accumulation: int
+    image: tuple[int, int, int]
+    budget: Budget
+    chosen: RungReport | None
+    looked_at: tuple[RungReport, ...]
+    num_blocks: int
+    recompute: tuple[str, ...]
+    advice: tuple[str, ...]
+    wire_bytes: int
+    flops_per_image: tuple[int, int, int]
+    host_bytes: int
+    checkpoint_bytes: int
+    disk_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(stored: dict[str, Any]) -> "MemoryPlan":
+        """What `to_json` gave."""
+        fields = dict(stored)
+        fields["image"] = tuple(fields["image"])
+        fields["budget"] = Budget(**fields["budget"])
+        fields["chosen"] = RungReport(**fields["chosen"]) if fields["chosen"] else None
+        fields["looked_at"] = tuple(RungReport(**rung) for rung in fields["looked_at"])
+        for name in ("recompute", "advice", "flops_per_image"):
+            fields[name] = tuple(fields[name])
+        return MemoryPlan(**fields)
+
+    def describe(self) -> list[str]:
+        """The lines that are printed: a table of all ways, what was chosen and why, and the other needs."""
+        height, width, batch = self.image
+        images = f"{batch} image{'' if batch == 1 else 's'} of {width} x {height} px"
+        kept = f"memory per worker in GiB ({self.kernels}), {images} in a pass, {self.accumulation} passes a step"
+        lines = [kept.replace(" 1 passes", " 1 pass"), *_table(self.looked_at, self.budget)]
+        if self.chosen is None:
+            lines.append(f"nothing fits {self._limit()}")
+            lines += [f"  this would: {advice}" for advice in self.advice]
+        else:
+            lines += self._choice(self.chosen)
+        lines.append(
+            f"host RAM about {in_gib(self.host_bytes)} GiB; a checkpoint takes {in_gib(self.checkpoint_bytes)} GiB,"
+            f" all that are kept {in_gib(self.disk_bytes)} GiB of disk"
+        )
+        forward, backward, again = (flops / 1e12 for flops in self.flops_per_image)
+        total = forward + backward + again
+        lines.append(
+            f"{total:.2f} TFLOP an image: forward {forward:.2f}, backward {backward:.2f}, recomputed {again:.2f};"
+            f" each worker sends {self.wire_bytes / 1e9:.2f} GB a step"
+        )
+        return lines
+
+    def _limit(self) -> str:
+        assert self.budget.total is not None
+        return f"{in_gib(self.budget.total)} GiB ({self.budget.given})"
+
+    def _choice(self, chosen: RungReport) -> list[str]:
+        if self.budget.total is None:
+            return [f"chosen: {_way(chosen, self.num_blocks)}; nothing limits its memory"]
+        line = f"chosen: {_way(chosen, self.num_blocks)}: {in_gib(chosen.needed)} of {self._limit()}"
+        tighter = [rung for rung in self.looked_at if not rung.fits and rung.label == chosen.label]
+        why = "it is the fastest that fits" if len(self.looked_at) > 1 else "it fits"
+        if tighter and chosen.recomputed:
+            fewest = min(tighter, key=lambda rung: rung.recomputed)
+            why = f"with {fewest.recomputed} blocks recomputed it would take {in_gib(fewest.needed)}"
+        return [f"{line}; {why}", f"  fullest in: {chosen.phase}"]
+
+
+def days(plan: MemoryPlan, num_images: int, images_per_s: float | None, card_flops: float = CARD_FLOPS) -> str:
+    """How long so many images take: at a measured speed of all workers, or by an assumption, which is named."""
+    if images_per_s is not None:
+        return f"{format_duration(num_images / images_per_s)} at the measured {images_per_s:.2f} images a second"
+    speed = card_flops * plan.workers / max(sum(plan.flops_per_image), 1)
+    seconds = num_images / speed
+    return (
+        f"{format_duration(seconds)} at {speed:.2f} images a second, if every card does {card_flops / 1e12:.0f} TFLOP/s"
+        " and waits for nothing (half of an RTX 3090's peak in bf16; `sdxl-train bench` measures it)"
+    )
+
+
+def _way(rung: RungReport, num_blocks: int) -> str:
+    again = {0: "all activations kept", num_blocks: "all blocks recomputed"}
+    text = f"{rung.label}, {again.get(rung.recomputed, f'{rung.recomputed} of {num_blocks} blocks recomputed')}"
+    return f"{text}, what is kept waits in the host's memory" if rung.offloads else text
+
+
+def _table(rungs: Sequence[RungReport], budget: Budget) -> Iterable[str]:
+    parts = [part for part in PARTS if any(rung.split.get(part, 0) >= GIB // 200 for rung in rungs)]
+    heads = [_PART_NAMES.get(part, part) for part in parts]
+    width = max(len(_short_way(rung)) for rung in rungs)
+    yield f"  {'':{width}} " + " ".join(f"{head:>13}" for head in [*heads, "CUDA, margin", "total"])
+    for rung in rungs:
+        values = [rung.split.get(part, 0) for part in parts]
+        numbers = [*values, rung.needed - sum(rung.split.values()), rung.needed]
+        fit = "" if budget.total is None else ("  fits" if rung.fits else "  too much")
+        yield f"  {_short_way(rung):{width}} " + " ".join(f"{in_gib(number):>13}" for number in numbers) + fit
+
+
+def _short_way(rung: RungReport) -> str:
+    text = f"{rung.label}, {rung.recomputed} recomputed"
+    return f"{text}, offloaded" if rung.offloads else text
+
+
+ASSUMPTIONS = f"{CARD_FLOPS / 1e12:.0f} TFLOP/s and {WIRE_BYTES_PER_S / 1e9:.0f} GB/s between cards"
+"""By which ways that fit are ranked."""

@@ -1,0 +1,269 @@
+"""The memory plan of a run: worked out from its configuration on tensors without memory, and kept for the next time."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config.schema import Config
+from trainer.data.buckets import Bucket
+from trainer.errors import UserError
+from trainer.measure.memory_plan import (
+    CARD_FLOPS,
+    GIB,
+    WIRE_BYTES_PER_S,
+    Budget,
+    Choice,
+    Measures,
+    Ways,
+    choose,
+    parse_size,
+    smallest,
+)
+from trainer.measure.memory_report import MemoryPlan, RungReport
+from trainer.measure.memory_strategy import Holding, Kernels, wire_bytes
+from trainer.model.source import component_config, find_source, vae_source
+
+if TYPE_CHECKING:
+    from trainer.train.traced import TracedRun
+
+MIB = 2**20
+# On a card, before the first tensor and beside them; see docs/benchmarks.md.
+CUDA_CONTEXT = 512 * MIB
+NCCL_BUFFERS = 256 * MIB
+MARGIN_SHARE = 0.02
+DESKTOP = 256 * MIB  # of a card's memory that `auto` leaves to others
+_WORKER_RAM = {"cuda": 3 * GIB, "cpu": GIB}  # PyTorch, its libraries and the model's code
+_DATA_WORKER_RAM = 300 * MIB
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan hangs on beside the configuration.
+
+    Attributes:
+        workers: of the whole run; `workers_here`: of this host.
+        accumulation: passes of a usual optimizer step.
+        buckets: of the data, with the images of one pass.
+        budget: of each worker.
+    """
+
+    kernels: Kernels
+    workers: int
+    workers_here: int
+    accumulation: int
+    buckets: tuple[tuple[Bucket, int], ...]
+    budget: Budget
+
+
+def make_budget(config: Config, kernels: Kernels, card_bytes: int | None, workers: int) -> Budget:
+    """What `memory.budget` says, or the card's memory but for a little; on the CPU nothing limits it by default."""
+    wish = config.memory.budget
+    total, given = None, ""
+    if wish != "auto":
+        total, given = parse_size(wish), "memory.budget"
+    elif kernels == "cuda" and card_bytes is not None:
+        total, given = card_bytes - DESKTOP, "the card's memory, less 0.25"
+    if kernels == "cpu":
+        return Budget(total, given=given)
+    return Budget(total, CUDA_CONTEXT, NCCL_BUFFERS if workers > 1 else 0, MARGIN_SHARE, given)
+
+
+def memory_plan(config: Config, setting: Setting, cache: Path | None = None) -> MemoryPlan:
+    """The plan, from `cache` if it was made before.
+
+    Args:
+        cache: folder of plans by what they hang on; default: `sdxl-train/plans` in the user's cache.
+    """
+    folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl-train" / "plans"
+    file = folder / f"{_digest(config, setting)}.json"
+    try:
+        return MemoryPlan.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError):
+        plan = _worked_out(config, setting)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial_file = file.with_name(f"{file.name}.{os.getpid()}")
+        partial_file.write_text(json.dumps(plan.to_json()), encoding="utf-8")
+        partial_file.replace(file)
+    except OSError:
+        pass  # a plan that is not kept is worked out again
+    return plan
+
+
+def require_fit(plan: MemoryPlan) -> None:
+    """Refuse a run that cannot fit.
+
+    Raises:
+        UserError: with what it needs at least, what it may use, and the smallest changes that help.
+    """
+    if plan.chosen is not None:
+        return
+    assert plan.budget.total is not None
+    least = min(rung.needed for rung in plan.looked_at)
+    need = f"each worker needs {least / GIB:.2f} GiB, and may use {plan.budget.total / GIB:.2f} ({plan.budget.given})"
+    change = f"; it fits with {plan.advice[0]}" if plan.advice else ""
+    raise UserError(f"memory: {need}{change}")
+
+
+def _digest(config: Config, setting: Setting) -> str:
+    """Of all that the plan hangs on: settings, shapes of the model, code that counts, versions."""
+    source = find_source(config.model.path)
+    parts: list[Any] = [
+config.model_dump(mode="json", exclude=dict.fromkeys(("run", "launch", "lr_schedule", "log"), True)),
+        [component_config(source, name) for name in ("unet", "text_encoder", "text_encoder_2")],
+        component_config(vae_source(config.model.path, config.model.vae), "vae"),
+        repr(setting),
+        [version(name) for name in ("torch", "diffusers", "transformers")],
+    ]
+    here = Path(__file__)
+    sources = sorted([*(here.parent.parent / "measure").glob("memory*.py"), here, here.with_name("traced.py")])
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for file in sources:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _worked_out(config: Config, setting: Setting) -> MemoryPlan:
+    traced, held, choice = _chosen(config, setting)
+    chosen = choice.chosen or smallest(choice.looked_at)
+    holding = chosen.holding
+    trace = traced.trace(holding.strategy, chosen.recomputed, chosen.offloads)
+    plain = traced.trace(holding.strategy)
+    batch = traced.shape.batch
+    again = traced.recomputed_flops(holding.strategy, chosen.recomputed)
+    per_image = (plain.forward_flops // batch, (plain.flops - plain.forward_flops) // batch, again // batch)
+    checkpoint = _checkpoint_bytes(config, trace)
+    bucket = traced.shape.bucket
+    return MemoryPlan(
+        kernels=setting.kernels,
+        workers=setting.workers,
+        accumulation=setting.accumulation,
+        image=(bucket.height_px, bucket.width_px, batch),
+        budget=setting.budget,
+        chosen=RungReport.of(choice.chosen, setting.budget) if choice.chosen else None,
+        looked_at=tuple(RungReport.of(rung, setting.budget) for rung in choice.looked_at),
+        num_blocks=held,
+        recompute=traced.blocks(holding.strategy)[: chosen.recomputed] if choice.chosen else (),
+        advice=() if choice.chosen else tuple(_advice(config, setting)),
+        wire_bytes=wire_bytes(trace, holding),
+        flops_per_image=per_image,
+        host_bytes=_host_bytes(config, setting, chosen.peak.total, plain.saved_bytes if chosen.offloads else 0),
+        checkpoint_bytes=checkpoint,
+        disk_bytes=checkpoint * (config.checkpoint.keep + 1),
+    )
+
+
+def _chosen(config: Config, setting: Setting) -> "tuple[TracedRun, int, Choice]":
+    """The traces, the number of blocks, and what was chosen of them."""
+    from trainer.train.traced import Shape, TracedRun, frozen_bytes, holdings, vae_peaks
+
+    bucket, batch = max(setting.buckets, key=lambda each: each[0].height_px * each[0].width_px * each[1])
+    shape = Shape(bucket, batch)
+    traced = TracedRun(config, shape, setting.kernels)
+    first = "single" if setting.workers == 1 else "zero2"
+    trace = traced.trace(first if config.memory.strategy != "ddp" else "ddp")
+    beside, frozen = vae_peaks(config, shape, setting.kernels), frozen_bytes(config)
+    ways = {
+        label: replace(
+            holding, frozen_bytes=frozen, between_steps=beside, between_steps_gathered=frozenset({"samples"})
+        )
+        for label, holding in holdings(config, trace, setting.workers, setting.accumulation, setting.kernels).items()
+    }
+    num_blocks = len(trace.blocks())
+    fewest = num_blocks if config.memory.recompute == "all" else 0
+    most = 0 if config.memory.recompute == "none" else num_blocks
+    offload = config.memory.offload_activations
+    choice = choose(
+        Ways(ways, num_blocks, fewest, most, offload is not False, offload is True),
+        Measures(
+            traced.peak,
+            partial(traced.saved_bytes, next(iter(ways.values())).strategy),
+            partial(_extra_s, traced),
+        ),
+        setting.budget,
+    )
+    return traced, num_blocks, choice
+
+
+def _extra_s(traced: "TracedRun", holding: Holding, recomputed: int, offloads: bool) -> float:
+    """Seconds per step of recomputation, of the wire and of moving activations, as if nothing hid behind another."""
+    again = traced.recomputed_flops(holding.strategy, recomputed) * holding.accumulation / CARD_FLOPS
+    wire = wire_bytes(traced.trace(holding.strategy), holding) / WIRE_BYTES_PER_S
+    saved = traced.trace(holding.strategy).saved_bytes - traced.saved_bytes(holding.strategy, recomputed)
+    moved = 2 * max(saved, 0) * holding.accumulation / WIRE_BYTES_PER_S if offloads else 0.0
+    return again + wire + moved
+
+
+def _advice(config: Config, setting: Setting) -> Iterator[str]:
+    """Changes that make the run fit, the smallest first; two at most."""
+    found = 0
+    for text, changed in _changes(config, setting):
+        _, _, choice = _chosen(changed, _batch_of(changed, config, setting))
+        if choice.chosen is not None:
+            yield text
+            found += 1
+        if found == 1:
+            return
+
+
+def _changes(config: Config, setting: Setting) -> Iterator[tuple[str, Config]]:
+    if config.memory.recompute == "none" or config.memory.offload_activations is False:
+        freed = {"recompute": "auto", "offload_activations": "auto"}
+        yield "memory.recompute: auto", _changed(config, "memory", freed)
+    if config.memory.strategy != "auto" and setting.workers > 1:
+        yield "memory.strategy: auto", _changed(config, "memory", {"strategy": "auto"})
+    batch = config.train.batch_size_per_gpu
+    if batch > 1:
+        smaller = batch // 2
+        yield f"train.batch_size_per_gpu: {smaller}", _changed(config, "train", {"batch_size_per_gpu": smaller})
+        if smaller > 1:
+            yield "train.batch_size_per_gpu: 1", _changed(config, "train", {"batch_size_per_gpu": 1})
+    eight_bit = _changed(config, "optimizer", {"kind": "adamw_8bit"})
+    if config.optimizer.kind != "adamw_8bit":
+        yield "optimizer.kind: adamw_8bit", eight_bit
+    if config.train.precision in ("bf16", "fp32"):
+        stochastic = _changed(eight_bit, "train", {"precision": "bf16_stochastic"})
+        yield "train.precision: bf16_stochastic and optimizer.kind: adamw_8bit", stochastic
+        least = _changed(stochastic, "train", {"batch_size_per_gpu": 1})
+        if batch > 1:
+            yield "train.precision: bf16_stochastic, optimizer.kind: adamw_8bit and train.batch_size_per_gpu: 1", least
+
+
+def _changed(config: Config, section: str, values: dict[str, Any]) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def _batch_of(changed: Config, config: Config, setting: Setting) -> Setting:
+    """The setting with as many images in a pass as `changed` says."""
+    old, new = config.train.batch_size_per_gpu, changed.train.batch_size_per_gpu
+    if old == new:
+        return setting
+    buckets = tuple((bucket, max(1, batch * new // old)) for bucket, batch in setting.buckets)
+    return replace(setting, buckets=buckets, accumulation=-(-setting.accumulation * old // new))
+
+
+def _checkpoint_bytes(config: Config, trace: Any) -> int:
+    from trainer.train.precision import precision_of
+    from trainer.train.traced import optimizer_bytes
+
+    parts = {name.split(".", 1)[0] for name in trace.trains}
+    numel = sum(_product(shape) for name, shape in trace.shapes.items() if name.split(".", 1)[0] in parts)
+    return numel * precision_of(config.train.precision).weights.itemsize + optimizer_bytes(config, trace)
+
+
+def _host_bytes(config: Config, setting: Setting, peak_bytes: int, offloaded: int) -> int:
+    each = _WORKER_RAM[setting.kernels] + config.data.workers * _DATA_WORKER_RAM + offloaded
+    return setting.workers_here * (each + (peak_bytes if setting.kernels == "cpu" else 0))
+
+
+def _product(shape: Sequence[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result

@@ -1,0 +1,243 @@
+"""Passes of a run's model without memory, at the run's real shapes: what `trainer.measure.memory_plan` chooses by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config.schema import Config
+from trainer.data.buckets import Bucket
+from trainer.measure.memory_strategy import Holding, Kernels, Peak, StrategyName, strategy_peak
+from trainer.measure.memory_trace import Block, Trace, trace_pass, trace_peak
+from trainer.model.conditioning import condition_text
+from trainer.model.denoiser import TrainedModel
+from trainer.model.load import empty_text_encoders, empty_vae
+from trainer.model.recompute import apply_recompute, offloaded_activations, repeated_blocks
+from trainer.model.text import TextEncoders, text_positions
+from trainer.train.adamw import CHUNK_ELEMENTS
+from trainer.train.blockwise import blocks_per_row, takes_8_bits
+from trainer.train.build import lay_out_model
+from trainer.train.precision import DTYPES, precision_of
+
+TOKENS_PER_CHUNK, POSITIONS_PER_CHUNK = 75, 77
+_SCRATCH_BYTES = 40  # of the optimizer, for each element of a chunk
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One pass: images of one bucket."""
+
+    bucket: Bucket
+    batch: int
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What a trace hangs on, apart from the run."""
+
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+    recomputed: int
+    offloads: bool
+
+
+class TracedRun:
+    """The run's passes, each traced when it is first asked for."""
+
+    def __init__(self, config: Config, shape: Shape, kernels: Kernels) -> None:
+        self._config, self.shape, self._kernels = config, shape, kernels
+        self._traces: dict[_Way, Trace] = {}
+        self._order: tuple[str, ...] = ()
+
+    def trace(self, strategy: StrategyName, recomputed: int = 0, offloads: bool = False) -> Trace:
+        """The pass with the first `recomputed` of `blocks` recomputed."""
+        precision = precision_of(self._config.train.precision)
+        gathers = strategy in ("zero2", "zero3")
+        way = _Way(
+            dtype=precision.compute if gathers else precision.weights,
+            autocast=None if gathers else precision.autocast,
+            recomputed=recomputed,
+            offloads=offloads,
+        )
+        if way not in self._traces:
+            self._traces[way] = self._traced(way, self.blocks(strategy)[:recomputed] if recomputed else ())
+        return self._traces[way]
+
+    def blocks(self, strategy: StrategyName) -> tuple[str, ...]:
+        """All blocks that can be recomputed; first those that save most bytes for their operations."""
+        if not self._order:
+            blocks = self.trace(strategy).blocks()
+            self._order = tuple(sorted(blocks, key=lambda name: -_worth(blocks[name])))
+        return self._order
+
+    def peak(self, holding: Holding, recomputed: int, offloads: bool) -> Peak:
+        """The fullest moment of a step."""
+        return strategy_peak(self.trace(holding.strategy, recomputed, offloads), holding)
+
+    def saved_bytes(self, strategy: StrategyName, recomputed: int) -> int:
+        """What the first so many blocks keep for the backward pass when they are not recomputed."""
+        blocks = self.trace(strategy).blocks()
+        return sum(blocks[name].saved_bytes for name in self.blocks(strategy)[:recomputed])
+
+    def recomputed_flops(self, strategy: StrategyName, recomputed: int) -> int:
+        """Operations that so many recomputed blocks add to a pass."""
+        blocks = self.trace(strategy).blocks()
+        return sum(blocks[name].flops for name in self.blocks(strategy)[:recomputed])
+
+    def _traced(self, way: _Way, blocks: tuple[str, ...]) -> Trace:
+        config, frozen = self._config, None
+        model = lay_out_model(config).to(way.dtype).train()
+        if model.text_encoders is not None:
+            model.text_encoders = replace(model.text_encoders, join=config.captions.chunks)
+        elif not config.data.cache_text:
+            frozen = frozen_text_encoders(config)
+        apply_recompute(model, blocks)
+        loss = _loss(config, model, frozen, self.shape, way)
+        held = [] if frozen is None else _tensors(frozen.one, frozen.two)
+        return trace_pass(model, loss, repeated_blocks(model), self._kernels, way.autocast, held)
+
+
+def _worth(block: Block) -> float:
+    return block.saved_bytes / max(block.flops, 1)
+
+
+def _tensors(*modules: nn.Module) -> list[Tensor]:
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def frozen_text_encoders(config: Config) -> TextEncoders:
+    """The frozen text encoders, without memory."""
+    encoders = empty_text_encoders(config.model.path)
+    for module in (encoders.one, encoders.two):
+        module.to(DTYPES[config.model.text_encoder_precision]).requires_grad_(False).eval()
+    return replace(encoders, join=config.captions.chunks)
+
+
+def _loss(
+    config: Config, model: TrainedModel, frozen: TextEncoders | None, shape: Shape, way: _Way
+) -> Callable[[], Tensor]:
+    """The step's loss of one micro-batch; `trainer.model.denoiser.image_losses` with its noise left out."""
+    chunks, batch = config.captions.max_tokens // TOKENS_PER_CHUNK, shape.batch
+    unet = dict(model.unet.config)
+    pooled_width = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    latents_shape = (batch, unet["in_channels"], shape.bucket.height_px // 8, shape.bucket.width_px // 8)
+
+    def text() -> dict[str, Tensor]:
+        ids = torch.empty(batch, 2, chunks, POSITIONS_PER_CHUNK, dtype=torch.int64, device="meta")
+        if model.text_encoders is not None:
+            return {"input_ids": ids}
+        if frozen is not None:
+            found = condition_text(frozen, torch.device("meta"), ids, None, None)
+            return {"text_hidden": found.hidden, "text_pooled": found.pooled}
+        positions = text_positions(chunks, config.captions.chunks)
+        return {
+            "text_hidden": torch.empty(batch, positions, unet["cross_attention_dim"], device="meta"),
+            "text_pooled": torch.empty(batch, pooled_width, device="meta"),
+        }
+
+    def loss() -> Tensor:
+        target, noisy = (torch.empty(latents_shape, device="meta") for _ in range(2))
+        timesteps = torch.empty(batch, dtype=torch.int64, device="meta")
+        time_ids = torch.empty(batch, 6, device="meta")
+        arguments: dict[str, Any] = text()
+        if not way.offloads:
+            return F.mse_loss(model(noisy.to(way.dtype), timesteps, time_ids, **arguments).float(), target)
+        with offloaded_activations(model):
+            return F.mse_loss(model(noisy.to(way.dtype), timesteps, time_ids, **arguments).float(), target)
+
+    return loss
+
+
+def holdings(config: Config, trace: Trace, workers: int, accumulation: int, kernels: Kernels) -> dict[str, Holding]:
+    """The strategies that the configuration allows, by their description."""
+    precision, wish = precision_of(config.train.precision), config.memory.strategy
+    state = optimizer_bytes(config, trace)
+    trained = sum(_numel(trace.shapes[name]) for name in trace.trains)
+    fused = precision.weights == torch.float32 and config.optimizer.kind == "adamw"
+    largest = max(_numel(shape) for shape in trace.shapes.values())
+
+    def holding(strategy: StrategyName, each_pass: bool = True) -> Holding:
+        gathers = strategy in ("zero2", "zero3")
+        narrow = precision.compute.itemsize if gathers else precision.weights.itemsize
+        return Holding(
+            strategy=strategy,
+            world=workers,
+            stored_bytes=precision.weights.itemsize,
+            compute_bytes=narrow,
+            reduce_bytes=narrow,
+            optimizer_bytes=state / trained,
+            accumulation=accumulation,
+            reduce_each_pass=each_pass,
+            optimizer_temporary_bytes=0 if fused else _SCRATCH_BYTES * min(CHUNK_ELEMENTS[kernels], largest),
+        )
+
+    if workers == 1:
+        return {"one worker": holding("single")}
+    found = {"ddp": holding("ddp")}
+    if accumulation > 1:
+        found["zero2, gradients kept whole between passes"] = holding("zero2", each_pass=False)
+        found["zero2, gradients exchanged in each pass"] = holding("zero2")
+    else:
+        found["zero2"] = holding("zero2")
+    found["zero3"] = holding("zero3")
+    return {label: each for label, each in found.items() if wish in ("auto", each.strategy)}
+
+
+def optimizer_bytes(config: Config, trace: Trace) -> int:
+    """State of the optimizer for the whole model, on however many workers it lies."""
+    weights = precision_of(config.train.precision).weights
+    total = 0
+    for name in trace.trains:
+        shape = trace.shapes[name]
+        numel = _numel(shape)
+        if config.optimizer.kind == "adamw_8bit" and takes_8_bits(shape):
+            total += 2 * (numel + 4 * shape[0] * blocks_per_row(shape))
+        else:
+            total += 8 * numel
+        if config.train.precision == "bf16_kahan":
+            total += numel * weights.itemsize
+    return total
+
+
+def vae_peaks(config: Config, shape: Shape, kernels: Kernels) -> dict[str, int]:
+    """What encoding a batch of images takes beside the VAE, and what drawing a sample takes with it."""
+    peaks: dict[str, int] = {}
+    dtype = DTYPES[config.model.vae_precision]
+    images, samples = config.data.mode == "images", config.samples.every_steps > 0
+    if not images and not samples:
+        return peaks
+    vae = empty_vae(config.model.path, config.model.vae).to(dtype).requires_grad_(False).eval()
+    held = _tensors(vae)
+    with torch.no_grad():
+        if images:
+            size = (config.data.vae_batch_size, 3, shape.bucket.height_px, shape.bucket.width_px)
+            encode = lambda: vae.encode(torch.empty(size, dtype=dtype, device="meta"))  # noqa: E731
+            peaks["VAE"] = trace_peak(encode, held, kernels)
+        if samples:
+            side = config.data.buckets.resolution
+            height, width = config.samples.height_px or side, config.samples.width_px or side
+            size = (1, vae.config["latent_channels"], height // 8, width // 8)
+            decode = lambda: vae.decode(torch.empty(size, dtype=dtype, device="meta"))  # noqa: E731
+            own = 0 if images else sum(tensor.nbytes for tensor in held)
+            peaks["samples"] = trace_peak(decode, held, kernels) + own
+    return peaks
+
+
+def frozen_bytes(config: Config) -> int:
+    """Weights of the frozen models that lie beside the trained one."""
+    total = 0
+    needs_text = not config.data.cache_text or config.samples.every_steps > 0
+    if needs_text and not (config.trainable.text_encoder_1.train or config.trainable.text_encoder_2.train):
+        encoders = frozen_text_encoders(config)
+        total += sum(tensor.nbytes for tensor in _tensors(encoders.one, encoders.two))
+    if config.data.mode == "images":
+        vae = empty_vae(config.model.path, config.model.vae)
+        total += sum(p.numel() for p in vae.parameters()) * DTYPES[config.model.vae_precision].itemsize
+    return total
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
