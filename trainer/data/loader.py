@@ -7,9 +7,10 @@ buffer. Readers hold paths and integers, never an object per image.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, draw_view
 from trainer.data.buckets import Placement
 from trainer.data.captions import PLAIN, CaptionRules, compose
 from trainer.data.keyed import draw_seed
-from trainer.data.reader_process import read_in_processes
+from trainer.data.reader_process import ReaderProcesses
 from trainer.data.sampler import Position, StepRows, planned_steps, share
 from trainer.data.snapshot import PreparedSet, RowProblem, Rows
 
@@ -184,12 +185,16 @@ class Loader:
     """Iterates over optimizer steps without end; close it, or use it in a `with`, to end its readers."""
 
     def __init__(
-        self, batches: Generator[Batch, None, None], steps: deque[tuple[StepRows, Position]], size: int
+        self,
+        batches: Iterator[Batch],
+        steps: deque[tuple[StepRows, Position]],
+        size: int,
+        end_readers: Callable[[], None],
     ) -> None:
         """`steps` holds at least the next step when one is taken; each has `size` of the `batches`."""
         self.wait_s = 0.0
         """Seconds that the caller has waited for batches since the loader was opened."""
-        self._batches, self._steps, self._size = batches, steps, size
+        self._batches, self._steps, self._size, self._end_readers = batches, steps, size, end_readers
         self._left = 0
 
     def __iter__(self) -> "Loader":
@@ -212,7 +217,7 @@ class Loader:
 
     def close(self) -> None:
         """End the readers; what they had read ahead is dropped."""
-        self._batches.close()
+        self._end_readers()
 
     def __enter__(self) -> "Loader":
         return self
@@ -253,43 +258,34 @@ def open_loader(
                 yield Request(rows.epoch, rows.bucket, ids, weights)
 
     if workers:
-        batches = _read_in_processes(reader, requests(), batch_rows, workers, prefetch_batches, pin_memory)
-    else:
-        batches = _read_in_threads(reader, requests(), prefetch_batches, pin_memory)
-    return Loader(batches, steps, accumulation)
-
-
-def _read_in_processes(
-    reader: BatchReader,
-    requests: Iterator[Request],
-    batch_rows: Sequence[int],
-    workers: int,
-    prefetch_batches: int,
-    pin_memory: bool,
-) -> Generator[Batch, None, None]:
-    filled = read_in_processes(reader.fill, requests, reader.batch_bytes(batch_rows), workers, prefetch_batches)
-    # Copied out of the slot in one piece, because the slot is filled again.
-    copy = Tensor.pin_memory if pin_memory else Tensor.clone
-    return (unpack(copy(buffer[: packed.num_bytes]), packed) for buffer, packed in filled)
+        most_bytes = reader.batch_bytes(batch_rows)
+        readers = ReaderProcesses(reader.fill, requests(), most_bytes, workers, prefetch_batches)
+        # Copied out of the slot in one piece, because the slot is filled again.
+        copy = Tensor.pin_memory if pin_memory else Tensor.clone
+        batches = (unpack(copy(buffer[: packed.num_bytes]), packed) for buffer, packed in readers)
+        return Loader(batches, steps, accumulation, readers.close)
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="data-reader")
+    batches = _read_in_threads(pool, reader, requests(), prefetch_batches, pin_memory)
+    return Loader(batches, steps, accumulation, partial(pool.shutdown, cancel_futures=True))
 
 
 def _read_in_threads(
-    reader: BatchReader, requests: Iterator[Request], prefetch_batches: int, pin_memory: bool
-) -> Generator[Batch, None, None]:
+    pool: ThreadPoolExecutor,
+    reader: BatchReader,
+    requests: Iterator[Request],
+    prefetch_batches: int,
+    pin_memory: bool,
+) -> Iterator[Batch]:
     def read(request: Request) -> Batch:
         batch = reader.read(request)
         return replace(batch, **{n: t.pin_memory() for n, t in _tensors(batch).items()}) if pin_memory else batch
 
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="data-reader")
     ahead = deque(pool.submit(read, next(requests)) for _ in range(prefetch_batches))
 
-    def batches() -> Generator[Batch, None, None]:
-        try:
-            for request in requests:
-                ahead.append(pool.submit(read, request))
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def batches() -> Iterator[Batch]:
+        for request in requests:
+            ahead.append(pool.submit(read, request))
+            yield ahead.popleft().result()
 
     return batches()
 
