@@ -5,6 +5,7 @@ buffer. Readers hold paths and integers, never an object per image.
 """
 
 import math
+import mmap
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -277,7 +278,8 @@ def _read_in_threads(
     pin_memory: bool,
 ) -> Iterator[Batch]:
     def read(request: Request) -> Batch:
-        batch = reader.read(request)
+        shape, dtype = reader.prepared.payload_shape(reader.split, request.bucket)
+        batch = reader.read(request, _on_own_pages((len(request.ids), *shape), dtype))
         return replace(batch, **{n: t.pin_memory() for n, t in _tensors(batch).items()}) if pin_memory else batch
 
     ahead = deque(pool.submit(read, next(requests)) for _ in range(prefetch_batches))
@@ -288,6 +290,17 @@ def _read_in_threads(
             yield ahead.popleft().result()
 
     return batches()
+
+
+def _on_own_pages(shape: tuple[int, ...], dtype: np.dtype) -> NDArray[Any]:
+    """Zeros in memory that goes back to the system as soon as they are dropped.
+
+    The C library would keep it: in the heap of a reader thread, buffers of ever other sizes leave gaps between what is
+    still in use, and the process grows by ten megabytes in the course of an epoch.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 
 
 def pack(batch: Batch, buffer: Tensor) -> PackedBatch:
