@@ -60,7 +60,7 @@ class OpenShard:
 
     def __init__(
         self,
-        path: Path,
+        path: str | Path,
         rows: int,
         offsets: dict[str, int],
         file_bytes: int,
