@@ -317,7 +317,7 @@ class PreparedSet:
         rows, _, _, file_bytes, header_crc = self._facts[index].tolist()
         offsets = dict(zip(SECTIONS, self._offsets[index].tolist(), strict=True))
         # Not a Path: it would intern each name, and the table of interned strings would double, by megabytes.
-        path = os.path.join(self.path, self._names[index])
+        path = f"{self.path}/{self._names[index]}"
         shard = OpenShard(path, rows, offsets, file_bytes, header_crc, self._files)
         with self._lock:
             self._open[index] = shard
