@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -74,6 +75,14 @@ class _Known:
     stamp: FileStamp
 
 
+class _Previous(NamedTuple):
+    """The item before the present one: its key, the first place that was listed under that key, and the last one."""
+
+    key: str
+    first: tuple[str, int]
+    last: tuple[str, int]
+
+
 @dataclass(frozen=True)
 class _Rules:
     """What decides a row, but for the item."""
@@ -99,20 +108,21 @@ def scan(
     counts = ScanCounts()
     generation = open_generation(connection)
     (rows_before,) = connection.execute("SELECT COUNT(*) FROM rows").fetchone()
-    _forget_gone(connection)
+    if limit is None:
+        _forget_gone(connection)
     rules = settings.buckets
     look = partial(_look, _Rules(settings, make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)))
     with _scratch_table(connection, prepared) as scratch, _without_garbage_collector():
         _list_sources(connection, scratch, settings, limit, counts, show_progress)
         bar = tqdm(total=counts.listed, desc="images", unit="img", disable=None if show_progress else True)
         with bar, pillow_rules(), ThreadPoolExecutor(_THREADS) as pool, closing(_pages(connection)) as pages:
-            previous = ("", ("", 0))
+            previous = _Previous("", ("", 0), ("", 0))
             for page in pages:
-                known, judged, stale = _catalogued(connection, page, previous[0])
-                owners, previous = _owners(page, known, previous)
+                known, judged, stale = _catalogued(connection, page, previous.key)
+                clashes, previous = _clashes(page, known, previous)
                 looked = [
-                    look(item, owner, known.get(item.key), judged.get((item.key, item.file)), pool)
-                    for item, owner in zip(page, owners, strict=True)
+                    look(item, clash, known.get(item.key), judged.get((item.key, item.file)), pool)
+                    for item, clash in zip(page, clashes, strict=True)
                 ]
                 found = [result.result() if isinstance(result, Future) else result for result in looked]
                 with transaction(connection):
@@ -122,17 +132,20 @@ def scan(
                 _count(found, counts)
                 bar.update(len(page))
     if limit is None:
-        connection.execute("DELETE FROM bad WHERE key > ? AND file_bytes != ?", (previous[0], _NEVER))
+        connection.execute("DELETE FROM bad WHERE key > ? AND file_bytes != ?", (previous.key, _NEVER))
         counts.removed = rows_before - counts.known - counts.changed
     return counts
 
 
 def _forget_gone(connection: sqlite3.Connection) -> None:
-    """Bad images that were deleted need no mention, and those that are judged anew will be mentioned again."""
-    gone = [(row.key, row.path) for row in bad_rows(connection) if not _exists(row.path)]
-    with transaction(connection):
-        connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", gone)
-        connection.execute("DELETE FROM bad WHERE file_bytes = ?", (_NEVER,))
+    """Bad images that will be judged anew are forgotten, because they will be mentioned again; and deleted ones."""
+    connection.execute("DELETE FROM bad WHERE file_bytes = ?", (_NEVER,))
+    after = ("", "")
+    while page := list(islice(bad_rows(connection, after), _PAGE)):
+        after = page[-1].key, page[-1].path
+        gone = [(row.key, row.path) for row in page if not _exists(row.path)]
+        with transaction(connection):
+            connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", gone)
 
 
 @contextmanager
@@ -208,7 +221,7 @@ def _list_sources(
 
 def _pages(connection: sqlite3.Connection) -> Generator[list[SourceItem], None, None]:
     """The listed items by key and place, a page at a time."""
-    with closing(connection.execute("SELECT * FROM listing.listed ORDER BY key, file, offset")) as cursor:
+    with closing(connection.execute("SELECT * FROM listing.listed ORDER BY key, file, offset, rowid")) as cursor:
         while values := cursor.fetchmany(_PAGE):
             yield [SourceItem._make((*v[:8], _pair(v[8:10]), _pair(v[10:12]), v[12], v[13], "")) for v in values]
 
@@ -242,22 +255,29 @@ def _catalogued(
     return known, judged, stale
 
 
-def _owners(
-    page: list[SourceItem], known: dict[str, _Known], previous: tuple[str, tuple[str, int]]
-) -> tuple[list[str | None], tuple[str, tuple[str, int]]]:
-    """For each listed image the path of another that its key belongs to already, or None.
+def _clashes(
+    page: list[SourceItem], known: dict[str, _Known], previous: _Previous
+) -> tuple[list[str | None], _Previous]:
+    """For each listed image why it cannot have its key, which another one has already, or None.
 
-    `previous` is the key before the page and its first place; returned anew for the next page.
+    `previous` is the item before the page; returned anew for the next page.
     """
-    owners: list[str | None] = []
+    key, first, last = previous
+    clashes: list[str | None] = []
     for item in page:
-        key, place = item.key, (item.file, item.offset)
-        if key != previous[0]:
-            previous = (key, place)
-        owner = known[key].place if key in known else previous[1]
-        is_other = owner[0] != item.file or (key not in known and owner != place)
-        owners.append(owner[0] if is_other and _exists(owner[0]) else None)
-    return owners, previous
+        place = (item.file, item.offset)
+        is_same = item.key == key
+        if not is_same:
+            key, first = item.key, place
+        owner = known[key].place if key in known else first
+        if is_same and place == last:
+            clashes.append("is listed more than once; its first entry counts")
+        elif (owner[0] != item.file or (key not in known and owner != place)) and _exists(owner[0]):
+            clashes.append(f"has the same key as {owner[0]}; rename one of them")
+        else:
+            clashes.append(None)
+        last = place
+    return clashes, _Previous(key, first, last)
 
 
 def _count(found: list[_Verdict], counts: ScanCounts) -> None:
@@ -275,14 +295,14 @@ def _count(found: list[_Verdict], counts: ScanCounts) -> None:
 def _look(
     rules: _Rules,
     item: SourceItem,
-    owner: str | None,
+    clash: str | None,
     known: _Known | None,
     judged: tuple[int, int] | None,
     pool: ThreadPoolExecutor,
 ) -> _Verdict | Future[_Verdict]:
     """Judge one item: a new row, a bad one, or `known`, `changed` or `bad` for what the catalogue has."""
-    if owner is not None:
-        return BadRow(item.file, item.key, _NEVER, _NEVER, f"has the same key as {owner}; rename one of them")
+    if clash is not None:
+        return BadRow(item.file, item.key, _NEVER, _NEVER, clash)
     if item.file_bytes >= 0 and item.bucket_hw is not None and not item.caption_path:
         return _judge(rules, item, known, judged)
     return pool.submit(_judge, rules, item, known, judged)
