@@ -91,3 +91,10 @@ def test_images(tmp_path: Path) -> None:
 def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         _items(tmp_path, {}, latents=tmp_path / "nope")
+
+
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
+    write_files(tmp_path / "images", {"a/b.jpg": b"1", "a/b/c.png": b"1"})
+    items = _items(tmp_path, {"a/b": {}, "a/b/c": {}, "a": {}}, images=tmp_path / "images")
+    assert items["a/b"].file.endswith("a/b.jpg") and items["a/b/c"].file.endswith("c.png")
+    assert items["a"].problem == "there is no image of this name"

@@ -106,3 +106,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     code += "sys.exit(peak() - before > 8 * 1024)"
     assert path.stat().st_size > 60e6
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 0
+
+
+def test_what_is_no_object_of_entries_is_told(tmp_path: Path) -> None:
+    for text, said in {
+        '[{"image_path": "a"}]': "must be one JSON object of entries; it begins with '['",
+        '{"image_path": "a"}\n{"image_path": "b"}\n': "if each line is an object, name it .jsonl",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            _read(tmp_path, text)
+        assert said in str(caught.value) and len(caught.value.lines) == 1

@@ -8,6 +8,7 @@ Files of flipped latents (`<key>_flip.npz`) are not used.
 import os
 import re
 import sqlite3
+import stat
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -126,12 +127,12 @@ def _unusable(entry: MetadataEntry, name: str, file: str, problem: str) -> Sourc
 
 
 def _stamp(file: str) -> tuple[int, int] | None:
-    """Size and time of a file, or None where there is none."""
+    """Size and time of a file, or None where there is none, or a folder."""
     try:
-        stat = os.stat(file)  # noqa: PTH116 - no Path object per image
+        found = os.stat(file)  # noqa: PTH116 - no Path object per image
     except (OSError, ValueError):
         return None
-    return stat.st_size, stat.st_mtime_ns
+    return None if stat.S_ISDIR(found.st_mode) else (found.st_size, found.st_mtime_ns)
 
 
 class _WaitingEntries:
