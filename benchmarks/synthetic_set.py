@@ -158,7 +158,7 @@ def _write_npz(path: Path, bucket: Bucket, random: np.random.Generator) -> None:
 def write_metadata_file(folder: Path, entries: int) -> int:
     """kohya's metadata of so many images, and an `.npz` for each (links to a few); returns the metadata's bytes."""
     (folder / "npz").mkdir(parents=True)
-    bucket, random, text = Bucket(64, 64), np.random.default_rng(0), _text()
+    bucket, random, text, first = Bucket(64, 64), np.random.default_rng(0), _text(), Path()
     with (folder / "meta_lat.json").open("w", encoding="utf-8") as file:
         file.write("{")
         for number in range(entries):
