@@ -7,11 +7,10 @@ always, latents where the metadata does not name their bucket.
 
 import gc
 import os
-import shutil
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from trainer.data.catalog import (
 )
 from trainer.data.images import BadImage, image_hw, pillow_rules
 from trainer.data.keyed import draw_uniform
+from trainer.data.listing_table import add_listed, listed_pages, listing_table
 from trainer.data.npz import HEAD_BYTES, BadNpz, latents_hw, latents_hw_of_head
 from trainer.data.settings import PrepareSettings
 from trainer.data.shards import LATENT_FACTOR
@@ -48,8 +48,6 @@ _PAGE = 8192
 _THREADS = 4
 _NEVER = -1
 """File size of a bad row that is to be judged anew each time."""
-_SORT_KIB = 64 * 1024
-"""Memory in which SQLite sorts; what is beyond goes to temporary files."""
 
 _Verdict = CatalogRow | BadRow | str
 
@@ -112,10 +110,15 @@ def scan(
         _forget_gone(connection)
     rules = settings.buckets
     look = partial(_look, _Rules(settings, make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)))
-    with _scratch_table(connection, prepared) as scratch, _without_garbage_collector():
+    with listing_table(connection, prepared) as scratch, _without_garbage_collector():
         _list_sources(connection, scratch, settings, limit, counts, show_progress)
         bar = tqdm(total=counts.listed, desc="images", unit="img", disable=None if show_progress else True)
-        with bar, pillow_rules(), ThreadPoolExecutor(_THREADS) as pool, closing(_pages(connection)) as pages:
+        with (
+            bar,
+            pillow_rules(),
+            ThreadPoolExecutor(_THREADS) as pool,
+            closing(listed_pages(connection, _PAGE)) as pages,
+        ):
             previous = _Previous("", ("", 0), ("", 0))
             for page in pages:
                 known, judged, stale = _catalogued(connection, page, previous.key)
@@ -160,38 +163,6 @@ def _without_garbage_collector() -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def _scratch_table(connection: sqlite3.Connection, prepared: Path) -> Iterator[Path]:
-    """The table `listing.listed`, without an index: millions of items in any order are appended, then sorted once.
-
-    Gives the folder that it lies in, which is deleted afterwards, or by the next scan if this one is killed.
-    """
-    scratch = prepared / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    connection.execute("ATTACH ? AS listing", (str(scratch / "listing.sqlite"),))
-    # SQLite's temporary files go where there is room for the data; the usual folder may be in memory.
-    before = os.environ.get("SQLITE_TMPDIR")
-    os.environ["SQLITE_TMPDIR"] = str(scratch.resolve())
-    try:
-        connection.execute("PRAGMA listing.journal_mode = OFF")
-        connection.execute("PRAGMA listing.synchronous = OFF")
-        connection.execute(f"PRAGMA main.cache_size = -{_SORT_KIB}")
-        connection.execute(
-            "CREATE TABLE listing.listed (key TEXT, file TEXT, offset INTEGER, length INTEGER, kind TEXT, caption TEXT,"
-            " caption_path TEXT, repeats INTEGER, original_h INTEGER, original_w INTEGER, bucket_h INTEGER,"
-            " bucket_w INTEGER, file_bytes INTEGER, mtime_ns INTEGER)"
-        )
-        yield scratch
-    finally:
-        connection.execute("DETACH listing")
-        shutil.rmtree(scratch, ignore_errors=True)
-        if before is None:
-            del os.environ["SQLITE_TMPDIR"]
-        else:
-            os.environ["SQLITE_TMPDIR"] = before
-
-
 def _list_sources(
     connection: sqlite3.Connection,
     scratch: Path,
@@ -200,7 +171,6 @@ def _list_sources(
     counts: ScanCounts,
     show_progress: bool,
 ) -> None:
-    none = (None, None)
     bar = tqdm(desc="listing", unit="img", disable=None if show_progress else True)
     for source, name in zip(settings.sources, source_names(settings.sources), strict=True):
         items = islice(list_source(source, name, counts.ignored, scratch), limit)
@@ -208,27 +178,12 @@ def _list_sources(
             bad = [_problem(item) for item in page if item.problem or not _is_text(item)]
             good = [item for item in page if not item.problem and _is_text(item)] if bad else page
             with transaction(connection):
-                connection.executemany(
-                    "INSERT INTO listing.listed VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    [(*i[:8], *(i.original_hw or none), *(i.bucket_hw or none), *i[10:12]) for i in good],
-                )
+                add_listed(connection, good)
                 add_bad(connection, bad)
             counts.listed += len(page)
             counts.bad += len(bad)
             bar.update(len(page))
     bar.close()
-
-
-def _pages(connection: sqlite3.Connection) -> Generator[list[SourceItem], None, None]:
-    """The listed items by key and place, a page at a time."""
-    with closing(connection.execute("SELECT * FROM listing.listed ORDER BY key, file, offset, rowid")) as cursor:
-        while values := cursor.fetchmany(_PAGE):
-            yield [SourceItem._make((*v[:8], _pair(v[8:10]), _pair(v[10:12]), v[12], v[13], "")) for v in values]
-
-
-def _pair(values: tuple[int | None, ...]) -> tuple[int, int] | None:
-    first, second = values
-    return None if first is None or second is None else (first, second)
 
 
 def _catalogued(
