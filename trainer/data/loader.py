@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, draw_view
+from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, centred_view, draw_view
 from trainer.data.buckets import Placement
 from trainer.data.captions import PLAIN, CaptionRules, compose
 from trainer.data.keyed import draw_seed
@@ -97,7 +97,7 @@ class BatchReader:
     tokenize: Tokenize | None
     """None where the prepared set holds the text encoders' outputs."""
     augmentation: Augmentation = NOT_AUGMENTED
-    """Of images; stored latents are as they are."""
+    """Of images; stored latents are as they are, but for those in `.npz` files that hold mirrored ones as well."""
     captions: CaptionRules = PLAIN
     """How captions and tags become the text of each draw."""
 
@@ -110,7 +110,8 @@ class BatchReader:
         def choose_view(key: str, repeat: int, centred: Placement) -> View:
             return draw_view(centred, self.augmentation, draw_seed(self.seed, "augment", request.epoch, key, repeat))
 
-        rows = self.prepared.read(self.split, request.bucket, request.ids, payload, choose_view)
+        choose = centred_view if self.augmentation == NOT_AUGMENTED else choose_view
+        rows = self.prepared.read(self.split, request.bucket, request.ids, payload, choose)
         input_ids = None
         if self.tokenize is not None:
             input_ids = torch.from_numpy(self.tokenize(self._texts(rows, request.epoch)))
