@@ -40,7 +40,7 @@ def test_lines(tmp_path: Path) -> None:
         "{broken",
         '{"caption": "of what?"}',
         "[1]",
-        '{"image_path": "half \\ud83d", "caption": "half \\ud83d"}',
+        '{"image_path": "half", "caption": "half \\ud83d"}',
     ]
     found = _read(tmp_path, "\n".join(lines), "meta.jsonl")
     assert found[0] == MetadataEntry("a/b.jpg", '{"caption":"a girl","tags":"1girl"}', (200, 300), None, "")
@@ -116,3 +116,9 @@ def test_what_is_no_object_of_entries_is_told(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             _read(tmp_path, text)
         assert said in str(caught.value) and len(caught.value.lines) == 1
+
+
+def test_a_key_that_is_half_a_character_is_told(tmp_path: Path) -> None:
+    good, bad = _read(tmp_path, '{"image_path": "a"}\n{"image_path": "b\\ud800"}\n', "meta.jsonl")
+    assert (good.key, good.problem) == ("a", "")
+    assert (bad.key, bad.problem) == ("b\\ud800", "its key is no Unicode text")

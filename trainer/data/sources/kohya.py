@@ -22,6 +22,7 @@ from trainer.data.sources.source import SourceItem
 from trainer.errors import UserError
 
 _LONGEST_EXTENSION = max(map(len, EXTENSIONS))
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _SIZED = re.compile(r"(?P<stem>.+)_\d{4,}x\d{4,}_sdxl\.npz")
 
 
@@ -188,5 +189,6 @@ def _sized_files(folder: str) -> Iterator[tuple[str, str]]:
         return
     with entries:
         for entry in entries:
-            if match := _SIZED.fullmatch(entry.name):
+            # Names that are not UTF-8 cannot be those of keys.
+            if (match := _SIZED.fullmatch(entry.name)) and not _HALF_CHARACTER.search(entry.name):
                 yield folder + match["stem"], folder + entry.name

@@ -92,6 +92,11 @@ def _entry(key: str, fields: Any) -> MetadataEntry:
         reason = fields if key.startswith("line ") and isinstance(fields, str) else "its metadata is no JSON object"
         return MetadataEntry(key, "", None, None, reason)
     try:
+        key.encode()
+    except UnicodeEncodeError:
+        shown = key.encode(errors="backslashreplace").decode()
+        return MetadataEntry(shown, "", None, None, "its key is no Unicode text")
+    try:
         caption, tags = fields.get("caption"), fields.get("tags")
         if not isinstance(caption, str):
             caption = _text(caption, "caption")
