@@ -196,6 +196,11 @@ def measure_memory(settings: Settings) -> Iterator[Row]:
     root = large_set(settings)
     target = "<= 40 MB, growth <= 5 MB"
     yield from _memory_of(settings, root, settings.epoch_share, "our shards, read by threads", target)
+
+
+def measure_processes(settings: Settings) -> Iterator[Row]:
+    """PSS of 4 ranks and their reader processes."""
+    root = large_set(settings)
     share_of_epoch = 1.0 if settings.small else 0.02
     totals = _ranks_at_milestones(settings, root, share_of_epoch, settings.workers, settings.ranks)
     course = ", ".join(f"{total.pss:,.0f}" for total in totals)
@@ -240,6 +245,7 @@ def _ranks_at_milestones(
         for child in ranks:
             child.ask()
         found.append(_total_memory(ranks))
+        print(f"milestone {len(found)} of {len(milestones)}: {found[-1]}", file=sys.stderr)
         for child in ranks:
             child.go()
     for child in ranks:
@@ -378,6 +384,7 @@ SECTIONS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "open": measure_open,
     "plan": measure_plan,
     "memory": measure_memory,
+    "processes": measure_processes,
     "in-place": measure_in_place,
     "indexing": measure_indexing,
     "kills": measure_kills,

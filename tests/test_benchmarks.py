@@ -1,6 +1,7 @@
 """The benchmarks run, on a set that is small enough for a test."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,9 @@ def test_data_engine(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     table = {row.split(" | ")[0]: row.split(" | ")[2] for row in done.stdout.splitlines() if row.startswith("| ")}
-    assert len(table) == 18
+    assert len(table) == 19
     measured = "\n".join(table.values())
     assert "0 lost, 0 repeated" in measured and "100 of 100 found" in measured
     assert "BAD ROWS" not in measured
+    assert re.search(r"\| (\d+) of \1 finished sets identical, 4 kills", done.stdout)
     assert not list(tmp_path.iterdir())
