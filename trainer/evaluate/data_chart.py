@@ -91,6 +91,8 @@ def _draw_megapixels(axis: "Axes", chart: DataChart) -> None:
     is_known = chart.original_hw.all(axis=1)
     original_hw, target_hw = chart.original_hw[is_known], chart.target_hw[is_known]
     if not len(original_hw):
+        axis.set_xticks([])
+        axis.set_yticks([])
         _title(axis, "Size of the image files", "not known: only the latents are at hand")
         return
     megapixels = original_hw.prod(axis=1) / 1e6
