@@ -369,6 +369,7 @@ def measure_indexing(settings: Settings) -> Iterator[Row]:
             done = child.ask()
         assert done["images"] == entries, done
         told.append(f"{size / 1e9:.2f} GB: {done['peak_mb']:.0f} MB in {done['seconds']:.0f} s")
+        print(told[-1], file=sys.stderr)
         shutil.rmtree(folder)
     yield "peak RSS of indexing a metadata JSON, by size", "<= 500 MB, flat", "; ".join(told)
 

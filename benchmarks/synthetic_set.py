@@ -172,7 +172,7 @@ def write_metadata_file(folder: Path, entries: int) -> int:
                 os.link(first, path)
             at = int(random.integers(0, len(text) - 2000))
             length = 2 * CAPTION_BYTES // 3
-            fields = {"tags": text[at : at + length // 2], "caption": text[at + 900 : at + 900 + length]}
+            fields = {"tags": text[at : at + length], "caption": text[at + 900 : at + 900 + length]}
             fields |= {"train_resolution": [64, 64], "image_size": [640, 480]}
             key = f"{directory:04d}/{within:08d}"
             file.write(("," if number else "") + f'\n  "{key}": ' + json.dumps(fields, indent=4))
