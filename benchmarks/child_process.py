@@ -8,7 +8,6 @@ import gc
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -36,6 +35,15 @@ class Child:
         if not line:
             raise RuntimeError(f"the process ended with exit code {self._process.wait()}")
         return json.loads(line)
+
+    def told_more(self) -> bool:
+        """Wait for a further result; False if the process ended without one."""
+        assert self._process.stdout is not None
+        return bool(self._process.stdout.readline())
+
+    def kill(self) -> None:
+        """End it at once (SIGKILL)."""
+        self._process.kill()
 
     def go(self) -> None:
         """Let it go on after a result."""
@@ -58,18 +66,31 @@ class Child:
         self.end()
 
 
-def pss_mb(pid: int) -> float:
-    """Proportional set size of one process, 0 if it has ended."""
+class Memory(NamedTuple):
+    """Megabytes of some processes."""
+
+    pss: float
+    """Proportional set size: a page that several processes share counts once, divided among them."""
+    anonymous: float
+    """Of these, what belongs to no file; the rest the kernel may take away, and does when its cache is full."""
+
+    def __add__(self, other: "Memory") -> "Memory":  # type: ignore[override]
+        return Memory(self.pss + other.pss, self.anonymous + other.anonymous)
+
+
+def memory_mb(pid: int) -> Memory:
+    """Of one process; 0 if it has ended."""
+    sizes = {"Pss:": 0.0, "Pss_Anon:": 0.0}
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) / 1024
-    return 0.0
+        for name, *rest in map(str.split, Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()):
+            if name in sizes:
+                sizes[name] = int(rest[0]) / 1024
+    return Memory(*sizes.values())
 
 
-def tree_pss_mb(pid: int) -> float:
+def tree_memory_mb(pid: int) -> Memory:
     """Of a process and all below it."""
-    return sum(pss_mb(process.pid) for process in _tree(pid))
+    return sum((memory_mb(process.pid) for process in _tree(pid)), Memory(0, 0))
 
 
 def _tree(pid: int) -> list[psutil.Process]:
@@ -103,12 +124,12 @@ def open_set(root: str) -> None:
     from trainer.data.snapshot import PreparedSet
 
     gc.collect()
-    before = pss_mb(os.getpid())
+    before = memory_mb(os.getpid()).pss
     begin = time.perf_counter()
     prepared = PreparedSet.open(Path(root))
     seconds = time.perf_counter() - begin
     gc.collect()
-    _tell(seconds=seconds, mb=pss_mb(os.getpid()) - before, buckets=len(prepared.buckets("train")))
+    _tell(seconds=seconds, mb=memory_mb(os.getpid()).pss - before, buckets=len(prepared.buckets("train")))
 
 
 def resume(root: str, workers: int) -> None:
@@ -157,6 +178,7 @@ def rank(root: str, rank: int, world: int, workers: int, micro_batch: int, miles
     with open_loader(reader, position, **_cut(rank, world, micro_batch), workers=workers) as loader:
         for step in loader:
             for batch in step.batches:
+                assert batch.latents is not None
                 shapes.update(str(tuple(batch.latents.shape)).encode())
                 images += int(batch.weights.sum())
                 bad += len(batch.problems)
@@ -180,8 +202,27 @@ def index(folder: str) -> None:
     plan_prepare(settings, show_progress=False)
     encode_shards(settings.prepared, 0, 1, None)
     images = commit(settings.prepared).images
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    _tell(images=images, peak_mb=peak_mb, seconds=time.perf_counter() - begin)
+    _tell(images=images, peak_mb=_peak_rss_mb(), seconds=time.perf_counter() - begin)
+
+
+def _peak_rss_mb() -> float:
+    """Of this process since it was started; getrusage would count the process that it was forked from."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) / 1024
+
+
+def prepare(photos: str, prepared: str) -> None:
+    """The whole of `prepare` for a folder of photographs."""
+    from killed_prepare import photo_settings, stand_in_vae
+
+    from trainer.data.encode import encode_shards
+    from trainer.data.prepare import commit, plan_prepare
+
+    _tell()
+    settings = photo_settings(Path(photos), Path(prepared))
+    plan_prepare(settings, show_progress=False)
+    encode_shards(settings.prepared, 0, 1, stand_in_vae)
+    _tell(images=commit(settings.prepared).images)
 
 
 TASKS: dict[str, Callable[..., None]] = {
@@ -190,6 +231,7 @@ TASKS: dict[str, Callable[..., None]] = {
     "resume": resume,
     "rank": rank,
     "index": index,
+    "prepare": prepare,
 }
 
 

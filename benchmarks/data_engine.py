@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from child_process import Child, tree_pss_mb
+from child_process import Child, Memory, tree_memory_mb
+from killed_prepare import kill_prepare
 from synthetic_set import write_metadata_file, write_npz_set, write_synthetic_set
 
 from trainer.data.sampler import EpochPlan, Position, share, steps_per_epoch, with_global_batch
@@ -38,6 +39,8 @@ class Settings:
     json_entries: int
     epoch_share: float
     """Share of an epoch that is read for the growth of memory."""
+    epoch_ranks: int
+    """How many of the ranks read it; they know nothing of each other."""
     ranks: int
     workers: int
     """Reader processes of each rank, where they are measured."""
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the sets are made (default: the system's temporary folder)")
     parser.add_argument("--rows", type=int, default=ROWS, help=f"rows of the large set (default: {ROWS})")
     parser.add_argument("--epoch-share", type=float, default=1.0, help="how much of an epoch to read for its memory")
+    parser.add_argument("--epoch-ranks", type=int, default=4, help="how many of the 4 ranks read it (default: 4)")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="these measurements alone")
     parser.add_argument("--keep", action="store_true", help="leave the sets where they are; the next run uses them")
     arguments = parser.parse_args()
@@ -80,6 +84,7 @@ def main() -> None:
         npz_rows=300 if small else 6_144,
         json_entries=max(3_000, int(scale * ROWS / 10)),
         epoch_share=arguments.epoch_share,
+        epoch_ranks=1 if small else arguments.epoch_ranks,
         ranks=1 if small else 4,
         workers=1 if small else 2,
     )
@@ -191,44 +196,56 @@ def measure_memory(settings: Settings) -> Iterator[Row]:
     root = large_set(settings)
     target = "<= 40 MB, growth <= 5 MB"
     yield from _memory_of(settings, root, settings.epoch_share, "our shards, read by threads", target)
+
+
+def measure_processes(settings: Settings) -> Iterator[Row]:
+    """PSS of 4 ranks and their reader processes."""
+    root = large_set(settings)
     share_of_epoch = 1.0 if settings.small else 0.02
-    totals = [sum(totals) for totals in _ranks_at_milestones(settings, root, share_of_epoch, settings.workers)]
-    course = ", ".join(f"{total:,.0f}" for total in totals)
-    flat = f"{course} MB at 5, 25, 50, 75, 100 % of {100 * share_of_epoch:.3g} % of an epoch"
+    totals = _ranks_at_milestones(settings, root, share_of_epoch, settings.workers, settings.ranks)
+    course = ", ".join(f"{total.pss:,.0f}" for total in totals)
+    anonymous = ", ".join(f"{total.anonymous:,.0f}" for total in totals)
+    flat = f"{course} MB (anonymous {anonymous}) at 5, 25, 50, 75, 100 % of {100 * share_of_epoch:.3g} % of an epoch"
     processes = f"{settings.ranks} ranks + {settings.ranks * settings.workers} worker processes"
     yield f"total PSS of {processes}, torch included", "<= 2 GB, flat", flat
 
 
 def _memory_of(settings: Settings, root: Path, share_of_epoch: float, what: str, target: str) -> Iterator[Row]:
-    bare = _bare_pss(settings.ranks)
-    milestones = _ranks_at_milestones(settings, root, share_of_epoch, workers=0)
-    means = [sum(totals) / settings.ranks for totals in milestones]
-    course = ", ".join(f"{mean - bare:.1f}" for mean in means)
-    told = f"{course} MB at 5, 25, 50, 75, 100 % of that, over a bare process's {bare:.0f} MB"
-    yield f"loader's memory per rank, {what}, over {100 * share_of_epoch:.3g} % of an epoch", target, told
+    count = settings.epoch_ranks
+    bare = _bare_processes(count)
+    totals = _ranks_at_milestones(settings, root, share_of_epoch, 0, count)
+    course = ", ".join(f"{(total.pss - bare.pss) / count:.1f}" for total in totals)
+    anonymous = ", ".join(f"{(total.anonymous - bare.anonymous) / count:.1f}" for total in totals)
+    told = f"{course} MB (anonymous {anonymous}) at 5, 25, 50, 75, 100 % of that"
+    told += f", over a bare process's {bare.pss / count:.0f} MB"
+    which = f"{what}, {count} of {settings.ranks} ranks"
+    yield f"loader's memory per rank, {which}, over {100 * share_of_epoch:.3g} % of an epoch", target, told
 
 
-def _bare_pss(count: int) -> float:
+def _bare_processes(count: int) -> Memory:
     children = [Child("bare") for _ in range(count)]
     for child in children:
         child.ask()
-    mean = sum(tree_pss_mb(child.pid) for child in children) / count
+    total = _total_memory(children)
     for child in children:
         child.end()
-    return mean
+    return total
 
 
-def _ranks_at_milestones(settings: Settings, root: Path, share_of_epoch: float, workers: int) -> list[list[float]]:
-    """PSS of each rank with its workers, at 5, 25, 50, 75 and 100 % of the part of an epoch that is read."""
+def _ranks_at_milestones(
+    settings: Settings, root: Path, share_of_epoch: float, workers: int, count: int
+) -> list[Memory]:
+    """Memory of the first `count` ranks and their workers, at 5, 25, 50, 75, 100 % of the part of an epoch."""
     rows = PreparedSet.open(root).rows_per_bucket("train")
     steps = max(8, int(share_of_epoch * steps_per_epoch(rows, GLOBAL_BATCH)))
     milestones = sorted({max(1, int(steps * part)) for part in (0.05, 0.25, 0.5, 0.75, 1.0)})
-    ranks = _start_ranks(settings, root, workers, milestones)
+    ranks = _start_ranks(settings, root, workers, milestones, count)
     found = []
     for _ in milestones:
         for child in ranks:
             child.ask()
-        found.append([tree_pss_mb(child.pid) for child in ranks])
+        found.append(_total_memory(ranks))
+        print(f"milestone {len(found)} of {len(milestones)}: {found[-1]}", file=sys.stderr)
         for child in ranks:
             child.go()
     for child in ranks:
@@ -236,9 +253,13 @@ def _ranks_at_milestones(settings: Settings, root: Path, share_of_epoch: float, 
     return found
 
 
-def _start_ranks(settings: Settings, root: Path, workers: int, milestones: list[int]) -> list[Child]:
+def _total_memory(children: list[Child]) -> Memory:
+    return sum((tree_memory_mb(child.pid) for child in children), Memory(0, 0))
+
+
+def _start_ranks(settings: Settings, root: Path, workers: int, milestones: list[int], count: int) -> list[Child]:
     spec = {"root": root, "world": settings.ranks, "workers": workers, "micro_batch": settings.micro_batch}
-    return [Child("rank", rank=rank, milestones=milestones, **spec) for rank in range(settings.ranks)]
+    return [Child("rank", rank=rank, milestones=milestones, **spec) for rank in range(count)]
 
 
 def measure_rates(settings: Settings) -> Iterator[Row]:
@@ -270,7 +291,7 @@ def _rate(settings: Settings, root: Path, workers: int) -> str:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     rows = PreparedSet.open(root).rows_per_bucket("train")
     epoch = steps_per_epoch(rows, GLOBAL_BATCH)
-    ranks = _start_ranks(settings, root, workers, [2, epoch, 2 * epoch])
+    ranks = _start_ranks(settings, root, workers, [2, epoch, 2 * epoch], settings.ranks)
     told = []
     before = [child.ask() for child in ranks]  # imports and the first batches are not the reading's
     for _ in range(2):
@@ -333,8 +354,7 @@ def measure_in_place(settings: Settings) -> Iterator[Row]:
     with Child("open", root=root) as child:
         told = child.ask()
     yield "open an in-place kohya index", "<= 0.5 s", f"{told['seconds']:.3f} s, {told['mb']:+.1f} MB"
-    part = 1.0 if settings.small else 0.05
-    yield from _memory_of(settings, root, part, "in-place kohya index, read by threads", "<= 60 MB")
+    yield from _memory_of(settings, root, settings.epoch_share, "in-place kohya index, read by threads", "<= 60 MB")
 
 
 def measure_indexing(settings: Settings) -> Iterator[Row]:
@@ -349,16 +369,26 @@ def measure_indexing(settings: Settings) -> Iterator[Row]:
             done = child.ask()
         assert done["images"] == entries, done
         told.append(f"{size / 1e9:.2f} GB: {done['peak_mb']:.0f} MB in {done['seconds']:.0f} s")
+        print(told[-1], file=sys.stderr)
         shutil.rmtree(folder)
     yield "peak RSS of indexing a metadata JSON, by size", "<= 500 MB, flat", "; ".join(told)
+
+
+def measure_kills(settings: Settings) -> Iterator[Row]:
+    """`prepare` killed at random moments, on photographs."""
+    kills, photos = (4, 60) if settings.small else (20, 1_500)
+    told = kill_prepare(settings.folder / "killed", kills, photos)
+    yield f"prepare killed (SIGKILL) at {kills} random moments", "the finished set identical, byte for byte", told
 
 
 SECTIONS: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "open": measure_open,
     "plan": measure_plan,
     "memory": measure_memory,
+    "processes": measure_processes,
     "in-place": measure_in_place,
     "indexing": measure_indexing,
+    "kills": measure_kills,
     "rates": measure_rates,
     "exactness": measure_exactness,
     "flips": measure_flips,

@@ -271,7 +271,6 @@ def test_signals_to_the_group_leave_the_readers_at_work(prepared: PreparedSet) -
 
 
 def test_a_killed_reader_is_an_error_that_names_it(prepared: PreparedSet) -> None:
-    """DataLoader looks after its workers every five seconds, so this takes as long."""
     with _open(BatchReader(prepared, "train", SEED, byte_tokens), Position.start(3, 3), workers=2) as loader:
         list(next(loader).batches)
         victim = _readers_and_server()[-1]

@@ -41,6 +41,37 @@ def test_other_forms(data: bytes) -> None:
     assert latents_hw_of_head(data[:HEAD_BYTES]) in (None, (8, 16))
 
 
+def test_mirrored_latents_and_their_crop() -> None:
+    """kohya's rule for the left edge: the bucket's width less the right edge that is stored."""
+    room = _room()
+    data = npz_bytes(
+        latents=latents_of(1),
+        latents_flipped=latents_of(2),
+        crop_ltrb=np.array([9, 5, 100, 69]),
+        original_size=(150, 80),
+    )
+    told = read_latents(bytearray(data), room, mirrored=True)
+    np.testing.assert_array_equal(room, latents_of(2).astype(np.float16))
+    assert told.crop_top_left == (5, 128 - 100) and told.original_hw == (80, 150)
+    alone = npz_bytes(latents=latents_of(1), crop_ltrb=np.array([9, 5, 100, 69]))
+    assert read_latents(alone, room, mirrored=True).crop_top_left == (5, 9)
+    np.testing.assert_array_equal(room, latents_of(1).astype(np.float16))
+
+
+def test_names_with_a_size() -> None:
+    small, large = latents_of(1), latents_of(2, (128, 256))
+    one = {"latents_8x16": small, "original_size_8x16": (300, 200), "crop_ltrb_8x16": (3, 5, 131, 69)}
+    room = _room()
+    told = read_latents(npz_bytes(**one), room)
+    np.testing.assert_array_equal(room, small.astype(np.float16))
+    assert (told.original_hw, told.crop_top_left) == ((200, 300), (5, 3)) and latents_hw(npz_bytes(**one)) == (8, 16)
+    both = npz_bytes(latents_16x32=large, **one)
+    read_latents(both, room)
+    np.testing.assert_array_equal(room, small.astype(np.float16))
+    with pytest.raises(BadNpz, match="latents of several sizes"):
+        latents_hw(both)
+
+
 def test_the_head_tells_the_size_of_what_kohya_writes() -> None:
     assert latents_hw_of_head(kohya_npz(1, (1216, 832))[:HEAD_BYTES]) == (152, 104)
 
@@ -57,7 +88,7 @@ def _with(value: float) -> bytes:
         (b"", "is empty"),
         (kohya_npz(1)[:-100], "no zip archive, or cut off"),
         (b"\xff\xd8\xff" * 1000, "no zip archive"),
-        (npz_bytes(other=latents_of(1)), "holds no latents"),
+        (npz_bytes(other=latents_of(1)), "holds no latents_8x16, but other"),
         (kohya_npz(1, (128, 64)), r"shape \[4, 16, 8\], but its bucket needs \[4, 8, 16\]"),
         (_with(np.nan), "not finite"),
         (_with(-np.inf), "not finite"),

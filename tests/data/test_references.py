@@ -290,3 +290,22 @@ def test_images_where_they_lie(tmp_path: Path) -> None:
     (tmp_path / "photos/a.png").write_bytes(b"")
     rows = prepared.read("train", 0, np.array([0]))
     assert not rows.ok[0] and rows.problems[0].file == str(tmp_path / "photos/a.png")
+
+
+def test_mirrored_latents_are_drawn_where_the_file_holds_them(tmp_path: Path) -> None:
+    prepared_dir = tmp_path / "prepared"
+    _prepare(settings_of(prepared_dir, _source(tmp_path)))
+    prepared = PreparedSet.open(prepared_dir)
+    for bucket, count in enumerate(prepared.rows_per_bucket("train")):
+        rows = prepared.read(
+            "train", bucket, np.arange(count), choose_view=lambda key, repeat, centred: View(centred, True)
+        )
+        assert rows.ok.all() and rows.latents is not None
+        for i, key in enumerate(rows.keys):
+            number = int(key[-3:])
+            height, width = BUCKETS[number % 2]
+            stored = latents_of(number, (height, width)).astype(np.float16)
+            bare = number % 4 == 3
+            np.testing.assert_array_equal(rows.latents[i], stored if bare else stored[:, :, ::-1])
+            # Stored is a right edge of 3 + width; as the mirrored crop begins left of the image, 0.
+            assert rows.sizes[i].tolist() == ([height, width, 0, 0] if bare else [200, 300, 5, 0]) + [height, width]

@@ -8,12 +8,17 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.data.kohya_files import entry, kohya_npz, settings_of, write_files, write_metadata
 from tests.data.small_set import write_small_set
 from trainer.cli.main import main
 from trainer.data.buckets import Bucket
 from trainer.data.captions import PLAIN
+from trainer.data.encode import encode_shards
+from trainer.data.prepare import commit, plan_prepare
 from trainer.data.snapshot import PreparedSet
+from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.stats import Sample, bucket_counts, left_out, sample
+from trainer.evaluate.data_chart import DataChart, data_chart_png
 
 SQUARE, TALL = Bucket(64, 64), Bucket(128, 64)
 
@@ -45,10 +50,27 @@ def test_a_sample_is_spread_evenly_and_says_so(tmp_path: Path) -> None:
     found = _sampled(root, 5)
     assert found.rows == 40 and found.unreadable == 0
     assert found.texts == ("photo 0", "photo 9", "photo 19", "photo 29", "photo 9")
-    assert found.target_hw.tolist() == [[64, 64]] * 3 + [[128, 64]]
-    assert np.array_equal(found.original_hw[:, 0], [9, 19, 29, 9])  # image 0's height is 0: not known
+    assert found.target_hw.tolist() == [[64, 64]] * 4 + [[128, 64]]
+    assert np.array_equal(found.original_hw[:, 0], [0, 9, 19, 29, 9])
     (root / "64x64-5.safetensors").unlink()
     assert _sampled(root, 100).unreadable == 5
+
+
+def test_the_size_of_an_image_is_not_guessed_from_its_latents(tmp_path: Path) -> None:
+    write_files(tmp_path / "latents", {f"{i}.npz": kohya_npz(i, (64, 64)) for i in range(3)})
+    entries = {"0": entry(0, (64, 64)), "1": entry(1, (64, 64), image_size=[300, 200]), "2": entry(2, (64, 64))}
+    write_metadata(tmp_path / "meta.json", entries)
+    root = tmp_path / "prepared"
+    plan_prepare(settings_of(root, KohyaJsonSource(tmp_path / "meta.json", tmp_path / "latents")), show_progress=False)
+    encode_shards(root, 0, 1, None)
+    commit(root)
+    found = _sampled(root, 10)
+    assert found.original_hw.tolist() == [[0, 0], [200, 300], [0, 0]]
+    assert found.target_hw.tolist() == [[64, 64]] * 3
+    for known in (found.original_hw, np.zeros((3, 2), dtype=np.int64)):
+        chart = DataChart("title", "subtitle", known, found.target_hw, [3, 4, 5], "tokens", 75)
+        data_chart_png(chart, tmp_path / "chart.png")
+        assert (tmp_path / "chart.png").stat().st_size > 10_000
 
 
 def test_lengths_are_tokens_where_a_config_names_the_model(

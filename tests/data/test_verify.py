@@ -1,8 +1,10 @@
 """Re-reading a prepared set: any flipped bit is found and told, and what is whole is not."""
 
 import json
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,11 @@ from trainer.data.buckets import Bucket
 from trainer.data.encode import encode_shards
 from trainer.data.prepare import commit, plan_prepare
 from trainer.data.shards import RowBatch, ShardHead, read_info, write_shard
-from trainer.data.snapshot import PreparedSet
+from trainer.data.snapshot import PreparedSet, ShardSummary
 from trainer.data.snapshot_file import ShardEntry, Snapshot, snapshot_to_json
 from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.verify import VERIFY_BAD, Damage, Verified, verify
+from trainer.errors import UserError
 
 SQUARE, TALL = Bucket(64, 64), Bucket(128, 64)
 ROW_BYTES = 4 * 8 * 8 * 2
@@ -130,3 +133,14 @@ def test_what_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "holds no prepared data set" in capsys.readouterr().err
     assert main(["verify", str(tmp_path), "data.workers=1"]) == 2
     assert "only a config has values to replace" in capsys.readouterr().err
+
+
+def _die(shard: ShardSummary) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_small_set(tmp_path / "prepared", {SQUARE: 8})
+    monkeypatch.setattr("trainer.data.verify._verify_shard", _die)
+    with pytest.raises(UserError, match="a process that reads has died"):
+        _verified(root)

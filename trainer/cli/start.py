@@ -108,6 +108,8 @@ def prepare(config: Config, repack: bool = False, limit: int | None = None) -> i
         if code := _write_shards(config):
             return code
         done = commit(prepared)
+        if config.data.augment.flip_probability:
+            print("repacked latents are not mirrored: data.augment.flip_probability has no effect on them")
         print("repacked: the files that held the latents are still read by runs that stopped in the middle of an epoch")
     left_out = f"; {done.left_out} left out, with the reason in {prepared / 'bad.jsonl'}" if done.left_out else ""
     print(f"prepared {done.images:,} images{left_out}")

@@ -151,8 +151,15 @@ def _mode(config: Config) -> Iterator[Problem]:
             yield _clash(config, keys, "must be false; this mode stores nothing that a model has computed")
         return
     for key in ("data.augment.flip_probability", "data.augment.random_crop"):
-        if _is_given(config, key):
+        may_be_stored = key.endswith("flip_probability") and _uses_npz(config)
+        if _is_given(config, key) and not may_be_stored:
             yield _clash(config, (key, "data.mode"), "has no effect on stored latents; use `mode: images`")
+
+
+def _uses_npz(config: Config) -> bool:
+    """Whether a source gives `.npz` files, which may hold latents of the mirrored images as well."""
+    sources = config.data.sources
+    return any(isinstance(source, LatentTarsSource) or getattr(source, "latents", None) for source in sources)
 
 
 def _captions(config: Config) -> Iterator[Problem]:

@@ -78,7 +78,8 @@ class BucketConfig(Section):
 
 class AugmentConfig(Section):
     flip_probability: Fraction = 0.0
-    """Chance that a visit sees the image mirrored left to right; its crop coordinates are mirrored as well."""
+    """Chance that a visit sees the image mirrored left to right; its crop coordinates are mirrored as well. With
+    stored latents only those in `.npz` files that hold `latents_flipped` can be, and not after `prepare --repack`."""
     random_crop: Flag = False
     """Crop anywhere in the resized image, anew at each visit, in place of its centre; the crop coordinates
     that SDXL is conditioned on say where."""
@@ -93,7 +94,7 @@ class DataConfig(Section):
     """`latents`: the VAE encodes each image once, in `prepare`. `images`: `prepare` only lists the images; each is
     decoded anew whenever it is seen and the VAE runs in every step, which costs time and allows `data.augment`."""
     augment: AugmentConfig = AugmentConfig()
-    """What is drawn anew each time an image is seen. Needs `data.mode: images`."""
+    """What is drawn anew each time an image is seen. Needs `data.mode: images`, but for mirrored `.npz` latents."""
     buckets: BucketConfig = BucketConfig()
     """Aspect-ratio buckets."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0

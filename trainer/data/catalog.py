@@ -185,9 +185,11 @@ def add_bad(connection: sqlite3.Connection, rows: Sequence[BadRow]) -> None:
     )
 
 
-def bad_rows(connection: sqlite3.Connection) -> Iterator[BadRow]:
-    """All images that are left out, by path."""
-    for values in connection.execute("SELECT path, key, file_bytes, mtime_ns, reason FROM bad ORDER BY path, key"):
+def bad_rows(connection: sqlite3.Connection, after: tuple[str, str] = ("", "")) -> Iterator[BadRow]:
+    """The images that are left out, by key and path, from behind `after` on."""
+    query = """SELECT path, key, file_bytes, mtime_ns, reason FROM bad WHERE (key, path) > (?, ?)
+        ORDER BY key, path"""
+    for values in connection.execute(query, after):
         yield BadRow(*values)
 
 
@@ -336,6 +338,13 @@ def mark_committed(
     connection.executemany("DELETE FROM rows WHERE key = ? AND path = ?", [(row.key, row.path) for row in excluded])
     connection.executemany("DELETE FROM shards WHERE name = ?", [(name,) for name in sorted(replaced)])
     connection.executemany("UPDATE generations SET committed = 1 WHERE generation = ?", [(g,) for g in generations])
+
+
+def forget_open_rows(connection: sqlite3.Connection) -> None:
+    """The sources were never looked at, but for what is planned."""
+    with transaction(connection):
+        connection.execute("DELETE FROM rows WHERE generation = ?", (open_generation(connection),))
+        connection.execute("DELETE FROM bad")
 
 
 def forget_generation(connection: sqlite3.Connection, generation: int) -> None:

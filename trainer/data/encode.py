@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from trainer.data.shard_reader import read_npz
 from trainer.data.shards import EncodeText, RowBatch, ShardHead, write_shard
 from trainer.data.sources.parquet import CellReader
 from trainer.data.sources.source import ROW, WHOLE, read_bytes
+from trainer.errors import UserError
 
 Encode = Callable[[np.ndarray, np.ndarray], Any]
 """(pixels u8 [B, 3, H, W], draw seeds int64 [B]) -> unscaled latents [B, 4, H/8, W/8].
@@ -113,8 +115,11 @@ def write_references(prepared: Path, processes: int) -> None:
         encode_shards(prepared, 0, 1, encode=None)
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver")) as pool:
-        for done in [pool.submit(encode_shards, prepared, rank, processes, None) for rank in range(processes)]:
-            done.result()
+        try:
+            for done in [pool.submit(encode_shards, prepared, rank, processes, None) for rank in range(processes)]:
+                done.result()
+        except BrokenProcessPool as error:
+            raise UserError("prepare: a process that writes has died; run the same command again to go on") from error
 
 
 def _is_encoded(shard: PlannedShard) -> bool:

@@ -5,11 +5,13 @@ buffer. Readers hold paths and integers, never an object per image.
 """
 
 import math
+import mmap
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, draw_view
+from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, centred_view, draw_view
 from trainer.data.buckets import Placement
 from trainer.data.captions import PLAIN, CaptionRules, compose
 from trainer.data.keyed import draw_seed
-from trainer.data.reader_process import read_in_processes
+from trainer.data.reader_process import ReaderProcesses
 from trainer.data.sampler import Position, StepRows, planned_steps, share
 from trainer.data.snapshot import PreparedSet, RowProblem, Rows
 
@@ -95,7 +97,7 @@ class BatchReader:
     tokenize: Tokenize | None
     """None where the prepared set holds the text encoders' outputs."""
     augmentation: Augmentation = NOT_AUGMENTED
-    """Of images; stored latents are as they are."""
+    """Of images; stored latents are as they are, but for those in `.npz` files that hold mirrored ones as well."""
     captions: CaptionRules = PLAIN
     """How captions and tags become the text of each draw."""
 
@@ -108,7 +110,8 @@ class BatchReader:
         def choose_view(key: str, repeat: int, centred: Placement) -> View:
             return draw_view(centred, self.augmentation, draw_seed(self.seed, "augment", request.epoch, key, repeat))
 
-        rows = self.prepared.read(self.split, request.bucket, request.ids, payload, choose_view)
+        choose = centred_view if self.augmentation == NOT_AUGMENTED else choose_view
+        rows = self.prepared.read(self.split, request.bucket, request.ids, payload, choose)
         input_ids = None
         if self.tokenize is not None:
             input_ids = torch.from_numpy(self.tokenize(self._texts(rows, request.epoch)))
@@ -184,12 +187,16 @@ class Loader:
     """Iterates over optimizer steps without end; close it, or use it in a `with`, to end its readers."""
 
     def __init__(
-        self, batches: Generator[Batch, None, None], steps: deque[tuple[StepRows, Position]], size: int
+        self,
+        batches: Iterator[Batch],
+        steps: deque[tuple[StepRows, Position]],
+        size: int,
+        end_readers: Callable[[], None],
     ) -> None:
         """`steps` holds at least the next step when one is taken; each has `size` of the `batches`."""
         self.wait_s = 0.0
         """Seconds that the caller has waited for batches since the loader was opened."""
-        self._batches, self._steps, self._size = batches, steps, size
+        self._batches, self._steps, self._size, self._end_readers = batches, steps, size, end_readers
         self._left = 0
 
     def __iter__(self) -> "Loader":
@@ -212,7 +219,7 @@ class Loader:
 
     def close(self) -> None:
         """End the readers; what they had read ahead is dropped."""
-        self._batches.close()
+        self._end_readers()
 
     def __enter__(self) -> "Loader":
         return self
@@ -253,45 +260,48 @@ def open_loader(
                 yield Request(rows.epoch, rows.bucket, ids, weights)
 
     if workers:
-        batches = _read_in_processes(reader, requests(), batch_rows, workers, prefetch_batches, pin_memory)
-    else:
-        batches = _read_in_threads(reader, requests(), prefetch_batches, pin_memory)
-    return Loader(batches, steps, accumulation)
-
-
-def _read_in_processes(
-    reader: BatchReader,
-    requests: Iterator[Request],
-    batch_rows: Sequence[int],
-    workers: int,
-    prefetch_batches: int,
-    pin_memory: bool,
-) -> Generator[Batch, None, None]:
-    filled = read_in_processes(reader.fill, requests, reader.batch_bytes(batch_rows), workers, prefetch_batches)
-    # Copied out of the slot in one piece, because the slot is filled again.
-    copy = Tensor.pin_memory if pin_memory else Tensor.clone
-    return (unpack(copy(buffer[: packed.num_bytes]), packed) for buffer, packed in filled)
+        most_bytes = reader.batch_bytes(batch_rows)
+        readers = ReaderProcesses(reader.fill, requests(), most_bytes, workers, prefetch_batches)
+        # Copied out of the slot in one piece, because the slot is filled again.
+        copy = Tensor.pin_memory if pin_memory else Tensor.clone
+        batches = (unpack(copy(buffer[: packed.num_bytes]), packed) for buffer, packed in readers)
+        return Loader(batches, steps, accumulation, readers.close)
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="data-reader")
+    batches = _read_in_threads(pool, reader, requests(), prefetch_batches, pin_memory)
+    return Loader(batches, steps, accumulation, partial(pool.shutdown, cancel_futures=True))
 
 
 def _read_in_threads(
-    reader: BatchReader, requests: Iterator[Request], prefetch_batches: int, pin_memory: bool
-) -> Generator[Batch, None, None]:
+    pool: ThreadPoolExecutor,
+    reader: BatchReader,
+    requests: Iterator[Request],
+    prefetch_batches: int,
+    pin_memory: bool,
+) -> Iterator[Batch]:
     def read(request: Request) -> Batch:
-        batch = reader.read(request)
+        shape, dtype = reader.prepared.payload_shape(reader.split, request.bucket)
+        batch = reader.read(request, _on_own_pages((len(request.ids), *shape), dtype))
         return replace(batch, **{n: t.pin_memory() for n, t in _tensors(batch).items()}) if pin_memory else batch
 
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="data-reader")
     ahead = deque(pool.submit(read, next(requests)) for _ in range(prefetch_batches))
 
-    def batches() -> Generator[Batch, None, None]:
-        try:
-            for request in requests:
-                ahead.append(pool.submit(read, request))
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def batches() -> Iterator[Batch]:
+        for request in requests:
+            ahead.append(pool.submit(read, request))
+            yield ahead.popleft().result()
 
     return batches()
+
+
+def _on_own_pages(shape: tuple[int, ...], dtype: np.dtype) -> NDArray[Any]:
+    """Zeros in memory that goes back to the system as soon as they are dropped.
+
+    The C library would keep it: in the heap of a reader thread, buffers of ever other sizes leave gaps between what is
+    still in use, and the process grows by ten megabytes in the course of an epoch.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 
 
 def pack(batch: Batch, buffer: Tensor) -> PackedBatch:

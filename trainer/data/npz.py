@@ -3,12 +3,15 @@
     latents        float32 [4, H/8, W/8], unscaled
     original_size  [width, height] of the image before any resize
     crop_ltrb      [left, top, right, bottom] in the resized image
+    latents_flipped   those of the mirrored image
 
-Only `latents` must be there. Mirrored latents (`latents_flipped`) and an `alpha_mask` are passed over. A zip archive
-is parsed here because `zipfile` and `np.load` take longer than all the rest of reading a row.
+Only `latents` must be there; an `alpha_mask` is passed over. Files with latents of several sizes have all names with
+the size behind it, height before width: `latents_128x96`. A zip archive is parsed here because `zipfile` and `np.load`
+take longer than all the rest of reading a row.
 """
 
 import ast
+import re
 import struct
 import zlib
 from functools import lru_cache
@@ -26,6 +29,7 @@ _LONGEST_COMMENT = 0xFFFF
 _MOST_BYTES = 1 << 28
 HEAD_BYTES = 1024
 _F16_EXPONENT = np.uint16(0x7C00)
+_SIZED = re.compile(r"latents_([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
 class BadNpz(Exception):
@@ -47,8 +51,11 @@ class _Member(NamedTuple):
     full_size: int
 
 
-def read_latents(data: bytes | bytearray, latents: np.ndarray) -> NpzSizes:
+def read_latents(data: bytes | bytearray, latents: np.ndarray, mirrored: bool = False) -> NpzSizes:
     """Fill `latents` (f16 [4, h, w], contiguous) with those in the archive, unscaled as they are there.
+
+    With `mirrored`, with those of the mirrored image where the archive has them, and then the crop is the mirrored
+    one: as in kohya's sd-scripts, its left edge is the bucket's width less the right edge that is stored.
 
     A bytearray is read faster than bytes are.
 
@@ -57,7 +64,10 @@ def read_latents(data: bytes | bytearray, latents: np.ndarray) -> NpzSizes:
             not finite or too large for fp16. The buffer then holds anything.
     """
     members = _members(data)
-    values = _array(data, members, "latents")
+    height, width = latents.shape[1:]
+    size = "" if "latents" in members else f"_{height}x{width}"
+    mirrored = mirrored and f"latents_flipped{size}" in members
+    values = _array(data, members, f"latents_flipped{size}" if mirrored else f"latents{size}")
     if values.shape != latents.shape:
         raise BadNpz(f"latents of shape {list(values.shape)}, but its bucket needs {list(latents.shape)}")
     _to_f16(values, latents)
@@ -65,14 +75,14 @@ def read_latents(data: bytes | bytearray, latents: np.ndarray) -> NpzSizes:
     if (np.bitwise_and(latents.view(np.uint16), _F16_EXPONENT) == _F16_EXPONENT).any():
         raise BadNpz("latents with values that are not finite, or too large for fp16")
     original_hw = crop_top_left = None
-    if "original_size" in members:
-        width, height = _numbers(data, members, "original_size", 2)
-        if min(width, height) < 1:
-            raise BadNpz(f"original_size is {width} x {height}")
-        original_hw = height, width
-    if "crop_ltrb" in members:
-        left, top, _, _ = _numbers(data, members, "crop_ltrb", 4)
-        crop_top_left = max(0, top), max(0, left)
+    if f"original_size{size}" in members:
+        original_w, original_h = _numbers(data, members, f"original_size{size}", 2)
+        if min(original_w, original_h) < 1:
+            raise BadNpz(f"original_size is {original_w} x {original_h}")
+        original_hw = original_h, original_w
+    if f"crop_ltrb{size}" in members:
+        left, top, right, _ = _numbers(data, members, f"crop_ltrb{size}", 4)
+        crop_top_left = max(0, top), max(0, 8 * width - right if mirrored else left)
     return NpzSizes(original_hw, crop_top_left)
 
 
@@ -91,7 +101,14 @@ def _to_f16(values: np.ndarray, latents: np.ndarray) -> None:
 
 def latents_hw(data: bytes) -> tuple[int, int]:
     """Height and width of the latents in an archive; BadNpz where it holds none that can be used."""
-    return _checked_hw(_array(data, _members(data), "latents").shape)
+    members = _members(data)
+    if "latents" not in members:
+        sizes = [match for match in map(_SIZED.fullmatch, members) if match]
+        if len(sizes) > 1:
+            raise BadNpz("holds latents of several sizes; name one as train_resolution in the metadata")
+        if sizes:
+            return _checked_hw(_array(data, members, sizes[0][0]).shape)
+    return _checked_hw(_array(data, members, "latents").shape)
 
 
 def latents_hw_of_head(head: bytes) -> tuple[int, int] | None:
@@ -145,7 +162,7 @@ def _members(data: bytes | bytearray) -> dict[str, _Member]:
 def _array(data: bytes | bytearray, members: dict[str, _Member], name: str) -> np.ndarray:
     member = members.get(name)
     if member is None:
-        raise BadNpz(f"holds no {name}")
+        raise BadNpz(f"holds no {name}" + (f", but {', '.join(members)}"[:100] if members else ""))
     raw: bytes | memoryview = memoryview(data)[member.begin : member.begin + member.size]
     if member.method == _DEFLATED:
         try:

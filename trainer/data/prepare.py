@@ -23,6 +23,7 @@ from trainer.data.catalog import BadRow, PlannedShard
 from trainer.data.scan import ScanCounts, scan
 from trainer.data.settings import (
     PrepareSettings,
+    begin_with,
     check_settings,
     replace_file,
     store_settings,
@@ -94,15 +95,18 @@ def plan_prepare(settings: PrepareSettings, show_progress: bool = True, limit: i
     prepared = settings.prepared
     prepared.mkdir(parents=True, exist_ok=True)
     with _alone(prepared):
-        if not check_settings(settings):
-            store_settings(settings)
+        check_settings(settings)
         with catalog.open_catalog(prepared) as connection:
+            if not begin_with(settings):
+                catalog.forget_open_rows(connection)
             counts = scan(connection, prepared, settings, show_progress, limit)
             new_rows, empty = catalog.count_new(connection)
+            rows = catalog.count_rows(connection)
+            if rows:
+                store_settings(settings)
             catalog.plan_generation(connection, settings.rows_per_shard)
             _write_bad(prepared, connection)
             pending = catalog.pending_shards(connection)
-            rows = catalog.count_rows(connection)
     if not rows:
         folders = ", ".join(str(main_path(source)) for source in settings.sources)
         found = f"none of {counts.listed} images can be used, see {prepared}/bad.jsonl" if counts.listed else "no image"
@@ -216,13 +220,17 @@ def _info(path: Path) -> ShardInfo:
 
 
 def _write_bad(prepared: Path, connection: sqlite3.Connection) -> int:
-    """List all images that are left out in bad.jsonl; returns their number."""
-    lines = [
-        json.dumps({"path": row.path, "key": row.key, "reason": row.reason}, ensure_ascii=False)
-        for row in catalog.bad_rows(connection)
-    ]
-    replace_file(prepared / "bad.jsonl", "".join(line + "\n" for line in lines))
-    return len(lines)
+    """List all images that are left out in bad.jsonl; returns their number. There may be millions."""
+    count = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal count
+        for row in catalog.bad_rows(connection):
+            count += 1
+            yield json.dumps({"path": row.path, "key": row.key, "reason": row.reason}, ensure_ascii=False) + "\n"
+
+    replace_file(prepared / "bad.jsonl", lines())
+    return count
 
 
 @contextmanager

@@ -1,29 +1,39 @@
-"""Reader processes: torch's DataLoader over a fork server, hardened for the life of a training run.
+"""Reader processes: each with a line of its own to the training process, so that none can hold up another's end.
 
-The fork server imports torch once and every reader is a fork of it. Readers leave SIGINT and SIGTERM to the
-training process, so that it can finish its step; they end with it, however it ends; and one that dies ends
-the iteration with an error that names it.
+The fork server imports torch once and every reader is a fork of it. A reader and the training process talk over one
+socket that nobody else holds: when either ends, in the middle of a message as well, the other one knows at once.
+Nothing else is shared but the buffer, no lock and no queue. (torch's DataLoader shares both: a reader that is killed
+while it holds the lock of DataLoader's event, or writes to its queue, leaves the training process waiting for ever.)
+
+Readers leave SIGINT and SIGTERM to the training process, so that it can finish its step.
 """
 
+import atexit
+import mmap
 import multiprocessing
 import os
+import queue
 import signal
 import threading
-import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver, resource_tracker
+from itertools import islice
+from multiprocessing import forkserver, reduction, resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 Fill = Callable[[Tensor, Any], Any]
 """(buffer uint8 [slot_bytes], request) -> a small value that tells what was put into the buffer."""
 _HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _ALIGN = 64
+_END_S = 5.0
+"""How long a reader that was told to end is waited for."""
 _PRELOAD = ["trainer.data.loader", "trainer.data.images", "trainer.model.text"]
 
 
@@ -43,81 +53,134 @@ def start_reader_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class _Slots:
+    """Memory of `count` buffers that readers share with the training process, while they are started.
+
+    Not in /dev/shm, which a container may keep small, and gone with the last process that uses it.
+    """
+
+    def __init__(self, fd: int, count: int, num_bytes: int) -> None:
+        self.fd, self.count, self.num_bytes = fd, count, num_bytes
+
+    def tensor(self) -> Tensor:
+        """uint8 [count, num_bytes], all 0 at first."""
+        mapped = mmap.mmap(self.fd, self.count * self.num_bytes)
+        return torch.frombuffer(mapped, dtype=torch.uint8).view(self.count, self.num_bytes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received_slots, (reduction.DupFd(self.fd), self.count, self.num_bytes)
+
+
+def _received_slots(fd: Any, count: int, num_bytes: int) -> _Slots:
+    return _Slots(fd.detach(), count, num_bytes)
+
+
 @dataclass(frozen=True)
-class _SlotReader(Dataset):
-    """What a reader process holds: the function that reads, and the memory it shares with the training process."""
+class _Reader:
+    process: BaseProcess
+    connection: Connection
 
-    fill: Fill
-    slots: Tensor
+    def send(self, message: Any) -> None:
+        try:
+            self.connection.send(message)
+        except OSError as error:
+            raise self._death() from error
 
-    def __getitem__(self, index: tuple[int, Any]) -> Any:
-        slot, request = index
-        return self.fill(self.slots[slot], request)
+    def receive(self) -> Any:
+        try:
+            failure, result = self.connection.recv()
+        except (OSError, EOFError) as error:
+            raise self._death() from error
+        if failure is not None:
+            raise result from RuntimeError(f"in data reader process {self.process.pid}:\n{failure}")
+        return result
+
+    def _death(self) -> RuntimeError:
+        self.process.join(_END_S)
+        return RuntimeError(
+            f"data reader process {self.process.pid} ({_ending(self.process.exitcode)}) died; if it was killed for "
+            "want of memory, lower data.workers or data.prefetch_batches"
+        )
 
 
-def read_in_processes(
-    fill: Fill, requests: Iterable[Any], slot_bytes: int, workers: int, prefetch: int
-) -> Generator[tuple[Tensor, Any], None, None]:
-    """`fill(buffer, request)` for every request, in order, computed ahead of need by `workers` processes.
+class ReaderProcesses:
+    """`fill(buffer, request)` for every request, in order, computed ahead of need by several processes.
+
+    Iterating gives the filled buffer uint8, valid until the next one is taken, and the value that `fill` returned.
+    What `fill` raises, is raised here; a RuntimeError, at once, where a reader died. Close it in any case.
 
     Results lie in slots of one shared buffer that are used in turn: handing over a new piece of shared memory
     with each message costs a millisecond of handshakes, more than the reading.
-
-    Args:
-        fill: must be picklable; its return value travels as a message and should be small.
-        slot_bytes: most bytes that a request fills.
-        prefetch: requests to keep ready, rounded up to a multiple of `workers`.
-
-    Yields:
-        The filled buffer uint8, valid until the next one is taken, and the value that `fill` returned.
-
-    Raises:
-        RuntimeError: a reader process died. It is found at once, or within five seconds.
     """
-    start_reader_server()
-    others = set(multiprocessing.active_children())
-    per_worker = max(1, -(-prefetch // workers))
-    # DataLoader sends the next request just before it returns a result: one slot more than are under way.
-    num_slots = per_worker * workers + 1
-    aligned_bytes = -(-slot_bytes // _ALIGN) * _ALIGN
-    slots = torch.zeros(num_slots, aligned_bytes, dtype=torch.uint8).share_memory_()
-    with warnings.catch_warnings():
-        # How many readers there are is the user's choice (data.workers), also where the cores are fewer.
-        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-        loader = DataLoader(
-            _SlotReader(fill, slots),
-            batch_size=None,
-            sampler=((number % num_slots, request) for number, request in enumerate(requests)),  # pyright: ignore[reportArgumentType]
-            num_workers=workers,
-            prefetch_factor=per_worker,
-            collate_fn=_unchanged,
-            worker_init_fn=_begin_reader,
-            multiprocessing_context="forkserver",
-            generator=torch.Generator(),  # otherwise it would draw from, and so change, the global generator
-        )
-    results = iter(loader)
-    processes = [child for child in multiprocessing.active_children() if child not in others]
-    return _in_turn(results, slots, processes)
 
+    def __init__(self, fill: Fill, requests: Iterable[Any], slot_bytes: int, workers: int, prefetch: int) -> None:
+        """Start them, and send what they are to begin with.
 
-def _in_turn(
-    results: Iterator[Any], slots: Tensor, processes: list[BaseProcess]
-) -> Generator[tuple[Tensor, Any], None, None]:
-    try:
-        for number, result in enumerate(results):
-            yield slots[number % len(slots)], result
-    except (RuntimeError, OSError, EOFError) as error:
-        dead = [f"{process.pid} ({_ending(process.exitcode)})" for process in processes if not process.is_alive()]
-        if not dead:
+        Args:
+            fill: must be picklable; its return value travels as a message and should be small.
+            slot_bytes: most bytes that a request fills.
+            prefetch: requests to keep ready, rounded up to a multiple of `workers`.
+        """
+        start_reader_server()
+        under_way = max(1, -(-prefetch // workers)) * workers
+        # The next request is sent before a result is handed over, whose slot is still in use.
+        num_slots, num_bytes = under_way + 1, -(-slot_bytes // _ALIGN) * _ALIGN
+        self._requests = enumerate(requests)
+        self._next = self._sent = 0
+        self._readers: list[_Reader] = []
+        # Otherwise the interpreter would wait, as it ends, for readers that wait for requests.
+        atexit.register(self.close)
+        fd = os.memfd_create("data-readers", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, num_slots * num_bytes)
+            slots = _Slots(fd, num_slots, num_bytes)
+            self._slots = slots.tensor()
+            for number in range(workers):
+                self._readers.append(_start(fill, slots, number))
+            for _ in range(under_way):
+                self._send_one()
+        except BaseException:
+            self.close()
             raise
-        raise RuntimeError(
-            f"data reader process {', '.join(dead)} died; if it was killed for want of memory, lower "
-            "data.workers or data.prefetch_batches"
-        ) from error
-    finally:
-        # Here and not in DataLoader's destructor, which comes late where an exception keeps it alive.
-        for process in processes:
-            process.terminate()
+        finally:
+            os.close(fd)
+
+    def __iter__(self) -> "ReaderProcesses":
+        return self
+
+    def __next__(self) -> tuple[Tensor, Any]:
+        if self._next == self._sent:
+            raise StopIteration
+        number = self._next
+        result = self._readers[number % len(self._readers)].receive()
+        self._next += 1
+        self._send_one()
+        return self._slots[number % len(self._slots)], result
+
+    def _send_one(self) -> None:
+        for number, request in islice(self._requests, 1):
+            self._readers[number % len(self._readers)].send((number % len(self._slots), request))
+            self._sent += 1
+
+    def close(self) -> None:
+        """End the readers; what they had read ahead is dropped."""
+        atexit.unregister(self.close)
+        self._next = self._sent
+        for reader in self._readers:
+            reader.connection.close()
+        for reader in self._readers:
+            reader.process.join(_END_S)
+            if reader.process.exitcode is None:  # in a read that does not return, of a network drive that is gone
+                reader.process.kill()
+
+
+def _start(fill: Fill, slots: _Slots, number: int) -> _Reader:
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_read, args=(fill, slots, theirs), name=f"data-reader-{number}", daemon=True)
+    process.start()
+    theirs.close()
+    return _Reader(process, ours)
 
 
 def _ending(exitcode: int | None) -> str:
@@ -126,27 +189,29 @@ def _ending(exitcode: int | None) -> str:
     return f"exit code {exitcode}"
 
 
-def _unchanged(item: Any) -> Any:
-    return item
+def _read(fill: Fill, slots: _Slots, connection: Connection) -> None:
+    """The life of a reader: answer requests (slot, request) with (None, result) or (traceback, error)."""
+    # Done by the fork server, unless something else in the training process had started it before.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_SIGNALS)
+    torch.set_num_threads(1)
+    buffers = slots.tensor()
+    os.close(slots.fd)
+    requests: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, requests), daemon=True).start()
+    while True:
+        slot, request = requests.get()
+        try:
+            answer = None, fill(buffers[slot], request)
+        except Exception as error:  # whatever it is, the training process is to raise it
+            answer = traceback.format_exc(), error
+        with suppress(BrokenPipeError, ConnectionResetError):  # the line is closed, which ends this process
+            connection.send(answer)
 
 
-def _begin_reader(worker_id: int) -> None:
-    for watch in (_end_with_parent, _end_when_parent_asks):
-        threading.Thread(target=watch, name=f"{watch.__name__}-{worker_id}", daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # DataLoader's own watch looks at the fork server, which lives as long as any of its forks does.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-def _end_when_parent_asks() -> None:
-    # Python and DataLoader end left-over readers with SIGTERM and then wait for them, so that it must not be
-    # ignored when it comes from there.
-    parent = multiprocessing.parent_process()
-    while parent is not None:
-        if signal.sigwaitinfo(_HELD_SIGNALS).si_pid == parent.pid:
-            os._exit(1)
+def _receive(connection: Connection, requests: "queue.SimpleQueue[tuple[int, Any]]") -> None:
+    """Takes requests as they come, so that neither side ever waits for the other with a message in its hand."""
+    try:
+        while True:
+            requests.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)  # the training process has closed the line, or has ended

@@ -7,17 +7,17 @@ always, latents where the metadata does not name their bucket.
 
 import gc
 import os
-import shutil
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -36,6 +36,7 @@ from trainer.data.catalog import (
 )
 from trainer.data.images import BadImage, image_hw, pillow_rules
 from trainer.data.keyed import draw_uniform
+from trainer.data.listing_table import add_listed, listed_pages, listing_table
 from trainer.data.npz import HEAD_BYTES, BadNpz, latents_hw, latents_hw_of_head
 from trainer.data.settings import PrepareSettings
 from trainer.data.shards import LATENT_FACTOR
@@ -47,8 +48,6 @@ _PAGE = 8192
 _THREADS = 4
 _NEVER = -1
 """File size of a bad row that is to be judged anew each time."""
-_SORT_KIB = 64 * 1024
-"""Memory in which SQLite sorts; what is beyond goes to temporary files."""
 
 _Verdict = CatalogRow | BadRow | str
 
@@ -72,6 +71,14 @@ class _Known:
 
     place: tuple[str, int]
     stamp: FileStamp
+
+
+class _Previous(NamedTuple):
+    """The item before the present one: its key, the first place that was listed under that key, and the last one."""
+
+    key: str
+    first: tuple[str, int]
+    last: tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -99,20 +106,26 @@ def scan(
     counts = ScanCounts()
     generation = open_generation(connection)
     (rows_before,) = connection.execute("SELECT COUNT(*) FROM rows").fetchone()
-    _forget_gone(connection)
+    if limit is None:
+        _forget_gone(connection)
     rules = settings.buckets
     look = partial(_look, _Rules(settings, make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)))
-    with _scratch_table(connection, prepared) as scratch, _without_garbage_collector():
+    with listing_table(connection, prepared) as scratch, _without_garbage_collector():
         _list_sources(connection, scratch, settings, limit, counts, show_progress)
         bar = tqdm(total=counts.listed, desc="images", unit="img", disable=None if show_progress else True)
-        with bar, pillow_rules(), ThreadPoolExecutor(_THREADS) as pool, closing(_pages(connection)) as pages:
-            previous = ("", ("", 0))
+        with (
+            bar,
+            pillow_rules(),
+            ThreadPoolExecutor(_THREADS) as pool,
+            closing(listed_pages(connection, _PAGE)) as pages,
+        ):
+            previous = _Previous("", ("", 0), ("", 0))
             for page in pages:
-                known, judged, stale = _catalogued(connection, page, previous[0])
-                owners, previous = _owners(page, known, previous)
+                known, judged, stale = _catalogued(connection, page, previous.key)
+                clashes, previous = _clashes(page, known, previous)
                 looked = [
-                    look(item, owner, known.get(item.key), judged.get((item.key, item.file)), pool)
-                    for item, owner in zip(page, owners, strict=True)
+                    look(item, clash, known.get(item.key), judged.get((item.key, item.file)), pool)
+                    for item, clash in zip(page, clashes, strict=True)
                 ]
                 found = [result.result() if isinstance(result, Future) else result for result in looked]
                 with transaction(connection):
@@ -122,17 +135,20 @@ def scan(
                 _count(found, counts)
                 bar.update(len(page))
     if limit is None:
-        connection.execute("DELETE FROM bad WHERE key > ? AND file_bytes != ?", (previous[0], _NEVER))
+        connection.execute("DELETE FROM bad WHERE key > ? AND file_bytes != ?", (previous.key, _NEVER))
         counts.removed = rows_before - counts.known - counts.changed
     return counts
 
 
 def _forget_gone(connection: sqlite3.Connection) -> None:
-    """Bad images that were deleted need no mention, and those that are judged anew will be mentioned again."""
-    gone = [(row.key, row.path) for row in bad_rows(connection) if not _exists(row.path)]
-    with transaction(connection):
-        connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", gone)
-        connection.execute("DELETE FROM bad WHERE file_bytes = ?", (_NEVER,))
+    """Bad images that will be judged anew are forgotten, because they will be mentioned again; and deleted ones."""
+    connection.execute("DELETE FROM bad WHERE file_bytes = ?", (_NEVER,))
+    after = ("", "")
+    while page := list(islice(bad_rows(connection, after), _PAGE)):
+        after = page[-1].key, page[-1].path
+        gone = [(row.key, row.path) for row in page if not _exists(row.path)]
+        with transaction(connection):
+            connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", gone)
 
 
 @contextmanager
@@ -147,38 +163,6 @@ def _without_garbage_collector() -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def _scratch_table(connection: sqlite3.Connection, prepared: Path) -> Iterator[Path]:
-    """The table `listing.listed`, without an index: millions of items in any order are appended, then sorted once.
-
-    Gives the folder that it lies in, which is deleted afterwards, or by the next scan if this one is killed.
-    """
-    scratch = prepared / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    connection.execute("ATTACH ? AS listing", (str(scratch / "listing.sqlite"),))
-    # SQLite's temporary files go where there is room for the data; the usual folder may be in memory.
-    before = os.environ.get("SQLITE_TMPDIR")
-    os.environ["SQLITE_TMPDIR"] = str(scratch.resolve())
-    try:
-        connection.execute("PRAGMA listing.journal_mode = OFF")
-        connection.execute("PRAGMA listing.synchronous = OFF")
-        connection.execute(f"PRAGMA main.cache_size = -{_SORT_KIB}")
-        connection.execute(
-            "CREATE TABLE listing.listed (key TEXT, file TEXT, offset INTEGER, length INTEGER, kind TEXT, caption TEXT,"
-            " caption_path TEXT, repeats INTEGER, original_h INTEGER, original_w INTEGER, bucket_h INTEGER,"
-            " bucket_w INTEGER, file_bytes INTEGER, mtime_ns INTEGER)"
-        )
-        yield scratch
-    finally:
-        connection.execute("DETACH listing")
-        shutil.rmtree(scratch, ignore_errors=True)
-        if before is None:
-            del os.environ["SQLITE_TMPDIR"]
-        else:
-            os.environ["SQLITE_TMPDIR"] = before
-
-
 def _list_sources(
     connection: sqlite3.Connection,
     scratch: Path,
@@ -187,7 +171,6 @@ def _list_sources(
     counts: ScanCounts,
     show_progress: bool,
 ) -> None:
-    none = (None, None)
     bar = tqdm(desc="listing", unit="img", disable=None if show_progress else True)
     for source, name in zip(settings.sources, source_names(settings.sources), strict=True):
         items = islice(list_source(source, name, counts.ignored, scratch), limit)
@@ -195,27 +178,12 @@ def _list_sources(
             bad = [_problem(item) for item in page if item.problem or not _is_text(item)]
             good = [item for item in page if not item.problem and _is_text(item)] if bad else page
             with transaction(connection):
-                connection.executemany(
-                    "INSERT INTO listing.listed VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    [(*i[:8], *(i.original_hw or none), *(i.bucket_hw or none), *i[10:12]) for i in good],
-                )
+                add_listed(connection, good)
                 add_bad(connection, bad)
             counts.listed += len(page)
             counts.bad += len(bad)
             bar.update(len(page))
     bar.close()
-
-
-def _pages(connection: sqlite3.Connection) -> Generator[list[SourceItem], None, None]:
-    """The listed items by key and place, a page at a time."""
-    with closing(connection.execute("SELECT * FROM listing.listed ORDER BY key, file, offset")) as cursor:
-        while values := cursor.fetchmany(_PAGE):
-            yield [SourceItem._make((*v[:8], _pair(v[8:10]), _pair(v[10:12]), v[12], v[13], "")) for v in values]
-
-
-def _pair(values: tuple[int | None, ...]) -> tuple[int, int] | None:
-    first, second = values
-    return None if first is None or second is None else (first, second)
 
 
 def _catalogued(
@@ -242,22 +210,29 @@ def _catalogued(
     return known, judged, stale
 
 
-def _owners(
-    page: list[SourceItem], known: dict[str, _Known], previous: tuple[str, tuple[str, int]]
-) -> tuple[list[str | None], tuple[str, tuple[str, int]]]:
-    """For each listed image the path of another that its key belongs to already, or None.
+def _clashes(
+    page: list[SourceItem], known: dict[str, _Known], previous: _Previous
+) -> tuple[list[str | None], _Previous]:
+    """For each listed image why it cannot have its key, which another one has already, or None.
 
-    `previous` is the key before the page and its first place; returned anew for the next page.
+    `previous` is the item before the page; returned anew for the next page.
     """
-    owners: list[str | None] = []
+    key, first, last = previous
+    clashes: list[str | None] = []
     for item in page:
-        key, place = item.key, (item.file, item.offset)
-        if key != previous[0]:
-            previous = (key, place)
-        owner = known[key].place if key in known else previous[1]
-        is_other = owner[0] != item.file or (key not in known and owner != place)
-        owners.append(owner[0] if is_other and _exists(owner[0]) else None)
-    return owners, previous
+        place = (item.file, item.offset)
+        is_same = item.key == key
+        if not is_same:
+            key, first = item.key, place
+        owner = known[key].place if key in known else first
+        if is_same and place == last:
+            clashes.append("is listed more than once; its first entry counts")
+        elif (owner[0] != item.file or (key not in known and owner != place)) and _exists(owner[0]):
+            clashes.append(f"has the same key as {owner[0]}; rename one of them")
+        else:
+            clashes.append(None)
+        last = place
+    return clashes, _Previous(key, first, last)
 
 
 def _count(found: list[_Verdict], counts: ScanCounts) -> None:
@@ -275,14 +250,14 @@ def _count(found: list[_Verdict], counts: ScanCounts) -> None:
 def _look(
     rules: _Rules,
     item: SourceItem,
-    owner: str | None,
+    clash: str | None,
     known: _Known | None,
     judged: tuple[int, int] | None,
     pool: ThreadPoolExecutor,
 ) -> _Verdict | Future[_Verdict]:
     """Judge one item: a new row, a bad one, or `known`, `changed` or `bad` for what the catalogue has."""
-    if owner is not None:
-        return BadRow(item.file, item.key, _NEVER, _NEVER, f"has the same key as {owner}; rename one of them")
+    if clash is not None:
+        return BadRow(item.file, item.key, _NEVER, _NEVER, clash)
     if item.file_bytes >= 0 and item.bucket_hw is not None and not item.caption_path:
         return _judge(rules, item, known, judged)
     return pool.submit(_judge, rules, item, known, judged)

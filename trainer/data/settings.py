@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -97,6 +98,19 @@ def store_settings(settings: PrepareSettings) -> None:
     replace_file(settings.prepared / "settings.json", text)
 
 
+def begin_with(settings: PrepareSettings) -> bool:
+    """Note what the sources are looked at with, which binds nobody until something is planned.
+
+    Returns whether that was noted before: then what an interrupted look found holds.
+    """
+    path = settings.prepared / "scan-settings.json"
+    text = json.dumps(settings.to_json(), ensure_ascii=False, indent=2) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8", errors="replace") == text:
+        return True
+    replace_file(path, text)
+    return False
+
+
 def stored_settings(prepared: Path) -> dict[str, Any]:
     """As `PrepareSettings.to_json` gave them."""
     stored = _stored(prepared)
@@ -105,11 +119,11 @@ def stored_settings(prepared: Path) -> dict[str, Any]:
     return stored
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all, after a power cut as well."""
+def replace_file(path: Path, text: str | Iterable[str]) -> None:
+    """Write a file so that it is there whole or not at all, after a power cut as well."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

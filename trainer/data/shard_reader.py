@@ -18,7 +18,9 @@ from trainer.data.shards import HEADER_BYTES, ShardError, chained_crc
 from trainer.data.sources.source import WHOLE
 
 ChoosePlace = Callable[[str, Placement], View]
-"""(key, placement at the centre) -> the view of an image that this read is to give."""
+"""(key, placement at the centre) -> the view of an image that this read is to give.
+
+Of latents in an `.npz`, only whether it is mirrored counts."""
 
 
 class PayloadError(Exception):
@@ -60,7 +62,7 @@ class OpenShard:
 
     def __init__(
         self,
-        path: Path,
+        path: str | Path,
         rows: int,
         offsets: dict[str, int],
         file_bytes: int,
@@ -176,7 +178,8 @@ def read_payload(
         return record.sizes
     try:
         if shard.payload == "npz":
-            return read_npz(shard.files.read(reference), record.sizes, payload)
+            mirrored = choose_place is not None and choose_place(record.key, _as_stored(record.sizes)).flipped
+            return read_npz(shard.files.read(reference), record.sizes, payload, mirrored)
         data = Path(reference.file) if reference.length == WHOLE else bytes(shard.files.read(reference))
         return _read_image(data, record, reference, payload, choose_place)
     except (BadNpz, BadImage, EOFError) as error:
@@ -185,9 +188,15 @@ def read_payload(
         raise PayloadError(reference, f"cannot be read: {error.strerror}") from error
 
 
-def read_npz(data: bytes | bytearray, sizes: np.ndarray, latents: np.ndarray) -> np.ndarray:
+def _as_stored(sizes: np.ndarray) -> Placement:
+    """Of latents, which cannot be cropped anew."""
+    height, width = sizes[4:].tolist()
+    return Placement(Bucket(height, width), (height, width), (0, 0))
+
+
+def read_npz(data: bytes | bytearray, sizes: np.ndarray, latents: np.ndarray, mirrored: bool = False) -> np.ndarray:
     """Fill `latents` from an `.npz`; returns the sizes [6], original size and crop as it tells them, if it does."""
-    told = read_latents(data, latents)
+    told = read_latents(data, latents, mirrored)
     if told.original_hw is None and told.crop_top_left is None:
         return sizes
     original_h, original_w, top, left, *target_hw = sizes.tolist()

@@ -316,7 +316,9 @@ class PreparedSet:
                 return shard
         rows, _, _, file_bytes, header_crc = self._facts[index].tolist()
         offsets = dict(zip(SECTIONS, self._offsets[index].tolist(), strict=True))
-        shard = OpenShard(self.path / self._names[index], rows, offsets, file_bytes, header_crc, self._files)
+        # Not a Path: it would intern each name, and the table of interned strings would double, by megabytes.
+        path = f"{self.path}/{self._names[index]}"
+        shard = OpenShard(path, rows, offsets, file_bytes, header_crc, self._files)
         with self._lock:
             self._open[index] = shard
             # An evicted shard is closed when no thread reads from it any more: its last reference closes it.

@@ -12,6 +12,7 @@ import numpy as np
 from trainer.data.buckets import Bucket
 from trainer.data.captions import CaptionRules, compose
 from trainer.data.sampler import pick_rows
+from trainer.data.shard_reader import RowRecord
 from trainer.data.snapshot import SPLITS, PreparedSet
 
 BAD_FILE = "bad.jsonl"
@@ -37,7 +38,7 @@ class Sample:
     rows: int
     """All training images, with repeats."""
     original_hw: np.ndarray
-    """int64 [n, 2], in pixels, of the images whose size is known."""
+    """int64 [n, 2], in pixels; 0 where it is not known before the latents are read."""
     target_hw: np.ndarray
     """int64 [n, 2]: their buckets, in pixels."""
     texts: tuple[str, ...]
@@ -78,12 +79,19 @@ def sample(prepared: PreparedSet, count: int, rules: CaptionRules) -> Iterator[S
         if record is None:
             unreadable += 1
         else:
-            sizes.append(record.sizes)
+            sizes.append(_known(record))
             texts.append(compose(record.caption, settled, 0, 0))
         yield None
     columns = np.array(sizes, dtype=np.int64).reshape(-1, 6)
-    columns = columns[(columns[:, :2] > 0).all(axis=1)]
     yield Sample(sum(rows_per_bucket), columns[:, :2], columns[:, 4:], tuple(texts), unreadable)
+
+
+def _known(record: RowRecord) -> np.ndarray:
+    """A row's sizes, with 0 for the size of an image of which only the latents are at hand, and that of the bucket."""
+    is_latents = record.reference is not None and not any(record.reference.resized_hw)
+    if is_latents and (record.sizes[:2] == record.sizes[4:]).all():
+        return record.sizes * np.array([0, 0, 1, 1, 1, 1])
+    return record.sizes
 
 
 def _kind(reason: str) -> str:

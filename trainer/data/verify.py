@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from ctypes import c_int64
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from trainer.data.settings import replace_file
 from trainer.data.shards import ShardError, read_info
 from trainer.data.snapshot import SPLITS, PreparedSet, RowProblem, ShardSummary
+from trainer.errors import UserError
 
 VERIFY_BAD = "verify-bad.jsonl"
 _READ_BYTES = 8 << 20
@@ -76,6 +78,10 @@ def verify(prepared: PreparedSet, processes: int, report: Report, first: int = 2
                 lines += [json.dumps(asdict(damage), ensure_ascii=False) + "\n" for damage in future.result()]
                 shown += future.result()[: first - len(shown)]
             report(*counts)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "verify: a process that reads has died; if it was killed for want of memory, lower --processes"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
     path = prepared.path / VERIFY_BAD

@@ -22,7 +22,7 @@ class DataChart:
     title: str
     subtitle: str
     original_hw: np.ndarray
-    """int [n, 2], in pixels."""
+    """int [n, 2], in pixels; 0 where it is not known."""
     target_hw: np.ndarray
     """int [n, 2], in pixels."""
     text_lengths: Sequence[int]
@@ -44,7 +44,7 @@ def data_chart_png(chart: DataChart, path: Path) -> None:
     for axis in axes:
         _plain(axis)
         axis.margins(y=0.14)  # room for what is written beside a mark
-    if len(chart.original_hw):
+    if len(chart.target_hw):
         _draw_aspects(axes[0], chart)
         _draw_megapixels(axes[1], chart)
     _draw_lengths(axes[2], chart)
@@ -68,15 +68,15 @@ def _plain(axis: "Axes") -> None:
 
 def _draw_aspects(axis: "Axes", chart: DataChart) -> None:
     """Width / height on a logarithmic axis, on which portrait and landscape mirror each other."""
-    originals = np.log2(chart.original_hw[:, 1] / chart.original_hw[:, 0])
+    known = chart.original_hw[chart.original_hw.all(axis=1)]
+    originals = np.log2(known[:, 1] / known[:, 0])
     buckets = np.log2(chart.target_hw[:, 1] / chart.target_hw[:, 0])
     reach = max(1.05, float(np.abs(np.concatenate([originals, buckets])).max()) + 0.05)
     edges = np.linspace(-reach, reach, 2 * round(reach * 12) + 2)  # an odd number: squares lie in the middle of one
-    weights = np.full(len(originals), 1 / len(originals))
-    axis.hist(buckets, edges.tolist(), weights=weights, color=_BUCKET, label="bucket (as trained)")
-    axis.hist(
-        originals, edges.tolist(), weights=weights, histtype="step", color=_ORIGINAL, linewidth=1.6, label="image file"
-    )
+    axis.hist(buckets, edges.tolist(), weights=_shares(buckets), color=_BUCKET, label="bucket (as trained)")
+    if len(originals):
+        outline = {"histtype": "step", "color": _ORIGINAL, "linewidth": 1.6}
+        axis.hist(originals, edges.tolist(), weights=_shares(originals), label="image file", **outline)
     shown = [ratio for ratio in _RATIOS if abs(np.log2(ratio[0] / ratio[1])) <= reach]
     axis.set_xticks([np.log2(w / h) for w, h in shown], [f"{w}:{h}" for w, h in shown])
     axis.set_xlim(-reach, reach)
@@ -88,19 +88,27 @@ def _draw_aspects(axis: "Axes", chart: DataChart) -> None:
 
 def _draw_megapixels(axis: "Axes", chart: DataChart) -> None:
     """Size of the files on a logarithmic axis; the line is the largest bucket."""
-    megapixels = chart.original_hw.prod(axis=1) / 1e6
+    is_known = chart.original_hw.all(axis=1)
+    original_hw, target_hw = chart.original_hw[is_known], chart.target_hw[is_known]
+    if not len(original_hw):
+        axis.set_xticks([])
+        axis.set_yticks([])
+        _title(axis, "Size of the image files", "not known: only the latents are at hand")
+        return
+    megapixels = original_hw.prod(axis=1) / 1e6
     target = float(chart.target_hw.prod(axis=1).max()) / 1e6
     low, high = min(megapixels.min(), target), max(megapixels.max(), target)
     edges = np.geomspace(low / 1.05, high * 1.05, 41)
-    axis.hist(megapixels, edges.tolist(), weights=np.full(len(megapixels), 1 / len(megapixels)), color=_ORIGINAL)
+    axis.hist(megapixels, edges.tolist(), weights=_shares(megapixels), color=_ORIGINAL)
     axis.set_xscale("log")
     axis.minorticks_off()
     ticks = [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)]
     shown = [tick for tick in ticks if edges[0] <= tick <= edges[-1]]
     axis.set_xticks(shown, [f"{tick:g}" for tick in shown])
-    smaller = float(np.mean(chart.original_hw.prod(axis=1) < chart.target_hw.prod(axis=1)))
+    smaller = float(np.mean(original_hw.prod(axis=1) < target_hw.prod(axis=1)))
+    of = "" if is_known.all() else f" (known of {_percent(float(is_known.mean()))})"
     _mark(axis, target, f"largest bucket, {target:.2g} MP")
-    _title(axis, "Size of the image files", f"megapixels; {_percent(smaller)} are smaller than their bucket")
+    _title(axis, "Size of the image files", f"megapixels{of}; {_percent(smaller)} are smaller than their bucket")
 
 
 def _draw_lengths(axis: "Axes", chart: DataChart) -> None:
@@ -112,7 +120,7 @@ def _draw_lengths(axis: "Axes", chart: DataChart) -> None:
     width = max(1, round(most / 40))
     edges = np.arange(0, most + 2 * width, width) - 0.5
     shown = np.minimum(lengths, edges[-1] - 0.5)  # the few longest share the last bar
-    axis.hist(shown, edges.tolist(), weights=np.full(len(shown), 1 / len(shown)), color=_ORIGINAL)
+    axis.hist(shown, edges.tolist(), weights=_shares(shown), color=_ORIGINAL)
     empty = float(np.mean(lengths == 0))
     notes = [chart.length_unit, f"median {int(np.median(lengths)):,}", f"{_percent(empty)} empty"]
     if chart.used_length is not None:
@@ -123,6 +131,11 @@ def _draw_lengths(axis: "Axes", chart: DataChart) -> None:
         notes.append(f"longest {int(lengths.max()):,}")
     axis.set_xlim(edges[0], edges[-1])
     _title(axis, "Length of the captions", "; ".join(notes))
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    """Weights with which the bars of a histogram add up to 1."""
+    return np.full(len(values), 1 / len(values))
 
 
 def _percent(share: float) -> str:

@@ -103,3 +103,11 @@ def test_images_as_paths_and_holes(tmp_path: Path) -> None:
     numbers.save_to_disk(tmp_path / "numbers")
     with pytest.raises(UserError, match=r"image_column = image: holds no images \(int64\)"):
         _list(HfSource(str(tmp_path / "numbers")))
+
+
+def test_a_file_that_datasets_cannot_convert_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").write_text('{"text": "a"}\n{"text":')
+    with pytest.raises(UserError) as caught:
+        _list(HfSource(str(tmp_path / "set")))
+    assert len(caught.value.lines) == 1 and "cannot be loaded" in caught.value.lines[0]

@@ -1,5 +1,6 @@
 """kohya's metadata with latents or images: which file belongs to a key, and what is said where there is none."""
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,17 @@ def test_images(tmp_path: Path) -> None:
 def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         _items(tmp_path, {}, latents=tmp_path / "nope")
+
+
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
+    write_files(tmp_path / "images", {"a/b.jpg": b"1", "a/b/c.png": b"1"})
+    items = _items(tmp_path, {"a/b": {}, "a/b/c": {}, "a": {}}, images=tmp_path / "images")
+    assert items["a/b"].file.endswith("a/b.jpg") and items["a/b/c"].file.endswith("c.png")
+    assert items["a"].problem == "there is no image of this name"
+
+
+def test_files_whose_names_are_not_utf8_do_no_harm(tmp_path: Path) -> None:
+    write_files(tmp_path / "latents", {"a_0300x0200_sdxl.npz": b"1"})
+    (tmp_path / os.fsdecode(b"latents/b\xff_0300x0200_sdxl.npz")).write_bytes(b"1")
+    items = _items(tmp_path, {"a": {}, "b": {}}, latents=tmp_path / "latents")
+    assert items["a"].problem == "" and items["b"].problem == "there are no latents of this name"

@@ -48,6 +48,14 @@ def test_an_id_that_two_entries_claim_stops_it(tmp_path: Path) -> None:
         _items(tmp_path, ["e621/1", "danbooru/1"])
 
 
+def test_an_entry_that_comes_twice_is_left_to_the_scan(tmp_path: Path) -> None:
+    write_tar(tmp_path / "tars/0001.tar", {"1.npz": kohya_npz(1)})
+    (tmp_path / "meta.json").write_text('{"a/1": {"caption": "one"}, "a/1": {"caption": "two"}}')
+    source = LatentTarsSource(tmp_path / "meta.json", tmp_path / "tars")
+    first, second = list_latent_tars(source, "meta", Counter(), tmp_path)
+    assert first.key == second.key and (first.file, first.offset) == (second.file, second.offset)
+
+
 def test_a_damaged_tar_gives_what_lies_before(tmp_path: Path) -> None:
     write_tar(tmp_path / "tars/0001.tar", {"1.npz": kohya_npz(1), "2.npz": kohya_npz(2)})
     path = tmp_path / "tars/0001.tar"

@@ -40,7 +40,7 @@ def test_lines(tmp_path: Path) -> None:
         "{broken",
         '{"caption": "of what?"}',
         "[1]",
-        '{"image_path": "half \\ud83d", "caption": "half \\ud83d"}',
+        '{"image_path": "half", "caption": "half \\ud83d"}',
     ]
     found = _read(tmp_path, "\n".join(lines), "meta.jsonl")
     assert found[0] == MetadataEntry("a/b.jpg", '{"caption":"a girl","tags":"1girl"}', (200, 300), None, "")
@@ -106,3 +106,19 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     code += "sys.exit(peak() - before > 8 * 1024)"
     assert path.stat().st_size > 60e6
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 0
+
+
+def test_what_is_no_object_of_entries_is_told(tmp_path: Path) -> None:
+    for text, said in {
+        '[{"image_path": "a"}]': "must be one JSON object of entries; it begins with '['",
+        '{"image_path": "a"}\n{"image_path": "b"}\n': "if each line is an object, name it .jsonl",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            _read(tmp_path, text)
+        assert said in str(caught.value) and len(caught.value.lines) == 1
+
+
+def test_a_key_that_is_half_a_character_is_told(tmp_path: Path) -> None:
+    good, bad = _read(tmp_path, '{"image_path": "a"}\n{"image_path": "b\\ud800"}\n', "meta.jsonl")
+    assert (good.key, good.problem) == ("a", "")
+    assert (bad.key, bad.problem) == ("b\\ud800", "its key is no Unicode text")

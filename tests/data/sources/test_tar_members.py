@@ -75,11 +75,13 @@ def test_damaged_tars_give_what_lies_before(tmp_path: Path) -> None:
     six = members[5]
     cases = {
         "cut in the data": (whole[: six.offset + 10], f"byte {six.offset - 512}: the tar ends before this member", 5),
-        "cut in a header": (whole[: six.offset - 100], "", 5),
+        "cut in a header": (whole[: six.offset - 100], f"byte {six.offset - 512}: the tar ends within a header", 5),
         "without an end mark": (whole[: six.offset + 100_352], "", 6),
+        "cut in the end mark": (whole[: six.offset + 100_352 + 512 + 100], "", 6),
+        "several strung together": (whole + whole, "behind the tar's end mark more follows", 6),
         "flipped name": (whole[: six.offset - 512] + b"X" + whole[six.offset - 511 :], "no tar header", 5),
         "empty": (b"", "the file is empty", 0),
-        "short": (b"abc", "shorter than", 0),
+        "short": (b"abc", "byte 0: the tar ends within a header", 0),
         "text": (b"no tar at all" * 100, "byte 0: no tar header", 0),
         "compressed": (gzip.compress(whole), "compressed (gzip)", 0),
     }

@@ -59,8 +59,8 @@ def list_folder(source: FolderSource, name: str, ignored: Counter[str]) -> Itera
             repeats = source.repeats * int(counted["repeats"])
             walk = _Walk(source, name, len(root), repeats, _default(source, counted["words"]), ignored)
             yield from _walk(walk, entry.path, (_identity(root), _identity(entry.path)))
-    except PermissionError as error:
-        raise UserError(f"data.sources: path ({root}): {error.filename} may not be read") from error
+    except OSError as error:
+        raise UserError(f"data.sources: path ({root}): {error.filename} cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class _Cell(NamedTuple):
 
 def _load(source: HfSource) -> "datasets.Dataset":
     import datasets
+    import datasets.exceptions
 
     folder = Path(source.path)
     try:
@@ -78,7 +79,7 @@ def _load(source: HfSource) -> "datasets.Dataset":
             loaded = datasets.load_from_disk(source.path)
         else:
             loaded = datasets.load_dataset(source.path, source.subset, split=source.split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         # The loaders of `datasets` and its hub client raise many kinds, all of them of these.
         raise UserError(
             f"data.sources: path = {source.path}: cannot be loaded: {' '.join(str(error).split())}"

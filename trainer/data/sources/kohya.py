@@ -8,6 +8,7 @@ Files of flipped latents (`<key>_flip.npz`) are not used.
 import os
 import re
 import sqlite3
+import stat
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from trainer.data.sources.source import SourceItem
 from trainer.errors import UserError
 
 _LONGEST_EXTENSION = max(map(len, EXTENSIONS))
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _SIZED = re.compile(r"(?P<stem>.+)_\d{4,}x\d{4,}_sdxl\.npz")
 
 
@@ -126,12 +128,12 @@ def _unusable(entry: MetadataEntry, name: str, file: str, problem: str) -> Sourc
 
 
 def _stamp(file: str) -> tuple[int, int] | None:
-    """Size and time of a file, or None where there is none."""
+    """Size and time of a file, or None where there is none, or a folder."""
     try:
-        stat = os.stat(file)  # noqa: PTH116 - no Path object per image
+        found = os.stat(file)  # noqa: PTH116 - no Path object per image
     except (OSError, ValueError):
         return None
-    return stat.st_size, stat.st_mtime_ns
+    return None if stat.S_ISDIR(found.st_mode) else (found.st_size, found.st_mtime_ns)
 
 
 class _WaitingEntries:
@@ -187,5 +189,6 @@ def _sized_files(folder: str) -> Iterator[tuple[str, str]]:
         return
     with entries:
         for entry in entries:
-            if match := _SIZED.fullmatch(entry.name):
+            # Names that are not UTF-8 cannot be those of keys.
+            if (match := _SIZED.fullmatch(entry.name)) and not _HALF_CHARACTER.search(entry.name):
                 yield folder + match["stem"], folder + entry.name

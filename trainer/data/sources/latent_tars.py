@@ -8,6 +8,8 @@ one member, nothing is guessed.
 import os
 import sqlite3
 import tempfile
+import zlib
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +51,8 @@ def list_latent_tars(source: LatentTarsSource, name: str, ignored: Counter[str],
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         connection = sqlite3.connect(Path(folder) / "members.sqlite", isolation_level=None)
         with closing(connection):
-            used = bytearray(1 + (yield from _list_members(connection, tars, name, ignored)))
+            members = yield from _list_members(connection, tars, name, ignored)
+            used_by = array("I", [0]) * (1 + members)  # for each member a checksum of its key, never 0
             folders = [frozenset(Path(tar).parts[:-1]) for tar in tars]
             stamps = [os.stat(tar).st_mtime_ns for tar in tars]  # noqa: PTH116
             for page in _pages(read_metadata(source.metadata)):
@@ -60,9 +63,10 @@ def list_latent_tars(source: LatentTarsSource, name: str, ignored: Counter[str],
                         ignored["metadata without latents"] += 1
                     else:
                         number, tar, offset, length = found
-                        if used[number]:
+                        checksum = zlib.crc32(entry.key.encode()) | 1
+                        if used_by[number] not in (0, checksum):  # the same key twice is told by the scan
                             raise _claimed_twice(source, entry.key, tars[tar])
-                        used[number] = 1
+                        used_by[number] = checksum
                         yield SourceItem(
                             f"{name}/{entry.key}",
                             tars[tar],
@@ -76,7 +80,7 @@ def list_latent_tars(source: LatentTarsSource, name: str, ignored: Counter[str],
                             file_bytes=length,
                             mtime_ns=stamps[tar],
                         )
-            if left := used.count(0) - 1:
+            if left := used_by.count(0) - 1:
                 ignored["latents without metadata"] += left
 
 

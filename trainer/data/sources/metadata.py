@@ -16,6 +16,8 @@ import ijson
 from trainer.data.captions import caption_record
 from trainer.errors import UserError
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BLANK_BYTES = 4096
 _STEP_PX = 8
 _MOST_PX = 1 << 16
 
@@ -46,12 +48,20 @@ def read_metadata(path: Path) -> Iterator[MetadataEntry]:
 def _json_object(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with path.open("rb") as file:
-            if file.read(3) != b"\xef\xbb\xbf":
+            if file.read(3) != _BYTE_ORDER_MARK:
                 file.seek(0)
+            begin = file.tell()
+            first = file.read(_BLANK_BYTES).lstrip()[:1]
+            if first and first != b"{":
+                raise UserError(
+                    f"{path}: must be one JSON object of entries; it begins with {first.decode('latin-1')!r}"
+                )
+            file.seek(begin)
             try:
                 yield from ijson.kvitems(file, "", use_float=True)
             except ijson.JSONError as error:
-                said = f"{path}: is not valid JSON ({_one_line(error)}), near byte {file.tell():,}"
+                hint = "; if each line is an object, name it .jsonl" if "trailing" in _one_line(error) else ""
+                said = f"{path}: is not valid JSON ({_one_line(error)}), near byte {file.tell():,}{hint}"
                 raise UserError(said) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
@@ -81,6 +91,11 @@ def _entry(key: str, fields: Any) -> MetadataEntry:
     if not isinstance(fields, dict):
         reason = fields if key.startswith("line ") and isinstance(fields, str) else "its metadata is no JSON object"
         return MetadataEntry(key, "", None, None, reason)
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        shown = key.encode(errors="backslashreplace").decode()
+        return MetadataEntry(shown, "", None, None, "its key is no Unicode text")
     try:
         caption, tags = fields.get("caption"), fields.get("tags")
         if not isinstance(caption, str):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _BLOCK = 512
+_PADDING_BYTES = 1 << 16
 _MOST_NAME_BYTES = 1 << 20
 _REGULAR = b"07\0"
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_FOR_ALL = b"LKxg"
@@ -51,7 +52,8 @@ def _walk(fd: int, file_bytes: int) -> Iterator[TarMember]:
     while at + _BLOCK <= file_bytes:
         block = os.pread(fd, _BLOCK, at)
         if not block.strip(b"\0"):
-            return  # the end mark; what may follow is padding
+            _check_padding(fd, at, file_bytes)
+            return
         if not _sum_is_right(block):
             kind = _COMPRESSED.get(block[:2]) if at == 0 else None
             reason = f"it is compressed ({kind}); decompress it" if kind else "no tar header"
@@ -74,10 +76,21 @@ def _walk(fd: int, file_bytes: int) -> Iterator[TarMember]:
             if not name.endswith("/"):
                 yield TarMember(name, data, size, _number(block[136:148], data) * 10**9)
         long_name, pax = "", {}
-    if at == 0:
-        raise BadTar(
-            "byte 0: the file is empty" if file_bytes == 0 else "byte 0: the file is shorter than a tar header"
-        )
+    if file_bytes == 0:
+        raise BadTar("byte 0: the file is empty")
+    if os.pread(fd, _BLOCK, at).strip(b"\0"):
+        raise BadTar(f"byte {at}: the tar ends within a header")
+
+
+def _check_padding(fd: int, at: int, file_bytes: int) -> None:
+    """What follows the end mark is padding, but not where several tars were strung together."""
+    while at < file_bytes:
+        some = os.pread(fd, _PADDING_BYTES, at)
+        if not some:
+            return
+        if some.strip(b"\0"):
+            raise BadTar(f"byte {at}: behind the tar's end mark more follows, which is not read; is it several tars?")
+        at += len(some)
 
 
 def _sum_is_right(block: bytes) -> bool:

@@ -1,0 +1,30 @@
+"""What the pages show can be typed: each example of a configuration is a valid one."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer.config.load import load_config
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = [
+    pytest.param(text, id=f"{page.name}-{number}")
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for number, text in enumerate(re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M))
+]
+REST = {"run": {"dir": "runs/x"}, "model": {"path": "model"}, "train": {"steps": 1}, "optimizer": {"lr": 1e-6}}
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_examples_are_valid(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(REST | yaml.safe_load(text)))
+    load_config(tmp_path / "config.yaml", check_paths=False)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert link.startswith("http") or ((ROOT / page).parent / link).exists(), link
