@@ -1,6 +1,7 @@
 """The training step: it learns, and its gradient does not depend on how the step is cut, padded or damaged."""
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,3 +123,21 @@ def test_a_stop_request_is_passed_on(denoiser: Denoiser) -> None:
     parts = make_parts(denoiser)
     assert train_step(parts, [make_batch(range(2))], 1, 2.0, 1.0, True).stop
     assert not train_step(parts, [make_batch(range(2))], 1, 2.0, 1.0, False).stop
+
+
+def test_a_step_whose_gradients_are_not_finite_changes_nothing(denoiser: Denoiser) -> None:
+    parts = make_parts(denoiser)
+    before = copy.deepcopy(parts.denoiser.unet.state_dict())
+    broken = replace(make_batch(range(2)), latents=torch.full((2, 4, 8, 8), torch.nan, dtype=torch.float16))
+    result = train_step(parts, [broken], 1, 2.0, 1.0, False)
+    assert math.isnan(result.grad_norm) and not parts.optimizer.state
+    assert all(torch.equal(before[name], value) for name, value in parts.denoiser.unet.state_dict().items())
+
+
+def test_the_loss_scale_leaves_the_step_as_it_is(denoiser: Denoiser) -> None:
+    plain, scaled = make_parts(denoiser, max_grad_norm=0.01), make_parts(denoiser, max_grad_norm=0.01)
+    one = train_step(plain, [make_batch(range(2))], 1, 2.0, 1.0, False)
+    two = train_step(scaled, [make_batch(range(2))], 1, 2.0, 1.0, False, 1024.0)
+    assert (two.loss, two.grad_norm) == (one.loss, pytest.approx(one.grad_norm, rel=1e-5))
+    moments = [torch.cat([s["exp_avg"].flatten() for s in p.optimizer.state.values()]) for p in (plain, scaled)]
+    torch.testing.assert_close(moments[1], moments[0], rtol=1e-4, atol=1e-9)

@@ -1,6 +1,7 @@
 """The training loop: take a batch, take a step, record it; save, validate and sample when due."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from trainer.train.checkpoint import write_checkpoint
 from trainer.train.checkpoint_files import checkpoint_files
 from trainer.train.encoding import encoded_batches
 from trainer.train.exports import Exports
+from trainer.train.loss_scale import LossScale
 from trainer.train.lr_schedule import lr_at
 from trainer.train.optim import first_lr
 from trainer.train.run_dir import MANIFEST, checkpoint_dir, prune_checkpoints
@@ -33,6 +35,7 @@ from trainer.train.state import TrainState
 from trainer.train.step import StepResult, train_step
 
 _log = logging.getLogger(__name__)
+_MOST_UNUSABLE = 30  # in a row; fp16 begins with a few
 
 
 def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> TrainState:
@@ -47,7 +50,7 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
     run = build_run(config, comm)
     state, arithmetic = _place_in_data(config, run)
     _announce(config, run, arithmetic, state)
-    bad, limit = BadRows(), config.data.max_bad_fraction
+    bad, limit, unusable = BadRows(), config.data.max_bad_fraction, 0
     with ExitStack() as stack:
         outputs = None
         if comm.rank == 0:
@@ -64,15 +67,11 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
             lr_factor = lr_at(state.step, arithmetic.total_steps, 1.0, config.lr_schedule)
             batches = next(loader)
             encoded = encoded_batches(run.parts.denoiser.image_encoder, batches.batches)
+            scale = state.loss_scale.scale if state.loss_scale else 1.0
             result = train_step(
-                run.parts, encoded, arithmetic.accumulation, batches.weight, lr_factor, stop_requested()
+                run.parts, encoded, arithmetic.accumulation, batches.weight, lr_factor, stop_requested(), scale
             )
-            state = replace(
-                state,
-                step=state.step + 1,
-                images_seen=state.images_seen + round(result.num_images),
-                position=batches.position_after,
-            )
+            state, unusable = state_after(state, result, batches.position_after), unusable_after(unusable, result)
             record_bad_rows(config.run.dir, state.step, comm.rank, result.problems)
             bad = bad.after(round(result.num_images) + result.bad_rows, result.bad_rows)
             done = state.step >= arithmetic.total_steps or result.stop or bad.too_many(limit)
@@ -107,19 +106,48 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
     return state
 
 
+def state_after(state: TrainState, result: StepResult, position: Position) -> TrainState:
+    """Where the run stands after a step."""
+    return replace(
+        state,
+        step=state.step + 1,
+        images_seen=state.images_seen + round(result.num_images),
+        position=position,
+        loss_scale=state.loss_scale and state.loss_scale.after(math.isfinite(result.grad_norm)),
+    )
+
+
+def unusable_after(before: int, result: StepResult) -> int:
+    """How many steps in a row changed nothing, because their gradients were not finite.
+
+    Raises:
+        UserError: there were too many: the run has diverged, or its loss scale finds no end.
+    """
+    if math.isfinite(result.grad_norm):
+        return 0
+    _log.warning("the gradients are not finite; this step changes nothing")
+    if before + 1 == _MOST_UNUSABLE:
+        raise UserError(
+            f"the gradients of {_MOST_UNUSABLE} steps in a row were not finite: the run has diverged; go on from an "
+            "earlier checkpoint with a lower optimizer.lr, or with train.precision=bf16 if it is fp16"
+        )
+    return before + 1
+
+
 def starting_state(config: Config, run: Run, global_batch: int) -> TrainState:
     """Where the run goes on, or the start of a fresh one; a changed global batch opens a new segment."""
     rows_per_bucket, snapshot = run.prepared.rows_per_bucket("train"), run.prepared.snapshot_name
-    factors = batch_factors(config, run.prepared.buckets("train"))
+    factors, in_fp16 = batch_factors(config, run.prepared.buckets("train")), config.train.precision == "fp16"
     if run.state is None:
         start = Position.start(len(rows_per_bucket), global_batch, batch_factors=factors)
-        return TrainState(0, 0, start, snapshot, config.run.seed)
+        return TrainState(0, 0, start, snapshot, config.run.seed, LossScale() if in_fp16 else None)
     position = run.state.position
     if position.starts_epoch:  # whatever the snapshot before: this one's buckets may be others
         position = Position.start(len(rows_per_bucket), global_batch, position.epoch, factors)
     else:
         position = with_global_batch(position, rows_per_bucket, config.run.seed, global_batch, factors)
-    return replace(run.state, position=position, snapshot=snapshot)
+    scale = (run.state.loss_scale or LossScale()) if in_fp16 else None
+    return replace(run.state, position=position, snapshot=snapshot, loss_scale=scale)
 
 
 def _place_in_data(config: Config, run: Run) -> tuple[TrainState, RunArithmetic]:

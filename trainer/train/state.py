@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.data.sampler import Position
 from trainer.errors import UserError
+from trainer.train.loss_scale import LossScale
 
 VERSION = 2
 
@@ -21,6 +22,7 @@ class TrainState:
         position: where the data order goes on.
         snapshot: name of the prepared data set's snapshot that `position` refers to.
         seed: seed of the data order and the noise.
+        loss_scale: of fp16, else None.
     """
 
     step: int
@@ -28,6 +30,7 @@ class TrainState:
     position: Position
     snapshot: str
     seed: int
+    loss_scale: LossScale | None = None
 
     def to_json(self) -> dict[str, object]:
         """A JSON-able record; `from_json` gives the same state back."""
@@ -38,6 +41,7 @@ class TrainState:
             "position": self.position.to_json(),
             "snapshot": self.snapshot,
             "seed": self.seed,
+            "loss_scale": self.loss_scale and self.loss_scale.to_json(),
         }
 
     @staticmethod
@@ -58,6 +62,7 @@ class TrainState:
                 position=Position.from_json(record["position"]),
                 snapshot=record["snapshot"],
                 seed=record["seed"],
+                loss_scale=record["loss_scale"] and LossScale.from_json(record["loss_scale"]),
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"{source}: the training state is incomplete ({error})") from None

@@ -5,6 +5,7 @@ The loss of a step is `sum(w_i * l_i) / sum(w_i)` over every image of the step o
 workers and micro-batches, nor on padding or unreadable rows (weight 0).
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class StepResult:
     Attributes:
         loss: weighted mean over the step's images; NaN if none was readable.
         num_images: images with weight, over all workers.
-        grad_norm: global L2 norm before clipping.
+        grad_norm: global L2 norm before clipping. Where it is not finite, the step changed nothing.
         bad_rows: rows that could not be read, over all workers.
         problems: this worker's among them.
         stop: any worker was asked to stop.
@@ -71,6 +72,7 @@ def train_step(
     planned_images: float,
     lr_factor: float,
     stop_asked: bool,
+    loss_scale: float = 1.0,
 ) -> StepResult:
     """Run one optimizer step over this worker's micro-batches.
 
@@ -79,6 +81,7 @@ def train_step(
         planned_images: sum of the step's weights over all workers as the sampler planned it; gradients
             are scaled by it, and corrected where rows turned out to be unreadable.
         lr_factor: learning rates of this step as a share of each part's peak.
+        loss_scale: what the loss is multiplied by before the backward pass, in fp16.
         stop_asked: this worker received a signal; all workers learn of it in `StepResult.stop`.
     """
     comm, strategy = parts.comm, parts.strategy
@@ -89,7 +92,7 @@ def train_step(
         weights = batch.weights.to(comm.device, non_blocking=True)
         with strategy.reduction(last=index == accumulation - 1):
             weighted = (weights * batch_losses(parts, batch)).sum()
-            strategy.backward(weighted / planned_images)
+            strategy.backward(weighted * (loss_scale / planned_images))
         loss_sum += weighted.detach()
         weight_sum += float(batch.weights.sum())
         problems += batch.problems
@@ -99,32 +102,28 @@ def train_step(
     return StepResult(
         loss=total_loss / num_images if num_images else float("nan"),
         num_images=num_images,
-        grad_norm=_update(parts, planned_images, num_images, lr_factor),
+        grad_norm=_update(parts, planned_images, num_images, lr_factor, loss_scale),
         bad_rows=int(total_bad),
         problems=tuple(problems),
         stop=stop > 0,
     )
 
 
-def _update(parts: StepParts, planned_images: float, num_images: float, lr_factor: float) -> float:
+def _update(parts: StepParts, planned_images: float, num_images: float, lr_factor: float, loss_scale: float) -> float:
     """Correct, clip and apply the gradients; return their norm. A step without images changes nothing."""
     parameters = parts.strategy.parameters.values()
     gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    if num_images == 0:
-        parts.optimizer.zero_grad(set_to_none=True)
-        return 0.0
-    if num_images != planned_images:  # rare: a row could not be read
-        _scale(gradients, planned_images / num_images)
-    norm = float(parts.strategy.grad_norm(gradients))
-    # Asked first, because scaling by 1 is a pass over all gradients, and most steps of a sound run need no clipping.
-    if 0 < parts.max_grad_norm < norm:
-        _scale(gradients, parts.max_grad_norm / (norm + 1e-6))
-    scale_lr(parts.optimizer, lr_factor)
-    parts.optimizer.step()
+    norm = 0.0
+    if num_images > 0:
+        factor = planned_images / num_images / loss_scale  # not as planned where a row could not be read
+        norm = float(parts.strategy.grad_norm(gradients)) * factor
+        if math.isfinite(norm):
+            if 0 < parts.max_grad_norm < norm:
+                factor *= parts.max_grad_norm / (norm + 1e-6)
+            if factor != 1.0:  # a pass over all gradients, which most steps of a sound run do without
+                for gradient in gradients:
+                    gradient.mul_(factor)
+            scale_lr(parts.optimizer, lr_factor)
+            parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def _scale(gradients: Iterable[Tensor], factor: float) -> None:
-    for gradient in gradients:
-        gradient.mul_(factor)
