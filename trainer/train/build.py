@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,20 @@ class Run:
     prepared: PreparedSet
 
 
+class StoredData(Protocol):
+    """What the model has to know of the data it trains on."""
+
+    @property
+    def holds_images(self) -> bool:
+        """Whether they are images, and not latents."""
+        ...
+
+    @property
+    def scaling_factor(self) -> float:
+        """What the UNet sees are stored latents times this."""
+        ...
+
+
 def find_resume_point(config: Config, comm: Comm) -> Path | None:
     """The checkpoint to go on from, by `run.resume`; rank 0 looks, all workers agree."""
     found: Path | None = None
@@ -79,17 +94,22 @@ def build_run(config: Config, comm: Comm) -> Run:
     name = state.snapshot if state and within_epoch else newest_snapshot(config.data.prepared, comm)
     prepared = PreparedSet.open(config.data.prepared, name)
     _check_shards(prepared, config.data.max_bad_fraction)
+    return Run(build_parts(config, comm, prepared, checkpoint), state, prepared)
+
+
+def build_parts(config: Config, comm: Comm, data: StoredData, checkpoint: Path | None = None) -> StepParts:
+    """The model, shared among the workers, and its optimizer; as they were in the checkpoint if one is given."""
     model, sharing = lay_out_model(config), choose_sharing(config, comm)
     fill = partial(fill_model, config, checkpoint)
     strategy = make_strategy(model, sharing, repeated_blocks(model).values(), comm, fill)
     if config.train.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    denoiser = make_denoiser(config, model.train(), prepared, comm.device, sharing)
+    denoiser = make_denoiser(config, model.train(), data, comm.device, sharing)
     optimizer = optimizer_for(config, strategy)
     if checkpoint is not None:
         load_optimizer_tensors(optimizer, strategy.parameters, read_tensors(checkpoint / OPTIMIZER))
     warm_up(strategy, partial(_throw_away_loss, denoiser, comm.device))
-    return Run(StepParts(comm, strategy, optimizer, denoiser, config.train.max_grad_norm), state, prepared)
+    return StepParts(comm, strategy, optimizer, denoiser, config.train.max_grad_norm)
 
 
 def newest_snapshot(prepared: Path, comm: Comm) -> str | None:
@@ -219,7 +239,7 @@ def load_denoiser(config: Config, weights: Path, prepared: PreparedSet, device: 
 
 
 def make_denoiser(
-    config: Config, model: TrainedModel, prepared: PreparedSet, device: torch.device, sharing: Sharing
+    config: Config, model: TrainedModel, data: StoredData, device: torch.device, sharing: Sharing
 ) -> Denoiser:
     """The model together with what its loss needs."""
     settings, encoders, image_encoder = config.model, None, None
@@ -227,7 +247,7 @@ def make_denoiser(
         encoders = load_frozen_text_encoders(config, device)
     if model.text_encoders is not None:
         model.text_encoders = replace(model.text_encoders, join=config.captions.chunks)
-    if prepared.holds_images:
+    if data.holds_images:
         vae = load_vae(settings.path, settings.vae, DTYPES[settings.vae_precision], device)
         image_encoder = ImageEncoder(vae, config.data.vae_batch_size)
     precision = precision_of(config.train.precision)
@@ -236,7 +256,7 @@ def make_denoiser(
         objective=epsilon_objective(scaled_linear().to(device)),
         frozen_text_encoders=encoders,
         image_encoder=image_encoder,
-        scaling_factor=image_encoder.vae.config["scaling_factor"] if image_encoder else prepared.scaling_factor,
+        scaling_factor=image_encoder.vae.config["scaling_factor"] if image_encoder else data.scaling_factor,
         input_dtype=sharing.compute_dtype or precision.weights,
         autocast_dtype=None if sharing.compute_dtype else precision.autocast,
     )
