@@ -25,3 +25,13 @@ def test_data_engine(tmp_path: Path) -> None:
     assert "BAD ROWS" not in measured
     assert re.search(r"\| (\d+) of \1 finished sets identical, 4 kills", done.stdout)
     assert not list(tmp_path.iterdir())
+
+
+def test_optimizer_speed() -> None:
+    """A row for each kind and rounding, with the bytes that each promises."""
+    command = [sys.executable, "-W", "error", "benchmarks/optimizer_speed.py", "--weights", "3e6"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = [row.strip("| ").split(" | ") for row in done.stdout.splitlines()[2:]]
+    assert [float(row[4]) for row in rows] == pytest.approx([12.0, 10.0, 12.0, 6.03, 4.03, 6.03], abs=0.02)

@@ -260,3 +260,21 @@ def test_a_nan_gradient_shows() -> None:
     assert bool(named["linear"][3, 5].isnan()) and int(named["linear"].isnan().sum()) == 1
     run(named, optimizer, range(1, 2))
     assert int(named["linear"].isnan().sum()) == 160  # its block
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # within torch.compile
+def test_compiled_arithmetic_differs_in_the_last_bit_only() -> None:
+    """A minute of compilation, in the first step alone; needs a C++ compiler."""
+    plain, fused = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    reference = ours(plain, eight_bit=True, rounding="stochastic")
+    run(plain, reference, range(1))
+    reference.param_groups[0]["lr"] *= 0.5
+    run(plain, reference, range(1, 4))
+    optimizer = ours(fused, eight_bit=True, rounding="stochastic", compiled=True)
+    run(fused, optimizer, range(1))
+    with torch.compiler.set_stance("fail_on_recompile"):  # a new step, key and learning rate are the same code
+        optimizer.param_groups[0]["lr"] *= 0.5
+        run(fused, optimizer, range(1, 4))
+    for name in plain:
+        assert float((plain[name] != fused[name]).float().mean()) < 1e-2, name

@@ -60,6 +60,15 @@ class _Chunk(NamedTuple):
     second_scale: Tensor | None
     compensation: Tensor | None
 
+    def blocks(self, start: int, stop: int) -> "_Chunk":
+        """Some of the blocks."""
+
+        def cut(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part[start:stop]
+
+        whole = self.weight[start:stop], self.gradient[start:stop], self.first[start:stop], self.second[start:stop]
+        return _Chunk(*whole, cut(self.first_scale), cut(self.second_scale), cut(self.compensation))
+
 
 class BlockAdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay on everything, over named parameters.
@@ -144,8 +153,7 @@ class BlockAdamW(torch.optim.Optimizer):
         @torch.no_grad()
         def update(starts: range) -> None:
             for start in starts:
-                chunk = _Chunk(*(part if part is None else part[start : start + at_a_time] for part in rows))
-                self._update(chunk, factors, tables, first_block + start, key)
+                self._update(rows.blocks(start, start + at_a_time), factors, tables, first_block + start, key)
 
         if threads > 1:
             list(pool.map(update, [starts[i::threads] for i in range(threads)]))
