@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -36,4 +37,5 @@ def test_the_same_losses_from_a_file_as_from_the_folder(tmp_path: Path, model_fo
         assert prepare(config) == 0
         losses[model] = [result.loss for result in watched_run(config).results]
     assert len(losses[file]) == 2
-    assert losses[file] == losses[model_folder]
+    # Last bits hang on where the system puts memory; the weights themselves are compared in tests/model/test_source.py.
+    assert losses[file] == pytest.approx(losses[model_folder], rel=1e-5)
