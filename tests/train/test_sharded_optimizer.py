@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from sharded_optimizer_script import KINDS, Weights, dtype_of, load_weights, run
 
 WORLD = 3
+pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
