@@ -1,10 +1,11 @@
 """Planned against measured peak memory: real training of UNets of 16M to 600M weights on the CPU.
 
-    python benchmarks/memory_plan.py [--models tiny,m100] [--workers 1,4]
+    python benchmarks/memory_plan.py [--models tiny,m100] [--workers 1,4] [--alone]
 
 Each row trains for real (gloo between the workers); the measured peak is PyTorch's own count of what it allocates,
 in an optimizer step in steady state. The planned one comes from a pass over the same model without memory
-(`trainer.measure.memory_trace`). Takes an hour on 2 cores; a few minutes for `tiny` alone.
+(`trainer.measure.memory_trace`). Takes an hour on 2 cores; a few minutes for `tiny` alone. With `--alone`, worker 0 of
+four trains without the others and its messages go nowhere: the same memory, but for the copies that gloo makes.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.dist.comm import Comm
+from trainer.dist.sharding import local_tensor
 from trainer.dist.strategy import Sharing, StrategyKind, make_strategy, warm_up
 from trainer.measure.memory_strategy import Holding, Peak, strategy_peak
 from trainer.measure.memory_trace import trace_pass
@@ -140,8 +142,8 @@ def measure(case: Case, rank: int) -> int | None:
     if rank != 0:
         return None
     profiler.stop()
-    results = profiler.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
-    changes = sorted((event.start_ns(), event.nbytes(), event.name()) for event in results.events())
+    results: Any = profiler.profiler
+    changes = sorted((e.start_ns(), e.nbytes(), e.name()) for e in results.kineto_results.events())
     level, peak, measuring = 0, 0, False
     for _, change, name in changes:
         if name == "[memory]":
@@ -183,8 +185,7 @@ def _train(case: Case, comm: Comm) -> None:
 @torch.no_grad()
 def _fill(model: nn.Module) -> None:
     for parameter in model.parameters():
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # pyright: ignore[reportCallIssue]
-        local.fill_(0.01)
+        local_tensor(parameter).fill_(0.01)
 
 
 def cases(models: Sequence[str], worker_counts: Sequence[int]) -> list[Case]:
@@ -203,14 +204,15 @@ def cases(models: Sequence[str], worker_counts: Sequence[int]) -> list[Case]:
     return found
 
 
-def measure_all(group: Sequence[Case]) -> Iterator[int]:
+def measure_all(group: Sequence[Case], alone: bool) -> Iterator[int]:
     """Measured peaks of cases with one number of workers, trained one after the other by the same processes."""
     workers = group[0].workers
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--cases", json.dumps([asdict(case) for case in group])]
         processes = []
-        for rank in range(workers):
-            env = {**os.environ, "RANK": str(rank), "MEMORY_PLAN_STORE": f"{folder}/store"}
+        for rank in range(1 if alone else workers):
+            store = "" if alone else f"{folder}/store"
+            env = {**os.environ, "RANK": str(rank), "MEMORY_PLAN_STORE": store}
             out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
             error = None if rank == 0 else subprocess.DEVNULL
             processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=error, text=True))
@@ -226,8 +228,13 @@ def run_cases(group: Sequence[Case]) -> None:
     torch.set_num_threads(1)
     rank, workers = int(os.environ["RANK"]), group[0].workers
     if workers > 1:
-        store = dist.FileStore(os.environ["MEMORY_PLAN_STORE"], workers)  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
+        if file := os.environ["MEMORY_PLAN_STORE"]:
+            store = dist.FileStore(file, workers)  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
+        else:
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+
+            dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=workers)
     for case in group:
         print(measure(case, rank), flush=True)
     if workers > 1:
@@ -251,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default="tiny,m100,m250,m600")
     parser.add_argument("--workers", default="1,4")
+    parser.add_argument("--alone", action="store_true", help="worker 0 alone")
     parser.add_argument("--cases", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cases:
@@ -262,7 +270,7 @@ def main() -> None:
     worst = 0.0
     for _, group in itertools.groupby(rows, key=lambda case: (case.model, case.workers)):
         members = list(group)
-        for case, measured in zip(members, measure_all(members), strict=True):
+        for case, measured in zip(members, measure_all(members, arguments.alone), strict=True):
             text, error = row(case, measured)
             print(text, flush=True)
             worst = max(worst, abs(error))

@@ -1,6 +1,11 @@
-"""`sdxl-train plan CONFIG.yaml`: what a run would do, before it does anything. Imports no torch."""
+"""`sdxl-train plan CONFIG.yaml`: what a run would do, before it does anything.
+
+Torch is imported where the memory plan has to be worked out, and no plan of before can be taken.
+"""
 
 import argparse
+import json
+import os
 from collections.abc import Sequence
 
 from trainer.cli.arguments import add_config_arguments, read_config
@@ -10,38 +15,83 @@ from trainer.config.schema import Config
 from trainer.data.caption_survey import CaptionSurvey, sampled_records
 from trainer.data.prepare import is_current
 from trainer.data.snapshot import PreparedSet
+from trainer.dist.environment import choose_workers, detect_gpus, joined_environment
+from trainer.measure.card import card_bytes
+from trainer.measure.memory_report import MemoryPlan, measured_speed, run_time
 from trainer.model.source import count_weights, find_source
 from trainer.train.arithmetic import arithmetic_of
 from trainer.train.captions import describe_captions, require_captions, survey_of
+from trainer.train.memory_plan import make_setting, memory_plan, require_fit
 from trainer.train.preparation import prepare_settings
 from trainer.train.run_dir import list_checkpoints
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the resolved config, what trains, the arithmetic of steps and epochs, the data and some captions."""
+    """Print the resolved config, what trains, steps, data and some captions, and whether the memory suffices."""
     parser = argparse.ArgumentParser(
         prog="sdxl-train plan",
         description=main.__doc__,
         epilog="example: sdxl-train plan configs/4x3090.yaml train.epochs=2",
     )
     add_config_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the memory plan alone, as JSON")
     arguments = parser.parse_intermixed_args(argv)
     config = read_config(arguments.config, arguments.overrides)
+    if arguments.json:
+        plan = _memory_plan(config)
+        print(json.dumps(plan.to_json(), indent=2))
+        require_fit(plan)
+        return 0
     print(to_yaml(config))
     _print_model(config)
     captions = _print_data(config)
     existing = list_checkpoints(config.run.dir)
     print(f"run directory {config.run.dir}: {f'goes on from {existing[-1].name}' if existing else 'starts fresh'}")
+    plan = _memory_plan(config)
+    _print_memory(config, plan)
     if captions:
         require_captions(config, captions)
+    require_fit(plan)
     return 0
 
 
+def _memory_plan(config: Config) -> MemoryPlan:
+    """Of a run on this host's cards; on the CPU, of a run on cards where `memory.budget` says how large they are."""
+    gpus = detect_gpus()
+    kernels = "cuda" if gpus or config.memory.budget != "auto" else "cpu"
+    joined = joined_environment(os.environ)
+    here = int(joined["LOCAL_WORLD_SIZE"]) if joined else choose_workers(config.launch.workers, gpus)[0]
+    buckets = []
+    if is_current(prepare_settings(config)):
+        prepared = PreparedSet.open(config.data.prepared)
+        rows = prepared.rows_per_bucket("train")
+        buckets = [bucket for bucket, count in zip(prepared.buckets("train"), rows, strict=True) if count]
+    cards = card_bytes() if gpus else None
+    return memory_plan(config, make_setting(config, kernels, cards, worker_count(config), here, buckets))
+
+
+def _print_memory(config: Config, plan: MemoryPlan) -> None:
+    for line in plan.describe():
+        print(line)
+    if plan.kernels == "cpu" or not is_current(prepare_settings(config)):
+        return
+    prepared = PreparedSet.open(config.data.prepared)
+    buckets, rows = prepared.buckets("train"), prepared.rows_per_bucket("train")
+    arithmetic = arithmetic_of(config, worker_count(config), buckets, rows)
+    print(f"the run takes {run_time(plan, arithmetic.total_images, measured_speed(config.run.dir))}")
+
+
 def _print_model(config: Config) -> None:
-    count = count_weights(find_source(config.model.path), "unet")
-    precision = config.train.precision
-    print(f"trains: the UNet, {count:,} weights (all of it); fp32 weights and AdamW state, {precision} arithmetic")
-    print("frozen: both text encoders and the VAE")
+    source, trained, frozen = find_source(config.model.path), [], []
+    for key, component in (("unet", "unet"), ("text_encoder_1", "text_encoder"), ("text_encoder_2", "text_encoder_2")):
+        part, count = getattr(config.trainable, key), count_weights(source, component)
+        but = f" but for {', '.join(part.freeze)}" if part.freeze else ""
+        if part.train:
+            trained.append(f"{key} ({count:,} weights{but})")
+        else:
+            frozen.append(key)
+    print(f"trains: {', '.join(trained)}; precision {config.train.precision}, optimizer {config.optimizer.kind}")
+    print(f"frozen: {', '.join([*frozen, 'vae'])}")
 
 
 def _print_data(config: Config) -> CaptionSurvey | None:

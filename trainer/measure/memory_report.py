@@ -1,13 +1,16 @@
 """The plan of a run's memory as a value: printed as text, kept as JSON; no torch."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from trainer.measure.arithmetic import format_duration
-from trainer.measure.memory_plan import CARD_FLOPS, GIB, WIRE_BYTES_PER_S, Budget, Rung, in_gib
+from trainer.measure.memory_plan import CARD_FLOPS, GIB, Budget, Rung, in_gib
 from trainer.measure.memory_strategy import PARTS, StrategyName
 
+BENCH_FILE = "bench.json"
 _PART_NAMES = {"communication": "buffers", "frozen": "frozen models"}
 
 
@@ -136,16 +139,24 @@ class MemoryPlan:
         return [f"{line}; {why}", f"  fullest in: {chosen.phase}"]
 
 
-def days(plan: MemoryPlan, num_images: int, images_per_s: float | None, card_flops: float = CARD_FLOPS) -> str:
+def run_time(plan: MemoryPlan, num_images: int, images_per_s: float | None, card_flops: float = CARD_FLOPS) -> str:
     """How long so many images take: at a measured speed of all workers, or by an assumption, which is named."""
     if images_per_s is not None:
         return f"{format_duration(num_images / images_per_s)} at the measured {images_per_s:.2f} images a second"
     speed = card_flops * plan.workers / max(sum(plan.flops_per_image), 1)
-    seconds = num_images / speed
     return (
-        f"{format_duration(seconds)} at {speed:.2f} images a second, if every card does {card_flops / 1e12:.0f} TFLOP/s"
-        " and waits for nothing (half of an RTX 3090's peak in bf16; `sdxl-train bench` measures it)"
+        f"{format_duration(num_images / speed)} at {speed:.2f} images a second, if every card does"
+        f" {card_flops / 1e12:.0f} TFLOP/s (half of an RTX 3090's peak in bf16) and waits for nothing"
     )
+
+
+def measured_speed(run_dir: Path) -> float | None:
+    """Images a second that `sdxl-train bench` measured for this run; None where it has not been run."""
+    try:
+        found = json.loads((run_dir / BENCH_FILE).read_text(encoding="utf-8"))
+        return float(found["images_per_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _way(rung: RungReport, num_blocks: int) -> str:
@@ -169,7 +180,3 @@ def _table(rungs: Sequence[RungReport], budget: Budget) -> Iterable[str]:
 def _short_way(rung: RungReport) -> str:
     text = f"{rung.label}, {rung.recomputed} recomputed"
     return f"{text}, offloaded" if rung.offloads else text
-
-
-ASSUMPTIONS = f"{CARD_FLOPS / 1e12:.0f} TFLOP/s and {WIRE_BYTES_PER_S / 1e9:.0f} GB/s between cards"
-"""By which ways that fit are ranked."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import Config
-from trainer.data.buckets import Bucket
+from trainer.data.buckets import Bucket, make_buckets
 from trainer.errors import UserError
 from trainer.measure.memory_plan import (
     CARD_FLOPS,
@@ -28,6 +28,7 @@ from trainer.measure.memory_plan import (
 from trainer.measure.memory_report import MemoryPlan, RungReport
 from trainer.measure.memory_strategy import Holding, Kernels, wire_bytes
 from trainer.model.source import component_config, find_source, vae_source
+from trainer.train.arithmetic import batch_factors
 
 if TYPE_CHECKING:
     from trainer.train.traced import TracedRun
@@ -59,6 +60,36 @@ class Setting:
     accumulation: int
     buckets: tuple[tuple[Bucket, int], ...]
     budget: Budget
+
+
+def make_setting(
+    config: Config,
+    kernels: Kernels,
+    card_bytes: int | None,
+    workers: int,
+    workers_here: int,
+    buckets: Sequence[Bucket] = (),
+) -> Setting:
+    """What the plan hangs on beside the configuration.
+
+    Args:
+        card_bytes: memory of the smallest card; None: not known.
+        buckets: that hold images; none: the data are not prepared yet, and may be of any shape.
+    """
+    rules = config.data.buckets
+    shapes = tuple(buckets) or make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)
+    train = config.train
+    at_once = workers * train.batch_size_per_gpu
+    passes = train.gradient_accumulation_steps or -(-(train.global_batch_size or at_once) // at_once)
+    batches = [factor * train.batch_size_per_gpu for factor in batch_factors(config, shapes)]
+    return Setting(
+        kernels=kernels,
+        workers=workers,
+        workers_here=workers_here,
+        accumulation=passes,
+        buckets=tuple(zip(shapes, batches, strict=True)),
+        budget=make_budget(config, kernels, card_bytes, workers),
+    )
 
 
 def make_budget(config: Config, kernels: Kernels, card_bytes: int | None, workers: int) -> Budget:
@@ -115,7 +146,7 @@ def _digest(config: Config, setting: Setting) -> str:
     """Of all that the plan hangs on: settings, shapes of the model, code that counts, versions."""
     source = find_source(config.model.path)
     parts: list[Any] = [
-config.model_dump(mode="json", exclude=dict.fromkeys(("run", "launch", "lr_schedule", "log"), True)),
+        config.model_dump(mode="json", exclude=dict.fromkeys(("run", "launch", "lr_schedule", "log"), True)),
         [component_config(source, name) for name in ("unet", "text_encoder", "text_encoder_2")],
         component_config(vae_source(config.model.path, config.model.vae), "vae"),
         repr(setting),

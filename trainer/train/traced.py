@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.measure.memory_strategy import Holding, Kernels, Peak, StrategyName, strategy_peak
 from trainer.measure.memory_trace import Block, Trace, trace_pass, trace_peak
-from trainer.model.conditioning import condition_text
 from trainer.model.denoiser import TrainedModel
 from trainer.model.load import empty_text_encoders, empty_vae
 from trainer.model.recompute import apply_recompute, offloaded_activations, repeated_blocks
@@ -48,7 +48,8 @@ class TracedRun:
     """The run's passes, each traced when it is first asked for."""
 
     def __init__(self, config: Config, shape: Shape, kernels: Kernels) -> None:
-        self._config, self.shape, self._kernels = config, shape, kernels
+        self._config, self.shape = config, shape
+        self._kernels: Kernels = kernels
         self._traces: dict[_Way, Trace] = {}
         self._order: tuple[str, ...] = ()
 
@@ -112,7 +113,8 @@ def frozen_text_encoders(config: Config) -> TextEncoders:
     """The frozen text encoders, without memory."""
     encoders = empty_text_encoders(config.model.path)
     for module in (encoders.one, encoders.two):
-        module.to(DTYPES[config.model.text_encoder_precision]).requires_grad_(False).eval()
+        module.to(dtype=DTYPES[config.model.text_encoder_precision])  # pyright: ignore[reportCallIssue]
+        module.requires_grad_(False).eval()
     return replace(encoders, join=config.captions.chunks)
 
 
@@ -130,7 +132,8 @@ def _loss(
         if model.text_encoders is not None:
             return {"input_ids": ids}
         if frozen is not None:
-            found = condition_text(frozen, torch.device("meta"), ids, None, None)
+            with torch.no_grad():
+                found = frozen.encode(ids)
             return {"text_hidden": found.hidden, "text_pooled": found.pooled}
         positions = text_positions(chunks, config.captions.chunks)
         return {
@@ -209,21 +212,24 @@ def vae_peaks(config: Config, shape: Shape, kernels: Kernels) -> dict[str, int]:
     images, samples = config.data.mode == "images", config.samples.every_steps > 0
     if not images and not samples:
         return peaks
-    vae = empty_vae(config.model.path, config.model.vae).to(dtype).requires_grad_(False).eval()
+    vae = empty_vae(config.model.path, config.model.vae)
+    vae.to(dtype=dtype).requires_grad_(False).eval()
     held = _tensors(vae)
     with torch.no_grad():
         if images:
             size = (config.data.vae_batch_size, 3, shape.bucket.height_px, shape.bucket.width_px)
-            encode = lambda: vae.encode(torch.empty(size, dtype=dtype, device="meta"))  # noqa: E731
-            peaks["VAE"] = trace_peak(encode, held, kernels)
+            peaks["VAE"] = trace_peak(partial(_run, vae.encode, size, dtype), held, kernels)
         if samples:
             side = config.data.buckets.resolution
             height, width = config.samples.height_px or side, config.samples.width_px or side
             size = (1, vae.config["latent_channels"], height // 8, width // 8)
-            decode = lambda: vae.decode(torch.empty(size, dtype=dtype, device="meta"))  # noqa: E731
             own = 0 if images else sum(tensor.nbytes for tensor in held)
-            peaks["samples"] = trace_peak(decode, held, kernels) + own
+            peaks["samples"] = trace_peak(partial(_run, vae.decode, size, dtype), held, kernels) + own
     return peaks
+
+
+def _run(function: Callable[[Any], object], size: tuple[int, ...], dtype: torch.dtype) -> object:
+    return function(torch.empty(size, dtype=dtype, device="meta"))
 
 
 def frozen_bytes(config: Config) -> int:
