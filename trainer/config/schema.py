@@ -209,6 +209,11 @@ class TrainConfig(Section):
     rounding to the nearest loses nearly all of each update."""
     gradient_checkpointing: Flag = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: Literal["off", "blocks"] = "off"
+    """`blocks`: torch.compile for each kind of block of the UNet and of text encoders that train. The first steps wait
+    for the compiler, some minutes at SDXL's size; `sdxl-train bench --compile` says whether it is faster."""
+    channels_last: Flag = False
+    """Convolutions compute in the memory layout NHWC; `benchmarks/gpu.sh` measures whether it pays."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
 

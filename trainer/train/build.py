@@ -20,6 +20,8 @@ from trainer.dist.comm import Comm, broadcast_object, gather_objects
 from trainer.dist.sharding import copy_share, materialize
 from trainer.dist.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.errors import UserError
+from trainer.model.channels_last import prefer_channels_last
+from trainer.model.compiled import compile_blocks
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.freeze import frozen_names, never_used, original_unet_names
 from trainer.model.load import empty_text_encoders, empty_unet, load_text_encoders, load_vae, read_weights
@@ -100,6 +102,10 @@ def build_run(config: Config, comm: Comm) -> Run:
 def build_parts(config: Config, comm: Comm, data: StoredData, checkpoint: Path | None = None) -> StepParts:
     """The model, shared among the workers, and its optimizer; as they were in the checkpoint if one is given."""
     model, sharing = lay_out_model(config), choose_sharing(config, comm)
+    if config.train.channels_last:
+        prefer_channels_last(model.unet)
+    if config.train.compile == "blocks":
+        _log.info("%d kinds of blocks are compiled in the first steps", compile_blocks(model))
     fill = partial(fill_model, config, checkpoint)
     strategy = make_strategy(model, sharing, repeated_blocks(model).values(), comm, fill)
     if config.train.gradient_checkpointing:
