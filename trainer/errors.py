@@ -1,4 +1,4 @@
-"""The one exception that a user may see: a mistake that the user can mend."""
+"""The exceptions that a user may see: a mistake that the user can mend, and memory that does not suffice."""
 
 
 class UserError(Exception):
@@ -12,3 +12,7 @@ class UserError(Exception):
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
+
+
+class OutOfMemory(Exception):
+    """A run does not fit as it was planned; the command tries again with less, or says what would fit."""

@@ -33,7 +33,7 @@ def test_the_schema_serves_an_editor() -> None:
         for name, field in section["properties"].items():
             assert field.get("description"), name
             assert ("default" in field) != (name in section.get("required", ())), name
-    flag = schema["$defs"]["TrainConfig"]["properties"]["gradient_checkpointing"]
+    flag = schema["$defs"]["TrainConfig"]["properties"]["batch_by_area"]
     assert {"type": "boolean"} in flag["anyOf"]
     assert schema["$defs"]["TrainConfig"]["properties"]["precision"]["enum"][0] == "bf16"
 

@@ -110,9 +110,9 @@ def test_defaults_and_types(load: Load) -> None:
 )
 def test_flags_take_the_words_of_yaml_1_1(load: Load, word: str, meant: bool) -> None:
     config = load(
-        RIGHT, [f"train.gradient_checkpointing={word}", f"run.resume={word}", f"samples.negative_prompt={word}x"]
+        RIGHT, [f"train.batch_by_area={word}", f"run.resume={word}", f"samples.negative_prompt={word}x"]
     )
-    assert config.train.gradient_checkpointing is meant
+    assert config.train.batch_by_area is meant
     assert config.run.resume is meant
     assert config.samples.negative_prompt == f"{word}x"
 

@@ -103,12 +103,12 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
     "flag for a number": (changed("100", "true"), "c.yaml:10: train.steps = true: must be a whole number"),
     "sexagesimal": (changed("100", "12:30"), "c.yaml:10: train.steps = '12:30': must be a whole number"),
     "number for a flag": (
-        changed("steps: 100", "steps: 100\n  gradient_checkpointing: 1"),
-        "c.yaml:11: train.gradient_checkpointing = 1: must be true or false",
+        changed("steps: 100", "steps: 100\n  batch_by_area: 1"),
+        "c.yaml:11: train.batch_by_area = 1: must be true or false",
     ),
     "quoted flag": (
-        changed("steps: 100", "steps: 100\n  gradient_checkpointing: 'True'"),
-        "c.yaml:11: train.gradient_checkpointing = 'True': must be true or false; write true without quotes",
+        changed("steps: 100", "steps: 100\n  batch_by_area: 'True'"),
+        "c.yaml:11: train.batch_by_area = 'True': must be true or false; write true without quotes",
     ),
     "number for a text": (
         added("samples: {negative_prompt: 2024}"),

@@ -17,12 +17,14 @@ from trainer.data.caption_survey import planned_records
 from trainer.data.prepare import PrepareCounts, commit, forget_plan, is_current, plan_prepare, plan_repack, progress
 from trainer.dist.environment import choose_workers, detect_gpus, joined_environment
 from trainer.dist.launch import run_workers
+from trainer.dist.worker import MEMORY_ATTEMPT
 from trainer.errors import UserError
 from trainer.train.captions import describe_captions, require_captions, survey_of
 from trainer.train.preparation import needs_workers, note_references, prepare_settings
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 _POLL_S = 1.0
+_MEMORY_ATTEMPTS = 8
 # Not `-m`: each reader process of a worker would import that module once more, as its main module.
 _WORKER = "from trainer.cli.worker import main; main()"
 
@@ -37,18 +39,25 @@ def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str
     """
     workers, gpu = choose_workers(config.launch.workers, detect_gpus())
     resolved = write_resolved(config, out_dir)
-    result = run_workers(
-        [sys.executable, "-c", _WORKER, task, str(resolved), json.dumps(options)],
-        workers=workers,
-        log_dir=out_dir / "logs",
-        env=os.environ,
-        threads=config.launch.threads_per_worker,
-        gpu=gpu,
-        **launch,
-    )
+    attempt = 0
+    while True:
+        result = run_workers(
+            [sys.executable, "-c", _WORKER, task, str(resolved), json.dumps(options)],
+            workers=workers,
+            log_dir=out_dir / "logs",
+            env={**os.environ, MEMORY_ATTEMPT: str(attempt)},
+            threads=config.launch.threads_per_worker,
+            gpu=gpu,
+            **launch,
+        )
+        attempt += 1
+        if result.failure is None or result.failure.kind != "memory" or attempt == _MEMORY_ATTEMPTS:
+            break
+        print(f"sdxl-train: {result.failure.text}; trying again with less", file=sys.stderr)
     if result.failure is not None:
         for line in result.failure.message().splitlines():
-            print(f"sdxl-train: {line}" if result.failure.kind == "user" else line, file=sys.stderr)
+            known = result.failure.kind in ("user", "memory")
+            print(f"sdxl-train: {line}" if known else line, file=sys.stderr)
     return result.exit_code
 
 

@@ -207,8 +207,6 @@ class TrainConfig(Section):
     updates too small for them are not lost: they are rounded at random in proportion, or what is cut off is kept in a
     second bf16 (Kahan). `fp16`: for cards without bf16, with a loss scale. `fp32`. Plain bf16 weights are not offered:
     rounding to the nearest loses nearly all of each update."""
-    gradient_checkpointing: Flag = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: Literal["off", "blocks"] = "off"
     """`blocks`: torch.compile for each kind of block of the UNet and of text encoders that train. The first steps wait
     for the compiler, some minutes at SDXL's size; `sdxl-train bench --compile` says whether it is faster."""

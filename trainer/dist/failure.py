@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.errors import UserError
+from trainer.errors import OutOfMemory, UserError
 
 ECHO_WINDOW_S = 2.0
 _ECHO_TYPES = frozenset({"DistBackendError", "DistNetworkError", "DistStoreError"})
@@ -38,13 +38,14 @@ _HINTS = {
 class Failure:
     """Why one worker ended.
 
-    `kind`: `user` (a `UserError`; `text` is its lines), `error` (any other exception; `text` is the traceback),
-    `lost_peer` (an exception that only says that another worker is gone), `signal` and `exit` (the worker ended
-    without a word; `text` says how). `monotonic_s` is `time.monotonic()`, which all processes of a host share.
+    `kind`: `user` (a `UserError`; `text` is its lines), `memory` (`OutOfMemory`; `text` is what it says), `error` (any
+    other exception; `text` is the traceback), `lost_peer` (an exception that only says that another worker is gone),
+    `signal` and `exit` (the worker ended without a word; `text` says how). `monotonic_s` is `time.monotonic()`, which
+    all processes of a host share.
     """
 
     rank: int
-    kind: Literal["user", "error", "lost_peer", "signal", "exit"]
+    kind: Literal["user", "memory", "error", "lost_peer", "signal", "exit"]
     monotonic_s: float
     text: str
 
@@ -55,7 +56,7 @@ class Failure:
 
     def message(self) -> str:
         """What the person reads."""
-        if self.kind == "user":
+        if self.kind in ("user", "memory"):
             return self.text
         verb = "" if self.kind in ("signal", "exit") else "failed:\n"
         return f"worker {self.rank} {verb}{self.text}"
@@ -65,6 +66,8 @@ def failure_from(rank: int, error: BaseException) -> Failure:
     """The `Failure` that an exception of this worker amounts to, now."""
     if isinstance(error, UserError):
         return Failure(rank, "user", time.monotonic(), "\n".join(error.lines))
+    if isinstance(error, OutOfMemory):
+        return Failure(rank, "memory", time.monotonic(), str(error))
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
     return Failure(rank, "lost_peer" if _is_echo(error) else "error", time.monotonic(), text)
 

@@ -20,6 +20,8 @@ ATTEMPT = "SDXL_TRAIN_ATTEMPT"
 DEVICE = "SDXL_TRAIN_DEVICE"
 STORE_PORT = "SDXL_TRAIN_STORE_PORT"
 STORE_FD = "SDXL_TRAIN_STORE_FD"
+# How many times the workers were started again because what was planned did not fit.
+MEMORY_ATTEMPT = "SDXL_TRAIN_MEMORY_ATTEMPT"
 
 _PR_SET_PDEATHSIG = 1
 

@@ -1,7 +1,6 @@
 """Builds the parts of a run from its configuration, and puts a checkpoint's state into them."""
 
 import logging
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from trainer.config.schema import Config, TextEncoderPart
-from trainer.config.spelling import nearest
+from trainer.config.schema import Config
 from trainer.data.snapshot import SPLITS, PreparedSet
 from trainer.data.snapshot_file import current_snapshot
 from trainer.diffusion.objective import epsilon_objective
@@ -23,14 +21,15 @@ from trainer.errors import UserError
 from trainer.model.channels_last import prefer_channels_last
 from trainer.model.compiled import compile_blocks
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
-from trainer.model.freeze import frozen_names, never_used, original_unet_names
-from trainer.model.load import empty_text_encoders, empty_unet, load_text_encoders, load_vae, read_weights
+from trainer.model.load import load_text_encoders, load_vae, read_weights
 from trainer.model.parts import Part
-from trainer.model.recompute import repeated_blocks
+from trainer.model.recompute import apply_recompute, repeated_blocks
 from trainer.model.source import find_source, open_folder_part, open_part
 from trainer.model.text import TextEncoders
 from trainer.model.vae import ImageEncoder
 from trainer.train.checkpoint import OPTIMIZER, read_tensors
+from trainer.train.layout import lay_out_model
+from trainer.train.memory_choice import MemoryChoice, choose_memory, dry_run
 from trainer.train.optim import load_optimizer_tensors, make_optimizer
 from trainer.train.precision import DTYPES, precision_of
 from trainer.train.run_dir import find_damage, newest_checkpoint, read_state
@@ -96,26 +95,35 @@ def build_run(config: Config, comm: Comm) -> Run:
     name = state.snapshot if state and within_epoch else newest_snapshot(config.data.prepared, comm)
     prepared = PreparedSet.open(config.data.prepared, name)
     _check_shards(prepared, config.data.max_bad_fraction)
-    return Run(build_parts(config, comm, prepared, checkpoint), state, prepared)
+    choice = choose_memory(config, comm, prepared)
+    return Run(build_parts(config, comm, prepared, choice, checkpoint), state, prepared)
 
 
-def build_parts(config: Config, comm: Comm, data: StoredData, checkpoint: Path | None = None) -> StepParts:
-    """The model, shared among the workers, and its optimizer; as they were in the checkpoint if one is given."""
-    model, sharing = lay_out_model(config), choose_sharing(config, comm)
+def build_parts(
+    config: Config, comm: Comm, data: StoredData, choice: MemoryChoice, checkpoint: Path | None = None
+) -> StepParts:
+    """The model, shared among the workers, and its optimizer; as they were in the checkpoint if one is given.
+
+    Raises:
+        OutOfMemory: a step on the largest bucket does not fit.
+    """
+    model, sharing = lay_out_model(config), choice.sharing(config)
     if config.train.channels_last:
         prefer_channels_last(model.unet)
     if config.train.compile == "blocks":
         _log.info("%d kinds of blocks are compiled in the first steps", compile_blocks(model))
+    apply_recompute(model, choice.recompute)
     fill = partial(fill_model, config, checkpoint)
     strategy = make_strategy(model, sharing, repeated_blocks(model).values(), comm, fill)
-    if config.train.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
     denoiser = make_denoiser(config, model.train(), data, comm.device, sharing)
     optimizer = optimizer_for(config, strategy)
+    clip, around = config.train.max_grad_norm, choice.around_forward(model)
+    parts = StepParts(comm, strategy, optimizer, denoiser, clip, around)
+    warm_up(strategy, partial(_throw_away_loss, denoiser, comm.device))
+    dry_run(config, parts, choice)
     if checkpoint is not None:
         load_optimizer_tensors(optimizer, strategy.parameters, read_tensors(checkpoint / OPTIMIZER))
-    warm_up(strategy, partial(_throw_away_loss, denoiser, comm.device))
-    return StepParts(comm, strategy, optimizer, denoiser, config.train.max_grad_norm)
+    return parts
 
 
 def newest_snapshot(prepared: Path, comm: Comm) -> str | None:
@@ -152,67 +160,6 @@ def optimizer_for(config: Config, strategy: Strategy) -> torch.optim.Optimizer:
         # Of DDP's gradients, which are views of its buckets, nothing would be freed.
         free_gradients=strategy.sharing.kind != "ddp",
     )
-
-
-def choose_sharing(config: Config, comm: Comm) -> Sharing:
-    """How this run's workers share the model."""
-    if comm.world == 1:
-        return Sharing("single")
-    kind = config.memory.strategy
-    if kind == "auto":
-        kind = "ddp" if comm.device.type == "cpu" else "zero2"
-    precision = precision_of(config.train.precision)
-    dtype = precision.compute if kind != "ddp" and precision.autocast else None
-    return Sharing(kind, compute_dtype=dtype, reduce_dtype=dtype)
-
-
-def lay_out_model(config: Config) -> TrainedModel:
-    """What trains, on the meta device, in the dtype its weights are held in; what is frozen asks for no gradients.
-
-    Raises:
-        UserError: a name in `trainable` means nothing, or nothing is left to train.
-    """
-    path, parts = config.model.path, config.trainable
-    encoders = empty_text_encoders(path) if text_encoders_train(config) else None
-    model = TrainedModel(empty_unet(path), encoders)
-    model.requires_grad_(False)
-    _thaw(model.unet, "unet", parts.unet, original_unet_names(dict(model.unet.config)))
-    if encoders:
-        one = dict(encoders.one.named_parameters())
-        unused = never_used(one, encoders.one.config.num_hidden_layers)
-        _thaw(encoders.one, "text_encoder_1", parts.text_encoder_1, {}, unused)
-        _thaw(encoders.two, "text_encoder_2", parts.text_encoder_2, {})
-    return model.to(precision_of(config.train.precision).weights)
-
-
-def text_encoders_train(config: Config) -> bool:
-    """Whether any of them does."""
-    return config.trainable.text_encoder_1.train or config.trainable.text_encoder_2.train
-
-
-def _thaw(
-    module: nn.Module,
-    part_name: str,
-    part: TextEncoderPart,
-    other_names: dict[str, str],
-    unused: Collection[str] = (),
-) -> None:
-    """Let the parameters of one part ask for gradients, but for those that are to stay as they are."""
-    if not part.train:
-        return
-    parameters = {name.removeprefix("text_model."): parameter for name, parameter in module.named_parameters()}
-    frozen, idle = frozen_names(parameters, part.freeze, other_names)
-    key = f"trainable.{part_name}.freeze"
-    if idle:
-        beginnings = {name.rsplit(".", cut)[0] for name in (*parameters, *other_names.values()) for cut in range(1, 6)}
-        offer = nearest(idle[0], beginnings)
-        meant = f"; did you mean `{offer}`?" if offer else ""
-        raise UserError(f"{key}: `{idle[0]}` is the beginning of no weight's name{meant}")
-    trained = [name for name in parameters if name not in frozen and name not in unused]
-    if not trained:
-        raise UserError(f"{key}: leaves nothing to train; write `trainable.{part_name}.train: false`")
-    for name in trained:
-        parameters[name].requires_grad_(True)
 
 
 def fill_model(config: Config, checkpoint: Path | None, model: nn.Module) -> None:

@@ -6,7 +6,8 @@ workers and micro-batches, nor on padding or unreadable rows (weight 0).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +25,18 @@ from trainer.train.optim import scale_lr
 
 @dataclass(frozen=True)
 class StepParts:
-    """What stays the same from step to step, chosen once when the run is built."""
+    """What stays the same from step to step, chosen once when the run is built.
+
+    Attributes:
+        around_forward: what every forward pass runs in.
+    """
 
     comm: Comm
     strategy: Strategy
     optimizer: torch.optim.Optimizer
     denoiser: Denoiser
     max_grad_norm: float
+    around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ def batch_losses(parts: StepParts, batch: Batch) -> Tensor:
     latents = batch.latents.to(device, non_blocking=True)
     noise, timesteps = draw(batch.draw_seeds, latents.shape[1:], denoiser.objective.schedule.num_timesteps, device)
     time_ids = batch.time_ids.to(device, non_blocking=True)
-    return image_losses(denoiser, parts.strategy.model, latents, noise, timesteps, text, time_ids)
+    with parts.around_forward():
+        return image_losses(denoiser, parts.strategy.model, latents, noise, timesteps, text, time_ids)
 
 
 def train_step(
@@ -111,19 +118,22 @@ def train_step(
 
 def _update(parts: StepParts, planned_images: float, num_images: float, lr_factor: float, loss_scale: float) -> float:
     """Correct, clip and apply the gradients; return their norm. A step without images changes nothing."""
-    parameters = parts.strategy.parameters.values()
-    gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
     norm = 0.0
     if num_images > 0:
         factor = planned_images / num_images / loss_scale  # not as planned where a row could not be read
-        norm = float(parts.strategy.grad_norm(gradients)) * factor
+        norm = float(parts.strategy.grad_norm(_gradients(parts))) * factor
         if math.isfinite(norm):
             if 0 < parts.max_grad_norm < norm:
                 factor *= parts.max_grad_norm / (norm + 1e-6)
             if factor != 1.0:  # a pass over all gradients, which most steps of a sound run do without
-                for gradient in gradients:
-                    gradient.mul_(factor)
+                torch._foreach_mul_(_gradients(parts), factor)
             scale_lr(parts.optimizer, lr_factor)
             parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def _gradients(parts: StepParts) -> list[Tensor]:
+    """This worker's; not to be kept, because the optimizer may free each after its use."""
+    parameters = parts.strategy.parameters.values()
+    return [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]

@@ -1,0 +1,70 @@
+"""What the plan chose is what runs; what does not fit is found before the first step, and less is tried."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.test_end_to_end import config_file, photos, sdxl_train, unet_hash  # noqa: F401 - fixtures
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_dry_run_changes_nothing(tmp_path: Path, config_file: Path) -> None:  # noqa: F811
+    """The same bits with and without it, and when recomputed or offloaded."""
+    runs = {
+        "plain": [],
+        "dry": ["memory.budget=8GiB"],
+        "recomputed": ["memory.budget=8GiB", "memory.recompute=all"],
+        "offloaded": ["memory.offload_activations=true"],
+    }
+    for name, overrides in runs.items():
+        done = sdxl_train(config_file, f"run.dir={tmp_path / name}", "train.steps=3", *overrides)
+        assert ("dry run of the fullest step: it fits" in done.stderr) == ("memory.budget=8GiB" in overrides)
+    assert len({unet_hash(tmp_path / name, 3) for name in runs}) == 1
+
+
+def test_a_budget_that_nothing_fits_is_one_line(tmp_path: Path, config_file: Path) -> None:  # noqa: F811
+    done = sdxl_train(config_file, f"run.dir={tmp_path}", "memory.budget=4MiB", expect=2)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("sdxl-train: memory:")]
+    assert "each worker needs" in line and "may use 0.00 (memory.budget)" in line
+
+
+_NO_MEMORY = """
+import builtins, os, sys
+
+if os.environ.get("RANK") == "1" and os.environ.get("SDXL_TRAIN_MEMORY_ATTEMPT") == "0":
+    usual = builtins.__import__
+
+    def watching(*args, **kwargs):
+        imported = usual(*args, **kwargs)
+        choice = sys.modules.get("trainer.train.memory_choice")
+        if hasattr(choice, "dry_run"):
+            builtins.__import__ = usual
+
+            def train_step(*args):
+                import torch
+
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+            choice.train_step = train_step
+        return imported
+
+    builtins.__import__ = watching
+"""
+
+
+def test_what_does_not_fit_is_tried_again_with_less(
+    tmp_path: Path,
+    config_file: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One worker of two finds no memory in the dry run: both start again, with a tighter plan, and the run goes on."""
+    (tmp_path / "sitecustomize.py").write_text(_NO_MEMORY)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    run_dir = tmp_path / "run"
+    done = sdxl_train(config_file, f"run.dir={run_dir}", "train.steps=2", "launch.workers=2", "memory.budget=8GiB")
+    (failed,) = [line for line in done.stderr.splitlines() if "trying again with less" in line]
+    assert "128 px did not fit" in failed
+    first, second = [line for line in done.stderr.splitlines() if line.startswith("chosen: ")]
+    assert "of 8.00 GiB" in first and "less than what was planned before, and did not fit" in second
+    assert (run_dir / "checkpoints/step-00000002/manifest.json").is_file()

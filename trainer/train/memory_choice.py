@@ -1,0 +1,199 @@
+"""How this run's workers use their memory: chosen before the model is built, tried out before the first step.
+
+The fullest step, on the largest bucket, runs once with a learning rate of 0. What does not fit then fails within the
+first minute; the command starts the workers again, and the next attempt plans with less.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from trainer.config.schema import Config
+from trainer.data.loader import Batch
+from trainer.data.snapshot import PreparedSet
+from trainer.dist.comm import Comm, broadcast_object
+from trainer.dist.strategy import Sharing, StrategyKind
+from trainer.dist.worker import MEMORY_ATTEMPT
+from trainer.errors import OutOfMemory
+from trainer.measure.memory_plan import in_gib
+from trainer.measure.memory_strategy import Kernels
+from trainer.model.denoiser import TrainedModel
+from trainer.model.recompute import offloaded_activations, repeated_blocks
+from trainer.model.text import text_positions
+from trainer.train.arithmetic import arithmetic_of, batch_factors
+from trainer.train.encoding import encoded_batches
+from trainer.train.layout import lay_out_model
+from trainer.train.memory_plan import Setting, make_budget, memory_plan, require_fit
+from trainer.train.precision import precision_of
+from trainer.train.step import StepParts, train_step
+
+_log = logging.getLogger(__name__)
+# Of the memory that was planned for the attempt before: what an attempt after a failure may use.
+_LESS = 0.93
+
+
+@dataclass(frozen=True)
+class MemoryChoice:
+    """What was chosen.
+
+    Attributes:
+        kind, exchange_every_pass: see `Sharing`.
+        recompute: names of blocks; empty for none.
+        offloads: saved activations wait in the host's memory.
+        needed: bytes that the plan counts with for this worker, all in all; None where nothing was planned.
+        fullest: height and width in px and number of the images of the pass that takes most, by the plan.
+        passes: of a step.
+    """
+
+    kind: StrategyKind
+    exchange_every_pass: bool = False
+    recompute: tuple[str, ...] = ()
+    offloads: bool = False
+    needed: int | None = None
+    fullest: tuple[int, int, int] = (0, 0, 0)
+    passes: int = 1
+
+    def sharing(self, config: Config) -> Sharing:
+        """With the dtypes that follow from the configuration."""
+        precision = precision_of(config.train.precision)
+        narrow = precision.compute if self.kind in ("zero2", "zero3") and precision.autocast else None
+        return Sharing(self.kind, narrow, narrow, self.exchange_every_pass)
+
+    def around_forward(self, model: TrainedModel) -> Callable[[], AbstractContextManager[None]]:
+        """What every forward pass of the training runs in."""
+        return partial(offloaded_activations, model) if self.offloads else nullcontext
+
+
+def choose_memory(config: Config, comm: Comm, prepared: PreparedSet) -> MemoryChoice:
+    """Rank 0 decides, for all. On the CPU, where nothing limits the memory, there is nothing to plan.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    attempt = int(os.environ.get(MEMORY_ATTEMPT, "0"))
+    chosen: dict[str, Any] | None = None
+    if comm.rank == 0:
+        memory = config.memory
+        unlimited = comm.device.type == "cpu" and memory.budget == "auto" and not attempt
+        chosen = asdict(_unplanned(config, comm) if unlimited else _planned(config, comm, prepared, attempt))
+    agreed = broadcast_object(comm, chosen)
+    assert agreed is not None
+    return MemoryChoice(**{**agreed, "recompute": tuple(agreed["recompute"]), "fullest": tuple(agreed["fullest"])})
+
+
+def _unplanned(config: Config, comm: Comm) -> MemoryChoice:
+    memory = config.memory
+    kind: StrategyKind = "ddp" if memory.strategy == "auto" else memory.strategy
+    blocks: tuple[str, ...] = ()
+    if memory.recompute == "all":
+        blocks = tuple(repeated_blocks(lay_out_model(config)))
+    return MemoryChoice(
+        kind if comm.world > 1 else "single", recompute=blocks, offloads=memory.offload_activations is True
+    )
+
+
+def _planned(config: Config, comm: Comm, prepared: PreparedSet, attempt: int) -> MemoryChoice:
+    setting = run_setting(config, comm, prepared)
+    plan = memory_plan(config, setting)
+    if attempt and plan.chosen is not None:
+        less = round(plan.chosen.needed * _LESS**attempt)
+        budget = replace(setting.budget, total=less, given="less than what was planned before, and did not fit")
+        plan = memory_plan(config, replace(setting, budget=budget))
+    require_fit(plan)
+    for line in plan.describe():
+        _log.info("%s", line)
+    rung = plan.chosen
+    assert rung is not None
+    return MemoryChoice(
+        kind=rung.strategy,
+        exchange_every_pass=rung.exchanges_every_pass,
+        recompute=plan.recompute,
+        offloads=rung.offloads,
+        needed=rung.needed,
+        fullest=plan.image,
+        passes=plan.accumulation,
+    )
+
+
+def run_setting(config: Config, comm: Comm, prepared: PreparedSet) -> Setting:
+    """What the plan hangs on, in this process's place."""
+    kernels: Kernels = "cuda" if comm.device.type == "cuda" else "cpu"
+    card = torch.cuda.get_device_properties(comm.device).total_memory if kernels == "cuda" else None
+    buckets = prepared.buckets("train")
+    factors = batch_factors(config, buckets)
+    return Setting(
+        kernels=kernels,
+        workers=comm.world,
+        workers_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        accumulation=arithmetic_of(config, comm.world, buckets, prepared.rows_per_bucket("train")).accumulation,
+        buckets=tuple((b, config.train.batch_size_per_gpu * f) for b, f in zip(buckets, factors, strict=True)),
+        budget=make_budget(config, kernels, card, comm.world),
+    )
+
+
+def dry_run(config: Config, parts: StepParts, choice: MemoryChoice) -> None:
+    """Run the fullest step once, with a learning rate of 0; weights stay, the optimizer's state is cleared.
+
+    Call it before a checkpoint's optimizer state is put in place. Does nothing where nothing was planned.
+
+    Raises:
+        OutOfMemory: it did not fit.
+    """
+    if choice.needed is None:
+        return
+    device, (height, width, images) = parts.comm.device, choice.fullest
+    passes = min(choice.passes, 2)
+    batch = _blank_batch(config, parts, choice.fullest)
+    try:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        encoded = encoded_batches(parts.denoiser.image_encoder, [batch] * passes)
+        train_step(parts, encoded, passes, float(images * passes * parts.comm.world), 0.0, False)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        pass_name = f"a step on {images} x {width} x {height} px"
+        raise OutOfMemory(f"{pass_name} did not fit; {in_gib(choice.needed)} GiB were planned") from error
+    parts.optimizer.state.clear()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        peak, card = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+        numbers = map(in_gib, (peak, choice.needed, card))
+        _log.info("dry run of the fullest step: PyTorch took %s GiB; planned %s with CUDA's own, of %s", *numbers)
+    else:
+        _log.info("dry run of the fullest step: it fits; %s GiB were planned", in_gib(choice.needed))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave this error, of the card or of the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _blank_batch(config: Config, parts: StepParts, fullest: tuple[int, int, int]) -> Batch:
+    """A batch of zeros, in the shapes of the run's batches."""
+    height, width, images = fullest
+    unet = dict(parts.denoiser.unet.config)
+    pooled_width = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    chunks, cached = config.captions.max_tokens // 75, config.data.cache_text
+    text_shape = text_positions(chunks, config.captions.chunks), unet["cross_attention_dim"]
+    holds_images = parts.denoiser.image_encoder is not None
+    half, whole = partial(torch.zeros, dtype=torch.float16), partial(torch.zeros, dtype=torch.int64)
+    return Batch(
+        latents=None if holds_images else half(images, unet["in_channels"], height // 8, width // 8),
+        pixels=torch.zeros(images, 3, height, width, dtype=torch.uint8) if holds_images else None,
+        vae_seeds=whole(images) if holds_images else None,
+        input_ids=None if cached else whole(images, 2, chunks, 77),
+        text_hidden=half(images, *text_shape) if cached else None,
+        pooled=half(images, pooled_width) if cached else None,
+        time_ids=torch.zeros(images, 6),
+        weights=torch.ones(images),
+        draw_seeds=whole(images),
+        keys=("",) * images,
+        problems=(),
+    )
