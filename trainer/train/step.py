@@ -126,7 +126,7 @@ def _update(parts: StepParts, planned_images: float, num_images: float, lr_facto
             if 0 < parts.max_grad_norm < norm:
                 factor *= parts.max_grad_norm / (norm + 1e-6)
             if factor != 1.0:  # a pass over all gradients, which most steps of a sound run do without
-                torch._foreach_mul_(_gradients(parts), factor)
+                torch._foreach_mul_(_gradients(parts), factor)  # pyright: ignore[reportPrivateImportUsage]
             scale_lr(parts.optimizer, lr_factor)
             parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
