@@ -32,13 +32,19 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
         return
     from trainer.dist.comm import close, init_comm
     from trainer.measure.progress import open_log
+    from trainer.train.precision import set_fp32_arithmetic
 
     comm = init_comm()
+    set_fp32_arithmetic(config.train.precision)
     with open_log(config.run.dir, comm.rank):
         if task == "train":
             from trainer.train.loop import train
 
             train(config, comm, stop_requested)
+        elif task == "bench":
+            from trainer.train.bench import bench
+
+            bench(config, comm, options["steps"], options["warmup"], options["prepared"], Path(options["result"]))
         else:
             from trainer.train import judge
 

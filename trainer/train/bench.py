@@ -1,0 +1,284 @@
+"""Measures one way to train: real model, strategy and optimizer, synthetic batches of the largest bucket."""
+
+import gc
+import json
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from trainer.config.schema import Config
+from trainer.data.buckets import Bucket, make_buckets
+from trainer.data.loader import Batch
+from trainer.data.snapshot import PreparedSet
+from trainer.dist.comm import Comm, barrier, gather_objects, sum_floats
+from trainer.dist.strategy import Strategy
+from trainer.measure.bench_report import BenchRow
+from trainer.measure.card_peak import card_peak
+from trainer.measure.phases import PhaseClock, exposed_s
+from trainer.model.compiled import compilations
+from trainer.model.source import component_config, find_source, vae_source
+from trainer.model.text import text_positions
+from trainer.train.arithmetic import arithmetic_of, batch_factors
+from trainer.train.build import Run, build_parts
+from trainer.train.encoding import encoded_batches
+from trainer.train.loop import open_training_loader, starting_state
+from trainer.train.memory_choice import choose_memory, run_setting
+from trainer.train.memory_plan import memory_plan
+from trainer.train.precision import precision_of
+from trainer.train.step import StepParts, train_step
+
+_log = logging.getLogger(__name__)
+_PROFILED_STEPS = 2
+_TOKENS, _POSITIONS = 75, 77
+
+
+@dataclass(frozen=True)
+class SyntheticData:
+    """Stands in for a prepared data set: its largest bucket, as if it held one image."""
+
+    bucket: Bucket
+    scaling_factor: float
+    text_shape: tuple[int, int, int] | None
+    holds_images: bool = False
+
+    def buckets(self, split: str) -> list[Bucket]:
+        """The one bucket."""
+        return [self.bucket]
+
+    def rows_per_bucket(self, split: str) -> list[int]:
+        """One row."""
+        return [1]
+
+
+@dataclass(frozen=True)
+class TimedStrategy(Strategy):
+    """A strategy that marks the parts of a step on a clock.
+
+    Attributes:
+        exchanges: as always; if not (`ddp` alone), gradients stay with their worker, to see what the exchange costs.
+    """
+
+    clock: PhaseClock
+    exchanges: bool = True
+
+    @staticmethod
+    def of(strategy: Strategy, clock: PhaseClock) -> "TimedStrategy":
+        """The same strategy, timed."""
+        return TimedStrategy(**{f.name: getattr(strategy, f.name) for f in fields(strategy)}, clock=clock)
+
+    @contextmanager
+    def reduction(self, *, last: bool) -> Iterator[None]:
+        """As in `Strategy`; what follows the last pass is the optimizer's."""
+        with super().reduction(last=last and self.exchanges):
+            yield
+        self.clock.mark("optimizer" if last else "forward")
+
+    def backward(self, loss: Tensor) -> None:
+        """As in `Strategy`."""
+        self.clock.mark("backward")
+        super().backward(loss)
+
+
+def bench(config: Config, comm: Comm, steps: int, warmup: int, prepared: bool, result: Path) -> None:
+    """Measure, and let rank 0 write the row to `result`.
+
+    Args:
+        steps, warmup: optimizer steps that count, and before them.
+        prepared: the data are there: the wait for the real loader is measured as well.
+    """
+    data = synthetic_data(config, PreparedSet.open(config.data.prepared) if prepared else None)
+    begin = time.perf_counter()
+    choice = choose_memory(config, comm, data)
+    parts = build_parts(config, comm, data, choice)
+    _log.info("built in %.0f s", time.perf_counter() - begin)
+    clock = PhaseClock(comm.device)
+    timed = TimedStrategy.of(parts.strategy, clock)
+    parts = replace(parts, strategy=timed)
+    row = _measured(config, parts, data, steps, warmup)
+    if prepared:
+        wait_s = _loader_wait_s(config, parts, PreparedSet.open(config.data.prepared), steps, warmup)
+        row = replace(row, split={**(row.split or {}), "data": wait_s})
+    peak = card_peak(comm.device, precision_of(config.train.precision).compute)
+    row = replace(row, peak_flops=_mean(comm, peak.flops_per_s), peak_source=peak.source, compilations=compilations())
+    if comm.rank == 0:
+        result.write_text(json.dumps(asdict(_with_plan(config, comm, data, row))), encoding="utf-8")
+
+
+def synthetic_data(config: Config, prepared: PreparedSet | None) -> SyntheticData:
+    """The largest bucket of the prepared data, or of those that the configuration allows."""
+    rules, source = config.data.buckets, find_source(config.model.path)
+    if prepared is None:
+        buckets = make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)
+    else:
+        rows = prepared.rows_per_bucket("train")
+        buckets = [bucket for bucket, count in zip(prepared.buckets("train"), rows, strict=True) if count]
+    largest = max(zip(buckets, batch_factors(config, buckets), strict=True), key=_pixels)[0]
+    unet = component_config(source, "unet")
+    pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    positions = text_positions(config.captions.max_tokens // _TOKENS, config.captions.chunks)
+    return SyntheticData(
+        bucket=largest,
+        scaling_factor=component_config(vae_source(config.model.path, config.model.vae), "vae")["scaling_factor"],
+        text_shape=(positions, unet["cross_attention_dim"], pooled) if config.data.cache_text else None,
+    )
+
+
+def _pixels(bucket_and_factor: tuple[Bucket, int]) -> int:
+    bucket, factor = bucket_and_factor
+    return bucket.height_px * bucket.width_px * factor
+
+
+def synthetic_batch(config: Config, data: SyntheticData, channels: int, images: int, seed: int) -> Batch:
+    """Random latents and texts of the full length."""
+    draw = torch.Generator().manual_seed(seed)
+    chunks, height, width = config.captions.max_tokens // _TOKENS, data.bucket.height_px, data.bucket.width_px
+    source, text = find_source(config.model.path), data.text_shape
+    words = min(component_config(source, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2"))
+    return Batch(
+        latents=torch.randn(images, channels, height // 8, width // 8, generator=draw).half(),
+        pixels=None,
+        vae_seeds=None,
+        input_ids=None if text else torch.randint(words, (images, 2, chunks, _POSITIONS), generator=draw),
+        text_hidden=torch.randn(images, *text[:2], generator=draw).half() if text else None,
+        pooled=torch.randn(images, text[2], generator=draw).half() if text else None,
+        time_ids=torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).repeat(images, 1),
+        weights=torch.ones(images),
+        draw_seeds=torch.randint(2**62, (images,), generator=draw),
+        keys=("",) * images,
+        problems=(),
+    )
+
+
+def _measured(config: Config, parts: StepParts, data: SyntheticData, steps: int, warmup: int) -> BenchRow:
+    """Speed, phases, exposed communication and memory."""
+    comm, strategy = parts.comm, parts.strategy
+    assert isinstance(strategy, TimedStrategy)
+    clock, arithmetic = strategy.clock, arithmetic_of(config, comm.world, [data.bucket], [1])
+    passes, factor = arithmetic.accumulation, arithmetic.batch_factors[0]
+    images = config.train.batch_size_per_gpu * factor
+    channels = parts.denoiser.unet.config["in_channels"]
+    batches = [synthetic_batch(config, data, channels, images, seed * comm.world + comm.rank) for seed in range(passes)]
+    images_per_step = images * passes * comm.world
+    norms: list[float] = []
+
+    def run(parts: StepParts, count: int, what: str) -> float:
+        """Seconds a step."""
+        barrier(comm)
+        _wait(comm.device)
+        clock.clear()
+        gc.collect()
+        begin = time.perf_counter()
+        for _ in tqdm(range(count), desc=f"  {what}", disable=None if comm.rank == 0 else True, leave=False):
+            clock.mark("forward")
+            norms.append(train_step(parts, batches, passes, float(images_per_step), 1.0, False).grad_norm)
+            clock.mark(None)
+        _wait(comm.device)
+        return (time.perf_counter() - begin) / count
+
+    _log.info("warm-up: %.2f s a step, the first ones included", run(parts, warmup, "warm-up"))
+    if comm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(comm.device)
+    step_s = _mean(comm, run(parts, steps, "measuring"))
+    split = {
+        phase: _mean(comm, clock.seconds().get(phase, 0.0) / steps) for phase in ("forward", "backward", "optimizer")
+    }
+    measured, reserved = _card_memory(comm)
+    exposed, how = _exposed(parts, run, step_s, steps)
+    finite = all(torch.tensor(norms).isfinite())
+    return BenchRow(
+        strategy=strategy.sharing.kind,
+        batch_size=config.train.batch_size_per_gpu,
+        compiled=config.train.compile == "blocks",
+        workers=comm.world,
+        accumulation=passes,
+        bucket=(data.bucket.height_px, data.bucket.width_px),
+        images_per_s=images_per_step / step_s,
+        step_s=step_s,
+        split=split,
+        exposed_s=exposed,
+        exposed_how=how,
+        measured_bytes=measured,
+        reserved_bytes=reserved,
+        rss_bytes=max(gather_objects(comm, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)),
+        notes=() if finite else ("some gradients were not finite; such a step leaves out AdamW",),
+    )
+
+
+def _exposed(
+    parts: StepParts, run: Callable[[StepParts, int, str], float], step_s: float, steps: int
+) -> tuple[float | None, str]:
+    """Seconds of a step in which communication was hidden by nothing, mean over the workers, and how it was found."""
+    comm, strategy = parts.comm, parts.strategy
+    assert isinstance(strategy, TimedStrategy)
+    if comm.world == 1:
+        return 0.0, "one worker has nobody to talk to"
+    if comm.device.type == "cuda":
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            run(parts, _PROFILED_STEPS, "profiling")
+        alone_s = exposed_s(profile.events() or []) / _PROFILED_STEPS
+        return _mean(comm, alone_s), "time in which no kernel but NCCL's ran, waiting for slower workers included"
+    if strategy.sharing.kind == "ddp":
+        # Weights drift apart here, so it comes last.
+        silent = replace(parts, strategy=replace(strategy, exchanges=False))
+        silent_s = _mean(comm, run(silent, steps, "without exchange"))
+        return max(0.0, step_s - silent_s), "on the CPU, ddp: the difference to steps that exchange no gradients"
+    return None, "on the CPU, zero2 and zero3: not measured, for without exchange there are no weights to compute with"
+
+
+def _loader_wait_s(config: Config, parts: StepParts, prepared: PreparedSet, steps: int, warmup: int) -> float:
+    """Seconds that a real step waits for its batch, mean over the workers."""
+    comm, buckets = parts.comm, prepared.buckets("train")
+    arithmetic = arithmetic_of(config, comm.world, buckets, prepared.rows_per_bucket("train"))
+    run = Run(parts, None, prepared)
+    state = starting_state(config, run, arithmetic.images_per_step)
+    waited_before = 0.0
+    with open_training_loader(config, comm, run, state, arithmetic.accumulation) as loader:
+        for step in range(warmup + steps):
+            if step == warmup:
+                waited_before = loader.wait_s
+            batches = next(loader)
+            encoded = encoded_batches(parts.denoiser.image_encoder, batches.batches)
+            train_step(parts, encoded, arithmetic.accumulation, batches.weight, 1.0, False)
+        return _mean(comm, (loader.wait_s - waited_before) / steps)
+
+
+def _with_plan(config: Config, comm: Comm, data: SyntheticData, row: BenchRow) -> BenchRow:
+    """What the plan says of this run: operations, memory, recomputed blocks."""
+    plan = memory_plan(config, run_setting(config, comm, data))
+    forward, backward, again = plan.flops_per_image
+    chosen, on_card = plan.chosen, comm.device.type == "cuda"
+    notes = row.notes if on_card else (*row.notes, "RSS is a whole process on the host, libraries included")
+    return replace(
+        row,
+        flops_per_image=(forward + backward, again),
+        planned_bytes=sum(chosen.split.values()) if chosen and on_card else None,
+        recomputed=f"{len(plan.recompute)} of {plan.num_blocks}" if chosen else "",
+        notes=notes,
+    )
+
+
+def _card_memory(comm: Comm) -> tuple[int | None, int | None]:
+    """Most bytes of tensors, and of memory that the allocator took for them, over the workers."""
+    if comm.device.type != "cuda":
+        return None, None
+    measured, reserved = torch.cuda.max_memory_allocated(comm.device), torch.cuda.max_memory_reserved(comm.device)
+    found = gather_objects(comm, [measured, reserved])
+    return max(pair[0] for pair in found), max(pair[1] for pair in found)
+
+
+def _mean(comm: Comm, value: float) -> float:
+    return sum_floats(comm, [value])[0] / comm.world
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
