@@ -213,7 +213,8 @@ def vae_peaks(config: Config, shape: Shape, kernels: Kernels) -> dict[str, int]:
     if not images and not samples:
         return peaks
     vae = empty_vae(config.model.path, config.model.vae)
-    vae.to(dtype=dtype).requires_grad_(False).eval()
+    nn.Module.to(vae, dtype=dtype)  # not diffusers' own, which warns of what it does not do here
+    vae.requires_grad_(False).eval()
     held = _tensors(vae)
     with torch.no_grad():
         if images:
