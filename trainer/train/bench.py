@@ -20,6 +20,7 @@ from trainer.data.loader import Batch
 from trainer.data.snapshot import PreparedSet
 from trainer.dist.comm import Comm, barrier, gather_objects, sum_floats
 from trainer.dist.strategy import Strategy
+from trainer.errors import OutOfMemory
 from trainer.measure.bench_report import BenchRow
 from trainer.measure.card_peak import card_peak
 from trainer.measure.phases import PhaseClock, exposed_s
@@ -30,7 +31,7 @@ from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.build import Run, build_parts
 from trainer.train.encoding import encoded_batches
 from trainer.train.loop import open_training_loader, starting_state
-from trainer.train.memory_choice import choose_memory, run_setting
+from trainer.train.memory_choice import MemoryChoice, choose_memory, is_out_of_memory, run_setting
 from trainer.train.memory_plan import memory_plan
 from trainer.train.precision import precision_of
 from trainer.train.step import StepParts, train_step
@@ -47,7 +48,7 @@ class SyntheticData:
     bucket: Bucket
     scaling_factor: float
     text_shape: tuple[int, int, int] | None
-    holds_images: bool = False
+    holds_images: bool
 
     def buckets(self, split: str) -> list[Bucket]:
         """The one bucket."""
@@ -102,14 +103,19 @@ def bench(config: Config, comm: Comm, steps: int, warmup: int, prepared: bool, r
     clock = PhaseClock(comm.device)
     timed = TimedStrategy.of(parts.strategy, clock)
     parts = replace(parts, strategy=timed)
-    row = _measured(config, parts, data, steps, warmup)
+    try:
+        row = _measured(config, parts, data, steps, warmup)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory("a step did not fit, though it was planned to") from error
     if prepared:
         wait_s = _loader_wait_s(config, parts, PreparedSet.open(config.data.prepared), steps, warmup)
         row = replace(row, split={**(row.split or {}), "data": wait_s})
     peak = card_peak(comm.device, precision_of(config.train.precision).compute)
     row = replace(row, peak_flops=_mean(comm, peak.flops_per_s), peak_source=peak.source, compilations=compilations())
     if comm.rank == 0:
-        result.write_text(json.dumps(asdict(_with_plan(config, comm, data, row))), encoding="utf-8")
+        result.write_text(json.dumps(asdict(_with_plan(config, comm, data, choice, row))), encoding="utf-8")
 
 
 def synthetic_data(config: Config, prepared: PreparedSet | None) -> SyntheticData:
@@ -128,6 +134,7 @@ def synthetic_data(config: Config, prepared: PreparedSet | None) -> SyntheticDat
         bucket=largest,
         scaling_factor=component_config(vae_source(config.model.path, config.model.vae), "vae")["scaling_factor"],
         text_shape=(positions, unet["cross_attention_dim"], pooled) if config.data.cache_text else None,
+        holds_images=config.data.mode == "images",
     )
 
 
@@ -251,17 +258,22 @@ def _loader_wait_s(config: Config, parts: StepParts, prepared: PreparedSet, step
         return _mean(comm, (loader.wait_s - waited_before) / steps)
 
 
-def _with_plan(config: Config, comm: Comm, data: SyntheticData, row: BenchRow) -> BenchRow:
-    """What the plan says of this run: operations, memory, recomputed blocks."""
+def _with_plan(config: Config, comm: Comm, data: SyntheticData, choice: MemoryChoice, row: BenchRow) -> BenchRow:
+    """What the plan says of this run: operations and memory; and what was chosen."""
     plan = memory_plan(config, run_setting(config, comm, data))
     forward, backward, again = plan.flops_per_image
-    chosen, on_card = plan.chosen, comm.device.type == "cuda"
-    notes = row.notes if on_card else (*row.notes, "RSS is a whole process on the host, libraries included")
+    on_card, notes, planned = comm.device.type == "cuda", row.notes, None
+    if not on_card:
+        notes = (*notes, "RSS is a whole process on the host, libraries included; a plan counts tensors alone")
+    elif plan.chosen and choice.needed == plan.chosen.needed:
+        planned = sum(plan.chosen.split.values())
+    else:
+        notes = (*notes, f"{row.label}: what was planned first did not fit, and it was tried again with less")
     return replace(
         row,
         flops_per_image=(forward + backward, again),
-        planned_bytes=sum(chosen.split.values()) if chosen and on_card else None,
-        recomputed=f"{len(plan.recompute)} of {plan.num_blocks}" if chosen else "",
+        planned_bytes=planned,
+        recomputed=f"{len(choice.recompute)} of {plan.num_blocks}{', offloaded' if choice.offloads else ''}",
         notes=notes,
     )
 

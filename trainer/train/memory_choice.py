@@ -10,13 +10,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from trainer.config.schema import Config
+from trainer.data.buckets import Bucket
 from trainer.data.loader import Batch
-from trainer.data.snapshot import PreparedSet
 from trainer.dist.comm import Comm, broadcast_object
 from trainer.dist.strategy import Sharing, StrategyKind
 from trainer.dist.worker import MEMORY_ATTEMPT
@@ -36,6 +36,18 @@ from trainer.train.step import StepParts, train_step
 _log = logging.getLogger(__name__)
 # Of the memory that was planned for the attempt before: what an attempt after a failure may use.
 _LESS = 0.93
+
+
+class BucketedData(Protocol):
+    """What the plan has to know of the data."""
+
+    def buckets(self, split: str) -> list[Bucket]:
+        """Those that have rows."""
+        ...
+
+    def rows_per_bucket(self, split: str) -> list[int]:
+        """Rows of each of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class MemoryChoice:
         return partial(offloaded_activations, model) if self.offloads else nullcontext
 
 
-def choose_memory(config: Config, comm: Comm, prepared: PreparedSet) -> MemoryChoice:
+def choose_memory(config: Config, comm: Comm, data: BucketedData) -> MemoryChoice:
     """Rank 0 decides, for all. On the CPU, where nothing limits the memory, there is nothing to plan.
 
     Raises:
@@ -81,7 +93,7 @@ def choose_memory(config: Config, comm: Comm, prepared: PreparedSet) -> MemoryCh
     if comm.rank == 0:
         memory = config.memory
         unlimited = comm.device.type == "cpu" and memory.budget == "auto" and not attempt
-        chosen = asdict(_unplanned(config, comm) if unlimited else _planned(config, comm, prepared, attempt))
+        chosen = asdict(_unplanned(config, comm) if unlimited else _planned(config, comm, data, attempt))
     agreed = broadcast_object(comm, chosen)
     assert agreed is not None
     return MemoryChoice(**{**agreed, "recompute": tuple(agreed["recompute"]), "fullest": tuple(agreed["fullest"])})
@@ -98,8 +110,8 @@ def _unplanned(config: Config, comm: Comm) -> MemoryChoice:
     )
 
 
-def _planned(config: Config, comm: Comm, prepared: PreparedSet, attempt: int) -> MemoryChoice:
-    setting = run_setting(config, comm, prepared)
+def _planned(config: Config, comm: Comm, data: BucketedData, attempt: int) -> MemoryChoice:
+    setting = run_setting(config, comm, data)
     plan = memory_plan(config, setting)
     if attempt and plan.chosen is not None:
         less = round(plan.chosen.needed * _LESS**attempt)
@@ -121,17 +133,17 @@ def _planned(config: Config, comm: Comm, prepared: PreparedSet, attempt: int) ->
     )
 
 
-def run_setting(config: Config, comm: Comm, prepared: PreparedSet) -> Setting:
+def run_setting(config: Config, comm: Comm, data: BucketedData) -> Setting:
     """What the plan hangs on, in this process's place."""
     kernels: Kernels = "cuda" if comm.device.type == "cuda" else "cpu"
     card = torch.cuda.get_device_properties(comm.device).total_memory if kernels == "cuda" else None
-    buckets = prepared.buckets("train")
+    buckets = data.buckets("train")
     factors = batch_factors(config, buckets)
     return Setting(
         kernels=kernels,
         workers=comm.world,
         workers_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        accumulation=arithmetic_of(config, comm.world, buckets, prepared.rows_per_bucket("train")).accumulation,
+        accumulation=arithmetic_of(config, comm.world, buckets, data.rows_per_bucket("train")).accumulation,
         buckets=tuple((b, config.train.batch_size_per_gpu * f) for b, f in zip(buckets, factors, strict=True)),
         budget=make_budget(config, kernels, card, comm.world),
     )

@@ -44,7 +44,8 @@ def set_fp32_arithmetic(name: str) -> None:
     """On CUDA: whether products and convolutions of fp32 tensors may use TF32, with 10 bits of mantissa as in fp16.
 
     With `train.precision: fp32` they may not, though PyTorch allows it for convolutions. Otherwise they may: what
-    trains computes with fewer bits, and what is left in fp32 is frozen (VAE, text encoders); TF32 has the range of fp32.
+    trains computes with fewer bits, and what is left in fp32 is frozen (VAE, text encoders) and needs fp32's range
+    more than its last bits.
     """
     allowed = name != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = allowed
