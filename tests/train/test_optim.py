@@ -95,3 +95,16 @@ def test_moments_of_another_kind_are_refused(kinds: tuple[str, str]) -> None:
     first.step()
     with pytest.raises(UserError, match=f"go on with optimizer.kind={kinds[0]}$"):
         load_optimizer_tensors(other, named, optimizer_tensors(first, named).items())
+
+
+def test_what_trained_must_go_on_training() -> None:
+    named = {f"unet.{name}": parameter for name, parameter in nn.Linear(3, 2).named_parameters()}
+    optimizer = make_optimizer({"unet": named}, OptimizerConfig(lr=0.1))
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    fewer = {"unet.weight": named["unet.weight"]}
+    with pytest.raises(UserError, match=r"has trained unet\.bias, which is to stay"):
+        load_optimizer_tensors(
+            make_optimizer({"unet": fewer}, OptimizerConfig(lr=0.1)), fewer, optimizer_tensors(optimizer, named).items()
+        )

@@ -108,12 +108,16 @@ def load_optimizer_tensors(
     """Put back what `optimizer_tensors` gave, or its wholes; each goes to its parameter's device and placement.
 
     Raises:
-        KeyError: a tensor belongs to no parameter of the model.
-        UserError: moments were kept in another number of bits.
+        UserError: a tensor's parameter does not train any more, or moments were kept in another number of bits.
     """
     ours = optimizer if isinstance(optimizer, BlockAdamW) else None
     for full_name, value in tensors:
         name, key = full_name.rsplit(".", 1)
+        if name not in parameters:
+            raise UserError(
+                f"trainable: the checkpoint has trained {name}, which is to stay as it is now; within a run more may "
+                "train, not less: undo that, or start a new run from what `sdxl-train export` makes of the checkpoint"
+            )
         parameter = parameters[name]
         part = local_part(parameter)[0]
         if key == "step":
