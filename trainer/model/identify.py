@@ -270,8 +270,10 @@ def _checkpoint_folder(path: Path) -> Identity:
         found = faults[0] if faults else found
         return Identity(found.kind, "checkpoint", found.description, found.mend, parts)
     name = found.description.removeprefix("the UNet alone of ")
-    holds = " and ".join(_PART_NAMES[part] for part in parts)
-    return Identity("unet", "checkpoint", f"a checkpoint of this trainer, with the {holds} of {name}", parts=parts)
+    *names, last = (_PART_NAMES[part] for part in parts)
+    holds = f"{', '.join(names)} and {last}" if names else last
+    mend = "`sdxl-train export` makes a whole model of it"
+    return Identity("unet", "checkpoint", f"a checkpoint of this trainer, with the {holds} of {name}", mend, parts)
 
 
 def _pipeline(path: Path) -> Identity:

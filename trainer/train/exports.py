@@ -1,5 +1,6 @@
 """`checkpoint.export`: files to publish, written beside the training in a thread of rank 0."""
 
+import glob
 import logging
 import threading
 import time
@@ -31,6 +32,8 @@ class Exports:
         self._thread: threading.Thread | None = None
         self._give_up = threading.Event()
         self._is_finished = False
+        self.checkpoint: Path | None = None
+        """Which one is being read, and must not be deleted."""
 
     def __enter__(self) -> "Exports":
         return self
@@ -56,6 +59,7 @@ class Exports:
         elif self._thread and self._thread.is_alive():
             _log.warning("step %d is not exported: the export before it is still being written", step)
             return
+        self.checkpoint = checkpoint
         self._thread = threading.Thread(target=self._export, args=(checkpoint,), name="export", daemon=True)
         self._thread.start()
 
@@ -65,8 +69,8 @@ class Exports:
 
     def _export(self, checkpoint: Path) -> None:
         settings, run_dir = self._config.checkpoint.export, self._config.run.dir
-        folder = settings.dir or run_dir / "exports"
-        out = folder / f"{run_dir.name}-{checkpoint.name}.safetensors"
+        folder, name = settings.dir or run_dir / "exports", run_dir.absolute().name
+        out = folder / f"{name}-{checkpoint.name}.safetensors"
         description = Description(settings.title or None, settings.author or None, license=settings.license or None)
         begin = time.perf_counter()
         try:
@@ -74,7 +78,7 @@ class Exports:
             wish = Wish(out, dtype=settings.dtype, description=description, overwrite=True)
             prepare_export(checkpoint, wish, self._config).write(self._go_on)
             if settings.keep:
-                for old in sorted(folder.glob(f"{run_dir.name}-step-????????.safetensors"))[: -settings.keep]:
+                for old in sorted(folder.glob(f"{glob.escape(name)}-step-????????.safetensors"))[: -settings.keep]:
                     old.unlink()
         except _Cancelled:
             _log.warning("%s: given up, for the run ends; `sdxl-train export %s -o FILE` writes it", out, checkpoint)
@@ -82,6 +86,8 @@ class Exports:
             _log.warning("not exported, training is not affected: %s", " ".join(str(error).split()))
         else:
             _log.info("exported %s in %.1f s", out, time.perf_counter() - begin)
+        finally:
+            self.checkpoint = None
 
     def _go_on(self, _: int) -> None:
         if self._give_up.is_set():

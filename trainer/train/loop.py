@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from trainer.config.schema import Config
 from trainer.data.augment import Augmentation
@@ -80,7 +81,7 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
                 epoch = epochs_done(state.position, arithmetic.rows_per_bucket)
                 outputs.record(state, result, first_lr(run.parts.optimizer), seconds, waited, epoch, bad.total)
             if done or state.step % config.checkpoint.every_steps == 0:
-                _save(config, comm, run, state, must_succeed=done)
+                _save(config, comm, run, state, exports and exports.checkpoint, must_succeed=done)
             if bad.too_many(limit):
                 barrier(comm)  # the first worker to fail ends the others, and rank 0 may still be saving
                 raise bad.as_error(limit, config.run.dir)
@@ -199,8 +200,12 @@ def open_training_loader(config: Config, comm: Comm, run: Run, state: TrainState
     )
 
 
-def _save(config: Config, comm: Comm, run: Run, state: TrainState, *, must_succeed: bool) -> None:
-    """Write the checkpoint of this step. While the run goes on, a full disk is no reason to end it."""
+def _save(config: Config, comm: Comm, run: Run, state: TrainState, in_use: Path | None, *, must_succeed: bool) -> None:
+    """Write the checkpoint of this step. While the run goes on, a full disk is no reason to end it.
+
+    Args:
+        in_use: a checkpoint that is to stay although it is old.
+    """
     path = checkpoint_dir(config.run.dir, state.step)
     if broadcast_object(comm, (path / MANIFEST).is_file()):
         return
@@ -216,7 +221,7 @@ def _save(config: Config, comm: Comm, run: Run, state: TrainState, *, must_succe
         _log.warning("%s: not written (%s); training goes on, the next one is tried as usual", path, error.strerror)
         return
     if comm.rank == 0:
-        prune_checkpoints(config.run.dir, config.checkpoint.keep)
+        prune_checkpoints(config.run.dir, config.checkpoint.keep, in_use)
         _log.info("saved %s in %.1f s", path, time.perf_counter() - begin)
 
 
@@ -225,9 +230,9 @@ def _announce(config: Config, run: Run, arithmetic: RunArithmetic, state: TrainS
     for name, module in run.parts.denoiser.model.named_children():
         weights = {full: p.numel() for full, p in module.named_parameters(prefix=name)}
         trained = sum(number for full, number in weights.items() if full in strategy.parameters)
-        share = "all" if trained == sum(weights.values()) else f"{trained / sum(weights.values()):.1%} of its"
+        share = "all" if trained == sum(weights.values()) else f"{trained:,} of"
         if trained:
-            _log.info("%s: %s %s weights train", name, share, f"{trained:,}")
+            _log.info("%s: %s %s weights train", name, share, f"{sum(weights.values()):,}")
         else:
             _log.info("%s: frozen", name)
     _log.info("%s on %s%s", config.train.precision, device.type, f", {strategy.sharing.kind}" * (strategy.world > 1))
@@ -242,7 +247,7 @@ def _announce_end(config: Config, state: TrainState, total_steps: int) -> None:
         _log.info("the same command goes on from there")
         return
     _log.info("done: step %d, %s images seen", state.step, f"{state.images_seen:,}")
-    _log.info("weights: %s", newest / "unet")
+    _log.info("weights: %s", newest)
 
 
 @dataclass(frozen=True)

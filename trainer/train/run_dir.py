@@ -37,9 +37,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(p for p in found if (p / MANIFEST).is_file())
 
 
-def prune_checkpoints(run_dir: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, and what interrupted writes left behind."""
+def prune_checkpoints(run_dir: Path, keep: int, in_use: Path | None = None) -> None:
+    """Delete all but the `keep` newest checkpoints and the one in use, and what interrupted writes left behind."""
     for old in list_checkpoints(run_dir)[:-keep]:
+        if old == in_use:
+            continue
         (old / MANIFEST).unlink()  # first, so that a half-deleted checkpoint is never taken for a whole one
         shutil.rmtree(old)
     for left_over in (run_dir / "checkpoints").glob("step-*"):
