@@ -15,6 +15,7 @@ from trainer.cli.main import main
 from trainer.config.load import load_config, to_yaml
 from trainer.config.yaml_source import parse
 from trainer.model.header import read_header
+from trainer.model.key_map import TEXT_PROJECTION
 from trainer.model.tensor_file import hash_of_data
 from trainer.train.run_dir import MANIFEST, manifest_entry
 
@@ -124,8 +125,7 @@ def test_markers_vae_and_metadata_of_a_file_written_anew(
     assert again.metadata["modelspec.title"] == "Foxes" and again.metadata["modelspec.author"] == "someone"
     assert again.metadata["modelspec.hash_sha256"] == f"0x{hash_of_data(second)}"
     assert again.metadata["modelspec.prediction_type"] == "v"
-    name = "conditioner.embedders.1.model.text_projection"
-    assert torch.equal(load_file(first)[name].T, load_file(second)[name])
+    assert torch.equal(load_file(first)[TEXT_PROJECTION].T, load_file(second)[TEXT_PROJECTION])
     options = ("--layout", "diffusers", "--tokenizer", model_folder, "--vae", model_folder / "vae")
     run("export", second, "-o", folder, "--dtype", "same", *options)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
@@ -134,6 +134,51 @@ def test_markers_vae_and_metadata_of_a_file_written_anew(
     vae = "diffusion_pytorch_model.safetensors"
     found, wanted = load_file(folder / "vae" / vae), load_file(model_folder / "vae" / vae)
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_file_that_says_how_its_projection_stands_is_believed(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, kohya = tmp_path / "right.safetensors", tmp_path / "kohya.safetensors"
+    run("export", model_folder, "-o", right, "--dtype", "same")
+    run("export", right, "-o", kohya, "--dtype", "same", "--kohya-compat")
+    assert not torch.equal(load_file(right)[TEXT_PROJECTION], load_file(kohya)[TEXT_PROJECTION])
+    for name, command in {
+        "again": ("export", kohya),
+        "merged": ("merge", right, kohya, "--alpha", "0.5"),
+    }.items():
+        out = tmp_path / f"{name}.safetensors"
+        run(*command, "-o", out, "--dtype", "fp32")
+        assert torch.equal(load_file(out)[TEXT_PROJECTION], load_file(right)[TEXT_PROJECTION])
+        assert read_header(out).metadata["sdxl_train.text_projection"] == "correct"
+    out = tmp_path / "out.safetensors"
+    assert "says of itself" in refused(capsys, "export", right, "-o", out, "--from-kohya")
+    assert "one meaning" in refused(capsys, "export", model_folder, "-o", out, "--from-kohya")
+
+
+def test_a_lone_mark_of_zero_terminal_snr_is_dropped(model_folder: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    run("export", model_folder, "-o", first)
+    tensors = load_file(first) | {"ztsnr": torch.tensor([])}
+    save_file(tensors, first, dict(read_header(first).metadata))
+    run("export", first, "-o", second)
+    assert "ztsnr" not in read_header(second).tensors
+
+
+def test_fp8_is_kept_and_its_faults_are_found(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    run("export", model_folder, "-o", first)
+    metadata, name = dict(read_header(first).metadata), "model.diffusion_model.out.2.weight"
+    tensors = load_file(first)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, first, metadata)
+    run("export", first, "-o", second, "--dtype", "same")
+    assert torch.equal(load_file(second)[name].view(torch.uint8), tensors[name].view(torch.uint8))
+    tensors[name].view(torch.uint8).fill_(0x7F)  # NaN
+    save_file(tensors, first, metadata)
+    assert "the model is broken" in refused(capsys, "export", first, "-o", second, "--dtype", "same", "--overwrite")
 
 
 def test_mistakes_are_one_line_each(
@@ -155,6 +200,10 @@ def test_mistakes_are_one_line_each(
         capsys, "merge", lora, lora, "--alpha", "0.5", "-o", out, "--block", "input_blocks.4"
     )
     assert "from 0 to 1" in refused(capsys, "merge", model_folder, model_folder, "--alpha", "1.5", "-o", out)
+    options = ("--layout", "diffusers", "--overwrite")
+    assert "and this is none" in refused(capsys, "export", model_folder, "-o", checkpoint.parent.parent, *options)
+    assert checkpoint.is_dir()
+    assert "a run knows" in refused(capsys, "export", checkpoint, "-o", out, "--from-kohya")
     (checkpoint.parent.parent / "config.resolved.yaml").unlink()
     assert "give --model" in refused(capsys, "export", checkpoint, "-o", out)
     run("export", checkpoint, "-o", out, "--model", model_folder)

@@ -16,7 +16,7 @@ from trainer.model.header import Header, header_fault
 from trainer.model.hub import cached_model, download_model
 from trainer.model.identify import WANTED, Identity, classify, identify, wrong_model_line
 from trainer.model.key_map import COMPONENTS, TEXT_PROJECTION, UNET_PREFIX
-from trainer.model.parts import TextProjection
+from trainer.model.parts import PROJECTION_KEY, TextProjection
 from trainer.model.source import (
     LINEAR_PROJECTIONS,
     ModelPath,
@@ -33,7 +33,6 @@ LAYOUT = "SDXL in diffusers' folder layout (unet/, vae/, text_encoder/, text_enc
 _WANTED_VAE = "an SDXL VAE (one .safetensors file or a folder)"
 # Tensors by which a single file says that it does not predict the noise.
 _OTHER_PREDICTIONS = {"v_pred": "v-prediction", "edm_mean": "EDM", "edm_vpred.sigma_max": "EDM v-prediction"}
-_TOLD_PROJECTION = "sdxl_train.text_projection"  # metadata of `sdxl-train export`
 _ONLY_EPSILON = "only epsilon models are trained yet"
 
 
@@ -210,7 +209,7 @@ def _check_markers(path: Path, header: Header) -> list[str]:
 
 
 def _check_projection(path: Path, header: Header, text_projection: TextProjection) -> list[str]:
-    told = header.metadata.get(_TOLD_PROJECTION)
+    told = header.metadata.get(PROJECTION_KEY)
     if told in ("correct", "kohya") and told != text_projection:
         return [
             f"model.text_projection = {text_projection}: {path} says of itself that it was exported with its text "

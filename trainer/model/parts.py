@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TextProjection = Literal["correct", "kohya"]
 CONFIGS_KEY = "sdxl_train.configs"  # metadata of a single file whose configurations are not SDXL's
+PROJECTION_KEY = "sdxl_train.text_projection"  # metadata of an export: a `TextProjection`
 
 
 @dataclass(frozen=True)

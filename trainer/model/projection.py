@@ -13,10 +13,10 @@ import numpy as np
 
 from trainer.model.float_bits import FORMATS, values
 from trainer.model.key_map import LOGIT_SCALE, LOGIT_SCALE_VALUE, TEXT_ENCODER_2_PREFIX, TEXT_PROJECTION
+from trainer.model.parts import PROJECTION_KEY
 from trainer.model.stored import StoredFile, StoredTensor, read_pieces
 
 _AS_LINEAR = TEXT_PROJECTION + ".weight"  # written by tools that save a Linear's weight
-_TOLD = "sdxl_train.text_projection"  # metadata of this trainer's exports
 _RELATED = 0.7  # independent matrices of equal norm lie sqrt(2) apart
 
 
@@ -49,11 +49,11 @@ def orientation(files: tuple[StoredFile, ...], reference: tuple[StoredFile, ...]
         if shape[0] == width:
             return Orientation("correct", f"{shape[0]} x {shape[1]}: takes the encoder's {width} channels")
         return Orientation("transposed", f"{shape[0]} x {shape[1]}: the encoder's {width} channels come second")
-    told = files[0].header.metadata.get(_TOLD)
+    told = files[0].header.metadata.get(PROJECTION_KEY)
     if told == "correct":
-        return Orientation("correct", f"as this trainer's export says in its metadata ({_TOLD})")
+        return Orientation("correct", f"as this trainer's export says in its metadata ({PROJECTION_KEY})")
     if told == "kohya":
-        return Orientation("transposed", f"exported for kohya's scripts, as the metadata say ({_TOLD})")
+        return Orientation("transposed", f"exported for kohya's scripts, as the metadata say ({PROJECTION_KEY})")
     hint = _logit_scale_hint(files)
     return Orientation(
         "unknown",

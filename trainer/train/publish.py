@@ -15,7 +15,7 @@ from trainer.config.yaml_source import dump
 from trainer.errors import UserError
 from trainer.model.merge import BlockWeights, merged_parts
 from trainer.model.modelspec import PREFIX, Description, modelspec, thumbnail_of, without_folders
-from trainer.model.parts import CONFIGS_KEY, TextProjection
+from trainer.model.parts import CONFIGS_KEY, PROJECTION_KEY, TextProjection
 from trainer.train.publish_source import Source, open_source, prediction_of, scheduler_of, tokenizers_of
 from trainer.train.run_dir import checkpoint_step
 
@@ -132,8 +132,18 @@ def _require_place(wish: Wish) -> None:
         raise UserError(f"{wish.out}: a single file's name must end in .safetensors; other programs go by it")
     if wish.out.exists() and not wish.overwrite:
         raise UserError(f"{wish.out}: exists; give another name, or --overwrite")
+    if wish.out.exists() and not _is_replaceable(wish):
+        what = "a model in diffusers' layout" if wish.layout == "diffusers" else "a file"
+        raise UserError(f"{wish.out}: --overwrite replaces {what}, and this is none; give another name")
     if not wish.out.absolute().parent.is_dir():
         raise UserError(f"{wish.out.absolute().parent}: no such folder")
+
+
+def _is_replaceable(wish: Wish) -> bool:
+    """Whether what lies at `wish.out` is what it would be replaced by, and no folder of other things."""
+    if wish.layout == "single-file":
+        return wish.out.is_file()
+    return wish.out.is_dir() and ((wish.out / "model_index.json").is_file() or not any(wish.out.iterdir()))
 
 
 def _prepare_file(
@@ -174,7 +184,8 @@ def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{out}: could not be written: {error.strerror}; nothing was left behind") from error
+        place = f" ({error.filename})" if error.filename and Path(error.filename).parent != out.parent else ""
+        raise UserError(f"{out}: could not be written: {error.strerror}{place}; nothing was left behind") from error
 
 
 def _precision(wish: Wish) -> Precision:
@@ -200,7 +211,7 @@ def _metadata(source: Source, wish: Wish, prediction: str) -> dict[str, str]:
         vae_dtype=str(precision.of("vae", stored["vae"])).removeprefix("torch."),
         thumbnail=_thumbnail(wish, checkpoint),
     )
-    own = {"sdxl_train.version": __version__, "sdxl_train.text_projection": wish.text_projection}
+    own = {"sdxl_train.version": __version__, PROJECTION_KEY: wish.text_projection}
     if checkpoint is not None:
         own |= {"sdxl_train.step": str(checkpoint_step(checkpoint)), "sdxl_train.weights": wish.weights}
     if config and wish.with_config:

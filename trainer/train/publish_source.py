@@ -9,10 +9,11 @@ from typing import Any, Literal
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.errors import UserError
-from trainer.model.identify import identify, wrong_model_line
+from trainer.model.identify import wrong_model_line
+from trainer.model.inspect import look
 from trainer.model.key_map import COMPONENTS
 from trainer.model.modelspec import told_prediction_type
-from trainer.model.parts import Part, TextProjection, require_whole
+from trainer.model.parts import PROJECTION_KEY, Part, TextProjection, require_whole
 from trainer.model.presets import preset
 from trainer.model.source import (
     ModelPath,
@@ -74,7 +75,10 @@ def open_source(
                 raise UserError(f"{option}: has no effect; {place} is no checkpoint of a run")
         source = _sdxl(place)
         metadata = source_header(source).metadata if source.kind == "file" else {}
+        text_projection = _file_projection(place, source, metadata, text_projection)
         return Source(model_parts(place, vae, text_projection), source, metadata=metadata)
+    if text_projection == "kohya" and not model:
+        raise UserError("--from-kohya: has no effect; a run knows how its model holds the text projection")
     run_config = checkpoint.parent.parent / RESOLVED_CONFIG
     if config is None and run_config.is_file():
         config = load_config(run_config, check_paths=False)
@@ -93,10 +97,22 @@ def open_source(
 
 def _sdxl(place: Path) -> ModelSource:
     source = find_source(place)
-    found = identify(place)
-    if source.kind != "pickle" and found.kind != "sdxl":
+    found = look(place)
+    if found.kind != "sdxl":
         raise UserError(wrong_model_line("", place, found).removeprefix(": "))
     return source
+
+
+def _file_projection(
+    place: Path, source: ModelSource, metadata: Mapping[str, str], wished: TextProjection
+) -> TextProjection:
+    """How a single file holds the text projection: as it says of itself, or as the user does."""
+    if wished == "kohya" and source.kind == "folder":
+        raise UserError(f"--from-kohya: has no effect on {place}; in a folder the matrix has one meaning")
+    told = metadata.get(PROJECTION_KEY)
+    if told == "correct" and wished == "kohya":
+        raise UserError(f"--from-kohya: {place} says of itself that it was exported with its text projection as others")
+    return "kohya" if told == "kohya" else wished
 
 
 def _checkpoint_at(place: Path) -> Path | None:
@@ -151,9 +167,11 @@ def prediction_of(source: Source, wished: str | None, wished_ztsnr: bool) -> tup
     told, told_ztsnr = _told_prediction(source.base)
     prediction = wished or told
     ztsnr = wished_ztsnr or (told_ztsnr and prediction == told)
-    if ztsnr and prediction != "v_prediction":
+    if prediction == "v_prediction":
+        return prediction, ztsnr
+    if wished_ztsnr:
         raise UserError(f"--ztsnr with prediction type {prediction}: zero terminal SNR needs v_prediction")
-    return prediction, ztsnr
+    return prediction, False  # loaders ignore the marker of zero terminal SNR where it stands alone
 
 
 def _told_prediction(base: ModelSource) -> tuple[str, bool]:
