@@ -24,6 +24,7 @@ import psutil
 import yaml
 
 HERE = Path(__file__).parent
+PHOTOS = 12  # a full VAE takes seconds for each
 _OPEN_WITH_DIFFUSERS = """
 import sys, torch
 from diffusers import StableDiffusionXLPipeline
@@ -31,9 +32,11 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 file, config = sys.argv[1:]
 unet = UNet2DConditionModel.from_single_file(
     file, config=config, subfolder="unet", torch_dtype=torch.bfloat16, local_files_only=True)
-sizes = {"text_embeds": torch.zeros(1, 1280, dtype=torch.bfloat16), "time_ids": torch.zeros(1, 6)}
+pooled, width = unet.config.projection_class_embeddings_input_dim - 6 * 256, unet.config.cross_attention_dim
+sizes = {"text_embeds": torch.zeros(1, pooled, dtype=torch.bfloat16), "time_ids": torch.zeros(1, 6)}
+text = torch.randn(1, 77, width).bfloat16()
 with torch.no_grad():
-    out = unet(torch.randn(1, 4, 32, 32).bfloat16(), 500, torch.randn(1, 77, 2048).bfloat16(), added_cond_kwargs=sizes)
+    out = unet(torch.randn(1, 4, 32, 32).bfloat16(), 500, text, added_cond_kwargs=sizes)
 assert out[0].isfinite().all()
 print(f"diffusers opens it: UNet of {sum(p.numel() for p in unet.parameters()):,} weights, output finite")
 """
@@ -56,13 +59,16 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where everything is written (default: the system's temporary folder)")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default: 20)")
     parser.add_argument("--tokenizer", type=Path, help="CLIP's tokenizer folder (default: of a tiny model)")
+    parser.add_argument(
+        "--gb", type=float, help="a narrower model of about so many GB, to see that the benchmark works"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the files; a model that is there is not made again")
     arguments = parser.parse_args()
     if arguments.dir:
         arguments.dir.mkdir(parents=True, exist_ok=True)
     folder = arguments.dir if arguments.keep else Path(tempfile.mkdtemp(prefix="full-size-", dir=arguments.dir))
     try:
-        stages = run_stages(folder, arguments.steps, arguments.tokenizer)
+        stages = run_stages(folder, arguments.steps, arguments.tokenizer, arguments.gb)
     finally:
         if not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -75,19 +81,21 @@ def main() -> None:
         )
 
 
-def run_stages(folder: Path, steps: int, tokenizer: Path | None) -> list[Stage]:
+def run_stages(folder: Path, steps: int, tokenizer: Path | None, gb: float | None) -> list[Stage]:
     """Everything, in order."""
     model, tiny, run_dir = folder / "sdxl-random.safetensors", folder / "tiny", folder / "run"
     if not (tiny / "photos").is_dir() or not (tokenizer or (tiny / "model").is_dir()):
         command("make-tiny", "--out", tiny, "--vae-steps", 1)
     stages = []
     if not model.is_file():
-        size = f"{3.468:.2f} billion bf16 weights"
-        stages.append(timed("write the file", [sys.executable, HERE / "random_model.py", "--out", model], size))
+        size = ["--gb", gb] if gb else []
+        stages.append(timed("write the file", [sys.executable, HERE / "random_model.py", "--out", model, *size]))
+    print(f"{model}: {model.stat().st_size:,} bytes", file=sys.stderr)
     config = write_config(folder, model, tiny, run_dir, steps, tokenizer)
     stages.append(timed("inspect it", product("inspect", model, "--quick")))
     stages.append(timed("plan", product("plan", config)))
-    stages.append(timed("prepare: VAE and text encoders on photographs", product("prepare", config)))
+    note = f"{PHOTOS} of the photographs"
+    stages.append(timed("prepare: VAE and text encoders", product("prepare", config, "--limit", PHOTOS), note))
     watch = Watch(run_dir)
     trained = timed(f"train {steps} steps", product("train", config), watch=watch)
     stages.append(trained)
@@ -96,7 +104,7 @@ def run_stages(folder: Path, steps: int, tokenizer: Path | None) -> list[Stage]:
     stages.append(timed("export in fp16", product("export", run_dir, "-o", exported, "--overwrite")))
     stages.append(timed("inspect the export", product("inspect", exported, "--json")))
     configs = folder / "configs"
-    write_diffusers_configs(configs)
+    write_diffusers_configs(configs, model)
     stages.append(timed("diffusers opens it", [sys.executable, "-c", _OPEN_WITH_DIFFUSERS, exported, configs]))
     return stages
 
@@ -201,17 +209,22 @@ def timed(name: str, arguments: Sequence[object], note: str = "", watch: Watch |
     return Stage(name, time.perf_counter() - begin, cpu_s, peak, note)
 
 
-def write_diffusers_configs(folder: Path) -> None:
-    """SDXL's configurations as diffusers wants them beside a single file where there is no hub."""
+def write_diffusers_configs(folder: Path, model: Path) -> None:
+    """The model's configurations as diffusers wants them beside a single file where there is no hub."""
     from trainer.model.presets import preset
+    from trainer.model.source import component_config, find_source
 
-    places = {"unet": "unet/config.json", "vae": "vae/config.json"}
-    places |= {name: f"{name}/config.json" for name in ("text_encoder", "text_encoder_2")}
-    places |= {"scheduler": "scheduler/scheduler_config.json"}
-    for name, place in places.items():
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        (folder / place).write_text(json.dumps(preset(name)))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    source = find_source(model)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        write_json(folder / name / "config.json", component_config(source, name))
+    write_json(folder / "scheduler" / "scheduler_config.json", preset("scheduler"))
+    write_json(folder / "model_index.json", preset("model_index"))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Into a folder that need not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
 
 
 if __name__ == "__main__":
