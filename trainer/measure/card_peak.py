@@ -1,11 +1,12 @@
 """The most that a device can compute: NVIDIA's figure where the card is known, else a large matrix product's."""
 
+import re
 import time
 from dataclasses import dataclass
 
 import torch
 
-# Dense TFLOP/s of bf16 (fp16 on V100 and T4) with fp32 accumulation; the first name that the card's own contains holds.
+# Dense TFLOP/s of bf16 (fp16 on V100 and T4) with fp32 accumulation; the first name that is part of the card's own.
 # Sources: NVIDIA's whitepapers of GA102 and Ada, RTX Blackwell's architecture paper, data sheets of the others.
 _KNOWN_TFLOPS = (
     ("RTX 5090", 209.5),
@@ -25,6 +26,7 @@ _KNOWN_TFLOPS = (
     ("V100", 125.0),
     ("T4", 65.0),
 )
+_OTHER_KINDS = r"Laptop|Max-Q|NVL|MIG|SUPER| D\b"  # of the same name, but slower
 _WITHOUT_BF16 = ("V100", "T4")
 _PRODUCTS = 10
 
@@ -41,8 +43,10 @@ def known_peak(card: str, dtype: torch.dtype) -> CardPeak | None:
     """NVIDIA's figure for a card, by the name that its driver gives; None for other cards and for fp32."""
     if dtype not in (torch.bfloat16, torch.float16):
         return None
+    if re.search(_OTHER_KINDS, card):
+        return None
     for name, tflops in _KNOWN_TFLOPS:
-        if name in card:
+        if re.search(rf"\b{name}\b", card):
             if dtype == torch.bfloat16 and name.startswith(_WITHOUT_BF16):
                 return None
             return CardPeak(tflops * 1e12, f"NVIDIA's figure for {name}, dense")

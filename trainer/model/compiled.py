@@ -53,17 +53,17 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
 def _counting(backend: str, expected: int) -> Callable[..., Any]:
     """The backend, with a warning when it is asked for more than can be meant."""
     compiler = torch._dynamo.lookup_backend(backend)
-    warn_at = expected + 1
+    before, warn_at = _count, expected + 1
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         nonlocal warn_at
         global _count
         _count += 1
-        if _count == warn_at:
+        if _count - before == warn_at:
             _log.warning(
                 "torch.compile has compiled %d times where at most %d were expected; with `train.compile: off` the run"
                 " would not wait for it",
-                *(_count, expected),
+                *(_count - before, expected),
             )
             warn_at *= 2
         return compiler(graph, inputs)
