@@ -175,9 +175,10 @@ def test_models_without_a_common_tensor(single: Tensors, tmp_path: Path, capsys:
 
 
 def test_percent_and_names() -> None:
-    shares = (0.0, 1.0, 0.99996, 0.951, 0.1234, 0.010844, 0.0001, 3e-8, 2.5, math.inf)
+    shares = (0.0, 1.0, 0.99996, 0.9997, 0.951, 0.1234, 0.010844, 0.0001, 3e-8, 2.5, math.inf)
     assert [percent(share) for share in shares] == [
-        *("0 %", "100 %", "> 99.99 %", "95.1 %", "12.3 %", "1.08 %", "0.0100 %", "3e-06 %", "250 %", "from zero")
+        *("0 %", "100 %", "> 99.99 %", "99.97 %"),
+        *("95.1 %", "12.3 %", "1.08 %", "0.0100 %", "3e-06 %", "250 %", "from zero"),
     ]
     assert short_names(Path("/x/base/unet"), Path("/x/tuned/unet")) == ("base/unet", "tuned/unet")
     assert Change("a", "unet", 10, 5, 4.0, 1.0, 0).relative == 0.5

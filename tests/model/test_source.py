@@ -19,7 +19,14 @@ from trainer.model.hub import needed_files
 from trainer.model.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, TEXT_PROJECTION, VAE_PREFIX
 from trainer.model.load import load_text_encoders, load_unet, load_vae
 from trainer.model.presets import preset
-from trainer.model.source import component_config, component_tensors, count_weights, find_source, weights_fingerprint
+from trainer.model.source import (
+    component_config,
+    component_tensors,
+    count_weights,
+    find_source,
+    open_part,
+    weights_fingerprint,
+)
 from trainer.model.text import load_tokenizers
 
 F32 = torch.float32
@@ -201,7 +208,7 @@ def test_pickled_checkpoints(single_file: Path, model_folder: Path, tmp_path: Pa
     # A pickle has no metadata, so that only SDXL's own size can be told from it.
     assert "of another size (first width 16 instead of 320)" in line_of(checkpoint, tokenizer=model_folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.model.source.preset", configured.__getitem__)
+        patch.setattr("trainer.model.parts.preset", configured.__getitem__)
         check_model(checkpoint, tokenizer=model_folder)
         assert find_source(checkpoint).kind == "pickle"
         assert_equal(states(checkpoint), states(model_folder))
@@ -213,6 +220,8 @@ def test_pickled_checkpoints(single_file: Path, model_folder: Path, tmp_path: Pa
     assert "is a pickle of torch's old format, which is not read; convert it to safetensors" in line_of(checkpoint)
     torch.save(Hostile(victim), checkpoint, _use_new_zipfile_serialization=False)
     assert line_of(checkpoint).startswith(str(checkpoint))
+    torch.save({"a": torch.zeros(2, dtype=torch.complex64)}, checkpoint)
+    assert "of no model known here" in line_of(checkpoint)
     torch.save([1, 2], checkpoint)
     assert "is a pickle of a list, not of named tensors" in line_of(checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-50])
@@ -231,7 +240,12 @@ def test_wrong_files_are_refused_in_one_line(single_file: Path, model_folder: Pa
     refused("its metadata say prediction_type v;", metadata={"modelspec.prediction_type": "v"})
     refused("lacks 1 of the unet's", lambda ts: {n: t for n, t in ts.items() if n != f"{unet}out.2.bias"})
     refused("holds 1 tensors that SDXL's UNet has not", lambda ts: {**ts, f"{unet}adapter.weight": torch.zeros(1)})
-    refused("its metadata's configurations cannot be read", metadata={"sdxl_train.configs": "{"})
+    for told in ("{", "[1]", '{"unet": {"a": 1}}', '{"unet": 1}', '{"vae": {"block_out_channels": 3}}'):
+        refused("the configurations in its metadata cannot be used", metadata={"sdxl_train.configs": told})
+        with pytest.raises(UserError, match="metadata cannot be used"):
+            [open_part(find_source(tmp_path / "wrong.safetensors"), component) for component in ("unet", "vae")]
+    out = "model.diffusion_model.out.2.weight"
+    refused(f"{out} as I8; wanted fp32", lambda ts: ts | {out: ts[out].to(torch.int8)})
     refused("without its second text encoder", lambda ts: {n: t for n, t in ts.items() if "embedders.1" not in n})
     refused("of another size (first width 16 instead of 320)", metadata={"sdxl_train.configs": "{}"})
     whole = single_file.read_bytes()

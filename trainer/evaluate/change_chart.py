@@ -260,5 +260,5 @@ def percent(share: float) -> str:
         return "> 99.99 %"
     if share < 1e-6:
         return f"{100 * share:.0e} %"
-    decimals = max(2 - math.floor(math.log10(100 * share)), 0)
+    decimals = 2 if 0.99 < share < 1 else max(2 - math.floor(math.log10(100 * share)), 0)
     return f"{100 * share:.{decimals}f} %"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,12 @@ from trainer.model.source import (
 from trainer.model.tokenizer_files import tokenizer_folders
 
 LAYOUT = "SDXL in diffusers' folder layout (unet/, vae/, text_encoder/, text_encoder_2/)"
+_BAD_CONFIGS = "the configurations in its metadata cannot be used"
 _WANTED_VAE = "an SDXL VAE (one .safetensors file or a folder)"
 # Tensors by which a single file says that it does not predict the noise.
 _OTHER_PREDICTIONS = {"v_pred": "v-prediction", "edm_mean": "EDM", "edm_vpred.sigma_max": "EDM v-prediction"}
+# What the weights are in; integers are of quantised models, which keep their scales elsewhere.
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _ONLY_EPSILON = "only epsilon models are trained yet"
 
 
@@ -174,22 +178,28 @@ def _file_problems(
     try:
         configs = {name: file_config(header, name) for name in COMPONENTS if name != "vae" or needs_vae}
     except ValueError as error:
-        return {}, [f"model.path: {path}: its metadata's configurations cannot be read: {error}"]
+        return {}, [f"model.path: {path}: {_BAD_CONFIGS}: {error}"]
     width = header.tensors[f"{UNET_PREFIX}input_blocks.0.0.weight"].shape[0]
     if width != configs["unet"]["block_out_channels"][0]:
-        mend = "and its metadata have no configurations; convert it to a diffusers folder"
-        raise UserError(wrong_model_line("model.path", path, found) + f": {mend}")
+        description = f"{found.description}, without configurations in its metadata"
+        unknown = replace(found, description=description, mend="convert it to a diffusers folder")
+        raise UserError(wrong_model_line("model.path", path, unknown))
     problems = [line for name in configs for line in _check_names("model.path", path, header, name)]
     return configs, problems + _check_markers(path, header) + _check_projection(path, header, text_projection)
 
 
 def _check_names(place: str, path: Path, header: Header, component: str) -> list[str]:
-    """Whether a component of a file has all tensors that its configuration asks for, and in the UNet no others."""
+    """Whether a component of a file has all tensors that its configuration asks for, as numbers, and in the UNet no
+    others."""
     keys = file_keys(header, component)
     missing = [key.file_name for key in keys if key.file_name not in header.tensors]
     if missing:
         lacks = f"lacks {len(missing)} of the {component}'s {len(keys)} tensors, such as {missing[0]}"
         return [f"{place}: {path}: {lacks}; wanted {WANTED}"]
+    quantised = [key.file_name for key in keys if header.tensors[key.file_name].dtype not in _WEIGHT_DTYPES]
+    if quantised:
+        dtype = header.tensors[quantised[0]].dtype
+        return [f"{place}: {path}: holds {quantised[0]} as {dtype}; wanted fp32, bf16, fp16 or fp8 that is not scaled"]
     known = {key.file_name for key in keys}
     unknown = [name for name in header.tensors if component == "unet" and name.startswith(UNET_PREFIX)]
     unknown = [name for name in unknown if name not in known]
@@ -233,7 +243,10 @@ def _check_vae(vae: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if "vae" not in found.parts:
         return None, [wrong_model_line("model.vae", vae, found, _WANTED_VAE)]
     header = source_header(find_source(vae))
-    return file_config(header, "vae"), _check_names("model.vae", vae, header, "vae")
+    try:
+        return file_config(header, "vae"), _check_names("model.vae", vae, header, "vae")
+    except ValueError as error:
+        return None, [f"model.vae: {vae}: {_BAD_CONFIGS}: {error}"]
 
 
 def _check_fit(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:

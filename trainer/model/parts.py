@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.errors import UserError
-from trainer.model.key_map import COMPONENTS, single_file_keys
+from trainer.model.key_map import single_file_keys
 from trainer.model.presets import preset
 
 if TYPE_CHECKING:
@@ -48,10 +48,21 @@ class Part:
     tensors: Mapping[str, PartTensor]
 
 
-def single_file_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The components' configurations of a single file: those in its metadata, the others SDXL's."""
+def told_config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
+    """A component's configuration by the metadata of a single file, or SDXL's where they have none.
+
+    Raises:
+        ValueError: what the metadata hold is no configuration of SDXL's kind.
+    """
     own = json.loads(metadata.get(CONFIGS_KEY, "{}"))
-    return {component: own.get(component) or preset(component) for component in COMPONENTS}
+    if not isinstance(own, dict):
+        raise ValueError("not a JSON object")
+    config = own.get(component) or preset(component)
+    try:
+        single_file_keys({component: config})
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"that of the {component} is not of SDXL's kind ({error!r})") from None
+    return config
 
 
 def differing_configs(parts: Mapping[str, Part]) -> dict[str, dict[str, Any]]:

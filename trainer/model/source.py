@@ -5,7 +5,6 @@ Opening a source reads no weights. What names, configurations and counts tell is
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,8 +18,7 @@ from trainer.model import folder as model_folder
 from trainer.model.header import Header, HeaderFault, TensorEntry, read_header
 from trainer.model.hub import cached_model
 from trainer.model.key_map import PREFIXES, TEXT_PROJECTION, VAE_PREFIX, KeyEntry, single_file_keys
-from trainer.model.parts import CONFIGS_KEY, Part, PartTensor, TextProjection, name_in_module
-from trainer.model.presets import preset
+from trainer.model.parts import Part, PartTensor, TextProjection, name_in_module, told_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,9 +94,8 @@ def component_config(source: ModelSource, component: str) -> dict[str, Any]:
 
 
 def file_config(header: Header | None, component: str) -> dict[str, Any]:
-    """A component's configuration by the metadata of a single file, or SDXL's where it has none."""
-    own = json.loads(header.metadata.get(CONFIGS_KEY, "{}")) if header else {}
-    return own.get(component) or preset(component)
+    """As `told_config`."""
+    return told_config(header.metadata if header else {}, component)
 
 
 def component_folder(source: ModelSource, component: str) -> Path:
@@ -158,6 +155,10 @@ def open_part(source: ModelSource, component: str, text_projection: TextProjecti
     if source.kind == "folder":
         return open_folder_part(component, component_folder(source, component))
     header = source_header(source)
+    try:
+        config = file_config(header, component)
+    except ValueError as error:
+        raise UserError(f"{source.path}: the configurations in its metadata cannot be used: {error}") from None
     keys = [key for key in file_keys(header, component, text_projection) if key.file_name in header.tensors]
     if not keys:
         raise UserError(f"{source.path}: holds no {PREFIXES[component]} tensors")
@@ -165,7 +166,7 @@ def open_part(source: ModelSource, component: str, text_projection: TextProjecti
     tensors: dict[str, PartTensor] = {}
     for key in keys:
         tensors |= reader(key)
-    return Part(component, source.path, file_config(header, component), tensors)
+    return Part(component, source.path, config, tensors)
 
 
 def component_tensors(

@@ -14,7 +14,7 @@ from trainer.model.folder import weight_files
 from trainer.model.header import Header, read_header
 from trainer.model.identify import Identity, identify
 from trainer.model.key_map import COMPONENTS, PREFIXES, UNET_PREFIX, KeyEntry, block_of, single_file_keys
-from trainer.model.parts import CONFIGS_KEY, name_in_module, single_file_configs
+from trainer.model.parts import CONFIGS_KEY, name_in_module, told_config
 from trainer.model.presets import preset
 
 PIECE_BYTES = 8 << 20
@@ -140,9 +140,10 @@ def wanted_names(files: tuple[StoredFile, ...]) -> set[str] | None:
     if CONFIGS_KEY not in header.metadata and (first is None or first.shape[0] != _SDXL_WIDTH):
         return None
     try:
-        return {entry.file_name for entry in single_file_keys(single_file_configs(header.metadata))}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        configs = {component: told_config(header.metadata, component) for component in COMPONENTS}
+    except ValueError:
         return None
+    return {entry.file_name for entry in single_file_keys(configs)}
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -103,8 +103,9 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """safetensors' name of a torch dtype."""
-    return next(name for name, in_torch in _TORCH_NAMES.items() if in_torch == str(dtype).removeprefix("torch."))
+    """safetensors' name of a torch dtype; torch's own where it has none, which a pickle may hold."""
+    own = str(dtype).removeprefix("torch.")
+    return next((name for name, in_torch in _TORCH_NAMES.items() if in_torch == own), own)
 
 
 def aligned(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
