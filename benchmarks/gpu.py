@@ -1,0 +1,353 @@
+"""Everything that needs a GPU, measured and added to docs/benchmarks.md; run it by benchmarks/gpu.sh.
+
+What fails is told in its row, and the rest goes on. The weights are random, of SDXL's own size, unless there is a model.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- gpu rows: begin -->", "<!-- gpu rows: end -->"
+NOT_MEASURED = "not measured: no GPU here"
+GIB = 2**30
+SECTIONS = ("environment", "tests", "bench", "variants", "attention", "tf32", "optimizer", "full-size")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all sections share.
+
+    Attributes:
+        folder: for the model and the runs.
+        dry: a tiny model, few steps, small matrices.
+    """
+
+    folder: Path
+    dry: bool
+    model: Path
+    tokenizer: Path
+    batch_sizes: str
+    steps: int
+    device: str
+
+
+def main() -> None:
+    """Run the sections, print their rows and add them to the document; exit code 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="a tiny model on any device; writes to no document")
+    parser.add_argument("--dir", type=Path, help="where model and runs are written (default: a temporary folder)")
+    parser.add_argument("--model", type=Path, help="a model in place of random weights")
+    parser.add_argument("--docs", type=Path, help="the document (default: docs/benchmarks.md; none in a dry run)")
+    parser.add_argument("--batch-sizes", default="1,2,4")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps of each bench (default: 10)")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="some sections alone")
+    arguments = parser.parse_args()
+
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and not arguments.dry:
+        sys.exit(f"{NOT_MEASURED}; `benchmarks/gpu.sh --dry` tries the commands out on a tiny model")
+    docs = arguments.docs or (None if arguments.dry else ROOT / "docs" / "benchmarks.md")
+    card = torch.cuda.get_device_name(0) if has_gpu else "CPU, dry run"
+    cards = f"{torch.cuda.device_count()} x {card}" if has_gpu else card
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="gpu-", dir=arguments.dir) as temporary:
+        bench = prepared(Path(temporary), arguments, "cuda" if has_gpu else "cpu")
+        for name in arguments.only:
+            print(f"== {name}", file=sys.stderr, flush=True)
+            rows = []
+            try:
+                rows = list(section(name)(bench))
+            except (subprocess.CalledProcessError, RuntimeError, OSError, ValueError, KeyError) as error:
+                failed = True
+                rows.append((name, f"failed: {type(error).__name__}: {str(error).splitlines()[-1]}"))
+            lines = [f"| {date.today()} | {cards} | {what} | {measured} |" for what, measured in rows]
+            print("\n".join(lines), flush=True)
+            if docs:
+                add_rows(docs, lines)
+    sys.exit(1 if failed else 0)
+
+
+def prepared(folder: Path, arguments: argparse.Namespace, device: str) -> Bench:
+    """Make the model and its tokenizer."""
+    from trainer.model.tiny import write_clip_tokenizer, write_tiny_model
+
+    tokenizer, model = folder / "tokenizer", arguments.model
+    write_clip_tokenizer(tokenizer, "<|endoftext|>")
+    if arguments.dry:
+        model = folder / "tiny"
+        write_tiny_model(model)
+    elif model is None:
+        model = folder / "random.safetensors"
+        run([sys.executable, ROOT / "benchmarks" / "random_model.py", "--out", model])
+    steps, batch_sizes = (2, "1") if arguments.dry else (arguments.steps, arguments.batch_sizes)
+    return Bench(folder, arguments.dry, model, tokenizer, batch_sizes, steps, device)
+
+
+def section(name: str) -> Callable[[Bench], Iterator[tuple[str, str]]]:
+    """The function that measures it."""
+    return {
+        "environment": environment,
+        "tests": tests,
+        "bench": strategies,
+        "variants": variants,
+        "attention": attention,
+        "tf32": tf32,
+        "optimizer": optimizer,
+        "full-size": full_size,
+    }[name]
+
+
+def environment(bench: Bench) -> Iterator[tuple[str, str]]:
+    """Driver, libraries, and which cards reach each other's memory."""
+    import torch
+
+    yield "torch, CUDA, cuDNN", f"{torch.__version__}, {torch.version.cuda}, {torch.backends.cudnn.version()}"
+    if bench.device == "cpu":
+        yield "driver, NCCL, P2P", NOT_MEASURED
+        return
+    query = ["nvidia-smi", "--query-gpu=driver_version,memory.total,power.limit", "--format=csv,noheader"]
+    yield "driver, memory, power limit of each card", "; ".join(run(query).splitlines())
+    nccl = torch.cuda.nccl
+    yield "NCCL", ".".join(map(str, nccl.version()))
+    count = torch.cuda.device_count()
+    pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
+    reach = sum(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
+    yield "ordered pairs of cards with P2P", f"{reach} of {len(pairs)}"
+
+
+def tests(bench: Bench) -> Iterator[tuple[str, str]]:
+    """Those of the suite that run on a GPU, or whose arithmetic does."""
+    files = ["tests/test_gpu.py"] if bench.dry else ["tests/test_gpu.py", "tests/train", "tests/model", "tests/dist"]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-m", "not e2e and not slow", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    last = done.stdout.strip().splitlines()[-1].strip("= ") if done.stdout.strip() else done.stderr[-200:]
+    yield f"`pytest {' '.join(files)}`", last
+    if done.returncode:
+        raise RuntimeError(f"pytest ended with exit code {done.returncode}")
+
+
+def strategies(bench: Bench) -> Iterator[tuple[str, str]]:
+    """Strategies and batch sizes, planned memory against measured: all of SDXL, and all of the UNet."""
+    yield from bench_rows(bench, "everything", everything(bench), ["--compile"] if not bench.dry else [])
+    if not bench.dry:
+        yield from bench_rows(bench, "UNet", write_config(bench, "unet", {}), [])
+
+
+def variants(bench: Bench) -> Iterator[tuple[str, str]]:
+    """The UNet at batch 1 in other layouts and precisions."""
+    config = write_config(bench, "variants", {})
+    for change in ("train.channels_last=false", "train.channels_last=true", "train.precision=bf16_stochastic"):
+        yield from bench_rows(bench, f"UNet, {change}", config, [change], batch_sizes="1")
+
+
+def bench_rows(
+    bench: Bench, what: str, config: Path, options: Sequence[str], batch_sizes: str | None = None
+) -> Iterator[tuple[str, str]]:
+    """The rows of one `sdxl-train bench`."""
+    out = bench.folder / f"{config.stem}.json"
+    sizes = batch_sizes or bench.batch_sizes
+    warmup = "1" if bench.dry else "3"
+    arguments = ["--steps", bench.steps, "--warmup", warmup, "--batch-sizes", sizes, "--out", out, *options]
+    out.unlink(missing_ok=True)
+    done = subprocess.run(product("bench", config, *arguments), cwd=ROOT, stdout=sys.stderr)
+    if not out.is_file():
+        raise RuntimeError(f"sdxl-train bench ended with exit code {done.returncode}")
+    report = json.loads(out.read_text(encoding="utf-8"))
+    for row in report["rows"]:
+        yield f"bench: {what}, {label(row)}", row["error"] or told(row, report["precision"])
+
+
+def label(row: dict[str, Any]) -> str:
+    """Which way to train."""
+    return f"{row['workers']} x {row['strategy']}, batch {row['batch_size']}{', compiled' * row['compiled']}"
+
+
+def told(row: dict[str, Any], precision: str) -> str:
+    """A row's figures in a line."""
+    height, width = row["bucket"]
+    parts = [f"{row['images_per_s']:.2f} img/s at {width} x {height} px, {precision}; {row['step_s']:.3f} s a step"]
+    parts[0] += f" ({', '.join(f'{phase} {seconds:.3f}' for phase, seconds in row['split'].items())}"
+    exposed = "not measured" if row["exposed_s"] is None else f"{row['exposed_s']:.3f}"
+    parts[0] += f", communication exposed {exposed})"
+    parts.append("MFU " + (f"{row['mfu']:.1%}" if row["mfu"] else "unknown"))
+    if row["measured_bytes"] is None:
+        parts.append(f"GPU memory {NOT_MEASURED}")
+    else:
+        planned = f"{row['planned_bytes'] / GIB:.2f}" if row["planned_bytes"] else "nothing"
+        measured, reserved = row["measured_bytes"] / GIB, row["reserved_bytes"] / GIB
+        parts.append(f"tensors {measured:.2f} GiB, planned {planned}, reserved {reserved:.2f}")
+    return "; ".join([*parts, f"{row['recomputed']} blocks recomputed"])
+
+
+def attention(bench: Bench) -> Iterator[tuple[str, str]]:
+    """Forward and backward of SDPA's backends at SDXL's two widths, self and cross attention, 1024 px, batch 1."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    shapes = ((10, 4096, 4096), (20, 1024, 1024), (10, 4096, 231)) if not bench.dry else ((2, 64, 64),)
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+    dtype = torch.bfloat16 if bench.device == "cpu" or torch.cuda.is_bf16_supported() else torch.float16
+    for heads, rows, columns in shapes:
+        q, k, v = (
+            torch.randn(1, heads, length, 64, device=bench.device, dtype=dtype, requires_grad=True)
+            for length in (rows, columns, columns)
+        )
+        found = []
+        for backend in backends:
+
+            def once(backend: SDPBackend = backend, q: Any = q, k: Any = k, v: Any = v) -> None:
+                with sdpa_kernel(backend):
+                    F.scaled_dot_product_attention(q, k, v).sum().backward()
+
+            try:
+                found.append(f"{backend.name.lower()} {milliseconds(bench, once):.2f} ms")
+            except RuntimeError:
+                found.append(f"{backend.name.lower()} not there")
+        yield f"SDPA forward + backward, {heads} heads, {rows} x {columns}, {str(dtype)[6:]}", ", ".join(found)
+
+
+def tf32(bench: Bench) -> Iterator[tuple[str, str]]:
+    """What TF32 gives fp32 products and convolutions, which are left to frozen parts."""
+    import torch
+    import torch.nn.functional as F
+
+    side = 64 if bench.dry else 4096
+    one, two = (torch.randn(side, side, device=bench.device) for _ in range(2))
+    images = torch.randn(1, 16 if bench.dry else 256, side // 8, side // 8, device=bench.device)
+    kernel = torch.randn(images.shape[1], images.shape[1], 3, 3, device=bench.device)
+    from trainer.train.precision import set_fp32_arithmetic
+
+    for what, function in (
+        (f"product of {side} x {side}", lambda: torch.mm(one, two)),
+        (f"convolution of {tuple(images.shape)}", lambda: F.conv2d(images, kernel, padding=1)),
+    ):
+        times = []
+        for precision in ("fp32", "bf16"):
+            set_fp32_arithmetic(precision)
+            times.append(milliseconds(bench, function))
+        measured = f"{times[0]:.2f} ms in fp32, {times[1]:.2f} ms in TF32"
+        yield (
+            f"{what}, forward",
+            measured if bench.device == "cuda" else f"{NOT_MEASURED} ({times[0]:.2f} ms on the CPU)",
+        )
+
+
+def optimizer(bench: Bench) -> Iterator[tuple[str, str]]:
+    """AdamW in its kinds of state and rounding."""
+    options = ["--weights", "1e6", "--device", "cpu"] if bench.dry else ["--device", "cuda", "--compiled"]
+    table = run([sys.executable, ROOT / "benchmarks" / "optimizer_speed.py", *options])
+    for line in table.splitlines()[2:]:
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        yield f"optimizer: {cells[0]}, {cells[1]}", f"{cells[2]} million weights/s, {cells[4]} bytes a weight"
+
+
+def full_size(bench: Bench) -> Iterator[tuple[str, str]]:
+    """Photographs from the file to the export, with 20 training steps, on one card."""
+    if bench.dry:
+        yield "full size: inspect, prepare, 20 steps, export", "left out in a dry run; benchmarks/full_size.py"
+        return
+    command = [sys.executable, ROOT / "benchmarks" / "full_size.py", "--dir", bench.folder / "full", "--steps", "20"]
+    for line in run(command).splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if len(cells) >= 4 and cells[0] != "stage" and not cells[0].startswith("-"):
+            yield f"full size: {cells[0]}", f"{cells[1]}, host RSS {cells[3]}"
+
+
+def everything(bench: Bench) -> Path:
+    """The UNet and both text encoders, 225 tokens."""
+    part = {"train": True}
+    return write_config(bench, "everything", {"trainable": {"text_encoder_1": part, "text_encoder_2": part}})
+
+
+def write_config(bench: Bench, name: str, more: dict[str, Any]) -> Path:
+    """A run at 1024 px; in a dry run on 64 px, by one worker."""
+    source = bench.folder / "images"
+    source.mkdir(exist_ok=True)
+    side = 64 if bench.dry else 1024
+    trains_text = "trainable" in more
+    config: dict[str, Any] = {
+        "run": {"dir": str(bench.folder / "run")},
+        "model": {"path": str(bench.model), "tokenizer": str(bench.tokenizer), "text_encoder_precision": "bf16"},
+        "data": {
+            "sources": [{"path": str(source)}],
+            "prepared": str(bench.folder / "prepared"),
+            "cache_text": not trains_text,
+            "buckets": {"resolution": side, "min_px": side, "max_px": side},
+        },
+        "train": {"steps": 1, "precision": "bf16" if bf16_works(bench) else "fp16"},
+        "optimizer": {"lr": 1e-6},
+    } | more
+    if trains_text:
+        config["captions"] = {"max_tokens": 225}
+    if bench.device == "cpu":
+        config["launch"] = {"workers": 1}
+    path = bench.folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def bf16_works(bench: Bench) -> bool:
+    """Whether the device has bf16."""
+    import torch
+
+    return bench.device == "cpu" or torch.cuda.get_device_capability()[0] >= 8
+
+
+def milliseconds(bench: Bench, once: Callable[[], object]) -> float:
+    """The best of several runs."""
+    import torch
+
+    best = float("inf")
+    for _ in range(3 if bench.dry else 20):
+        if bench.device == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        once()
+        if bench.device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return best * 1e3
+
+
+def add_rows(docs: Path, lines: Sequence[str]) -> None:
+    """Put the lines before the end marker; the row that says that nothing was measured goes."""
+    text = docs.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    rows, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{docs}: the lines {BEGIN} and {END} are missing")
+    kept = [row for row in rows.splitlines() if row and not row.startswith(f"| - | - | everything | {NOT_MEASURED}")]
+    docs.write_text(f"{before}{begin}\n" + "\n".join([*kept, *lines]) + f"\n{end}{after}", encoding="utf-8")
+
+
+def product(*arguments: object) -> list[str]:
+    """A command of sdxl-train."""
+    return [sys.executable, "-m", "trainer", *map(str, arguments)]
+
+
+def run(command: Sequence[object]) -> str:
+    """Its standard output."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = list(map(str, command))
+    return subprocess.run(
+        words, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, env=environment
+    ).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

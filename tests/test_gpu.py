@@ -1,0 +1,56 @@
+"""What only a GPU can show; skipped where there is none. `benchmarks/gpu.sh` runs it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.real_run import run_config
+from trainer.data.buckets import Bucket
+from trainer.dist.comm import Comm
+from trainer.model.compiled import compile_blocks
+from trainer.train.bench import SyntheticData, synthetic_batch
+from trainer.train.build import build_parts
+from trainer.train.memory_choice import MemoryChoice
+from trainer.train.precision import set_fp32_arithmetic
+from trainer.train.step import train_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DATA = SyntheticData(Bucket(64, 64), 0.13025, (77, 40, 24), holds_images=False)
+
+
+def losses_on(device: str, model: Path, folder: Path, precision: str) -> list[float]:
+    """Of four steps on one batch."""
+    config = run_config(model, folder / "prepared", folder / "run", data={"cache_text": True})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+    set_fp32_arithmetic(precision)
+    comm = Comm(rank=0, world=1, local_rank=0, device=torch.device(device))
+    parts = build_parts(config, comm, DATA, MemoryChoice("single"))
+    batch = synthetic_batch(config, DATA, 4, 4, seed=0)
+    return [train_step(parts, [batch], 1, 4.0, 1.0, False).loss for _ in range(4)]
+
+
+def test_fp32_takes_the_steps_of_the_cpu(model_folder: Path, tmp_path: Path) -> None:
+    on_gpu, on_cpu = (losses_on(device, model_folder, tmp_path, "fp32") for device in ("cuda:0", "cpu"))
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_stochastic", "bf16_kahan", "fp16"])
+def test_other_precisions_learn(model_folder: Path, tmp_path: Path, precision: str) -> None:
+    losses = losses_on("cuda:0", model_folder, tmp_path, precision)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_compiled_blocks_compute_the_same(model_folder: Path) -> None:
+    from trainer.model.load import load_unet
+
+    set_fp32_arithmetic("fp32")
+    sizes = {"text_embeds": torch.randn(2, 24, device="cuda"), "time_ids": torch.randn(2, 6, device="cuda")}
+    text = torch.randn(2, 77, 40, device="cuda")
+    plain, unet = (load_unet(model_folder, torch.float32, "cuda") for _ in range(2))
+    compile_blocks(unet)
+    for side in (8, 16):
+        latents, times = torch.randn(2, 4, side, 8, device="cuda"), torch.tensor([3, 500], device="cuda")
+        found, expected = (m(latents, times, text, added_cond_kwargs=sizes)[0] for m in (unet, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
