@@ -1,6 +1,6 @@
 """Everything that needs a GPU, measured and added to docs/benchmarks.md; run it by benchmarks/gpu.sh.
 
-What fails is told in its row, and the rest goes on. The weights are random, of SDXL's own size, unless there is a model.
+What fails is told in its row, and the rest goes on. Weights are random, of SDXL's own size, unless --model is given.
 """
 
 import argparse
