@@ -282,7 +282,7 @@ def write_config(bench: Bench, name: str, more: dict[str, Any]) -> Path:
     trains_text = "trainable" in more
     config: dict[str, Any] = {
         "run": {"dir": str(bench.folder / "run")},
-        "model": {"path": str(bench.model), "tokenizer": str(bench.tokenizer), "text_encoder_precision": "bf16"},
+        "model": {"path": str(bench.model), "tokenizer": str(bench.tokenizer)},
         "data": {
             "sources": [{"path": str(source)}],
             "prepared": str(bench.folder / "prepared"),
@@ -294,6 +294,8 @@ def write_config(bench: Bench, name: str, more: dict[str, Any]) -> Path:
     } | more
     if trains_text:
         config["captions"] = {"max_tokens": 225}
+    else:
+        config["model"]["text_encoder_precision"] = "bf16"
     if bench.device == "cpu":
         config["launch"] = {"workers": 1}
     path = bench.folder / f"{name}.yaml"

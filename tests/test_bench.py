@@ -1,0 +1,91 @@
+"""`sdxl-train bench` as a command, and the benchmarks that need a GPU, in small on any machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.e2e
+
+
+def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"SDXL_TRAIN_PYTHON": sys.executable}
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+def config_in(folder: Path, model: Path, **memory: str) -> Path:
+    (folder / "images").mkdir()
+    config = {
+        "run": {"dir": "run"},
+        "launch": {"workers": 2, "threads_per_worker": 1},
+        "model": {"path": str(model)},
+        "data": {
+            "sources": [{"path": "images"}],
+            "prepared": "prepared",
+            "cache_text": True,
+            "workers": 0,
+            "buckets": {"resolution": 64, "min_px": 64, "max_px": 64},
+        },
+        "train": {"steps": 10, "precision": "fp32", "gradient_accumulation_steps": 2},
+        "optimizer": {"lr": 1e-6},
+        "memory": memory,
+    }
+    path = folder / "c.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_two_strategies(model_folder: Path, tmp_path: Path) -> None:
+    config = config_in(tmp_path, model_folder)
+    options = ("--steps", 2, "--warmup", 1, "--batch-sizes", 1, "--strategies", "ddp,zero2")
+    done = run(sys.executable, "-m", "trainer", "bench", config, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "bench.json").read_text())
+    assert [(row["strategy"], row["error"]) for row in report["rows"]] == [("ddp", None), ("zero2", None)]
+    for row in report["rows"]:
+        assert (row["workers"], row["accumulation"], row["bucket"]) == (2, 2, [64, 64])
+        assert row["images_per_s"] == pytest.approx(4 / row["step_s"])
+        assert sum(row["split"].values()) == pytest.approx(row["step_s"], rel=0.3)
+        assert row["mfu"] > 0 and row["rss_bytes"] > 100e6
+    assert report["rows"][0]["exposed_s"] is not None and report["rows"][1]["exposed_s"] is None
+    assert report["images_per_s"] == max(row["images_per_s"] for row in report["rows"])
+    assert "best: " in done.stdout and "batch_size_per_gpu: 1" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["bench.json"]
+
+
+def test_what_cannot_fit_ends_its_row_alone(model_folder: Path, tmp_path: Path) -> None:
+    config = config_in(tmp_path, model_folder, budget="1MiB")
+    options = ("--steps", 1, "--warmup", 1, "--batch-sizes", "1,2", "--strategies", "ddp")
+    done = run(sys.executable, "-m", "trainer", "bench", config, *options, cwd=tmp_path)
+    assert done.returncode == 1
+    rows = json.loads((tmp_path / "run" / "bench.json").read_text())["rows"]
+    assert len(rows) == 2 and all("memory: each worker needs" in row["error"] for row in rows)
+    assert "nothing could be measured" in done.stdout
+
+
+def test_gpu_benchmarks_dry(tmp_path: Path) -> None:
+    """All sections but the one that runs a part of this suite; rows go between the markers."""
+    docs = tmp_path / "docs.md"
+    begin, end = "<!-- gpu rows: begin -->", "<!-- gpu rows: end -->"
+    docs.write_text(f"above\n{begin}\n| - | - | everything | not measured: no GPU here |\n{end}\nbelow\n")
+    sections = ("environment", "bench", "attention", "tf32", "optimizer", "full-size")
+    done = run("benchmarks/gpu.sh", "--dry", "--docs", docs, "--only", *sections)
+    assert done.returncode == 0, done.stderr
+    head, rows = docs.read_text().split(begin)
+    rows, tail = rows.split(end)
+    assert (head, tail) == ("above\n", "\nbelow\n")
+    assert all(row.split(" | ")[1] == "CPU, dry run" for row in rows.strip().splitlines())
+    for told in ("NCCL", "bench: everything, 1 x single, batch 1", "SDPA", "product", "adamw_8bit", "full size"):
+        assert told in rows
+    assert "not measured: no GPU here" in rows and "| - | - |" not in rows
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    done = run("benchmarks/gpu.sh")
+    assert done.returncode == 1 and "not measured: no GPU here" in done.stderr
