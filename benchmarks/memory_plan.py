@@ -132,29 +132,34 @@ def plan(case: Case) -> Peak:
     )
 
 
-def measure(case: Case, rank: int) -> int | None:
-    """The peak of `case` as rank 0 trains it: its second optimizer step."""
+def measure(case: Case, rank: int) -> int:
+    """The peak of `case` as this worker trains it: its second optimizer step."""
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    if rank == 0:
+    if rank == 0:  # from the beginning, for only what is allocated under its eyes is counted
         profiler.start()
-    _train(case, Comm(rank, case.workers, rank, torch.device("cpu")))
+    step = _prepared(case, Comm(rank, case.workers, rank, torch.device("cpu")))
+    step()
+    with torch.profiler.record_function("second step"):
+        step()
+    del step
     gc.collect()
     if rank != 0:
-        return None
+        return 0
     profiler.stop()
     results: Any = profiler.profiler
-    changes = sorted((e.start_ns(), e.nbytes(), e.name()) for e in results.kineto_results.events())
-    level, peak, measuring = 0, 0, False
-    for _, change, name in changes:
-        if name == "[memory]":
-            level += change
-            peak = max(peak, level) if measuring else peak
-        elif name == "second step":
-            measuring, peak = True, level
-    return peak
+    events, totals, begin = list(results.kineto_results.experimental_event_tree()), [], 0
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.name == "[memory]":
+            totals.append((event.start_time_ns, event.extra_fields.total_allocated))
+        elif event.name == "second step":
+            begin = event.start_time_ns
+    return max(total for time, total in totals if time >= begin)
 
 
-def _train(case: Case, comm: Comm) -> None:
+def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
+    """An optimizer step of a model that is ready to train."""
     dtype = input_dtype(case)
     mixed = dtype if case.weights != case.compute and dtype != DTYPES[case.weights] else None
     sharing = Sharing(case.kind, mixed, mixed, case.exchange_every_pass)
@@ -177,9 +182,7 @@ def _train(case: Case, comm: Comm) -> None:
 
     with autocast:
         warm_up(strategy, lambda _: loss())
-    step()
-    with torch.profiler.record_function("second step"):
-        step()
+    return step
 
 
 @torch.no_grad()
@@ -231,6 +234,8 @@ def run_cases(group: Sequence[Case]) -> None:
         if file := os.environ["MEMORY_PLAN_STORE"]:
             store = dist.FileStore(file, workers)  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
+        elif group[0].kind == "ddp":  # holds the same, however many take part
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=rank, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
         else:
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -268,7 +273,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     rows = cases(arguments.models.split(","), [int(count) for count in arguments.workers.split(",")])
     worst = 0.0
-    for _, group in itertools.groupby(rows, key=lambda case: (case.model, case.workers)):
+    for _, group in itertools.groupby(rows, key=lambda case: (case.model, case.workers, case.kind)):
         members = list(group)
         for case, measured in zip(members, measure_all(members, arguments.alone), strict=True):
             text, error = row(case, measured)

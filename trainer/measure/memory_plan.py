@@ -38,7 +38,7 @@ class Budget:
         return self.total is None or self.needed(peak) <= self.total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rung:
     """One way to run: a strategy, and how many of the blocks are recomputed.
 
@@ -119,16 +119,19 @@ def choose(ways: Ways, measures: Measures, budget: Budget) -> Choice:
             break
     if not found:
         return Choice(None, tuple(looked_at))
-    # Only the cheapest is brought down to the fewest blocks: each look is a pass over the whole model.
-    best = min(found, key=lambda rung: rung.extra_s)
+    # Only the most promising is brought down to the fewest blocks: each look is a pass over the whole model.
+    promising = {rung: _least_cost(rung, ways, measures, budget) for rung in found}
+    finest: set[Rung] = set()
     while True:
+        best = min(promising, key=lambda rung: promising[rung])
+        if best in finest:
+            return Choice(best, tuple(looked_at))
         finer = _least(best, ways, measures, budget)
         if finer is not best:
-            found = [finer if rung is best else rung for rung in found]
             looked_at.append(finer)
-        best = min(found, key=lambda rung: rung.extra_s)
-        if best is finer:
-            return Choice(finer, tuple(looked_at))
+        del promising[best]
+        promising[finer] = finer.extra_s
+        finest.add(finer)
 
 
 def _rungs_of(
@@ -143,13 +146,23 @@ def _rungs_of(
     return [first, last]
 
 
-def _least(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> Rung:
-    """The same way with fewer recomputed blocks, if fewer fit: as many as save what is over, and a few more."""
-    if budget.total is None or rung.recomputed in (0, ways.fewest) or rung.offloads:
-        return rung
+def _least_cost(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> float:
+    """Seconds of the same way with the fewest blocks that may fit."""
+    return measures.extra_s(rung.holding, _fewest(rung, ways, measures, budget), rung.offloads)
+
+
+def _fewest(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> int:
+    """Blocks to recompute, by what the first ones save."""
+    if budget.total is None or rung.recomputed == ways.fewest or rung.offloads:
+        return rung.recomputed
     first = measures.peak(rung.holding, ways.fewest, rung.offloads)
     over = (budget.needed(first) - budget.total) / (1 + budget.margin_share)
-    count = next((n for n in range(ways.fewest, rung.recomputed) if measures.saved_bytes(n) >= over), rung.recomputed)
+    return next((n for n in range(ways.fewest, rung.recomputed) if measures.saved_bytes(n) >= over), rung.recomputed)
+
+
+def _least(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> Rung:
+    """The same way with fewer recomputed blocks, if fewer fit."""
+    count = _fewest(rung, ways, measures, budget)
     while count < rung.recomputed:
         tried = _rung(rung.label, rung.holding, count, measures, budget, rung.offloads)
         if tried.fits:

@@ -194,7 +194,7 @@ def _chosen(config: Config, setting: Setting) -> "tuple[TracedRun, int, Choice]"
     """The traces, the number of blocks, and what was chosen of them."""
     from trainer.train.traced import Shape, TracedRun, frozen_bytes, holdings, vae_peaks
 
-    bucket, batch = max(setting.buckets, key=lambda each: each[0].height_px * each[0].width_px * each[1])
+    bucket, batch = max(setting.buckets, key=_fullness)
     shape = Shape(bucket, batch)
     traced = TracedRun(config, shape, setting.kernels)
     first = "single" if setting.workers == 1 else "zero2"
@@ -220,6 +220,12 @@ def _chosen(config: Config, setting: Setting) -> "tuple[TracedRun, int, Choice]"
         setting.budget,
     )
     return traced, num_blocks, choice
+
+
+def _fullness(pass_: tuple[Bucket, int]) -> tuple[int, int]:
+    """Pixels of a pass; among equals, the squarest."""
+    (bucket, batch) = pass_
+    return bucket.height_px * bucket.width_px * batch, -abs(bucket.height_px - bucket.width_px)
 
 
 def _extra_s(traced: "TracedRun", holding: Holding, recomputed: int, offloads: bool) -> float:

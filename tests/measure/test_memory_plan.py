@@ -1,0 +1,98 @@
+"""What is chosen within a budget, on made-up figures."""
+
+import pytest
+
+from trainer.measure.memory_plan import GIB, Budget, Choice, Measures, Ways, choose, parse_size
+from trainer.measure.memory_report import MemoryPlan, RungReport, run_time
+from trainer.measure.memory_strategy import Holding, Peak
+
+BLOCKS, PER_BLOCK = 10, GIB
+STATIC = {"ddp": 20 * GIB, "zero2": 8 * GIB, "zero3": 5 * GIB}
+WIRE_S = {"ddp": 1.0, "zero2": 1.1, "zero3": 3.0}
+
+
+def peak(holding: Holding, recomputed: int, offloads: bool) -> Peak:
+    kept = 0 if offloads else (BLOCKS - recomputed) * PER_BLOCK
+    return Peak("backward", {"weights": STATIC[holding.strategy], "activations": kept + GIB})
+
+
+def extra_s(holding: Holding, recomputed: int, offloads: bool) -> float:
+    return WIRE_S[holding.strategy] + 0.2 * recomputed + 5 * offloads
+
+
+MEASURES = Measures(peak, lambda count: count * PER_BLOCK, extra_s)
+HOLDINGS = {name: Holding(name, 4, 4, 2, 2, 8) for name in ("ddp", "zero2", "zero3")}  # pyright: ignore[reportArgumentType]
+
+
+def chosen(total: float | None, ways: Ways | None = None, **costs: float) -> Choice:
+    budget = Budget(None if total is None else round(total * GIB), **costs)  # pyright: ignore[reportArgumentType]
+    return choose(ways or Ways(HOLDINGS, BLOCKS, 0, BLOCKS), MEASURES, budget)
+
+
+@pytest.mark.parametrize(
+    ("total", "label", "recomputed", "offloads"),
+    [
+        (None, "ddp", 0, False),
+        (40, "ddp", 0, False),
+        (30, "zero2", 0, False),
+        (16, "zero2", 3, False),
+        (10, "zero2", 9, False),
+        (8, "zero3", 8, False),
+        (6, "zero3", 10, False),
+    ],
+)
+def test_the_fastest_that_fits(total: float | None, label: str, recomputed: int, offloads: bool) -> None:
+    rung = chosen(total).chosen
+    assert rung and (rung.label, rung.recomputed, rung.offloads) == (label, recomputed, offloads)
+
+
+def test_offloading_is_the_last_rung() -> None:
+    ways = Ways({"zero2": HOLDINGS["zero2"]}, BLOCKS, 0, 0)
+    rung = chosen(9.5, ways).chosen
+    assert rung and rung.offloads
+    assert chosen(9.5, Ways({"zero2": HOLDINGS["zero2"]}, BLOCKS, 0, 0, may_offload=False)).chosen is None
+    forced = chosen(40, Ways(HOLDINGS, BLOCKS, 0, BLOCKS, must_offload=True)).chosen
+    assert forced and forced.offloads
+
+
+def test_nothing_fits() -> None:
+    choice = chosen(5)
+    assert choice.chosen is None and {rung.label for rung in choice.looked_at} == {"ddp", "zero2", "zero3"}
+
+
+def test_what_lies_beside_the_tensors_counts() -> None:
+    """10 % of 19 GiB and 1.5 GiB more."""
+    assert chosen(22.4, context=GIB, buffers=GIB // 2, margin_share=0.1).chosen.recomputed == 0  # pyright: ignore[reportOptionalMemberAccess]
+    assert chosen(22.3, context=GIB, buffers=GIB // 2, margin_share=0.1).chosen.recomputed == 1  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize(("text", "size"), [("23GiB", 23 * GIB), ("23.5 GB", 23_500_000_000), ("512MiB", 512 * 2**20)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_the_report_survives_json_and_names_its_assumption() -> None:
+    choice, budget = chosen(16), Budget(16 * GIB, given="memory.budget")
+    assert choice.chosen
+    plan = MemoryPlan(
+        kernels="cuda",
+        workers=4,
+        accumulation=1,
+        image=(1024, 1024, 4),
+        budget=budget,
+        chosen=RungReport.of(choice.chosen, budget),
+        looked_at=tuple(RungReport.of(rung, budget) for rung in choice.looked_at),
+        num_blocks=BLOCKS,
+        recompute=("a", "b", "c"),
+        advice=(),
+        wire_bytes=10**10,
+        flops_per_image=(7 * 10**12, 14 * 10**12, 10**12),
+        host_bytes=GIB,
+        checkpoint_bytes=GIB,
+        disk_bytes=4 * GIB,
+    )
+    assert MemoryPlan.from_json(plan.to_json()) == plan
+    text = "\n".join(plan.describe())
+    assert "chosen: zero2, 3 of 10 blocks recomputed: 16.00 of 16.00 GiB (memory.budget)" in text
+    assert "22.00 TFLOP an image" in text
+    assert "35 TFLOP/s" in run_time(plan, 1000, None) and "measured 2.00" in run_time(plan, 1000, 2.0)

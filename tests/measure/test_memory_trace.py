@@ -1,0 +1,76 @@
+"""Planned against measured peaks: the same small models, without memory and trained for real."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from benchmarks.memory_plan import Case, measure, plan
+from trainer.measure.memory_trace import trace_pass, trace_peak
+
+MIB = 2**20
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """Worker 0 of four, whose messages go nowhere."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("accumulation", "recompute"), [(1, False), (2, True)])
+def test_one_worker(accumulation: int, recompute: bool) -> None:
+    case = Case("tiny", "single", 1, accumulation, recompute, side_px=128)
+    assert plan(case).total == pytest.approx(measure(case, 0), rel=0.02)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("accumulation", "recompute", "each_pass"), [(1, False, False), (2, True, True)])
+def test_zero2(accumulation: int, recompute: bool, each_pass: bool) -> None:
+    """fp32 shares, bf16 in the passes."""
+    case = Case("tiny", "zero2", 4, accumulation, recompute, each_pass, compute="bf16", side_px=128)
+    assert plan(case).total == pytest.approx(measure(case, 0), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("kind", ["zero2", "single"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_mid_size(kind: str, accumulation: int, recompute: bool) -> None:
+    """About 170M weights."""
+    case = Case("m100", kind, 4 if kind == "zero2" else 1, accumulation, recompute, accumulation > 1)  # pyright: ignore[reportArgumentType]
+    assert plan(case).total == pytest.approx(measure(case, 0), rel=0.05)
+
+
+def test_what_a_pass_keeps() -> None:
+    """Counted by hand: each layer keeps its input, a gradient replaces it on the way back."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(3)))
+    activation = 1024 * 256 * 4
+
+    def loss() -> torch.Tensor:
+        return model(torch.empty(1024, 256, device="meta")).sum()
+
+    trace = trace_pass(model, loss, dict(model.named_children()), "cpu")
+    assert trace.saved_bytes == pytest.approx(3 * activation, abs=64)  # of the last layer, the sum needs no output
+    assert trace.forward_flops == 3 * 2 * 1024 * 256 * 256
+    assert trace.flops == trace.forward_flops + (3 + 2) * 2 * 1024 * 256 * 256  # no gradient of the model's input
+    gradients = [segment for segment in trace.segments if segment.mark == "gradient"]
+    assert [segment.name for segment in gradients] == ["2.weight", "1.weight", "0.weight"]
+    assert {segment.gradient_bytes for segment in gradients} == {256 * 256 * 4}
+    assert sum(segment.net for segment in trace.segments) == 0
+    assert trace.unit_of == {"0.weight": "0", "1.weight": "1", "2.weight": "2"}
+
+
+def test_a_pass_without_gradients() -> None:
+    weight = torch.empty(256, 256, device="meta")
+
+    def run() -> torch.Tensor:
+        return torch.empty(1024, 256, device="meta") @ weight
+
+    assert trace_peak(run, [weight], "cuda") == 2 * MIB
