@@ -81,7 +81,7 @@ def test_gpu_benchmarks_dry(tmp_path: Path) -> None:
     rows, tail = rows.split(end)
     assert (head, tail) == ("above\n", "\nbelow\n")
     assert all(row.split(" | ")[1] == "CPU, dry run" for row in rows.strip().splitlines())
-    for told in ("NCCL", "bench: everything, 1 x single, batch 1", "SDPA", "product", "adamw_8bit", "full size"):
+    for told in ("NCCL", "bench: everything, 1 x single, batch 1", "SDPA", "product", "optimizer", "full size"):
         assert told in rows
     assert "not measured: no GPU here" in rows and "| - | - |" not in rows
 
