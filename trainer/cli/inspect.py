@@ -123,7 +123,12 @@ def _compare(arguments: argparse.Namespace) -> None:
             f"{a} ({found.identity_a.description}) and {b} ({found.identity_b.description}) "
             "have no tensor of the same name and size; give two models of one kind"
         )
-    change_chart_png(found, out)
+    try:
+        change_chart_png(found, out)
+    except OSError as error:
+        raise UserError(
+            f"{out}: the chart could not be written ({error.strerror or error}); --out names another place"
+        ) from None
     if arguments.json:
         print(json.dumps(comparison_json(found) | {"chart": str(out)}, indent=2, ensure_ascii=False))
         return

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError
+from trainer.model.folder import WEIGHTS_STEMS
 from trainer.model.key_map import LOGIT_SCALE, POSITION_IDS, KeyEntry, single_file_keys
 from trainer.model.modelspec import HASH_KEY
 from trainer.model.parts import CONFIGS_KEY, Part, TextProjection, differing_configs
@@ -25,13 +26,6 @@ from trainer.model.tensor_file import TensorSpec, aligned, write_tensor_file
 from trainer.model.tiny import write_clip_tokenizer
 
 END_TOKEN = "<|endoftext|>"
-MARKERS = ("v_pred", "ztsnr")
-_WEIGHTS_FILES = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-    "text_encoder_2": "model.safetensors",
-}
 _MOST_NAMES = 5
 
 
@@ -66,7 +60,7 @@ def plan_single_file(
 
     Args:
         parts: any of SDXL's components; those that are not given are left out.
-        markers: of `MARKERS`: empty tensors by which ComfyUI, A1111 and Forge know v-prediction and zero terminal SNR.
+        markers: `v_pred`, `ztsnr`: empty tensors, by which ComfyUI, A1111 and Forge know them.
         text_projection: "kohya" writes the matrix as a Linear holds it, which kohya's scripts take for their own.
     """
     entries = single_file_keys({name: part.config for name, part in parts.items()})
@@ -146,7 +140,7 @@ def write_folder(
             (temporary / name).mkdir(parents=True)
             planned = plan_component(part, precision)
             _write_json(temporary / name / "config.json", _config_of(part, planned))
-            file = temporary / name / _WEIGHTS_FILES[name]
+            file = temporary / name / f"{WEIGHTS_STEMS[name]}.safetensors"
             specs = [tensor.spec for tensor in planned]
             write_tensor_file(file, specs, _made(planned), {"format": "pt"}, on_written=on_written)
         _copy_tokenizers(temporary, *tokenizers)

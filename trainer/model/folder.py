@@ -26,6 +26,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """A configuration of unknown origin, of at most 1 MiB; {} if it is missing, larger or not an object."""
+    try:
+        with file.open("rb") as stream:
+            content = json.loads(stream.read(1 << 20))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of one component's folder: one file, or all that its index names; () if there are none.
 

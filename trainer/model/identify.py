@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.model.adapters import adapter
+from trainer.model.folder import read_json
 from trainer.model.header import Header, HeaderFault, header_fault, read_header
 
 SDXL = "an SDXL base model"
@@ -18,7 +18,6 @@ _PARTS: tuple[str, ...] = ("unet", "vae", "text_encoder", "text_encoder_2")
 _PART_NAMES: dict[str, str] = dict(
     zip(_PARTS, ("UNet", "VAE", "first text encoder", "second text encoder"), strict=True)
 )
-_MAX_CONFIG_BYTES = 1 << 20
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 
 KINDS = (
@@ -245,7 +244,7 @@ def _folder(path: Path) -> Identity:
         return Identity("folder", "run", "a run directory", "give one of the checkpoints in it")
     if (path / "adapter_config.json").is_file():
         return Identity("lora", "folder", "a LoRA in PEFT's layout")
-    pipeline = _json(path / "model_index.json").get("_class_name")
+    pipeline = read_json(path / "model_index.json").get("_class_name")
     if (path / "unet").is_dir():
         return _pipeline(path)
     if isinstance(pipeline, str):
@@ -294,7 +293,7 @@ def _pipeline(path: Path) -> Identity:
 
 def _component(folder: Path, name: str) -> Identity:
     """A component's folder, by its configuration and by the headers of its weights."""
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if not config:
         return Identity("damaged", "component", f"without a readable {name}/config.json", "copy it again")
     fault = _fault_in(folder, name)
@@ -347,13 +346,3 @@ def _unet_by_config(config: Mapping[str, Any]) -> Identity:
 
 def _int(value: Any) -> int | None:
     return value if isinstance(value, int) else None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """A small configuration; {} if it is missing, too large or not an object."""
-    try:
-        with file.open("rb") as stream:
-            content = json.loads(stream.read(_MAX_CONFIG_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

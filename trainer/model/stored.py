@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.model.folder import weight_files
+from trainer.model.folder import read_json, weight_files
 from trainer.model.header import Header, read_header
 from trainer.model.identify import Identity, identify
 from trainer.model.key_map import COMPONENTS, PREFIXES, UNET_PREFIX, KeyEntry, block_of, single_file_keys
@@ -144,16 +143,6 @@ def wanted_names(files: tuple[StoredFile, ...]) -> set[str] | None:
     except ValueError:
         return None
     return {entry.file_name for entry in single_file_keys(configs)}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A configuration of at most 1 MiB; {} if it is missing or not an object."""
-    try:
-        with file.open("rb") as stream:
-            content = json.loads(stream.read(1 << 20))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _single_file(path: Path) -> StoredFile:
