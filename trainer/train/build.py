@@ -119,7 +119,9 @@ def build_parts(
     optimizer = optimizer_for(config, strategy)
     clip, around = config.train.max_grad_norm, choice.around_forward(model)
     parts = StepParts(comm, strategy, optimizer, denoiser, clip, around)
-    warm_up(strategy, partial(_throw_away_loss, denoiser, comm.device))
+    # torch.compile takes one image for another case than several.
+    images = min(config.train.batch_size_per_gpu, 2)
+    warm_up(strategy, partial(_throw_away_loss, denoiser, comm.device, images))
     dry_run(config, parts, choice)
     if checkpoint is not None:
         load_optimizer_tensors(optimizer, strategy.parameters, read_tensors(checkpoint / OPTIMIZER))
@@ -222,17 +224,17 @@ def load_frozen_text_encoders(config: Config, device: torch.device) -> TextEncod
     return replace(encoders, join=config.captions.chunks)
 
 
-def _throw_away_loss(denoiser: Denoiser, device: torch.device, model: nn.Module) -> Tensor:
+def _throw_away_loss(denoiser: Denoiser, device: torch.device, images: int, model: nn.Module) -> Tensor:
     """A loss through every weight, on the smallest input that the UNet takes."""
     config = dict(denoiser.unet.config)
-    latents = torch.zeros(1, config["in_channels"], 8, 8, device=device)
-    text = {"input_ids": torch.zeros(1, 2, 1, 77, dtype=torch.int64, device=device)}
+    latents = torch.zeros(images, config["in_channels"], 8, 8, device=device)
+    text = {"input_ids": torch.zeros(images, 2, 1, 77, dtype=torch.int64, device=device)}
     if denoiser.model.text_encoders is None:
         pooled_dim = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         text = {
-            "text_hidden": torch.zeros(1, 77, config["cross_attention_dim"], device=device),
-            "text_pooled": torch.zeros(1, pooled_dim, device=device),
+            "text_hidden": torch.zeros(images, 77, config["cross_attention_dim"], device=device),
+            "text_pooled": torch.zeros(images, pooled_dim, device=device),
         }
-    timesteps = torch.zeros(1, dtype=torch.int64, device=device)
-    time_ids = torch.zeros(1, 6, device=device)
+    timesteps = torch.zeros(images, dtype=torch.int64, device=device)
+    time_ids = torch.zeros(images, 6, device=device)
     return image_losses(denoiser, model, latents, latents, timesteps, text, time_ids).mean()
