@@ -12,6 +12,7 @@ from benchmarks.memory_plan import Case, measure, plan
 from trainer.measure.memory_trace import trace_pass, trace_peak
 
 MIB = 2**20
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture
@@ -22,14 +23,17 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("accumulation", "recompute"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("accumulation", "recompute"), [(1, False), pytest.param(2, True, marks=SLOW)])
 def test_one_worker(accumulation: int, recompute: bool) -> None:
     case = Case("tiny", "single", 1, accumulation, recompute, side_px=128)
     assert plan(case).total == pytest.approx(measure(case, 0), rel=0.02)
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize(("accumulation", "recompute", "each_pass"), [(1, False, False), (2, True, True)])
+@pytest.mark.parametrize(
+    ("accumulation", "recompute", "each_pass"),
+    [(1, True, False), pytest.param(1, False, False, marks=SLOW), pytest.param(2, True, True, marks=SLOW)],
+)
 def test_zero2(accumulation: int, recompute: bool, each_pass: bool) -> None:
     """fp32 shares, bf16 in the passes."""
     case = Case("tiny", "zero2", 4, accumulation, recompute, each_pass, compute="bf16", side_px=128)

@@ -48,7 +48,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_small_model_in_a_small_budget(model_folder: Path, tmp_path: Path) -> None:
     config = make_config(model_folder, memory={"budget": "2GiB"})
     wide = memory_plan(config, setting(config, 4, Bucket(256, 256)), tmp_path)
-    assert wide.chosen and wide.chosen.strategy == "ddp" and wide.recompute == ()
+    assert wide.chosen and wide.chosen.strategy == "zero2" and wide.recompute == ()  # gradients travel in bf16
     assert {rung.strategy for rung in wide.looked_at} == {"ddp", "zero2", "zero3"}
     (kept,) = tmp_path.iterdir()
     again = memory_plan(config, setting(config, 4, Bucket(256, 256)), tmp_path)
@@ -56,7 +56,7 @@ def test_a_small_model_in_a_small_budget(model_folder: Path, tmp_path: Path) -> 
 
 
 def test_what_cannot_fit_is_refused_with_what_would(model_folder: Path, tmp_path: Path) -> None:
-    config = make_config(model_folder, memory={"budget": "900MiB"}, train={"batch_size_per_gpu": 16})
+    config = make_config(model_folder, memory={"budget": "700MiB"}, train={"batch_size_per_gpu": 16})
     plan = memory_plan(config, setting(config, 1, SQUARE), tmp_path)
     assert plan.chosen is None and plan.advice == ("train.batch_size_per_gpu: 8",)
     with pytest.raises(UserError, match="it fits with train"):
