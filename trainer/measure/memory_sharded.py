@@ -1,0 +1,166 @@
+"""What FSDP2 holds while a pass runs, mark by mark; no torch. Part of `memory_strategy.py`."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.measure.memory_strategy import Holding, Ledger, ParameterSize
+
+
+class Sharded:
+    """FSDP2: every worker keeps its share of each unit, and gathers whole units to compute with."""
+
+    def __init__(
+        self,
+        ledger: "Ledger",
+        parameters: Sequence["ParameterSize"],
+        unit_of: Mapping[str, str],
+        holding: "Holding",
+        order: Sequence[str],
+    ) -> None:
+        del order
+        self._ledger, self._holding = ledger, holding
+        self._unit_of = unit_of
+        self._padded: dict[str, int] = {}  # elements of each unit
+        self._trained: dict[str, int] = {}
+        self._numel = {p.name: p.numel for p in parameters}
+        for parameter in parameters:
+            unit, numel = unit_of.get(parameter.name, ""), parameter.padded_numel(holding.world)
+            self._padded[unit] = self._padded.get(unit, 0) + numel
+            self._trained[unit] = self._trained.get(unit, 0) + (numel if parameter.trains else 0)
+        shards = sum(self._padded.values()) // holding.world
+        mixed = holding.compute_bytes != holding.stored_bytes
+        ledger.held["masters" if mixed else "weights"] += shards * holding.stored_bytes
+        trained = sum(self._trained.values()) // holding.world
+        ledger.held["optimizer"] = round(holding.optimizer_bytes * trained)
+        self._mixed = mixed
+        self._whole: set[str] = set()  # units that are gathered
+        self._gathered_ahead: set[str] = set()
+        self._order: list[str] = []
+        self._previous_gather = 0
+        self._reduce_input = 0
+        self._unit_gradients: dict[str, int] = {}  # whole gradients in the compute dtype
+        self._kept_gradients: dict[str, int] = {}  # whole gradients kept from pass to pass, in the reduce dtype
+        self._shards: set[str] = set()  # units whose gradient shard is there
+        self._reduces = True
+        self._backward = False
+
+    def begin_pass(self, index: int) -> None:
+        self._reduces = self._holding.reduce_each_pass or index == self._holding.accumulation - 1
+        self._order = []
+        self._backward = False
+        self._gather("")
+
+    def at(self, kind: str, name: str) -> None:
+        if kind == "forward" and not self._backward:
+            if self._holding.strategy == "zero3" and self._order:
+                self._release(self._order[-1])
+            self._order.append(name)
+            self._gather(name)
+        elif kind == "end of forward":
+            if self._holding.strategy == "zero3" and self._order:
+                self._release(self._order[-1])
+            self._ledger.add("communication", -self._previous_gather)
+            self._previous_gather, self._backward = 0, True
+        elif kind == "before backward" and self._holding.strategy == "zero3":
+            self._gather_for_backward(name)
+        elif kind == "gradient":
+            unit = self._unit_of.get(name, "")
+            size = self._numel[name] * self._holding.compute_bytes
+            # Where gradients are kept in the wire's own dtype, a later pass adds to them in place.
+            in_place = self._kept_gradients.get(unit, 0) and self._holding.reduce_bytes == self._holding.compute_bytes
+            if not in_place:
+                self._unit_gradients[unit] = self._unit_gradients.get(unit, 0) + size
+                self._ledger.add("gradients", size)
+        elif kind == "backward":
+            self._end_unit(name)
+        elif kind == "end of backward":
+            for unit in [*self._whole]:
+                self._end_unit(unit)
+            self._ledger.add("communication", -self._reduce_input)
+            self._reduce_input = 0
+
+    def end_step(self) -> None:
+        shards = sum(self._trained[unit] for unit in self._shards) // self._holding.world
+        self._ledger.add("gradients", -shards * self._holding.stored_bytes)
+        self._shards.clear()
+
+    def gathered_bytes(self) -> int:
+        return sum(self._padded.values()) * self._holding.compute_bytes
+
+    def _gather(self, unit: str) -> None:
+        """All-gather into one flat buffer, then copy out; the buffer lives until the next gather's."""
+        if unit in self._whole or unit not in self._padded:
+            return
+        flat = self._padded[unit] * self._holding.compute_bytes
+        if self._holding.world > 1:
+            shard = flat // self._holding.world if self._mixed else 0
+            self._ledger.add("communication", flat + shard)
+            self._ledger.add("communication", -shard - self._previous_gather)
+            self._previous_gather = flat
+        self._ledger.add("weights", flat)
+        self._whole.add(unit)
+
+    def _gather_for_backward(self, unit: str) -> None:
+        for wanted in (unit, self._before(unit)):
+            if wanted is None or wanted in self._whole or wanted in self._gathered_ahead:
+                continue
+            self._ledger.add("communication", self._padded[wanted] * self._holding.compute_bytes)
+            self._gathered_ahead.add(wanted)
+            if wanted == unit:
+                self._copy_out(unit)
+        self._copy_out(unit)
+
+    def _copy_out(self, unit: str) -> None:
+        if unit in self._gathered_ahead:
+            self._gathered_ahead.remove(unit)
+            flat = self._padded[unit] * self._holding.compute_bytes
+            self._ledger.add("weights", flat)
+            self._ledger.add("communication", -flat)
+            self._whole.add(unit)
+
+    def _before(self, unit: str) -> str | None:
+        place = self._order.index(unit) if unit in self._order else 0
+        return self._order[place - 1] if place > 0 else None
+
+    def _release(self, unit: str) -> None:
+        if unit in self._whole and unit != "":
+            self._whole.remove(unit)
+            self._ledger.add("weights", -self._padded[unit] * self._holding.compute_bytes)
+
+    def _end_unit(self, unit: str) -> None:
+        """After a unit's backward pass: let go of its whole weights, reduce its gradients to this worker's share."""
+        if unit not in self._whole:
+            return
+        holding, ledger = self._holding, self._ledger
+        self._whole.remove(unit)
+        ledger.add("weights", -self._padded[unit] * holding.compute_bytes)
+        gradients = self._unit_gradients.pop(unit, 0)
+        same = holding.reduce_bytes == holding.compute_bytes
+        if not self._reduces:
+            kept = self._kept_gradients.get(unit, 0)
+            if same:
+                self._kept_gradients[unit] = kept or gradients
+            elif gradients:
+                whole = gradients // holding.compute_bytes * holding.reduce_bytes
+                ledger.add("gradients", 0 if kept else whole)
+                ledger.add("gradients", -gradients)
+                self._kept_gradients[unit] = whole
+            return
+        gradients += self._kept_gradients.pop(unit, 0)
+        if not gradients:
+            return
+        ledger.add("communication", -self._reduce_input)
+        self._reduce_input = self._trained[unit] * holding.reduce_bytes
+        ledger.add("communication", self._reduce_input)
+        ledger.add("gradients", -gradients)
+        reduced = self._trained[unit] // holding.world * holding.reduce_bytes
+        shard = self._trained[unit] // holding.world * holding.stored_bytes
+        ledger.add("communication", reduced)
+        if holding.reduce_bytes != holding.stored_bytes:
+            ledger.add("communication", shard)
+            ledger.add("communication", -shard)
+        ledger.add("communication", -reduced)
+        if unit not in self._shards:
+            self._shards.add(unit)
+            ledger.add("gradients", shard)
