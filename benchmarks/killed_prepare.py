@@ -2,8 +2,8 @@
 
 A run is one process that does the whole of it: find the images, encode them, commit. It is killed (SIGKILL) at a moment
 drawn from the time that an undisturbed run takes, started again, and so on; once a run has come to its end, the set is
-compared and the next run begins an empty one. Every second moment is drawn from the first tenth, in which the images
-are found: otherwise nearly all would fall into the encoding.
+compared and the next run begins an empty one. Every second moment is drawn from the first thirtieth, about the time in
+which the images are found: otherwise nearly all would fall into the encoding.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def kill_prepare(folder: Path, kills: int, photos: int) -> str:
     struck, sets, differing = Counter(), 0, 0
     while True:
         killing = struck.total() < kills
-        latest = seconds / 10 if struck.total() % 2 else seconds
+        latest = seconds / 30 if struck.total() % 2 else seconds
         if _run(folder / "photos", torn, float(random.uniform(0, latest)) if killing else None) is None:
             struck[_stage(torn)] += 1
             continue

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from trainer.dist.comm import Comm
 from trainer.dist.sharding import local_tensor
 from trainer.dist.strategy import Sharing, StrategyKind, make_strategy, warm_up
-from trainer.measure.memory_strategy import Holding, Peak, strategy_peak
+from trainer.measure.memory_holding import Holding, Peak
+from trainer.measure.memory_strategy import strategy_peak
 from trainer.measure.memory_trace import trace_pass
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import apply_recompute, repeated_blocks

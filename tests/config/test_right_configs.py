@@ -109,9 +109,7 @@ def test_defaults_and_types(load: Load) -> None:
     ("word", "meant"), [("yes", True), ("no", False), ("on", True), ("Off", False), ("true", True)]
 )
 def test_flags_take_the_words_of_yaml_1_1(load: Load, word: str, meant: bool) -> None:
-    config = load(
-        RIGHT, [f"train.batch_by_area={word}", f"run.resume={word}", f"samples.negative_prompt={word}x"]
-    )
+    config = load(RIGHT, [f"train.batch_by_area={word}", f"run.resume={word}", f"samples.negative_prompt={word}x"])
     assert config.train.batch_by_area is meant
     assert config.run.resume is meant
     assert config.samples.negative_prompt == f"{word}x"

@@ -151,7 +151,8 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
     ),
     "choice": (
         changed("steps: 100", "steps: 100\n  precision: BF16"),
-        "c.yaml:11: train.precision = BF16: must be one of bf16, bf16_stochastic, bf16_kahan, fp16, fp32 (did you mean `bf16`?)",
+        "c.yaml:11: train.precision = BF16: must be one of bf16, bf16_stochastic, bf16_kahan, fp16, fp32 "
+        "(did you mean `bf16`?)",
     ),
     "choice of a wrong type": (
         added("lr_schedule: {kind: 5}"),

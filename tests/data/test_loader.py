@@ -224,6 +224,20 @@ def test_a_batch_survives_its_buffer(prepared: PreparedSet) -> None:
     _assert_equal(unpack(buffer, reader.fill(buffer, request)), expected)
 
 
+def test_memory_is_used_again_only_when_nobody_holds_it(prepared: PreparedSet) -> None:
+    with _open(BatchReader(prepared, "train", SEED, byte_tokens), Position.start(3, 3), workers=0) as loader:
+        held, addresses = [], []
+        for number, step in zip(range(60), loader, strict=False):
+            (batch,) = step.batches
+            assert batch.latents is not None
+            addresses.append(batch.latents.data_ptr())
+            if number < 5:
+                view = batch.latents[1:, :, 0]
+                held.append((view, view.clone()))
+        assert all(torch.equal(view, copy) for view, copy in held)
+        assert not set(addresses[:5]) & set(addresses[5:]) and len(set(addresses)) < 20
+
+
 def test_a_reader_travels_light(prepared: PreparedSet) -> None:
     assert len(pickle.dumps(BatchReader(prepared, "train", SEED, byte_tokens))) < 10_000
 

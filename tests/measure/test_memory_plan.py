@@ -2,9 +2,9 @@
 
 import pytest
 
+from trainer.measure.memory_holding import Holding, Peak
 from trainer.measure.memory_plan import GIB, Budget, Choice, Measures, Ways, choose, parse_size
 from trainer.measure.memory_report import MemoryPlan, RungReport, run_time
-from trainer.measure.memory_strategy import Holding, Peak
 
 BLOCKS, PER_BLOCK = 10, GIB
 STATIC = {"ddp": 20 * GIB, "zero2": 8 * GIB, "zero3": 5 * GIB}

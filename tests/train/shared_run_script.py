@@ -6,6 +6,7 @@ number of workers.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from accelerate import init_empty_weights
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from trainer.config.schema import OptimizerConfig
@@ -126,7 +128,9 @@ def run(comm: Comm, kind: str, precision_name: str, accumulation: int, steps: in
     )
     warm_up(strategy, lambda wrapped: throw_away_loss(denoiser, wrapped, with_text))
     losses = [take_step(parts, comm, step, accumulation, with_text) for step in range(steps)]
-    save(strategy, model, comm, out, losses)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as watched:
+        take_step(parts, comm, steps, accumulation, with_text)
+    save(strategy, model, comm, out, {"losses": json.dumps(losses), "traffic": json.dumps(traffic(watched))})
 
 
 def throw_away_loss(denoiser: Denoiser, wrapped: nn.Module, with_text: bool) -> Tensor:
@@ -145,11 +149,24 @@ def take_step(parts: StepParts, comm: Comm, step: int, accumulation: int, with_t
     return train_step(parts, batches, accumulation, float(IMAGES), 1.0, False).loss
 
 
-def save(strategy: Strategy, model: nn.Module, comm: Comm, out: Path, losses: list[float]) -> None:
+def traffic(watched: profile) -> dict[str, int]:
+    """Elements that went into collectives, by kind; of a gather, those that came out."""
+    counts = {"all_reduce": 0, "all_gather": 0, "reduce_scatter": 0}
+    inputs = {"gloo:all_reduce": ("all_reduce", 0), "c10d::_allgather_base_": ("all_gather", 0)}
+    inputs |= {"c10d::_reduce_scatter_base_": ("reduce_scatter", 1)}
+    for event in watched.events() or ():
+        if event.name in inputs:
+            kind, argument = inputs[event.name]
+            counts[kind] += math.prod(event.input_shapes[argument])
+    counts["all_reduce"] -= counts["reduce_scatter"]  # gloo does the one by the other
+    return counts
+
+
+def save(strategy: Strategy, model: nn.Module, comm: Comm, out: Path, told: dict[str, str]) -> None:
     named = dict(model.named_parameters())
     whole = {name: t.clone() for name, t in zip(named, strategy.whole_tensors(named.values()), strict=True)}
     if comm.rank == 0:
-        save_file(whole, out, metadata={"losses": json.dumps(losses)})
+        save_file(whole, out, metadata=told)
 
 
 main()

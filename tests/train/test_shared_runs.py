@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -46,9 +47,13 @@ SAME_IN_FP32 = ("ddp:fp32:1", "zero2:fp32:3", "zero2+:fp32:3", "zero3:fp32:1")
 SAME_IN_BF16 = ("ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
 
 
-def losses_of(folder: Path, name: str) -> list[float]:
+def told_of(folder: Path, name: str, what: str) -> Any:
     with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
-        return json.loads(file.metadata()["losses"])
+        return json.loads(file.metadata()[what])
+
+
+def losses_of(folder: Path, name: str) -> list[float]:
+    return told_of(folder, name, "losses")
 
 
 @pytest.mark.e2e
@@ -65,3 +70,36 @@ def test_four_workers_take_the_steps_of_one(alone: Path, four: Path, name: str) 
 @pytest.mark.parametrize("name", SAME_IN_BF16)
 def test_in_bf16_the_losses_agree(alone: Path, four: Path, name: str) -> None:
     assert losses_of(four, name) == pytest.approx(losses_of(alone, "single:bf16:1"), abs=1e-3)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("name", "gathers", "reductions"),
+    [
+        ("zero2:fp32:3", 3, 1),  # weights in each pass, gradients once
+        ("zero2+:fp32:3", 3, 3),
+        ("zero3:fp32:1", 2, 1),  # forward and backward
+        ("zero2:bf16:3", 3, 1),
+    ],
+)
+def test_nothing_but_weights_and_gradients_is_sent(four: Path, name: str, gathers: int, reductions: int) -> None:
+    """Every weight's rows are padded to a multiple of the workers."""
+    weights = load_file(four / f"{name}.safetensors")
+    padded = {n: -(-len(t) // 4) * 4 * t[0].numel() for n, t in weights.items()}
+    unused = ("text_encoder_1.encoder.layers.1.", "text_encoder_1.final_layer_norm.")
+    trained = sum(size for n, size in padded.items() if not n.replace("text_model.", "").startswith(unused))
+    # The group of a layer that never trains is still gathered for the forward pass, and not for the backward pass.
+    idle = sum(padded.values()) - trained
+    sent = told_of(four, name, "traffic")
+    assert sent["all_gather"] in (gathers * sum(padded.values()), gathers * sum(padded.values()) - idle)
+    assert sent["reduce_scatter"] == reductions * trained
+    assert sent["all_reduce"] == 4 + 1  # the step's sums, and the norm
+
+
+@pytest.mark.e2e
+def test_ddp_sends_each_gradient_once(four: Path) -> None:
+    weights = load_file(four / "ddp:fp32:1.safetensors")
+    unused = ("text_encoder_1.encoder.layers.1.", "text_encoder_1.final_layer_norm.")
+    trained = sum(t.numel() for n, t in weights.items() if not n.replace("text_model.", "").startswith(unused))
+    sent = told_of(four, "ddp:fp32:1", "traffic")
+    assert sent == {"all_reduce": trained + 4, "all_gather": 0, "reduce_scatter": 0}

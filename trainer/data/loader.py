@@ -7,6 +7,7 @@ buffer. Readers hold paths and integers, never an object per image.
 import math
 import mmap
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -259,15 +260,15 @@ def open_loader(
             for ids, weights in share(rows, rank, world, batch_rows[rows.bucket], accumulation):
                 yield Request(rows.epoch, rows.bucket, ids, weights)
 
+    most_bytes = reader.batch_bytes(batch_rows)
     if workers:
-        most_bytes = reader.batch_bytes(batch_rows)
         readers = ReaderProcesses(reader.fill, requests(), most_bytes, workers, prefetch_batches)
         # Copied out of the slot in one piece, because the slot is filled again.
         copy = Tensor.pin_memory if pin_memory else Tensor.clone
         batches = (unpack(copy(buffer[: packed.num_bytes]), packed) for buffer, packed in readers)
         return Loader(batches, steps, accumulation, readers.close)
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="data-reader")
-    batches = _read_in_threads(pool, reader, requests(), prefetch_batches, pin_memory)
+    batches = _read_in_threads(pool, reader, requests(), most_bytes, prefetch_batches, pin_memory)
     return Loader(batches, steps, accumulation, partial(pool.shutdown, cancel_futures=True))
 
 
@@ -275,12 +276,15 @@ def _read_in_threads(
     pool: ThreadPoolExecutor,
     reader: BatchReader,
     requests: Iterator[Request],
+    most_bytes: int,
     prefetch_batches: int,
     pin_memory: bool,
 ) -> Iterator[Batch]:
+    buffers = _Buffers(most_bytes)
+
     def read(request: Request) -> Batch:
         shape, dtype = reader.prepared.payload_shape(reader.split, request.bucket)
-        batch = reader.read(request, _on_own_pages((len(request.ids), *shape), dtype))
+        batch = reader.read(request, buffers.take((len(request.ids), *shape), dtype))
         return replace(batch, **{n: t.pin_memory() for n, t in _tensors(batch).items()}) if pin_memory else batch
 
     ahead = deque(pool.submit(read, next(requests)) for _ in range(prefetch_batches))
@@ -293,15 +297,28 @@ def _read_in_threads(
     return batches()
 
 
-def _on_own_pages(shape: tuple[int, ...], dtype: np.dtype) -> NDArray[Any]:
-    """Zeros in memory that goes back to the system as soon as they are dropped.
+class _Buffers:
+    """Memory for payloads, used again once nobody holds what was read into it. Safe to use from several threads.
 
-    The C library would keep it: in the heap of a reader thread, buffers of ever other sizes leave gaps between what is
-    still in use, and the process grows by ten megabytes in the course of an epoch.
+    In the heaps that the C library gives to threads, buffers of ever other sizes leave gaps between what is still in
+    use, and the process grows by ten megabytes in the course of an epoch; and pages that are new for every batch take
+    half as long again as reading it.
     """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    pages = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._free: deque[mmap.mmap] = deque()
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> NDArray[Any]:
+        """An array of at most `num_bytes`; what lies in it is left over from earlier ones."""
+        try:
+            pages = self._free.pop()
+        except IndexError:
+            pages = mmap.mmap(-1, self._num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        array = np.frombuffer(pages, dtype, math.prod(shape))
+        # Every view of it, and every tensor, keeps this array alive, because it is the last one above the pages.
+        weakref.finalize(array, self._free.append, pages).atexit = False
+        return array.reshape(shape)
 
 
 def pack(batch: Batch, buffer: Tensor) -> PackedBatch:

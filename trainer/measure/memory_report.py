@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.measure.arithmetic import format_duration
+from trainer.measure.memory_holding import PARTS, StrategyName
 from trainer.measure.memory_plan import CARD_FLOPS, GIB, Budget, Rung, in_gib
-from trainer.measure.memory_strategy import PARTS, StrategyName
 
 BENCH_FILE = "bench.json"
 _PART_NAMES = {"communication": "buffers", "frozen": "frozen models"}

@@ -21,8 +21,8 @@ from trainer.dist.comm import Comm, broadcast_object
 from trainer.dist.strategy import Sharing, StrategyKind
 from trainer.dist.worker import MEMORY_ATTEMPT
 from trainer.errors import OutOfMemory
+from trainer.measure.memory_holding import Kernels
 from trainer.measure.memory_plan import in_gib
-from trainer.measure.memory_strategy import Kernels
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import offloaded_activations, repeated_blocks
 from trainer.model.text import text_positions

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket, make_buckets
 from trainer.errors import UserError
+from trainer.measure.memory_holding import Holding, Kernels
 from trainer.measure.memory_plan import (
     CARD_FLOPS,
     GIB,
@@ -26,7 +27,7 @@ from trainer.measure.memory_plan import (
     smallest,
 )
 from trainer.measure.memory_report import MemoryPlan, RungReport
-from trainer.measure.memory_strategy import Holding, Kernels, wire_bytes
+from trainer.measure.memory_strategy import wire_bytes
 from trainer.model.source import component_config, find_source, vae_source
 from trainer.train.arithmetic import batch_factors
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
-from trainer.measure.memory_strategy import Holding, Kernels, Peak, StrategyName, strategy_peak
+from trainer.measure.memory_holding import Holding, Kernels, Peak, StrategyName
+from trainer.measure.memory_strategy import strategy_peak
 from trainer.measure.memory_trace import Block, Trace, trace_pass, trace_peak
 from trainer.model.denoiser import TrainedModel
 from trainer.model.load import empty_text_encoders, empty_vae

@@ -1,0 +1,91 @@
+"""What a worker holds in a strategy, and the fullest moment of a step: values; no torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kernels = Literal["cuda", "cpu"]
+StrategyName = Literal["single", "ddp", "zero2", "zero3"]
+PARTS = ("weights", "masters", "gradients", "optimizer", "activations", "communication", "frozen")
+Split = dict[str, int]
+
+
+@dataclass(frozen=True)
+class ParameterSize:
+    """A parameter as a strategy sees it."""
+
+    name: str
+    shape: tuple[int, ...]
+    trains: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    def padded_numel(self, world: int) -> int:
+        """Elements when the first dimension is cut into equal parts for `world` workers."""
+        first = self.shape[0] if self.shape else 1
+        return -(-first // world) * world * (self.numel // max(first, 1))
+
+
+@dataclass(frozen=True)
+class Holding:
+    """How the parameters of a run are held.
+
+    Attributes:
+        strategy: `single`: one process, no wrapper; `ddp`: all of it on every worker; `zero2`: shards, gathered for
+            each pass; `zero3`: gathered for each unit.
+        world: workers that share the state.
+        stored_bytes: of one weight as the optimizer sees it (its master, where `compute_bytes` is smaller).
+        compute_bytes: of one weight in the forward pass. Differs from `stored_bytes` with zero2 and zero3 only;
+            autocast's copies are part of the trace.
+        reduce_bytes: of one gradient on the wire.
+        optimizer_bytes: state per weight that trains, such as 8 for AdamW in fp32.
+        accumulation: passes per optimizer step.
+        reduce_each_pass: zero2 and zero3 with accumulation: reduce in every pass, or keep whole gradients.
+        bucket_bytes: of one DDP bucket.
+        bucket_views: `gradient_as_bucket_view`.
+        batched_copy: `batched_grad_copy`: gradients wait until their bucket is full.
+        keeps_views: gradients are zeroed in place and stay views of their buckets.
+        optimizer_temporary_bytes: alive at once within the optimizer's step.
+        frozen_bytes: parts that do not train and lie on the same device, all through the step.
+        between_steps: bytes of work done between steps by name, such as the VAE's pass over a batch of images.
+        between_steps_gathered: those of them for which spread weights are gathered.
+    """
+
+    strategy: StrategyName
+    world: int
+    stored_bytes: int
+    compute_bytes: int
+    reduce_bytes: int
+    optimizer_bytes: float
+    accumulation: int = 1
+    reduce_each_pass: bool = True
+    bucket_bytes: int = 64 * 2**20
+    bucket_views: bool = True
+    batched_copy: bool = True
+    keeps_views: bool = False
+    optimizer_temporary_bytes: int = 0
+    frozen_bytes: int = 0
+    between_steps: Mapping[str, int] = field(default_factory=dict)
+    between_steps_gathered: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The fullest moment of a step.
+
+    Attributes:
+        phase: forward, backward, optimizer, or a name from `Holding.between_steps`.
+        split: bytes by part.
+    """
+
+    phase: str
+    split: Split
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.split.values())
