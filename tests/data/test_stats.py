@@ -97,4 +97,4 @@ def test_what_cannot_be_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["data", "stats", str(root), "--out", str(tmp_path / "no/stats.png")]) == 2
     assert "there is no folder" in capsys.readouterr().err
     assert main(["data", "stats", str(root), "--model", str(tmp_path)]) == 2
-    assert "holds no `tokenizer` folder" in capsys.readouterr().err
+    assert "has no tokenizer" in capsys.readouterr().err

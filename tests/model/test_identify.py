@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import resource
 import struct
 import subprocess
 import sys
@@ -269,7 +268,7 @@ def test_hostile_headers_are_one_line(name: str, tmp_path: Path) -> None:
 
 
 def test_hostile_headers_take_little_memory(tmp_path: Path) -> None:
-    """Half a gigabyte at most, for a header of 100 MB and for the worst of 32 MiB."""
+    """Of addresses 700 MB at most, for a header of 100 MB and for the worst of 32 MiB."""
     script = (
         "import resource, sys; from pathlib import Path; from trainer.model.identify import identify\n"
         "resource.setrlimit(resource.RLIMIT_AS, (700 << 20,) * 2)\n"
@@ -284,7 +283,6 @@ def test_hostile_headers_take_little_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["damaged"] * 4, done.stderr[-500:]
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 20
 
 
 def _write_json(path: Path, content: object) -> None:
