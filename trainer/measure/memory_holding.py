@@ -89,3 +89,23 @@ class Peak:
     def total(self) -> int:
         """Bytes."""
         return sum(self.split.values())
+
+
+@dataclass
+class Ledger:
+    """What is held now, and the fullest moment so far."""
+
+    held: Split
+    activations: int = 0
+    phase: str = "forward"
+    peak: Peak = field(default_factory=lambda: Peak("", {}))
+
+    def add(self, part: str, amount: int) -> None:
+        self.held[part] += amount
+        self.note(0)
+
+    def note(self, above: int) -> None:
+        """The activations rise `above` their level for a moment."""
+        total = sum(self.held.values()) + self.activations + above
+        if total > self.peak.total:
+            self.peak = Peak(self.phase, self.held | {"activations": self.activations + above})

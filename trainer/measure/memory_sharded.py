@@ -1,10 +1,8 @@
 """What FSDP2 holds while a pass runs, mark by mark; no torch. Part of `memory_strategy.py`."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from trainer.measure.memory_strategy import Holding, Ledger, ParameterSize
+from trainer.measure.memory_holding import Holding, Ledger, ParameterSize
 
 
 class Sharded:
@@ -12,10 +10,10 @@ class Sharded:
 
     def __init__(
         self,
-        ledger: "Ledger",
-        parameters: Sequence["ParameterSize"],
+        ledger: Ledger,
+        parameters: Sequence[ParameterSize],
         unit_of: Mapping[str, str],
-        holding: "Holding",
+        holding: Holding,
         order: Sequence[str],
     ) -> None:
         del order

@@ -5,34 +5,13 @@ state and returns the moment at which most is held, split by what holds it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from trainer.measure.memory_holding import PARTS, Holding, Ledger, ParameterSize, Peak
 from trainer.measure.memory_sharded import Sharded
 
 if TYPE_CHECKING:
     from trainer.measure.memory_trace import Segment, Trace
-from trainer.measure.memory_holding import PARTS, Holding, ParameterSize, Peak, Split
-
-
-@dataclass
-class Ledger:
-    """What is held now, and the fullest moment so far."""
-
-    held: Split
-    activations: int = 0
-    phase: str = "forward"
-    peak: Peak = field(default_factory=lambda: Peak("", {}))
-
-    def add(self, part: str, amount: int) -> None:
-        self.held[part] += amount
-        self.note(0)
-
-    def note(self, above: int) -> None:
-        """The activations rise `above` their level for a moment."""
-        total = sum(self.held.values()) + self.activations + above
-        if total > self.peak.total:
-            self.peak = Peak(self.phase, self.held | {"activations": self.activations + above})
 
 
 class _Accountant(Protocol):

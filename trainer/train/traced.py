@@ -20,7 +20,7 @@ from trainer.model.recompute import apply_recompute, offloaded_activations, repe
 from trainer.model.text import TextEncoders, text_positions
 from trainer.train.adamw import CHUNK_ELEMENTS
 from trainer.train.blockwise import blocks_per_row, takes_8_bits
-from trainer.train.build import lay_out_model
+from trainer.train.layout import lay_out_model
 from trainer.train.precision import DTYPES, precision_of
 
 TOKENS_PER_CHUNK, POSITIONS_PER_CHUNK = 75, 77
