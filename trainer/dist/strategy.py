@@ -80,7 +80,9 @@ class Strategy:
 
     def grad_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Global L2 norm of the gradients, a scalar on their device and the same on all workers."""
-        norm = nn.utils.get_total_norm([local_tensor(gradient) for gradient in gradients])
+        # In fp32 whatever their dtype: in bf16, a norm has three digits.
+        norms = [torch.linalg.vector_norm(local_tensor(gradient).float()) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         if not self.sharing.is_sharded:
             return norm
         squares = norm.double().square()
