@@ -7,7 +7,7 @@ from torch import nn
 from trainer.dist.strategy import Sharing, Strategy
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
 def test_the_norm_of_gradients_is_a_number_of_fp32(dtype: torch.dtype, error: float) -> None:
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(shape, generator=generator).to(dtype) for shape in [(300, 70), *[(64, 3, 3, 3)] * 9, (7,)]]

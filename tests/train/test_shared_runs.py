@@ -13,38 +13,41 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "shared_run_script.py"
-STEPS = 50
+SAME_IN_FP32 = ("ddp:fp32:1", "zero2:fp32:3", "zero2+:fp32:3", "zero3:fp32:1")
+SAME_IN_BF16 = ("ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
+QUICK_STEPS, STEPS = 3, 50
 
 
-def run(folder: Path, world: int, *names: str) -> Path:
+def run(folder: Path, world: int, steps: int, *names: str) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu"}
-    arguments = [sys.executable, str(SCRIPT), str(folder), str(STEPS), *names]
+    arguments = [sys.executable, str(SCRIPT), str(folder), str(steps), *names]
     workers = [
         subprocess.Popen(arguments, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
         for rank in range(world)
     ]
-    for worker in workers:
-        _, told = worker.communicate(timeout=280)
-        assert worker.returncode == 0, told.decode()
+    try:
+        for worker in workers:
+            _, told = worker.communicate(timeout=280 if steps == QUICK_STEPS else 1800)
+            assert worker.returncode == 0, told.decode()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
     return folder
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("alone"), 1, "single:fp32:1", "single:bf16:1")
+    return run(tmp_path_factory.mktemp("alone"), 1, QUICK_STEPS, "single:fp32:1", "single:bf16:1")
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("four"), 4, *SAME_IN_FP32, *SAME_IN_BF16)
-
-
-SAME_IN_FP32 = ("ddp:fp32:1", "zero2:fp32:3", "zero2+:fp32:3", "zero3:fp32:1")
-SAME_IN_BF16 = ("ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
+    return run(tmp_path_factory.mktemp("four"), 4, QUICK_STEPS, *SAME_IN_FP32, *SAME_IN_BF16)
 
 
 def told_of(folder: Path, name: str, what: str) -> Any:
@@ -56,20 +59,28 @@ def losses_of(folder: Path, name: str) -> list[float]:
     return told_of(folder, name, "losses")
 
 
+def assert_same_steps(alone: Path, four: Path, name: str) -> None:
+    """In fp32 the same losses and weights; in bf16 nearly the same losses."""
+    precision = name.split(":")[1]
+    single = f"single:{precision}:1"
+    assert losses_of(four, name) == pytest.approx(losses_of(alone, single), abs=1e-6 if precision == "fp32" else 1e-3)
+    if precision == "fp32":
+        expected, weights = load_file(alone / f"{single}.safetensors"), load_file(four / f"{name}.safetensors")
+        assert weights.keys() == expected.keys()
+        assert max(float((weights[name] - expected[name]).abs().max()) for name in weights) < 1e-6
+
+
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", SAME_IN_FP32)
+@pytest.mark.parametrize("name", SAME_IN_FP32 + SAME_IN_BF16)
 def test_four_workers_take_the_steps_of_one(alone: Path, four: Path, name: str) -> None:
-    assert losses_of(four, name) == pytest.approx(losses_of(alone, "single:fp32:1"), abs=1e-6)
-    expected, weights = load_file(alone / "single:fp32:1.safetensors"), load_file(four / f"{name}.safetensors")
-    assert weights.keys() == expected.keys()
-    furthest = max(float((weights[name] - expected[name]).abs().max()) for name in weights)
-    assert furthest < 1e-6
+    assert_same_steps(alone, four, name)
 
 
-@pytest.mark.e2e
-@pytest.mark.parametrize("name", SAME_IN_BF16)
-def test_in_bf16_the_losses_agree(alone: Path, four: Path, name: str) -> None:
-    assert losses_of(four, name) == pytest.approx(losses_of(alone, "single:bf16:1"), abs=1e-3)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAME_IN_FP32 + SAME_IN_BF16)
+def test_four_workers_take_fifty_steps_of_one(tmp_path: Path, name: str) -> None:
+    alone = run(tmp_path, 1, STEPS, f"single:{name.split(':')[1]}:1")
+    assert_same_steps(alone, run(tmp_path, 4, STEPS, name), name)
 
 
 @pytest.mark.e2e
