@@ -61,6 +61,8 @@ def test_an_unfinished_write_is_invisible_and_cleaned_up(tmp_path: Path) -> None
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(checkpoint_dir(tmp_path, 2), files(2), {}, fail_in_the_second_file, writes=True)
     assert list_checkpoints(tmp_path) == [good]
+    assert list((tmp_path / "checkpoints").iterdir()) == [good], "a full disk is not to stay full of it"
+    checkpoint_dir(tmp_path, 3).with_suffix(".tmp").mkdir()  # of a process that was killed
     prune_checkpoints(tmp_path, keep=2)
     assert list((tmp_path / "checkpoints").iterdir()) == [good]
 

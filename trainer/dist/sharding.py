@@ -58,11 +58,6 @@ def copy_share(parameter: Tensor, whole: Tensor) -> None:
         parameter.to_local().copy_(shares[rank])
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard_model` was applied."""
-    return isinstance(model, FSDPModule)
-
-
 def require_gradient_exchange(model: nn.Module, *, required: bool) -> None:
     """Whether the next backward pass averages gradients over the workers, or keeps adding up each worker's own."""
     if isinstance(model, FSDPModule):

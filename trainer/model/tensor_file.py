@@ -166,7 +166,7 @@ def write_tensor_file(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _fsync_folder(path.parent)
+    sync_to_disk(path.parent)
     return digest.hexdigest()
 
 
@@ -207,8 +207,9 @@ def _bytes_of(spec: TensorSpec, tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or what a folder says of its entries, is on the disk and survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

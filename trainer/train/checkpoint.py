@@ -11,7 +11,6 @@ are spread over the workers are put together one by one, so the files do not dep
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from trainer.model.tensor_file import TensorSpec, aligned, write_tensor_file
+from trainer.model.tensor_file import TensorSpec, aligned, sync_to_disk, write_tensor_file
 from trainer.train.run_dir import MANIFEST, STATE, manifest_entry
 
 OPTIMIZER = "training_state/optimizer.safetensors"
@@ -82,16 +81,26 @@ def write_checkpoint(
             pass
     if not writes:
         return
-    if failure is not None:
-        raise failure
+    try:
+        if failure is not None:
+            raise failure
+        _publish(temporary, path, state)
+    except OSError:
+        # At once, for the disk may be full of it: the next checkpoint would find no more room than this one.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _publish(temporary: Path, path: Path, state: Mapping[str, object]) -> None:
+    """Add state and manifest, and give the folder its name once all of it is on the disk."""
     (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n")
     written = sorted(p for p in temporary.rglob("*") if p.is_file())
     entries = {p.relative_to(temporary).as_posix(): manifest_entry(p) for p in written}
     (temporary / MANIFEST).write_text(json.dumps({"version": 1, "files": entries}, indent=1) + "\n")
     for item in [*written, temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-        _fsync(item)
+        sync_to_disk(item)
     temporary.rename(path)
-    _fsync(path.parent)
+    sync_to_disk(path.parent)
 
 
 def _write_file(folder: Path, file: TensorFile, specs: list[TensorSpec], wholes: Iterator[Tensor]) -> None:
@@ -107,11 +116,3 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
             yield name, tensors.get_tensor(name)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
