@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -94,11 +94,18 @@ def run_stages(folder: Path, steps: int, tokenizer: Path | None, gb: float | Non
     config = write_config(folder, model, tiny, run_dir, steps, tokenizer)
     stages.append(timed("inspect it", product("inspect", model, "--quick")))
     stages.append(timed("plan", product("plan", config)))
+    planned_bytes = json.loads(subprocess.check_output([str(a) for a in product("plan", config, "--json")]))[
+        "host_bytes"
+    ]
     note = f"{PHOTOS} of the photographs"
     stages.append(timed("prepare: VAE and text encoders", product("prepare", config, "--limit", PHOTOS), note))
+    split = product("bench", config, "--batch-sizes", 1, "--steps", 5, "--warmup", 1, "--out", folder / "bench.json")
+    stages.append(timed("bench 1 + 5 steps", split))
+    stages[-1] = replace(stages[-1], note=step_parts(folder / "bench.json"))
     watch = Watch(run_dir)
-    trained = timed(f"train {steps} steps", product("train", config), watch=watch)
-    stages.append(trained)
+    trained = timed(f"train {steps} steps and save", product("train", config), watch=watch)
+    error = planned_bytes / trained.peak_bytes - 1
+    stages.append(replace(trained, note=f"planned {planned_bytes / 1e9:.2f} GB, {error:+.1%}"))
     stages += watch.rows(trained)
     exported = folder / "exported.safetensors"
     stages.append(timed("export in fp16", product("export", run_dir, "-o", exported, "--overwrite")))
@@ -107,6 +114,13 @@ def run_stages(folder: Path, steps: int, tokenizer: Path | None, gb: float | Non
     write_diffusers_configs(configs, model)
     stages.append(timed("diffusers opens it", [sys.executable, "-c", _OPEN_WITH_DIFFUSERS, exported, configs]))
     return stages
+
+
+def step_parts(report: Path) -> str:
+    """Seconds of a step's parts on images of the run's size, as `bench` measured them."""
+    (row,) = json.loads(report.read_text())["rows"]
+    phases = ("forward", "backward", "optimizer")
+    return "a step: " + ", ".join(f"{phase} {row['split'][phase]:.1f} s" for phase in phases)
 
 
 def write_config(folder: Path, model: Path, tiny: Path, run_dir: Path, steps: int, tokenizer: Path | None) -> Path:

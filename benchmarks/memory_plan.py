@@ -163,7 +163,7 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
     """An optimizer step of a model that is ready to train."""
     dtype = input_dtype(case)
     mixed = dtype if case.weights != case.compute and dtype != DTYPES[case.weights] else None
-    sharing = Sharing(case.kind, mixed, mixed, case.exchange_every_pass)
+    sharing = Sharing(case.kind, mixed, mixed, case.exchange_every_pass, case.accumulation)
     model = make_model(case).to(DTYPES[case.weights])
     strategy = make_strategy(model, sharing, repeated_blocks(model).values(), comm, _fill)
     # Workers but the first only keep it company: their optimizer's memory is another's.
@@ -179,7 +179,7 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
                 strategy.backward(value)
         if optimizer is not None:
             optimizer.step()
-        strategy.model.zero_grad(set_to_none=True)
+        strategy.clear_gradients()
 
     with autocast:
         warm_up(strategy, lambda _: loss())

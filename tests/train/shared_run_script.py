@@ -118,7 +118,7 @@ def run(comm: Comm, kind: str, precision_name: str, accumulation: int, steps: in
             copy_share(parameter, weights[name])
 
     dtype = precision.compute if kind.startswith("zero") and precision.autocast else None
-    sharing = Sharing(kind.rstrip("+"), dtype, dtype, kind.endswith("+"))  # type: ignore[arg-type]
+    sharing = Sharing(kind.rstrip("+"), dtype, dtype, kind.endswith("+"), accumulation)  # type: ignore[arg-type]
     strategy = make_strategy(model, sharing, repeated_blocks(model).values(), comm, fill)
     autocast = None if dtype else precision.autocast
     objective = epsilon_objective(scaled_linear())

@@ -33,17 +33,28 @@ class Sharing:
         reduce_dtype: in which their gradients travel; None: that of the weights.
         exchange_every_pass: `zero2` and `zero3` with accumulation: average gradients in every backward pass, which
             costs time on the wire, and not in the last only, which costs a whole copy of the gradients in memory.
+        passes: of a step.
     """
 
     kind: StrategyKind
     compute_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     exchange_every_pass: bool = False
+    passes: int = 1
 
     @property
     def is_sharded(self) -> bool:
         """Whether the weights are spread over the workers."""
         return self.kind in ("zero2", "zero3")
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients are zeroed in place and stay views of DDP's buckets.
+
+        With accumulation, freed ones would come back in passes without exchange as tensors of their own: a second
+        copy beside the buckets. Without, they arrive one bucket at a time, and are better freed.
+        """
+        return self.kind == "ddp" and self.passes > 1
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,10 @@ class Strategy:
     def backward(self, loss: Tensor) -> None:
         """Backward pass of this worker's part of the step's loss."""
         (loss * self.world).backward()
+
+    def clear_gradients(self) -> None:
+        """Before the next step: zero them in place, or give their memory back."""
+        self.model.zero_grad(set_to_none=not self.sharing.keeps_gradients)
 
     def grad_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Global L2 norm of the gradients, a scalar on their device and the same on all workers."""
@@ -144,10 +159,14 @@ def warm_up(strategy: Strategy, throw_away_loss: Callable[[nn.Module], Tensor]) 
     three or more workers the ring then sums in another order, so a resumed run's first step would
     differ in the last bit from the same step of an uninterrupted run. After this both are alike.
     FSDP2 learns here which module is the outermost one, before a part of the model is called alone.
+    Gradients that stay views of DDP's buckets need a second pass: the first one's buckets are given up.
     """
     if strategy.world > 1:
         throw_away_loss(strategy.model).backward()
         strategy.model.zero_grad(set_to_none=True)
+    if strategy.sharing.keeps_gradients:
+        throw_away_loss(strategy.model).backward()
+        strategy.clear_gradients()
 
 
 @contextmanager

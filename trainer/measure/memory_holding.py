@@ -48,7 +48,6 @@ class Holding:
         bucket_bytes: of one DDP bucket.
         bucket_views: `gradient_as_bucket_view`.
         batched_copy: `batched_grad_copy`: gradients wait until their bucket is full.
-        keeps_views: gradients are zeroed in place and stay views of their buckets.
         optimizer_temporary_bytes: alive at once within the optimizer's step.
         frozen_bytes: parts that do not train and lie on the same device, all through the step.
         between_steps: bytes of work done between steps by name, such as the VAE's pass over a batch of images.
@@ -66,11 +65,15 @@ class Holding:
     bucket_bytes: int = 64 * 2**20
     bucket_views: bool = True
     batched_copy: bool = True
-    keeps_views: bool = False
     optimizer_temporary_bytes: int = 0
     frozen_bytes: int = 0
     between_steps: Mapping[str, int] = field(default_factory=dict)
     between_steps_gathered: frozenset[str] = frozenset()
+
+    @property
+    def keeps_views(self) -> bool:
+        """Gradients are zeroed in place and stay views of their buckets: see `trainer.dist.strategy.Sharing`."""
+        return self.strategy == "ddp" and self.bucket_views and self.accumulation > 1
 
 
 @dataclass(frozen=True)

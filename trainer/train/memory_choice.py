@@ -75,7 +75,7 @@ class MemoryChoice:
         """With the dtypes that follow from the configuration."""
         precision = precision_of(config.train.precision)
         narrow = precision.compute if self.kind in ("zero2", "zero3") and precision.autocast else None
-        return Sharing(self.kind, narrow, narrow, self.exchange_every_pass)
+        return Sharing(self.kind, narrow, narrow, self.exchange_every_pass, self.passes)
 
     def around_forward(self, model: TrainedModel) -> Callable[[], AbstractContextManager[None]]:
         """What every forward pass of the training runs in."""
@@ -93,20 +93,23 @@ def choose_memory(config: Config, comm: Comm, data: BucketedData) -> MemoryChoic
     if comm.rank == 0:
         memory = config.memory
         unlimited = comm.device.type == "cpu" and memory.budget == "auto" and not attempt
-        chosen = asdict(_unplanned(config, comm) if unlimited else _planned(config, comm, data, attempt))
+        chosen = asdict(_unplanned(config, comm, data) if unlimited else _planned(config, comm, data, attempt))
     agreed = broadcast_object(comm, chosen)
     assert agreed is not None
     return MemoryChoice(**{**agreed, "recompute": tuple(agreed["recompute"]), "fullest": tuple(agreed["fullest"])})
 
 
-def _unplanned(config: Config, comm: Comm) -> MemoryChoice:
+def _unplanned(config: Config, comm: Comm, data: BucketedData) -> MemoryChoice:
     memory = config.memory
     kind: StrategyKind = "ddp" if memory.strategy == "auto" else memory.strategy
     blocks: tuple[str, ...] = ()
     if memory.recompute == "all":
         blocks = tuple(repeated_blocks(lay_out_model(config)))
     return MemoryChoice(
-        kind if comm.world > 1 else "single", recompute=blocks, offloads=memory.offload_activations is True
+        kind if comm.world > 1 else "single",
+        recompute=blocks,
+        offloads=memory.offload_activations is True,
+        passes=arithmetic_of(config, comm.world, data.buckets("train"), data.rows_per_bucket("train")).accumulation,
     )
 
 

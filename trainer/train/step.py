@@ -129,7 +129,7 @@ def _update(parts: StepParts, planned_images: float, num_images: float, lr_facto
                 torch._foreach_mul_(_gradients(parts), factor)  # pyright: ignore[reportPrivateImportUsage]
             scale_lr(parts.optimizer, lr_factor)
             parts.optimizer.step()
-    parts.optimizer.zero_grad(set_to_none=True)
+    parts.strategy.clear_gradients()
     return norm
 
 
