@@ -57,15 +57,18 @@ def measure(kind: str, rounding: str, arguments: argparse.Namespace) -> dict[str
     import torch
 
     from trainer.config.schema import OptimizerConfig
+    from trainer.train.adamw_chunk import compiled_update
     from trainer.train.optim import make_optimizer, optimizer_tensors
 
     torch.set_num_threads(arguments.threads)
     named = make_weights(arguments.weights, torch.float32 if rounding == "fp32" else torch.bfloat16, arguments.device)
+    rounded = None if rounding == "fp32" else rounding
+    fuses = arguments.compiled and not (kind == "adamw" and rounded is None)
     optimizer = make_optimizer(
         named,
         OptimizerConfig.model_validate({"lr": 1.5e-6, "kind": kind}),
-        rounding=None if rounding == "fp32" else rounding,
-        compiled=arguments.compiled,
+        rounding=rounded,
+        update=compiled_update(kind == "adamw_8bit", rounded, torch.device(arguments.device)) if fuses else None,
     )
     optimizer.step()  # makes the state
     synchronize(arguments.device)

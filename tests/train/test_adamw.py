@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from trainer.config.schema import OptimizerConfig
 from trainer.train.adamw import BlockAdamW, Rounding
+from trainer.train.adamw_chunk import Chunk, compiled_update
 from trainer.train.blockwise import dynamic_map
 from trainer.train.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
 
@@ -44,7 +46,7 @@ def give_gradients(named: Mapping[str, nn.Parameter], step: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 1e-3
 
 
-def ours(named: Mapping[str, nn.Parameter], *, eight_bit: bool, rounding: Rounding | None, **more: int) -> BlockAdamW:
+def ours(named: Mapping[str, nn.Parameter], *, eight_bit: bool, rounding: Rounding | None, **more: Any) -> BlockAdamW:
     return BlockAdamW([{"params": list(named.items()), **SETTINGS}], eight_bit=eight_bit, rounding=rounding, **more)
 
 
@@ -271,10 +273,55 @@ def test_compiled_arithmetic_differs_in_the_last_bit_only() -> None:
     run(plain, reference, range(1))
     reference.param_groups[0]["lr"] *= 0.5
     run(plain, reference, range(1, 4))
-    optimizer = ours(fused, eight_bit=True, rounding="stochastic", compiled=True)
+    update = compiled_update(True, "stochastic", torch.device("cpu"))
+    assert update is not None
+    optimizer = ours(fused, eight_bit=True, rounding="stochastic", update=update)
     run(fused, optimizer, range(1))
     with torch.compiler.set_stance("fail_on_recompile"):  # a new step, key and learning rate are the same code
         optimizer.param_groups[0]["lr"] *= 0.5
         run(fused, optimizer, range(1, 4))
     for name in plain:
         assert float((plain[name] != fused[name]).float().mean()) < 1e-2, name
+
+
+def test_gradients_are_taken_times_a_factor() -> None:
+    """Clipping without a pass over the gradients, which stay as they are."""
+    one, two = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    plain, scaled = (ours(named, eight_bit=True, rounding="kahan") for named in (one, two))
+    give_gradients(one, 0)
+    give_gradients(two, 0)
+    for parameter in two.values():
+        assert parameter.grad is not None
+        parameter.grad *= 4  # exact in bf16
+    before = two["linear"].grad.clone()  # pyright: ignore[reportOptionalMemberAccess]
+    plain.step()
+    scaled.step(gradient_factor=0.25)
+    assert_equal(everything(one, plain), everything(two, scaled))
+    assert torch.equal(two["linear"].grad, before)  # pyright: ignore[reportArgumentType]
+
+
+def test_without_a_compiler_it_goes_on_uncompiled(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def compile_nothing(*_: object, **__: object) -> Any:
+        def fail(*_: object) -> None:
+            raise RuntimeError("No working C++ compiler found")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    assert compiled_update(True, "stochastic", torch.device("cpu")) is None
+    assert "AdamW's arithmetic is not compiled, and takes longer: No working C++ compiler found" in caplog.text
+
+
+@pytest.mark.parametrize("spoilt", ["weight", "first", "second_scale"])
+def test_wrong_compiled_arithmetic_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: Any, spoilt: str) -> None:
+    def compile_wrongly(function: Any, **_: object) -> Any:
+        def run(chunk: Chunk, *others: Any) -> None:
+            function(chunk, *others)
+            if (part := getattr(chunk, spoilt)) is not None:
+                part.mul_(3)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_wrongly)
+    assert compiled_update(True, "stochastic", torch.device("cpu")) is None
+    assert f"the {spoilt} differs" in caplog.text

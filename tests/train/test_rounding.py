@@ -12,6 +12,10 @@ ROWS, WIDTH = 4096, 128
 N = ROWS * WIDTH
 
 
+def key_of(draw: int) -> Tensor:
+    return torch.tensor(rounding_key(draw), dtype=torch.int32)
+
+
 def halves(key: Tensor, first: int = 0) -> Tensor:
     """Low and high 16 bits, [2, N]."""
     bits = random_bits(first, ROWS, WIDTH, key, CPU).view(-1)
@@ -23,7 +27,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def test_bits_are_uniform_and_uncorrelated() -> None:
-    keys = [rounding_key(draw, CPU) for draw in (12345 << 40, 67890 << 20, 1, 2)]
+    keys = [key_of(draw) for draw in (12345 << 40, 67890 << 20, 1, 2)]
     drawn = [halves(key) for key in keys]
     noise = 5 / N**0.5
     for bits in drawn:
@@ -41,7 +45,7 @@ def test_bits_are_uniform_and_uncorrelated() -> None:
 
 
 def test_a_part_draws_what_the_whole_draws() -> None:
-    key = rounding_key(99, CPU)
+    key = key_of(99)
     whole = random_bits(0, 10, 6, key, CPU)
     assert torch.equal(random_bits(4 * 6, 3, 6, key, CPU), whole[4:7])
     for block in (12, 7, 1):
@@ -55,7 +59,7 @@ def test_a_part_draws_what_the_whole_draws() -> None:
 def test_the_expectation_is_the_exact_number(fraction: float, sign: float) -> None:
     below, above = sign, sign * (1 + 2**-7)  # neighbours in bf16
     exact = below + fraction * (above - below)
-    rounded = round_stochastically(torch.full((ROWS, 2 * WIDTH), exact), 0, rounding_key(7, CPU)).double()
+    rounded = round_stochastically(torch.full((ROWS, 2 * WIDTH), exact), 0, key_of(7)).double()
     assert set(rounded.unique().tolist()) == {below, above}
     share = float((rounded == above).double().mean())
     assert abs(share - fraction) < 5 * (fraction * (1 - fraction) / (2 * N)) ** 0.5
@@ -63,11 +67,9 @@ def test_the_expectation_is_the_exact_number(fraction: float, sign: float) -> No
 
 def test_numbers_of_bf16_stay_and_nan_and_infinity_too() -> None:
     numbers = torch.randn(8, 256).bfloat16()
-    assert torch.equal(round_stochastically(numbers.float(), 0, rounding_key(1, CPU)), numbers)
+    assert torch.equal(round_stochastically(numbers.float(), 0, key_of(1)), numbers)
     odd = torch.tensor([[torch.inf, -torch.inf, torch.nan, 0.0]])
-    assert torch.equal(
-        round_stochastically(odd.clone(), 0, rounding_key(1, CPU)).float().nan_to_num(5.0), odd.nan_to_num(5.0)
-    )
+    assert torch.equal(round_stochastically(odd.clone(), 0, key_of(1)).float().nan_to_num(5.0), odd.nan_to_num(5.0))
 
 
 def test_compensation_keeps_what_rounding_drops() -> None:

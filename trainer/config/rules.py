@@ -35,6 +35,7 @@ def broken_rules(config: Config) -> list[Problem]:
         _length,
         _batch,
         _lr_schedule,
+        _optimizer,
         _buckets,
         _sources,
         _mode,
@@ -92,6 +93,13 @@ def _lr_schedule(config: Config) -> Iterator[Problem]:
     if steps is not None and schedule.warmup_steps >= steps:
         keys = ("lr_schedule.warmup_steps", "train.steps")
         yield _clash(config, keys, "the warm-up must be shorter than the run")
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
+    fused = config.optimizer.kind == "adamw" and not config.train.precision.startswith("bf16_")
+    if fused and _is_given(config, "optimizer.compile"):
+        keys = ("optimizer.compile", "optimizer.kind", "train.precision")
+        yield _clash(config, keys, "has no effect; PyTorch's own AdamW is fused")
 
 
 def _buckets(config: Config) -> Iterator[Problem]:

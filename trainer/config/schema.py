@@ -228,6 +228,9 @@ class OptimizerConfig(Section):
     """AdamW's term that keeps the division finite."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW's decoupled weight decay."""
+    compile: Literal["auto"] | Flag = "auto"
+    """Fuse the arithmetic of `adamw_8bit` and of bf16 weights by torch.compile; `adamw` over fp32 weights is fused as
+    it is. `auto`: from 100 million weights a worker on, where this machine has a C compiler."""
 
 
 class LrScheduleConfig(Section):

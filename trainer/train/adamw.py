@@ -4,7 +4,7 @@ torch's fused AdamW rounds bf16 weights to the nearest and keeps moments in the 
 A step takes a few MB beside weights, gradients and state, however large the model is.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -13,61 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.keyed import draw_seed
-from trainer.train.blockwise import (
-    CodeTables,
-    block_size,
-    blocks_per_row,
-    code_tables,
-    dequantize,
-    quantize,
-    takes_8_bits,
-)
+from trainer.train.adamw_chunk import Chunk, Factors, Update, update_chunk
+from trainer.train.blockwise import block_size, blocks_per_row, code_tables, takes_8_bits
 from trainer.train.local_part import local_part
-from trainer.train.rounding import round_stochastically, round_with_compensation, rounding_key
+from trainer.train.rounding import rounding_key
 
 Rounding = Literal["stochastic", "kahan"]
 
-CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Elements that are updated at a time, with about 40 bytes of scratch each; on the CPU that stays in its cache."""
 
 ELEMENTS_WORTH_THREADS = 1 << 15
 """Of a smaller parameter, one thread makes the update; torch does not split its operations either."""
 
 
-class _Factors(NamedTuple):
-    """The numbers of AdamW (Loshchilov and Hutter 2019, algorithm 2) at one step of one parameter.
+class _Todo(NamedTuple):
+    """A parameter that has a gradient, and the group that it is in."""
 
-    The weight's change is -(step_size * first / (sqrt(second) + eps) + decay * weight), with the bias corrections of
-    both moments within `step_size` and `eps`. What changes from step to step is a tensor (fp32 scalar), so that
-    compiled code stays the same.
-    """
-
-    beta1: float
-    beta2: float
-    step_size: Tensor
-    eps: Tensor
-    decay: Tensor
-
-
-class _Chunk(NamedTuple):
-    """Views [n, block] of a part of a parameter, its gradient and its state; scales are [n, 1]."""
-
-    weight: Tensor
-    gradient: Tensor
-    first: Tensor
-    second: Tensor
-    first_scale: Tensor | None
-    second_scale: Tensor | None
-    compensation: Tensor | None
-
-    def blocks(self, start: int, stop: int) -> "_Chunk":
-        """Some of the blocks."""
-
-        def cut(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part[start:stop]
-
-        whole = self.weight[start:stop], self.gradient[start:stop], self.first[start:stop], self.second[start:stop]
-        return _Chunk(*whole, cut(self.first_scale), cut(self.second_scale), cut(self.compensation))
+    name: str
+    parameter: nn.Parameter
+    group: Mapping[str, Any]
 
 
 class BlockAdamW(torch.optim.Optimizer):
@@ -84,7 +49,7 @@ class BlockAdamW(torch.optim.Optimizer):
         seed: of the stochastic rounding, which further depends on step, name and element, and on nothing else.
         free_gradients: drop each gradient as soon as it has been used, so that memory falls during the step.
         chunk_elements: see `CHUNK_ELEMENTS`; the result does not depend on it.
-        compiled: fuse a chunk's arithmetic with torch.compile; results may differ in the last bit.
+        update: a chunk's arithmetic, compiled; results may differ in the last bit.
 
     Raises:
         ValueError: bf16 weights without `rounding`, `rounding` without bf16 weights, or another dtype.
@@ -99,12 +64,12 @@ class BlockAdamW(torch.optim.Optimizer):
         seed: int = 0,
         free_gradients: bool = False,
         chunk_elements: int | None = None,
-        compiled: bool = False,
+        update: Update | None = None,
     ) -> None:
         super().__init__(groups, defaults={})
         self.eight_bit, self.rounding, self.seed = eight_bit, rounding, seed
         self.free_gradients, self.chunk_elements = free_gradients, chunk_elements
-        self._update: Callable[..., None] = torch.compile(_update, dynamic=True) if compiled else _update
+        self._update, self._is_compiled = update or update_chunk, update is not None
         dtypes = {parameter.dtype for group in self.param_groups for parameter in group["params"]}
         if not dtypes <= {torch.float32, torch.bfloat16}:
             raise ValueError(f"weights of {dtypes} cannot be trained; they must be fp32 or bf16")
@@ -116,36 +81,64 @@ class BlockAdamW(torch.optim.Optimizer):
         return self.eight_bit and takes_8_bits(parameter.shape)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter that has a gradient."""
+    def step(self, closure: None = None, *, gradient_factor: float = 1.0) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient.
+
+        Args:
+            gradient_factor: gradients are taken times this, which costs no pass over them.
+        """
+        todo = [
+            _Todo(name, parameter, group)
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            if parameter.grad is not None
+        ]
+        if not todo:
+            return
+        numbers = self._numbers(todo, gradient_factor)
         with _threads_for_chunks() as pool:
-            for group in self.param_groups:
-                for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                    if parameter.grad is not None:
-                        self._step_parameter(name, parameter, group, pool)
-                        if self.free_gradients:
-                            parameter.grad = None
+            for each, (factors, key) in zip(todo, numbers, strict=True):
+                self._step_parameter(each.parameter, factors, key, pool)
+                if self.free_gradients:
+                    each.parameter.grad = None
+
+    def _numbers(self, todo: "Sequence[_Todo]", gradient_factor: float) -> list[tuple[Factors, Tensor | None]]:
+        """Count the step, and give what each parameter's update takes: two copies to the device, for all of them."""
+        device, rows, keys = local_part(todo[0].parameter)[0].device, dict[tuple[int, int], list[float]](), []
+        places = []
+        for name, parameter, group in todo:
+            state = self.state[parameter] or self.start(parameter)
+            step = int(state["step"]) + 1
+            state["step"].fill_(step)
+            place = id(group), step
+            rows.setdefault(place, [*_changing_factors(group, step), gradient_factor])
+            places.append(place)
+            draws = parameter.dtype == torch.bfloat16 and self.rounding == "stochastic"
+            keys.append(rounding_key(draw_seed(self.seed, "rounding", step, name)) if draws else (0, 0))
+        scalars = dict(zip(rows, _on_device(torch.tensor([*rows.values()]), device), strict=True))
+        drawn = _on_device(torch.tensor(keys, dtype=torch.int32), device)
+        return [
+            (Factors(*group["betas"], *scalars[place].unbind()), key if self.rounding == "stochastic" else None)
+            for (_, _, group), place, key in zip(todo, places, drawn, strict=True)
+        ]
 
     def _step_parameter(
-        self, name: str, parameter: nn.Parameter, group: Mapping[str, Any], pool: ThreadPoolExecutor
+        self, parameter: nn.Parameter, factors: Factors, key: Tensor | None, pool: ThreadPoolExecutor
     ) -> None:
         """Update one parameter, a chunk of whole blocks at a time."""
         weight, first_row = local_part(parameter)
-        state = self.state[parameter] or self.start(parameter)
-        step = int(state["step"]) + 1
-        state["step"].fill_(step)
+        # What the compiler sees must not be part of a graph.
+        weight, gradient = weight.detach(), local_part(_gradient(parameter))[0].detach()
         block = block_size(parameter.shape)
-        rows = _rows(weight, local_part(_gradient(parameter))[0], state, block)
-        draws = parameter.dtype == torch.bfloat16 and self.rounding == "stochastic"
-        key = rounding_key(draw_seed(self.seed, "rounding", step, name), weight.device) if draws else None
+        rows = _rows(weight, gradient, self.state[parameter], block)
         tables = None
         if rows.first_scale is not None:
             tables = code_tables(True, weight.device), code_tables(False, weight.device)
+        key = key if parameter.dtype == torch.bfloat16 else None
         first_block = first_row * blocks_per_row(parameter.shape)
-        factors = _factors(group, step, weight.device)
         at_a_time = max((self.chunk_elements or CHUNK_ELEMENTS[weight.device.type]) // block, 1)
         threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
-        if weight.numel() < ELEMENTS_WORTH_THREADS:
+        if self._is_compiled or weight.numel() < ELEMENTS_WORTH_THREADS:  # compiled code brings its own threads
             threads = 1
         at_a_time = max(min(at_a_time, -(-len(rows.weight) // threads)), 1)
         starts = range(0, len(rows.weight), at_a_time)
@@ -201,13 +194,13 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _rows(weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], block: int) -> _Chunk:
+def _rows(weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], block: int) -> Chunk:
     """All blocks of a parameter."""
 
     def view(name: str, width: int) -> Tensor | None:
         return state[name].view(-1, width) if name in state else None
 
-    return _Chunk(
+    return Chunk(
         weight=weight.contiguous().view(-1, block),
         gradient=gradient.contiguous().view(-1, block),
         first=state["exp_avg"].view(-1, block),
@@ -218,38 +211,13 @@ def _rows(weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], block: 
     )
 
 
-def _factors(group: Mapping[str, Any], step: int, device: torch.device) -> _Factors:
+def _changing_factors(group: Mapping[str, Any], step: int) -> tuple[float, float, float]:
+    """`step_size`, `eps` and `decay`: see `Factors`."""
     beta1, beta2 = group["betas"]
     root = (1 - beta2**step) ** 0.5
-    changing = [group["lr"] / (1 - beta1**step) * root, group["eps"] * root, group["lr"] * group["weight_decay"]]
-    return _Factors(beta1, beta2, *torch.tensor(changing, dtype=torch.float32, device=device).unbind())
+    return group["lr"] / (1 - beta1**step) * root, group["eps"] * root, group["lr"] * group["weight_decay"]
 
 
-def _update(
-    chunk: _Chunk, factors: _Factors, tables: tuple[CodeTables, CodeTables] | None, first_block: int, key: Tensor | None
-) -> None:
-    """Update one chunk in place."""
-    gradient = chunk.gradient.to(torch.float32)
-    first, second = chunk.first, chunk.second
-    if tables is not None:
-        assert chunk.first_scale is not None and chunk.second_scale is not None
-        first = dequantize(chunk.first, chunk.first_scale, tables[0])
-        second = dequantize(chunk.second, chunk.second_scale, tables[1])
-    first.mul_(factors.beta1).add_(gradient, alpha=1 - factors.beta1)
-    second.mul_(factors.beta2).addcmul_(gradient, gradient, value=1 - factors.beta2)
-    change = (first * factors.step_size).div_(second.sqrt().add_(factors.eps))
-    if tables is not None:
-        assert chunk.first_scale is not None and chunk.second_scale is not None
-        quantize(first, chunk.first, chunk.first_scale, tables[0])
-        quantize(second, chunk.second, chunk.second_scale, tables[1])
-    if chunk.weight.dtype == torch.float32:
-        chunk.weight.sub_(change.add_(chunk.weight * factors.decay))
-        return
-    weight = chunk.weight.to(torch.float32)
-    change.add_(weight * factors.decay)
-    if key is not None:
-        chunk.weight.copy_(round_stochastically(weight.sub_(change), first_block, key))
-    else:
-        assert chunk.compensation is not None
-        exact = weight.add_(change.neg_().add_(chunk.compensation))
-        chunk.weight.copy_(round_with_compensation(exact, chunk.compensation))
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copied without waiting for what the device still has to do."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

@@ -15,7 +15,7 @@ from trainer.data.snapshot_file import current_snapshot
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
 from trainer.dist.comm import Comm, broadcast_object, gather_objects
-from trainer.dist.sharding import copy_share, materialize
+from trainer.dist.sharding import copy_share, local_tensor, materialize
 from trainer.dist.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.errors import UserError
 from trainer.model.channels_last import prefer_channels_last
@@ -27,16 +27,19 @@ from trainer.model.recompute import apply_recompute, repeated_blocks
 from trainer.model.source import find_source, open_folder_part, open_part
 from trainer.model.text import TextEncoders
 from trainer.model.vae import ImageEncoder
+from trainer.train.adamw import Rounding
+from trainer.train.adamw_chunk import Update, compiled_update
 from trainer.train.checkpoint import OPTIMIZER, read_tensors
 from trainer.train.layout import lay_out_model
 from trainer.train.memory_choice import MemoryChoice, choose_memory, dry_run
-from trainer.train.optim import load_optimizer_tensors, make_optimizer
+from trainer.train.optim import is_fused, load_optimizer_tensors, make_optimizer
 from trainer.train.precision import DTYPES, precision_of
 from trainer.train.run_dir import find_damage, newest_checkpoint, read_state
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts
 
 _log = logging.getLogger(__name__)
+_WEIGHTS_WORTH_COMPILING = 100e6  # of a worker
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def build_parts(
     fill = partial(fill_model, config, checkpoint)
     strategy = make_strategy(model, sharing, repeated_blocks(model).values(), comm, fill)
     denoiser = make_denoiser(config, model.train(), data, comm.device, sharing)
-    optimizer = optimizer_for(config, strategy)
+    optimizer = optimizer_for(config, strategy, comm)
     clip, around = config.train.max_grad_norm, choice.around_forward(model)
     parts = StepParts(comm, strategy, optimizer, denoiser, clip, around)
     # torch.compile takes one image for another case than several.
@@ -145,8 +148,9 @@ def _check_shards(prepared: PreparedSet, max_bad_fraction: float) -> None:
         _log.warning("%s; its rows are left out", line)
 
 
-def optimizer_for(config: Config, strategy: Strategy) -> torch.optim.Optimizer:
+def optimizer_for(config: Config, strategy: Strategy, comm: Comm) -> torch.optim.Optimizer:
     """AdamW over what trains, with a learning rate for each part of the model."""
+    rounding = precision_of(config.train.precision).rounding
     parts = {name: getattr(config.trainable, name) for name in type(config.trainable).model_fields}
     groups = {
         name: {full: p for full, p in strategy.parameters.items() if full.startswith(f"{name}.")}
@@ -157,11 +161,22 @@ def optimizer_for(config: Config, strategy: Strategy) -> torch.optim.Optimizer:
         groups,
         config.optimizer,
         peak_lrs={name: part.lr for name, part in parts.items() if part.lr is not None},
-        rounding=precision_of(config.train.precision).rounding,
+        rounding=rounding,
         seed=config.run.seed,
+        update=None if is_fused(config.optimizer, rounding) else _agreed_update(config, strategy, comm, rounding),
         # Of DDP's gradients, which are views of its buckets, nothing would be freed.
         free_gradients=strategy.sharing.kind != "ddp",
     )
+
+
+def _agreed_update(config: Config, strategy: Strategy, comm: Comm, rounding: Rounding | None) -> Update | None:
+    """Compiled arithmetic of the optimizer, if it is wanted and every worker has it: last bits may differ."""
+    wish = config.optimizer.compile
+    mine = sum(local_tensor(parameter).numel() for parameter in strategy.parameters.values())
+    if wish is False or (wish == "auto" and mine < _WEIGHTS_WORTH_COMPILING):
+        return None
+    update = compiled_update(config.optimizer.kind == "adamw_8bit", rounding, comm.device)
+    return update if all(gather_objects(comm, update is not None)) else None
 
 
 def fill_model(config: Config, checkpoint: Path | None, model: nn.Module) -> None:

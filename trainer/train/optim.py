@@ -1,6 +1,6 @@
 """Builds the optimizer, sets its learning rates, and gives its state as named tensors and takes it back."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import UserError
 from trainer.train.adamw import BlockAdamW, Rounding
+from trainer.train.adamw_chunk import Update
 from trainer.train.local_part import local_part, part_of, whole_of
 
 NamedParameters = Mapping[str, nn.Parameter]
@@ -22,7 +23,7 @@ def make_optimizer(
     rounding: Rounding | None = None,
     seed: int = 0,
     free_gradients: bool = False,
-    compiled: bool = False,
+    update: Update | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) as `config.kind` says, with weight decay on every weight.
 
@@ -35,7 +36,7 @@ def make_optimizer(
         rounding: how bf16 weights are rounded; None where they are fp32.
         seed: of the stochastic rounding; the run's.
         free_gradients: drop each gradient right after its use (not with the fused implementation).
-        compiled: fuse the arithmetic with torch.compile (not with the fused implementation).
+        update: a chunk's arithmetic, compiled (not with the fused implementation).
 
     Raises:
         ValueError: bf16 weights without `rounding`, `rounding` without bf16 weights, or a name twice.
@@ -49,7 +50,7 @@ def make_optimizer(
         settings = {"betas": (beta1, beta2), "eps": config.eps, "weight_decay": config.weight_decay}
         groups.append({"params": list(named.items()), "name": group, "peak_lr": peak_lr, "lr": peak_lr, **settings})
     all_fp32 = all(p.dtype == torch.float32 for named in grouped.values() for p in named.values())
-    if all_fp32 and rounding is None and config.kind == "adamw":
+    if all_fp32 and is_fused(config, rounding):
         return torch.optim.AdamW(groups, fused=True)
     return BlockAdamW(
         groups,
@@ -57,8 +58,27 @@ def make_optimizer(
         rounding=rounding,
         seed=seed,
         free_gradients=free_gradients,
-        compiled=compiled,
+        update=update,
     )
+
+
+def is_fused(config: OptimizerConfig, rounding: Rounding | None) -> bool:
+    """Whether PyTorch's own fused AdamW does what is asked for."""
+    return rounding is None and config.kind == "adamw"
+
+
+def take_optimizer_step(optimizer: torch.optim.Optimizer, gradients: Callable[[], list[Tensor]], factor: float) -> None:
+    """Update the weights by the gradients times `factor`.
+
+    Args:
+        gradients: to be asked for where the optimizer does not multiply by itself.
+    """
+    if isinstance(optimizer, BlockAdamW):
+        optimizer.step(gradient_factor=factor)
+        return
+    if factor != 1.0:  # a pass over all gradients, which most steps of a sound run do without
+        torch._foreach_mul_(gradients(), factor)  # pyright: ignore[reportPrivateImportUsage]
+    optimizer.step()
 
 
 def _grouped(parameters: NamedParameters | Mapping[str, NamedParameters]) -> Mapping[str, NamedParameters]:

@@ -10,15 +10,16 @@ from torch import Tensor
 _LOW_16 = 0xFFFF
 
 
-def rounding_key(draw: int, device: torch.device) -> Tensor:
-    """A 63-bit draw as two numbers, int32 [2]; a tensor, so that compiled code is the same for every key."""
-    return torch.tensor([_signed_32(draw), _signed_32(draw >> 31)], dtype=torch.int32, device=device)
+def rounding_key(draw: int) -> tuple[int, int]:
+    """A 63-bit draw as two numbers of 32 bits with sign."""
+    return _signed_32(draw), _signed_32(draw >> 31)
 
 
 def random_bits(first: int, rows: int, width: int, key: Tensor, device: torch.device) -> Tensor:
     """32 random bits per counter as int32 [rows, width]; the counters are `first`, `first` + 1 and so on.
 
-    A pure function of (key, counter), equal on every device: lowbias32 (C. Wellons, "Prospecting for hash functions",
+    `key` is int32 [2], a tensor, so that compiled code is the same for every key (`rounding_key`). A pure function of
+    (key, counter), equal on every device: lowbias32 (C. Wellons, "Prospecting for hash functions",
     2018), keyed before and between its multiplications. Shifts of int32 keep the sign, hence the masks.
     """
     bits = torch.arange(first, first + rows * width, dtype=torch.int32, device=device).view(rows, width)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from trainer.dist.comm import Comm, sum_floats
 from trainer.dist.sharding import local_tensor
 from trainer.dist.strategy import Strategy
 from trainer.model.denoiser import Denoiser, image_losses, text_arguments
-from trainer.train.optim import scale_lr
+from trainer.train.optim import scale_lr, take_optimizer_step
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,8 @@ def _update(parts: StepParts, planned_images: float, num_images: float, lr_facto
         if math.isfinite(norm):
             if 0 < parts.max_grad_norm < norm:
                 factor *= parts.max_grad_norm / (norm + 1e-6)
-            if factor != 1.0:  # a pass over all gradients, which most steps of a sound run do without
-                torch._foreach_mul_(_gradients(parts), factor)  # pyright: ignore[reportPrivateImportUsage]
             scale_lr(parts.optimizer, lr_factor)
-            parts.optimizer.step()
+            take_optimizer_step(parts.optimizer, partial(_gradients, parts), factor)
     parts.strategy.clear_gradients()
     return norm
 
