@@ -9,8 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -22,7 +21,6 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- gpu rows: begin -->", "<!-- gpu rows: end -->"
 NOT_MEASURED = "not measured: no GPU here"
 GIB = 2**30
-SECTIONS = ("environment", "tests", "bench", "variants", "attention", "tf32", "optimizer", "full-size")
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="the document (default: docs/benchmarks.md; none in a dry run)")
     parser.add_argument("--batch-sizes", default="1,2,4")
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each bench (default: 10)")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="some sections alone")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="some sections alone")
     arguments = parser.parse_args()
 
     import torch
@@ -68,16 +66,12 @@ def main() -> None:
         bench = prepared(Path(temporary), arguments, "cuda" if has_gpu else "cpu")
         for name in arguments.only:
             print(f"== {name}", file=sys.stderr, flush=True)
-            rows = []
             try:
-                rows = list(section(name)(bench))
-            except (subprocess.CalledProcessError, RuntimeError, OSError, ValueError, KeyError) as error:
+                for row in SECTIONS[name](bench):
+                    tell(docs, cards, *row)
+            except Exception as error:
                 failed = True
-                rows.append((name, f"failed: {type(error).__name__}: {str(error).splitlines()[-1]}"))
-            lines = [f"| {date.today()} | {cards} | {what} | {measured} |" for what, measured in rows]
-            print("\n".join(lines), flush=True)
-            if docs:
-                add_rows(docs, lines)
+                tell(docs, cards, name, failure(error))
     sys.exit(1 if failed else 0)
 
 
@@ -95,20 +89,6 @@ def prepared(folder: Path, arguments: argparse.Namespace, device: str) -> Bench:
         run([sys.executable, ROOT / "benchmarks" / "random_model.py", "--out", model])
     steps, batch_sizes = (2, "1") if arguments.dry else (arguments.steps, arguments.batch_sizes)
     return Bench(folder, arguments.dry, model, tokenizer, batch_sizes, steps, device)
-
-
-def section(name: str) -> Callable[[Bench], Iterator[tuple[str, str]]]:
-    """The function that measures it."""
-    return {
-        "environment": environment,
-        "tests": tests,
-        "bench": strategies,
-        "variants": variants,
-        "attention": attention,
-        "tf32": tf32,
-        "optimizer": optimizer,
-        "full-size": full_size,
-    }[name]
 
 
 def environment(bench: Bench) -> Iterator[tuple[str, str]]:
@@ -143,15 +123,26 @@ def tests(bench: Bench) -> Iterator[tuple[str, str]]:
 def strategies(bench: Bench) -> Iterator[tuple[str, str]]:
     """Strategies and batch sizes, planned memory against measured: all of SDXL, and all of the UNet."""
     yield from bench_rows(bench, "everything", everything(bench), ["--compile"] if not bench.dry else [])
+    config = write_config(bench, "unet", {})
     if not bench.dry:
-        yield from bench_rows(bench, "UNet", write_config(bench, "unet", {}), [])
+        yield from bench_rows(bench, "UNet", config, [])
+    lean = lean_settings(bench)
+    yield from bench_rows(bench, f"UNet, {' '.join(lean)}", config, lean)
 
 
 def variants(bench: Bench) -> Iterator[tuple[str, str]]:
-    """The UNet at batch 1 in other layouts and precisions."""
-    config = write_config(bench, "variants", {})
-    for change in ("train.channels_last=false", "train.channels_last=true", "train.precision=bf16_stochastic"):
-        yield from bench_rows(bench, f"UNet, {change}", config, [change], batch_sizes="1")
+    """The UNet at batch 1 in other layouts and precisions, on settings that fit."""
+    config, lean = write_config(bench, "variants", {}), lean_settings(bench)
+    changes = ["train.channels_last=false", "train.channels_last=true", "train.compile=blocks"]
+    for change in changes + ["train.precision=bf16_kahan"] * bf16_works(bench):
+        settings = [*lean, change]
+        yield from bench_rows(bench, f"UNet, {' '.join(settings)}", config, settings, batch_sizes="1")
+
+
+def lean_settings(bench: Bench) -> list[str]:
+    """What all of the UNet takes to fit on one card of 24 GB (of 32 GB without bf16)."""
+    precision = "bf16_stochastic" if bf16_works(bench) else "fp16"
+    return [f"train.precision={precision}", "optimizer.kind=adamw_8bit"]
 
 
 def bench_rows(
@@ -190,73 +181,45 @@ def told(row: dict[str, Any], precision: str) -> str:
         planned = f"{row['planned_bytes'] / GIB:.2f}" if row["planned_bytes"] else "nothing"
         measured, reserved = row["measured_bytes"] / GIB, row["reserved_bytes"] / GIB
         parts.append(f"tensors {measured:.2f} GiB, planned {planned}, reserved {reserved:.2f}")
-    return "; ".join([*parts, f"{row['recomputed']} blocks recomputed"])
+    return "; ".join([*parts, f"{row['recomputed']} blocks recomputed", *row["notes"]])
 
 
 def attention(bench: Bench) -> Iterator[tuple[str, str]]:
-    """Forward and backward of SDPA's backends at SDXL's two widths, self and cross attention, 1024 px, batch 1."""
-    import torch
-    import torch.nn.functional as F
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    shapes = ((10, 4096, 4096), (20, 1024, 1024), (10, 4096, 231)) if not bench.dry else ((2, 64, 64),)
-    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
-    dtype = torch.bfloat16 if bench.device == "cpu" or torch.cuda.is_bf16_supported() else torch.float16
-    for heads, rows, columns in shapes:
-        q, k, v = (
-            torch.randn(1, heads, length, 64, device=bench.device, dtype=dtype, requires_grad=True)
-            for length in (rows, columns, columns)
-        )
-        found = []
-        for backend in backends:
-
-            def once(backend: SDPBackend = backend, q: Any = q, k: Any = k, v: Any = v) -> None:
-                with sdpa_kernel(backend):
-                    F.scaled_dot_product_attention(q, k, v).sum().backward()
-
-            try:
-                found.append(f"{backend.name.lower()} {milliseconds(bench, once):.2f} ms")
-            except RuntimeError:
-                found.append(f"{backend.name.lower()} not there")
-        yield f"SDPA forward + backward, {heads} heads, {rows} x {columns}, {str(dtype)[6:]}", ", ".join(found)
+    """SDPA's backends."""
+    yield from script_rows("gpu_kernels.py", "attention", "--device", bench.device, *["--dry"] * bench.dry)
 
 
 def tf32(bench: Bench) -> Iterator[tuple[str, str]]:
-    """What TF32 gives fp32 products and convolutions, which are left to frozen parts."""
+    """What TF32 gives."""
+    yield from script_rows("gpu_kernels.py", "tf32", "--device", bench.device, *["--dry"] * bench.dry)
+
+
+def exactness(bench: Bench) -> Iterator[tuple[str, str]]:
+    """Several cards against one, over NCCL."""
     import torch
-    import torch.nn.functional as F
 
-    side = 64 if bench.dry else 4096
-    one, two = (torch.randn(side, side, device=bench.device) for _ in range(2))
-    images = torch.randn(1, 16 if bench.dry else 256, side // 8, side // 8, device=bench.device)
-    kernel = torch.randn(images.shape[1], images.shape[1], 3, 3, device=bench.device)
-    from trainer.train.precision import set_fp32_arithmetic
-
-    for what, function in (
-        (f"product of {side} x {side}", lambda: torch.mm(one, two)),
-        (f"convolution of {tuple(images.shape)}", lambda: F.conv2d(images, kernel, padding=1)),
-    ):
-        times = []
-        for precision in ("fp32", "bf16"):
-            set_fp32_arithmetic(precision)
-            times.append(milliseconds(bench, function))
-        measured = f"{times[0]:.2f} ms in fp32, {times[1]:.2f} ms in TF32"
-        yield (
-            f"{what}, forward",
-            measured if bench.device == "cuda" else f"{NOT_MEASURED} ({times[0]:.2f} ms on the CPU)",
-        )
+    what = "exactness: ddp, zero2, zero3 over NCCL against one card"
+    if bench.device == "cpu":
+        yield what, f"{NOT_MEASURED}; tests/train/test_shared_runs.py compares over gloo on the CPU"
+    elif torch.cuda.device_count() < 2:
+        yield what, "not measured: one card here, and it takes two"
+    else:
+        yield from script_rows("gpu_exactness.py")
 
 
 def optimizer(bench: Bench) -> Iterator[tuple[str, str]]:
-    """AdamW in its kinds of state and rounding."""
+    """AdamW in its kinds of state and rounding, its arithmetic as it is and fused by torch.compile."""
     script = ROOT / "benchmarks" / "optimizer_speed.py"
     if bench.dry:
-        row = json.loads(run([sys.executable, script, "--weights", "1e6", "--only", "adamw", "stochastic"]))
+        row = json.loads(
+            run([sys.executable, script, "--weights", "1e6", "--only", "adamw", "stochastic"]).splitlines()[-1]
+        )
         yield "optimizer: adamw, bf16, stochastic", f"{NOT_MEASURED} ({row['bytes']:.2f} bytes a weight on the CPU)"
         return
-    for line in run([sys.executable, script, "--device", "cuda", "--compiled"]).splitlines()[2:]:
-        cells = [cell.strip() for cell in line.strip("| ").split("|")]
-        yield f"optimizer: {cells[0]}, {cells[1]}", f"{cells[2]} million weights/s, {cells[4]} bytes a weight"
+    for options, label in (([], "not compiled"), (["--compiled"], "compiled")):
+        for row in table_rows(lines_of([sys.executable, script, "--device", "cuda", *options])):
+            told = f"{row['M weights/s']} million weights/s, {row['bytes/weight']} bytes a weight"
+            yield f"optimizer: {row['moments']}, {row['weights']}, {label}", f"{told}, {row['extra MB']} MB beside"
 
 
 def full_size(bench: Bench) -> Iterator[tuple[str, str]]:
@@ -265,10 +228,8 @@ def full_size(bench: Bench) -> Iterator[tuple[str, str]]:
         yield "full size: inspect, prepare, 20 steps, export", "left out in a dry run; benchmarks/full_size.py"
         return
     command = [sys.executable, ROOT / "benchmarks" / "full_size.py", "--dir", bench.folder / "full", "--steps", "20"]
-    for line in run(command).splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split("|")]
-        if len(cells) >= 4 and cells[0] != "stage" and not cells[0].startswith("-"):
-            yield f"full size: {cells[0]}", f"{cells[1]}, host RSS {cells[3]}"
+    for row in table_rows(lines_of(command)):
+        yield f"full size: {row['stage']}", f"{row['wall']}, host RSS {row['peak RSS']}"
 
 
 def everything(bench: Bench) -> Path:
@@ -313,31 +274,34 @@ def bf16_works(bench: Bench) -> bool:
     return bench.device == "cpu" or torch.cuda.get_device_capability()[0] >= 8
 
 
-def milliseconds(bench: Bench, once: Callable[[], object]) -> float:
-    """The best of several runs."""
-    import torch
-
-    best = float("inf")
-    for _ in range(3 if bench.dry else 20):
-        if bench.device == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        once()
-        if bench.device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begin)
-    return best * 1e3
+def cell(text: str) -> str:
+    """Text that stays within its cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
-def add_rows(docs: Path, lines: Sequence[str]) -> None:
-    """Put the lines before the end marker; the row that says that nothing was measured goes."""
+def failure(error: Exception) -> str:
+    """In a line, why a section ended before its time."""
+    told = str(error).strip().splitlines()
+    return f"failed: {type(error).__name__}{': ' + told[-1] if told else ''}"
+
+
+def tell(docs: Path | None, cards: str, what: str, measured: str) -> None:
+    """Print a row, and add it to the document at once: what comes after it may fail."""
+    line = f"| {date.today()} | {cards} | {cell(what)} | {cell(measured)} |"
+    print(line, flush=True)
+    if docs:
+        add_row(docs, line)
+
+
+def add_row(docs: Path, line: str) -> None:
+    """Put the line before the end marker; the row that says that nothing was measured goes."""
     text = docs.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     rows, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{docs}: the lines {BEGIN} and {END} are missing")
     kept = [row for row in rows.splitlines() if row and not row.startswith(f"| - | - | everything | {NOT_MEASURED}")]
-    docs.write_text(f"{before}{begin}\n" + "\n".join([*kept, *lines]) + f"\n{end}{after}", encoding="utf-8")
+    docs.write_text(f"{before}{begin}\n" + "\n".join([*kept, line]) + f"\n{end}{after}", encoding="utf-8")
 
 
 def product(*arguments: object) -> list[str]:
@@ -345,13 +309,58 @@ def product(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "trainer", *map(str, arguments)]
 
 
+def script_rows(script: str, *arguments: str) -> Iterator[tuple[str, str]]:
+    """The rows of a benchmark beside this one, which prints each as JSON."""
+    for line in lines_of([sys.executable, ROOT / "benchmarks" / script, *arguments]):
+        what, measured = json.loads(line)
+        yield what, measured
+
+
+def table_rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    """The rows of a Markdown table, by the names of its columns."""
+    heads: list[str] | None = None
+    for line in lines:
+        if not line.startswith("|"):
+            continue
+        cells = [text.strip() for text in line.strip().removeprefix("|").removesuffix("|").split("|")]
+        if heads is None:
+            heads = cells
+        elif cells[0].strip("-"):
+            yield dict(zip(heads, cells, strict=True))
+
+
 def run(command: Sequence[object]) -> str:
     """Its standard output."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = list(map(str, command))
-    return subprocess.run(
-        words, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, env=environment
-    ).stdout.strip()
+    return "\n".join(lines_of(command)).strip()
+
+
+def lines_of(command: Sequence[object]) -> Iterator[str]:
+    """The lines of its standard output as they come.
+
+    Raises:
+        RuntimeError: it failed, after its last line.
+    """
+    words, environment = list(map(str, command)), {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield line.rstrip("\n")
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(words[:3])} ended with exit code {process.returncode}")
+
+
+# By name, in the order in which they run.
+SECTIONS = {
+    "environment": environment,
+    "tests": tests,
+    "exactness": exactness,
+    "bench": strategies,
+    "variants": variants,
+    "attention": attention,
+    "tf32": tf32,
+    "optimizer": optimizer,
+    "full-size": full_size,
+}
 
 
 if __name__ == "__main__":

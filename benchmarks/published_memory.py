@@ -9,6 +9,7 @@ checkpointing of all blocks, 1024 x 1024 px, 225 tokens, both text encoders. Nee
 import json
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +17,65 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
+from trainer.measure.memory_holding import Holding, StrategyName
 from trainer.measure.memory_plan import GIB
-from trainer.measure.memory_strategy import Holding, strategy_peak
+from trainer.measure.memory_strategy import strategy_peak
 from trainer.model.presets import preset
 from trainer.train.memory_plan import make_budget
 from trainer.train.traced import Shape, TracedRun, optimizer_bytes
 
 UNET_71 = [f"input_blocks.{n}" for n in (1, 2, 3, 6)] + ["input_blocks.8.1", "output_blocks.0.1", "output_blocks.2.2"]
 UNET_71 += ["output_blocks.5.2", *(f"output_blocks.{n}" for n in (6, 7, 8))]
-# Share of the UNet, images in a pass, frozen blocks, what was published (GiB as nvidia-smi shows them).
-ROWS: list[tuple[str, int, list[str], float | None]] = [
-    ("71 %", 1, UNET_71, None),
-    ("100 %", 1, [], 26.1),
-    ("100 %", 4, [], 31.9),
+CARD_GIB = 24
+
+
+@dataclass(frozen=True)
+class Published:
+    """A run that someone measured, as nvidia-smi shows it.
+
+    Attributes:
+        optimizer_bytes: of state for each weight; None: 8-bit AdamW.
+        told: GiB, or in words what happened on 24 GiB cards.
+    """
+
+    unet: str
+    optimizer: str
+    told: float | str
+    workers: int = 4
+    batch: int = 1
+    optimizer_bytes: float | None = None
+
+
+ROWS = [
+    Published("71 %", "AdamW 8-bit", "fits"),
+    Published("100 %", "AdamW 8-bit", 23.0, workers=1),
+    Published("100 %", "AdamW 8-bit", 26.1),
+    Published("100 %", "AdamW 8-bit", 31.9, batch=4),
+    Published("100 %", "Adafactor", 23.3, optimizer_bytes=0.0),  # rows and columns: a thousandth of the weights
+    Published("100 %", "Lion 8-bit", "out of memory", optimizer_bytes=1.0),
+    Published("100 %", "CAME", "out of memory", optimizer_bytes=2.0),  # one moment in bf16, the others factored
 ]
 
 
 def main() -> None:
     """Print the table."""
-    print("| UNet trained | images in a pass | planned GiB | published GiB | difference |")
-    print("|---|---|---|---|---|")
+    print("| UNet trained | optimizer | workers | images in a pass | planned GiB | published GiB | difference |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
             (Path(folder) / name).mkdir()
             (Path(folder) / name / "config.json").write_text(json.dumps(preset(name)))
-        for share, batch, frozen, published in ROWS:
-            needed = planned(kohya_like(folder, batch, frozen), batch) / GIB
-            told = "fits in 24" if published is None else f"{published} | {needed / published - 1:+.1%}"
-            print(f"| {share} | {batch} | {needed:.1f} | {told} |", flush=True)
+        for row in ROWS:
+            needed = planned(kohya_like(folder, row), row) / GIB
+            if isinstance(row.told, str):
+                right = (needed <= CARD_GIB) == (row.told == "fits")
+                told = f"{row.told} ({CARD_GIB}) | {'as planned' if right else 'not as planned'}"
+            else:
+                told = f"{row.told} | {needed / row.told - 1:+.1%}"
+            print(f"| {row.unet} | {row.optimizer} | {row.workers} | {row.batch} | {needed:.1f} | {told} |", flush=True)
 
 
-def kohya_like(folder: str, batch: int, frozen: list[str]) -> Config:
+def kohya_like(folder: str, row: Published) -> Config:
     """What those runs had, in this product's words."""
     fields: dict[str, Any] = {
         "run": {"dir": "run"},
@@ -54,32 +83,34 @@ def kohya_like(folder: str, batch: int, frozen: list[str]) -> Config:
         "data": {"sources": [{"path": "images"}], "prepared": "prepared"},
         "captions": {"max_tokens": 225, "chunks": "kohya"},
         "trainable": {
-            "unet": {"freeze": frozen},
+            "unet": {"freeze": UNET_71 if row.unet == "71 %" else []},
             "text_encoder_1": {"train": True},
             "text_encoder_2": {"train": True},
         },
-        "train": {"steps": 1, "batch_size_per_gpu": batch, "precision": "bf16_stochastic"},
+        "train": {"steps": 1, "batch_size_per_gpu": row.batch, "precision": "bf16_stochastic"},
         "optimizer": {"lr": 1e-6, "kind": "adamw_8bit"},
     }
     return Config.model_validate(fields)
 
 
-def planned(config: Config, batch: int) -> int:
-    """Bytes on each of four cards."""
-    run = TracedRun(config, Shape(Bucket(1024, 1024), batch), "cuda")
-    trace = run.trace("ddp", len(run.blocks("ddp")))
+def planned(config: Config, row: Published) -> int:
+    """Bytes on each card, all in all."""
+    strategy: StrategyName = "ddp" if row.workers > 1 else "single"
+    run = TracedRun(config, Shape(Bucket(1024, 1024), row.batch), "cuda")
+    trace = run.trace(strategy, len(run.blocks(strategy)))
     trained = sum(_product(trace.shapes[name]) for name in trace.trains)
+    state = row.optimizer_bytes
     holding = Holding(
-        strategy="ddp",
-        world=4,
+        strategy=strategy,
+        world=row.workers,
         stored_bytes=2,
         compute_bytes=2,
         reduce_bytes=2,
-        optimizer_bytes=optimizer_bytes(config, trace) / trained,
+        optimizer_bytes=optimizer_bytes(config, trace) / trained if state is None else state,
         accumulation=4,
         bucket_views=False,
     )
-    return make_budget(config, "cuda", 24 * GIB, 4).needed(strategy_peak(trace, holding))
+    return make_budget(config, "cuda", CARD_GIB * GIB, row.workers).needed(strategy_peak(trace, holding))
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,16 +75,33 @@ def test_gpu_benchmarks_dry(tmp_path: Path) -> None:
     docs = tmp_path / "docs.md"
     begin, end = "<!-- gpu rows: begin -->", "<!-- gpu rows: end -->"
     docs.write_text(f"above\n{begin}\n| - | - | everything | not measured: no GPU here |\n{end}\nbelow\n")
-    sections = ("environment", "bench", "attention", "tf32", "optimizer", "full-size")
+    sections = ("environment", "exactness", "bench", "attention", "tf32", "optimizer", "full-size")
     done = run("benchmarks/gpu.sh", "--dry", "--docs", docs, "--only", *sections)
     assert done.returncode == 0, done.stderr
     head, rows = docs.read_text().split(begin)
     rows, tail = rows.split(end)
     assert (head, tail) == ("above\n", "\nbelow\n")
     assert all(row.split(" | ")[1] == "CPU, dry run" for row in rows.strip().splitlines())
-    for told in ("NCCL", "bench: everything, 1 x single, batch 1", "SDPA", "product", "optimizer", "full size"):
+    for told in ("NCCL", "exactness", "bench: everything, 1 x single, batch 1", "SDPA", "product", "optimizer"):
         assert told in rows
+    assert "full size" in rows and "failed" not in rows
+    lean = "bench: UNet, train.precision=bf16_stochastic optimizer.kind=adamw_8bit, 1 x single, batch 1"
+    assert re.search(rf"{lean} \| [0-9.]+ img/s at 64 x 64 px, bf16_stochastic.* libraries included", rows)
     assert "not measured: no GPU here" in rows and "| - | - |" not in rows
+
+
+def test_exactness_compares_losses_and_weights() -> None:
+    command = (sys.executable, "benchmarks/gpu_exactness.py", "--device", "cpu", "--workers", 2, "--steps", 1)
+    done = run(*command, "--runs", "zero2:fp32:3")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [what for what, _ in rows] == [
+        "exactness: single:fp32:1, one worker against itself, 1 steps",
+        "exactness: zero2:fp32:3, 2 workers over gloo against one worker, 1 steps",
+    ]
+    (itself, shared) = (list(map(float, re.findall(r"\d\.\de[+-]\d+", told))) for _, told in rows)
+    assert itself == [0.0, 0.0]
+    assert len(shared) == 2 and max(shared) < 1e-6
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -132,11 +132,12 @@ def test_one_worker_equals_four_and_accumulation(tmp_path: Path, config_file: Pa
         assert curves[name] == pytest.approx(curves["one"], abs=1e-5), name
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-def test_interrupted_run_ends_with_the_same_bits(tmp_path: Path, config_file: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "images"), [(1, 4), (4, 4), (3, 6)])
+def test_interrupted_run_ends_with_the_same_bits(tmp_path: Path, config_file: Path, workers: int, images: int) -> None:
     """SIGTERM in mid-run, then the same command again: the UNet file has the hash of an uninterrupted run's."""
     straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
-    shared = [config_file, f"launch.workers={workers}", "train.steps=30", "data.workers=1"]
+    shared = [config_file, f"launch.workers={workers}", f"train.global_batch_size={images}", "train.steps=30"]
+    shared += ["data.workers=1"]
     sdxl_train(*shared, f"run.dir={straight}")
     command = [*COMMAND, *map(str, shared), f"run.dir={interrupted}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

@@ -222,6 +222,10 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
         added("lr_schedule: {final_ratio: 0.1}"),
         "c.yaml:13: lr_schedule.final_ratio = 0.1 with lr_schedule.kind = constant (the default): has no effect",
     ),
+    "compiling what is fused": (
+        changed("lr: 1e-4", "lr: 1e-4\n  compile: true"),
+        "c.yaml:13: optimizer.compile = true with optimizer.kind = adamw (the default) with train.precision = bf16",
+    ),
     "warm-up is the whole run": (
         added("lr_schedule: {warmup_steps: 100}"),
         "c.yaml:13: lr_schedule.warmup_steps = 100 with train.steps = 100: the warm-up must be shorter",

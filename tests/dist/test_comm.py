@@ -11,7 +11,16 @@ import torch
 from accelerate import PartialState
 
 from trainer.dist import worker
-from trainer.dist.comm import Comm, barrier, broadcast_object, close, gather_objects, init_comm, sum_floats
+from trainer.dist.comm import (
+    Comm,
+    barrier,
+    broadcast_object,
+    close,
+    gather_objects,
+    init_comm,
+    require_kernels,
+    sum_floats,
+)
 from trainer.dist.launch import run_workers
 from trainer.errors import UserError
 
@@ -64,3 +73,42 @@ def test_gpu_that_pytorch_cannot_use_is_one_line(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match="cannot use them") as caught:
         init_comm()
     assert len(caught.value.lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch_list"),
+    [
+        ((8, 6), ["sm_75", "sm_80", "sm_90"]),  # an RTX 3090 runs the machine code of 8.0
+        ((8, 9), ["sm_75", "sm_80", "sm_86"]),
+        ((7, 0), ["sm_50", "sm_60", "sm_70"]),
+        ((12, 0), ["sm_90", "compute_90"]),  # PTX is compiled when it is loaded
+        ((9, 0), ["sm_90a"]),
+        ((10, 3), ["sm_100f"]),
+        ((8, 6), []),  # not told
+        ((11, 0), ["gfx1100"]),
+    ],
+)
+def test_card_that_some_code_runs_on(capability: tuple[int, int], arch_list: list[str]) -> None:
+    require_kernels("card", capability, arch_list)
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch_list"),
+    [
+        ((8, 0), ["sm_75", "sm_86", "sm_90"]),
+        ((12, 0), ["sm_80", "sm_90"]),
+        ((8, 6), ["compute_90"]),
+        ((12, 0), ["sm_90a", "compute_90a"]),
+        ((9, 0), ["compute_80f"]),
+    ],
+)
+def test_card_that_no_code_runs_on(capability: tuple[int, int], arch_list: list[str]) -> None:
+    with pytest.raises(UserError, match=r"compute capability .* install a PyTorch build that has") as caught:
+        require_kernels("card", capability, arch_list)
+    assert len(caught.value.lines) == 1
+
+
+def test_card_before_turing_is_told_of_the_build_that_has_its_kernels() -> None:
+    told = r"^Tesla V100-SXM2-32GB has compute capability 7\.0, .* for sm_75, sm_80 alone: .* CUDA 12\.6 \(cu126\)$"
+    with pytest.raises(UserError, match=told):
+        require_kernels("Tesla V100-SXM2-32GB", (7, 0), ["sm_75", "sm_80"])

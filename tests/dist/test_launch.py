@@ -16,12 +16,13 @@ from trainer.dist import launch
 from trainer.dist.launch import WorkersResult, run_workers
 
 HERE = Path(__file__).parent
-ENV = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+ENV = {name: value for name, value in os.environ.items() if not name.endswith("_ALLOC_CONF")}
+ENV["PYTHONPATH"] = str(HERE.parents[1])
 
 
-def run(mode: str, folder: Path, workers: int = 3, **env: str) -> WorkersResult:
+def run(mode: str, folder: Path, workers: int = 3, gpu: bool = False, **env: str) -> WorkersResult:
     argv = [sys.executable, str(HERE / "worker_script.py"), mode, str(folder)]
-    return run_workers(argv, workers=workers, log_dir=folder, env={**ENV, **env}, threads=1, gpu=False)
+    return run_workers(argv, workers=workers, log_dir=folder, env={**ENV, **env}, threads=1, gpu=gpu)
 
 
 def note(folder: Path, rank: int) -> object:
@@ -82,6 +83,32 @@ def test_every_worker_gets_its_place_and_its_own_log(tmp_path: Path, capfd: pyte
         assert "MASTER_ADDR" not in place
         assert ("SDXL_TRAIN_STORE_FD" in place) == (rank == 0)
         assert place["sid"] == place["pid"], "not in the terminal's session: Ctrl-C would reach it"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "on_wsl", "exported", "expected"),
+    [
+        (True, False, {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        (False, False, {}, {}),
+        (True, True, {}, {}),
+        (True, False, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        # PyTorch reads the old name first, and would not see the new one.
+        (True, False, {"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+    ],
+)
+def test_gpu_workers_allocate_in_segments_that_grow_unless_told_otherwise(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: bool,
+    on_wsl: bool,
+    exported: dict[str, str],
+    expected: dict[str, str],
+) -> None:
+    monkeypatch.setattr(launch, "_WSL_GPU", tmp_path if on_wsl else tmp_path / "none")
+    assert run("environment", tmp_path, workers=1, gpu=gpu, **exported).exit_code == 0
+    place = note(tmp_path, 0)
+    assert isinstance(place, dict)
+    assert {name: value for name, value in place.items() if name.endswith("_ALLOC_CONF")} == expected
 
 
 def test_two_launches_at_once_keep_apart(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import pytest
 from trainer.measure.memory_holding import Holding, Peak
 from trainer.measure.memory_plan import GIB, Budget, Choice, Measures, Ways, choose, parse_size
 from trainer.measure.memory_report import MemoryPlan, RungReport, run_time
+from trainer.measure.memory_strategy import strategy_peak
+from trainer.measure.memory_trace import Segment, Trace
 
 BLOCKS, PER_BLOCK = 10, GIB
 STATIC = {"ddp": 20 * GIB, "zero2": 8 * GIB, "zero3": 5 * GIB}
@@ -96,3 +98,25 @@ def test_the_report_survives_json_and_names_its_assumption() -> None:
     assert "chosen: zero2, 3 of 10 blocks recomputed: 16.00 of 16.00 GiB (memory.budget)" in text
     assert "22.00 TFLOP an image" in text
     assert "35 TFLOP/s" in run_time(plan, 1000, None) and "measured 2.00" in run_time(plan, 1000, 2.0)
+
+
+def test_memory_of_fsdp2s_own_streams_stays_taken_on_a_card() -> None:
+    """Gradients' shards of a step before are not there for the next one's activations."""
+    segments = tuple(
+        Segment(0, net, mark, name)  # pyright: ignore[reportArgumentType]
+        for net, mark, name in (
+            (0, "forward", "block"),
+            (900, "end of forward", ""),
+            (0, "gradient", "block.weight"),
+            (-900, "backward", "block"),
+            (0, "end of backward", ""),
+        )
+    )
+    trace = Trace(segments, {"block.weight": (400,)}, frozenset({"block.weight"}), {"block.weight": "block"})
+    shared, kept = (Holding("zero2", 4, 4, 2, 2, 8.0, pools_by_stream=pools) for pools in (False, True))
+    masters, states, weights, gradients, activations = 400, 800, 800, 800, 900
+    gather_buffer = 800 + 200  # whole, and this worker's share of it in bf16
+    assert strategy_peak(trace, shared).total == masters + states + weights + gradients + activations
+    shards = 200 + 400  # in bf16 as they arrive, and in fp32
+    expected = masters + states + weights + gradients + activations + shards + gather_buffer
+    assert strategy_peak(trace, kept).total == expected

@@ -25,7 +25,7 @@ def alone() -> Iterator[None]:
 
 @pytest.mark.parametrize(("accumulation", "recompute"), [(1, False), pytest.param(2, True, marks=SLOW)])
 def test_one_worker(accumulation: int, recompute: bool) -> None:
-    case = Case("tiny", "single", 1, accumulation, recompute, side_px=128)
+    case = Case("mini", "single", 1, accumulation, recompute, side_px=128)
     assert plan(case).total == pytest.approx(measure(case, 0), rel=0.02)
 
 
@@ -36,7 +36,7 @@ def test_one_worker(accumulation: int, recompute: bool) -> None:
 )
 def test_zero2(accumulation: int, recompute: bool, each_pass: bool) -> None:
     """fp32 shares, bf16 in the passes."""
-    case = Case("tiny", "zero2", 4, accumulation, recompute, each_pass, compute="bf16", side_px=128)
+    case = Case("mini", "zero2", 4, accumulation, recompute, each_pass, compute="bf16", side_px=128)
     assert plan(case).total == pytest.approx(measure(case, 0), rel=0.05)
 
 

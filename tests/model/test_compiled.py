@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.model import compiled
 from trainer.model.channels_last import prefer_channels_last
@@ -47,7 +48,7 @@ def small_unet() -> UNet2DConditionModel:
     )
 
 
-def loss_and_gradients(unet: UNet2DConditionModel, shape: tuple[int, int, int], autocast: bool) -> list[Tensor]:
+def loss_and_gradients(unet: nn.Module, shape: tuple[int, int, int], autocast: bool) -> list[Tensor]:
     height, width, images = shape
     draw = torch.Generator().manual_seed(height * width)
     text, pooled = torch.randn(images, 77, 24, generator=draw), torch.randn(images, 24, generator=draw)
@@ -76,6 +77,20 @@ def test_the_same_steps_from_few_compilations(recompute: bool, autocast: bool) -
         for one, two in zip(found, expected, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-2 if autocast else 1e-5, atol=1e-2 if autocast else 1e-5)
     assert compilations() - before <= 2 * kinds
+
+
+def test_ddp_does_not_cut_blocks_into_pieces() -> None:
+    """Buckets smaller than a block; each kind is still compiled as a whole, once."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        unet = small_unet()
+        before = compilations()
+        kinds = compile_blocks(unet, backend="eager")
+        wrapped = nn.parallel.DistributedDataParallel(unet, bucket_cap_mb=0.001)
+        loss_and_gradients(wrapped, SHAPES[0], False)
+        assert compilations() - before == kinds
+    finally:
+        dist.destroy_process_group()
 
 
 def test_more_compilations_than_expected_are_told(

@@ -6,11 +6,15 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from trainer.dist.comm import Comm
+from trainer.dist.sharding import shard_model
 from trainer.model import recompute
 from trainer.model.denoiser import TrainedModel
-from trainer.model.recompute import apply_recompute, offloaded_activations, repeated_blocks
+from trainer.model.recompute import apply_recompute, gathered_units, offloaded_activations, repeated_blocks
 from trainer.model.tiny import make_tiny_unet
 
 
@@ -63,6 +67,34 @@ def test_offloaded(plain: dict[str, Tensor], recomputed: bool, monkeypatch: pyte
     found = gradients(model, partial(offloaded_activations, model))
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], gradient) for name, gradient in plain.items())
+
+
+def test_gathered_weights_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that is spread over four workers, the same bytes move as of a plain one."""
+    moved: list[int] = []
+    to_host = recompute._to_host
+
+    def noting(storage: torch.UntypedStorage, like: Tensor) -> Tensor | None:
+        moved.append(storage.nbytes())
+        return to_host(storage, like)
+
+    monkeypatch.setattr(recompute, "_OFFLOADED_BYTES", 1024)
+    monkeypatch.setattr(recompute, "_to_host", noting)
+    totals = []
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        for spread in (False, True):
+            model = tiny()
+            if spread:
+                comm = Comm(0, 4, 0, torch.device("cpu"))
+                units = gathered_units(model).values()
+                shard_model(model, units, (), comm, compute_dtype=None, reduce_dtype=None, keep_gathered=True)
+            moved.clear()
+            gradients(model, partial(offloaded_activations, model))
+            totals.append(sum(moved))
+    finally:
+        dist.destroy_process_group()
+    assert totals[0] == totals[1] > 0
 
 
 def test_an_unknown_block() -> None:

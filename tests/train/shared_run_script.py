@@ -27,10 +27,10 @@ from trainer.dist.sharding import copy_share
 from trainer.dist.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.freeze import never_used
-from trainer.model.recompute import repeated_blocks
+from trainer.model.recompute import embeddings, gathered_units
 from trainer.model.text import TextEncoders
 from trainer.train.optim import make_optimizer
-from trainer.train.precision import precision_of
+from trainer.train.precision import precision_of, set_fp32_arithmetic
 from trainer.train.step import StepParts, train_step
 
 IMAGES = 12  # of a step
@@ -110,6 +110,7 @@ def start_weights(with_text: bool) -> dict[str, Tensor]:
 def run(comm: Comm, kind: str, precision_name: str, accumulation: int, steps: int, out: Path) -> None:
     with_text = True
     precision, weights = precision_of(precision_name), start_weights(with_text)
+    set_fp32_arithmetic(precision_name)  # on CUDA, convolutions are TF32's otherwise
     with init_empty_weights():
         model = small_model(with_text).to(precision.weights)
 
@@ -119,26 +120,26 @@ def run(comm: Comm, kind: str, precision_name: str, accumulation: int, steps: in
 
     dtype = precision.compute if kind.startswith("zero") and precision.autocast else None
     sharing = Sharing(kind.rstrip("+"), dtype, dtype, kind.endswith("+"), accumulation)  # type: ignore[arg-type]
-    strategy = make_strategy(model, sharing, repeated_blocks(model).values(), comm, fill)
+    strategy = make_strategy(model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill)
     autocast = None if dtype else precision.autocast
-    objective = epsilon_objective(scaled_linear())
+    objective = epsilon_objective(scaled_linear().to(comm.device))
     denoiser = Denoiser(model.train(), objective, None, None, 0.13025, dtype or precision.weights, autocast)
     parts = StepParts(
         comm, strategy, make_optimizer(strategy.parameters, OptimizerConfig(lr=LR)), denoiser, max_grad_norm=1.0
     )
-    warm_up(strategy, lambda wrapped: throw_away_loss(denoiser, wrapped, with_text))
+    warm_up(strategy, lambda wrapped: throw_away_loss(denoiser, wrapped, with_text, comm.device))
     losses = [take_step(parts, comm, step, accumulation, with_text) for step in range(steps)]
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as watched:
         take_step(parts, comm, steps, accumulation, with_text)
     save(strategy, model, comm, out, {"losses": json.dumps(losses), "traffic": json.dumps(traffic(watched))})
 
 
-def throw_away_loss(denoiser: Denoiser, wrapped: nn.Module, with_text: bool) -> Tensor:
-    row = batch_of([0], with_text)
+def throw_away_loss(denoiser: Denoiser, wrapped: nn.Module, with_text: bool, device: torch.device) -> Tensor:
+    row = batch_of([0], with_text).to(device)
     names = {"input_ids": row.input_ids} if with_text else {"text_hidden": row.text_hidden, "text_pooled": row.pooled}
     text = {name: value if name == "input_ids" else value.float() for name, value in names.items() if value is not None}
-    zeros = torch.zeros(1, 4, 8, 8)
-    timesteps = torch.zeros(1, dtype=torch.int64)
+    zeros = torch.zeros(1, 4, 8, 8, device=device)
+    timesteps = torch.zeros(1, dtype=torch.int64, device=device)
     return image_losses(denoiser, wrapped, zeros, zeros, timesteps, text, row.time_ids).mean()
 
 
@@ -150,7 +151,7 @@ def take_step(parts: StepParts, comm: Comm, step: int, accumulation: int, with_t
 
 
 def traffic(watched: profile) -> dict[str, int]:
-    """Elements that went into collectives, by kind; of a gather, those that came out."""
+    """Elements that went into gloo's collectives, by kind; of a gather, those that came out."""
     counts = {"all_reduce": 0, "all_gather": 0, "reduce_scatter": 0}
     inputs = {"gloo:all_reduce": ("all_reduce", 0), "c10d::_allgather_base_": ("all_gather", 0)}
     inputs |= {"c10d::_reduce_scatter_base_": ("reduce_scatter", 1)}
@@ -164,7 +165,7 @@ def traffic(watched: profile) -> dict[str, int]:
 
 def save(strategy: Strategy, model: nn.Module, comm: Comm, out: Path, told: dict[str, str]) -> None:
     named = dict(model.named_parameters())
-    whole = {name: t.clone() for name, t in zip(named, strategy.whole_tensors(named.values()), strict=True)}
+    whole = {name: t.cpu().clone() for name, t in zip(named, strategy.whole_tensors(named.values()), strict=True)}
     if comm.rank == 0:
         save_file(whole, out, metadata=told)
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "shared_run_script.py"
-SAME_IN_FP32 = ("ddp:fp32:1", "zero2:fp32:3", "zero2+:fp32:3", "zero3:fp32:1")
+SAME_IN_FP32 = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero2+:fp32:3", "zero3:fp32:1")
 SAME_IN_BF16 = ("ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
 QUICK_STEPS, STEPS = 3, 50
 
@@ -85,15 +85,17 @@ def test_four_workers_take_fifty_steps_of_one(tmp_path: Path, name: str) -> None
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("name", "gathers", "reductions"),
+    ("name", "gathers", "embedding_gathers", "reductions"),
     [
-        ("zero2:fp32:3", 3, 1),  # weights in each pass, gradients once
-        ("zero2+:fp32:3", 3, 3),
-        ("zero3:fp32:1", 2, 1),  # forward and backward
-        ("zero2:bf16:3", 3, 1),
+        ("zero2:fp32:3", 1, 3, 1),  # weights and gradients once a step; embeddings are freed in each pass
+        ("zero2+:fp32:3", 1, 3, 3),  # gradients in each pass
+        ("zero3:fp32:1", 2, 1, 1),  # forward and backward; backward needs no embeddings
+        ("zero2:bf16:3", 1, 3, 1),
     ],
 )
-def test_nothing_but_weights_and_gradients_is_sent(four: Path, name: str, gathers: int, reductions: int) -> None:
+def test_nothing_but_weights_and_gradients_is_sent(
+    four: Path, name: str, gathers: int, embedding_gathers: int, reductions: int
+) -> None:
     """Every weight's rows are padded to a multiple of the workers."""
     weights = load_file(four / f"{name}.safetensors")
     padded = {n: -(-len(t) // 4) * 4 * t[0].numel() for n, t in weights.items()}
@@ -101,16 +103,19 @@ def test_nothing_but_weights_and_gradients_is_sent(four: Path, name: str, gather
     trained = sum(size for n, size in padded.items() if not n.replace("text_model.", "").startswith(unused))
     # The group of a layer that never trains is still gathered for the forward pass, and not for the backward pass.
     idle = sum(padded.values()) - trained
+    embedded = sum(size for n, size in padded.items() if ".embeddings." in n)
+    expected = gathers * (sum(padded.values()) - embedded) + embedding_gathers * embedded
     sent = told_of(four, name, "traffic")
-    assert sent["all_gather"] in (gathers * sum(padded.values()), gathers * sum(padded.values()) - idle)
+    assert sent["all_gather"] in (expected, expected - idle)
     assert sent["reduce_scatter"] == reductions * trained
     assert sent["all_reduce"] == 4 + 1  # the step's sums, and the norm
 
 
 @pytest.mark.e2e
-def test_ddp_sends_each_gradient_once(four: Path) -> None:
-    weights = load_file(four / "ddp:fp32:1.safetensors")
+@pytest.mark.parametrize("name", ["ddp:fp32:1", "ddp:fp32:3"])
+def test_ddp_sends_each_gradient_once(four: Path, name: str) -> None:
+    weights = load_file(four / f"{name}.safetensors")
     unused = ("text_encoder_1.encoder.layers.1.", "text_encoder_1.final_layer_norm.")
     trained = sum(t.numel() for n, t in weights.items() if not n.replace("text_model.", "").startswith(unused))
-    sent = told_of(four, "ddp:fp32:1", "traffic")
+    sent = told_of(four, name, "traffic")
     assert sent == {"all_reduce": trained + 4, "all_gather": 0, "reduce_scatter": 0}

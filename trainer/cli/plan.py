@@ -66,7 +66,7 @@ def _memory_plan(config: Config) -> MemoryPlan:
         prepared = PreparedSet.open(config.data.prepared)
         rows = prepared.rows_per_bucket("train")
         buckets = [bucket for bucket, count in zip(prepared.buckets("train"), rows, strict=True) if count]
-    cards = card_bytes() if gpus else None
+    cards = card_bytes(gpus) if gpus else None
     return memory_plan(config, make_setting(config, kernels, cards, worker_count(config), here, buckets))
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from trainer.cli.arguments import add_config_arguments, read_config
 from trainer.cli.start import await_prepared, ensure_prepared, start_workers, write_resolved
 from trainer.config.schema import Config
-from trainer.dist.environment import joined_environment
+from trainer.dist.environment import detect_gpus, joined_environment
+from trainer.dist.launch import allocator_settings
 from trainer.errors import UserError
 from trainer.train.captions import check_captions
 from trainer.train.run_dir import list_checkpoints, only_writer
@@ -53,7 +54,7 @@ def _join(config: Config, joined: dict[str, str]) -> int:
         write_resolved(config, config.run.dir)
     else:
         await_prepared(config)
-    os.environ.update(joined)
+    os.environ.update(joined | allocator_settings(os.environ, gpu=bool(detect_gpus())))
     run_worker(lambda stop_requested: run_task("train", config, {}, stop_requested))
     return 0
 

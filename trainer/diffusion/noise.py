@@ -34,7 +34,7 @@ def draw(
         uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
         timesteps[row] = int(uniform * num_timesteps)
         torch.randn(tuple(shape), generator=generator, out=noise[row])
-    return noise.to(device), timesteps.to(device)
+    return _moved(noise, device), _moved(timesteps, device)
 
 
 def standard_normal(draw_seeds: Tensor, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
@@ -47,4 +47,11 @@ def standard_normal(draw_seeds: Tensor, shape: Sequence[int], device: torch.devi
     noise = torch.empty(len(draw_seeds), *shape)
     for row, seed in enumerate(draw_seeds.tolist()):
         torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), out=noise[row])
-    return noise.to(device)
+    return _moved(noise, device)
+
+
+def _moved(drawn: Tensor, device: torch.device | str) -> Tensor:
+    """On the device; a card does not keep the caller waiting until it has done what it still has to do."""
+    if torch.device(device).type != "cuda":
+        return drawn.to(device)
+    return drawn.pin_memory().to(device, non_blocking=True)

@@ -8,7 +8,8 @@ Objects travel as JSON, never pickled: the sockets know no password.
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -49,7 +50,7 @@ def init_comm(timeout_s: float = DEFAULT_TIMEOUT_S) -> Comm:
         timeout_s: how long any collective waits for the slowest worker.
 
     Raises:
-        UserError: workers were started for GPUs that this PyTorch cannot use.
+        UserError: workers were started for GPUs that this PyTorch cannot use, or has no kernels for.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -86,8 +87,41 @@ def _device(local_rank: int) -> torch.device:
         )
     # Schedulers may show each worker its own GPU only, as number 0.
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    if torch.version.cuda is not None:  # ROCm names its architectures otherwise
+        capability = torch.cuda.get_device_capability(device)
+        require_kernels(torch.cuda.get_device_name(device), capability, torch.cuda.get_arch_list())
     torch.cuda.set_device(device)
     return device
+
+
+def require_kernels(card: str, capability: tuple[int, int], arch_list: Sequence[str]) -> None:
+    """Raise UserError where this PyTorch has no code that runs on the card: its first kernel would fail.
+
+    Args:
+        capability: the card's compute capability, major and minor.
+        arch_list: from `torch.cuda.get_arch_list`, such as `["sm_75", "sm_86", "compute_120"]`.
+    """
+    codes = [code for arch in arch_list if (code := re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch))]
+    if not codes or any(_runs_on(code, capability) for code in codes):
+        return
+    mend = "a PyTorch build that has"
+    if (5, 0) <= capability < (7, 5):
+        # As torch/cuda/__init__.py of 2.13 lists its builds: those for CUDA 12.9 and later start at 7.5.
+        mend = "PyTorch 2.13's build for CUDA 12.6 (cu126)"
+    raise UserError(
+        f"{card} has compute capability {capability[0]}.{capability[1]}, and PyTorch {torch.__version__} has kernels "
+        f"for {', '.join(arch_list)} alone: install {mend}"
+    )
+
+
+def _runs_on(code: re.Match[str], capability: tuple[int, int]) -> bool:
+    kind, major, minor, bound_to = code.groups()
+    built_for = int(major), int(minor)
+    if bound_to == "a":  # to the very architecture
+        return built_for == capability
+    if kind == "sm" or bound_to == "f":  # machine code, or PTX for a family
+        return built_for[0] == capability[0] and built_for[1] <= capability[1]
+    return built_for <= capability
 
 
 def _open_group(rank: int, world: int, device: torch.device, timeout: timedelta) -> None:

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,8 @@ _ECHO_TEXTS = (
     "ncclsystemerror",
     "failed to recv, got 0 bytes",
 )
+# Of CUDA's allocator, its lazily loaded kernels, cuBLAS and cuDNN, and NCCL; none of them names one type of error.
+_CARD_IS_FULL = ("cuda out of memory", "cuda error: out of memory", "failure 2 'out of memory'", "status_alloc_failed")
 _HINTS = {
     signal.SIGKILL: "exit 137: probably out of memory; `dmesg | grep -i oom` tells",
     signal.SIGBUS: "probably /dev/shm or the disk is full",
@@ -38,7 +40,7 @@ _HINTS = {
 class Failure:
     """Why one worker ended.
 
-    `kind`: `user` (a `UserError`; `text` is its lines), `memory` (`OutOfMemory`; `text` is what it says), `error` (any
+    `kind`: `user` (a `UserError`; `text` is its lines), `memory` (`OutOfMemory`, or a full card; `text` is what it says), `error` (any
     other exception; `text` is the traceback), `lost_peer` (an exception that only says that another worker is gone),
     `signal` and `exit` (the worker ended without a word; `text` says how). `monotonic_s` is `time.monotonic()`, which
     all processes of a host share.
@@ -68,18 +70,31 @@ def failure_from(rank: int, error: BaseException) -> Failure:
         return Failure(rank, "user", time.monotonic(), "\n".join(error.lines))
     if isinstance(error, OutOfMemory):
         return Failure(rank, "memory", time.monotonic(), str(error))
+    if card_is_full(error):
+        line = str(error).strip().splitlines()[0]
+        return Failure(rank, "memory", time.monotonic(), f"worker {rank} ran out of its card's memory: {line}")
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
     return Failure(rank, "lost_peer" if _is_echo(error) else "error", time.monotonic(), text)
 
 
+def card_is_full(error: BaseException) -> bool:
+    """Whether an error, or what led to it, says that a card's memory did not suffice."""
+    return any(text in str(link).lower() for link in _chain(error) for text in _CARD_IS_FULL)
+
+
 def _is_echo(error: BaseException) -> bool:
+    return any(
+        type(link).__name__ in _ECHO_TYPES or any(text in str(link).lower() for text in _ECHO_TEXTS)
+        for link in _chain(error)
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
     link: BaseException | None = error
     while link is not None:
-        message = str(link).lower()
-        if type(link).__name__ in _ECHO_TYPES or any(text in message for text in _ECHO_TEXTS):
-            return True
+        yield link
         link = link.__cause__ or link.__context__
-    return False
 
 
 def failure_path(log_dir: Path, rank: int) -> Path:

@@ -28,6 +28,10 @@ SAME_SIGNAL_S = 0.3
 LOG_TAIL_LINES = 20
 # Left over from another launcher, or from a launch that this one runs inside of.
 _FOREIGN_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", worker.STORE_FD)
+# Where PyTorch 2.13 looks for its CUDA allocator's settings. The old name goes before the new one there.
+_ALLOCATOR = "PYTORCH_ALLOC_CONF"
+_OLD_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+_WSL_GPU = Path("/dev/dxg")
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ def run_workers(
     Rank 0 shares this process's terminal; rank K writes to `log_dir/rank-K.log`. SIGINT, SIGTERM and SIGHUP are
     passed on once, as SIGTERM, so that the workers save and end; a second one kills them. When a worker fails, the
     others get `GRACE_S` seconds. No process that a worker has started outlives this call, or this process.
+    GPU workers allocate in expandable segments, unless `PYTORCH_ALLOC_CONF` says otherwise.
 
     Args:
         argv: the whole command line, such as `[sys.executable, "-m", "trainer.cli.worker", ...]`.
@@ -123,7 +128,7 @@ def _shared_environment(env: Mapping[str, str], workers: int, log_dir: Path, thr
     if any(name == "lo" for _, name in socket.if_nameindex()):
         # All workers are here: the loopback works also where the host's name resolves to nothing.
         shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return shared | {
+    return {**allocator_settings(env, gpu), **shared} | {
         "WORLD_SIZE": str(workers),
         "LOCAL_WORLD_SIZE": str(workers),
         "OMP_NUM_THREADS": str(threads),
@@ -133,6 +138,18 @@ def _shared_environment(env: Mapping[str, str], workers: int, log_dir: Path, thr
         worker.ATTEMPT: secrets.token_hex(4),
         worker.DEVICE: "cuda" if gpu else "cpu",
     }
+
+
+def allocator_settings(env: Mapping[str, str], gpu: bool) -> dict[str, str]:
+    """For workers on GPUs, where nobody has chosen: segments that grow.
+
+    A run has some 40 shapes of batches. Each leaves gaps in segments of fixed sizes that tensors of the others do not
+    fit into, and the card is full before its tensors fill it.
+    """
+    # NVIDIA's driver for WSL fails with such segments before release 615: github.com/pytorch/pytorch/issues/192330.
+    if not gpu or _ALLOCATOR in env or _OLD_ALLOCATOR in env or _WSL_GPU.exists():
+        return {}
+    return {_ALLOCATOR: "expandable_segments:True"}
 
 
 def _start(

@@ -1,6 +1,6 @@
 """A model whose weights are spread over the workers (FSDP2): wrapping, each worker's share, and the whole again."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,8 @@ from trainer.dist.comm import Comm
 
 def shard_model(
     model: nn.Module,
-    blocks: Iterable[nn.Module],
+    units: Iterable[nn.Module],
+    embeddings: Collection[nn.Module],
     comm: Comm,
     *,
     compute_dtype: torch.dtype | None,
@@ -25,7 +26,8 @@ def shard_model(
 
     Args:
         model: may lie on the meta device; then call `materialize`, and fill each parameter by `copy_share`.
-        blocks: modules inside, in any order, that are gathered one by one; the rest is gathered with the model.
+        units: modules inside, in any order, that are gathered one by one; the rest is gathered with the model.
+        embeddings: those of the units whose backward pass needs no weights: they are freed after the forward pass.
         compute_dtype: of the gathered weights; None: that of the shares.
         reduce_dtype: in which gradients travel and are averaged; None: that of the shares.
         keep_gathered: keep gathered weights from the forward pass for the backward pass (ZeRO-2), or free them
@@ -34,8 +36,11 @@ def shard_model(
     mesh = init_device_mesh(comm.device.type, (comm.world,))
     # Inputs are left alone: sizes above 256 would be rounded by bf16.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=not keep_gathered, mp_policy=policy)
+    for module in (*units, model):
+        frees = not keep_gathered or module in embeddings
+        sharded = fully_shard(module, mesh=mesh, reshard_after_forward=frees, mp_policy=policy)
+        if module in embeddings:
+            sharded.set_unshard_in_backward(False)
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -58,22 +63,29 @@ def copy_share(parameter: Tensor, whole: Tensor) -> None:
         parameter.to_local().copy_(shares[rank])
 
 
-def require_gradient_exchange(model: nn.Module, *, required: bool) -> None:
-    """Whether the next backward pass averages gradients over the workers, or keeps adding up each worker's own."""
+def prepare_pass(model: nn.Module, *, exchanges_gradients: bool, keeps_gathered: bool) -> None:
+    """What the next forward and backward pass does with a spread model.
+
+    Args:
+        exchanges_gradients: average gradients over the workers, or keep adding up each worker's own.
+        keeps_gathered: keep whole weights after the backward pass, for a further pass before they change.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(required)
+        model.set_requires_gradient_sync(exchanges_gradients)
+        model.set_reshard_after_backward(not keeps_gathered)
 
 
 @contextmanager
-def gathered(model: nn.Module, *, keep_gathered: bool) -> Iterator[None]:
+def gathered(model: nn.Module, embeddings: Collection[nn.Module], *, keep_gathered: bool) -> Iterator[None]:
     """Keeps all weights gathered, so that forward passes inside need no other worker; nothing where none are spread.
 
     All workers must enter; inside, each may run its own number of forward passes, without gradients.
 
     Args:
-        keep_gathered: as given to `shard_model`, to be so again afterwards.
+        embeddings, keep_gathered: as given to `shard_model`, to be so again afterwards.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    _give_back_cache(model)
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -81,8 +93,15 @@ def gathered(model: nn.Module, *, keep_gathered: bool) -> Iterator[None]:
         yield
     finally:
         for module in modules:
-            module.set_reshard_after_forward(not keep_gathered, recurse=False)
+            module.set_reshard_after_forward(not keep_gathered or module in embeddings, recurse=False)
             module.reshard()
+        _give_back_cache(model)
+
+
+def _give_back_cache(model: nn.Module) -> None:
+    """On a card, what was freed on FSDP2's own streams is kept for those streams alone: give it to all."""
+    if next(model.parameters()).is_cuda:
+        torch.cuda.empty_cache()
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from trainer.dist.sharding import (
     gathered,
     local_tensor,
     materialize,
-    require_gradient_exchange,
+    prepare_pass,
     shard_model,
     whole_tensor,
 )
@@ -66,18 +66,28 @@ class Strategy:
         parameters: what trains, by name in the plain model; of a spread model, this worker's shares.
         world: gradients are averaged over this many workers, so `backward` multiplies the loss by it:
             the step's loss is a sum over workers.
+        embeddings: of a spread model, what is not gathered for the backward pass.
     """
 
     model: nn.Module
     parameters: dict[str, nn.Parameter] = field(repr=False)
     world: int
     sharing: Sharing
+    embeddings: tuple[nn.Module, ...] = field(default=(), repr=False)
 
     @contextmanager
     def reduction(self, *, last: bool) -> Iterator[None]:
-        """Around one micro-batch: workers exchange gradients in the last one only, unless memory forbids it."""
+        """Around one micro-batch: workers exchange gradients in the last one only, unless memory forbids it.
+
+        `zero2` gathers weights once per step: after the last one, when they are about to change, they are let go.
+        """
         if self.sharing.is_sharded:
-            require_gradient_exchange(self.model, required=last or self.sharing.exchange_every_pass)
+            exchanges = last or self.sharing.exchange_every_pass
+            prepare_pass(
+                self.model,
+                exchanges_gradients=exchanges,
+                keeps_gathered=self.sharing.kind == "zero2" and not last,
+            )
             yield
         elif last or self.world == 1:
             yield
@@ -97,8 +107,8 @@ class Strategy:
         """Global L2 norm of the gradients, a scalar on their device and the same on all workers."""
         # Put together in fp32: the norms of bf16 tensors have three digits, their sum should not round again. Norms
         # with fp32 results would take a tenth of a step on the CPU.
-        norms = [torch.linalg.vector_norm(local_tensor(gradient)).float() for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norms = torch._foreach_norm([local_tensor(gradient) for gradient in gradients])  # pyright: ignore[reportPrivateImportUsage]
+        norm = torch.linalg.vector_norm(torch.stack(norms).float())
         if not self.sharing.is_sharded:
             return norm
         squares = norm.double().square()
@@ -109,7 +119,7 @@ class Strategy:
         """Around forward passes that workers run each by itself; all must enter."""
         if not self.sharing.is_sharded:
             return nullcontext()
-        return gathered(self.model, keep_gathered=self.sharing.kind == "zero2")
+        return gathered(self.model, self.embeddings, keep_gathered=self.sharing.kind == "zero2")
 
     def whole_tensors(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         """Tensors of the model or its optimizer as a whole, one by one; all workers must run through them all."""
@@ -119,18 +129,26 @@ class Strategy:
 
 
 def make_strategy(
-    model: nn.Module, sharing: Sharing, blocks: Iterable[nn.Module], comm: Comm, fill: Callable[[nn.Module], None]
+    model: nn.Module,
+    sharing: Sharing,
+    units: Iterable[nn.Module],
+    embeddings: Iterable[nn.Module],
+    comm: Comm,
+    fill: Callable[[nn.Module], None],
 ) -> Strategy:
     """Give a model that lies on the meta device its memory, fill it, and wrap it for `comm.world` workers.
 
     Args:
-        blocks: what a spread model gathers one by one.
+        units: what a spread model gathers one by one.
+        embeddings: those of them whose backward pass needs no weights.
         fill: puts the weights in place, of a spread model into this worker's shares (`copy_share`).
     """
+    embeddings = tuple(embeddings)
     if sharing.is_sharded:
         shard_model(
             model,
-            blocks,
+            units,
+            embeddings,
             comm,
             compute_dtype=sharing.compute_dtype,
             reduce_dtype=sharing.reduce_dtype,
@@ -149,7 +167,7 @@ def make_strategy(
             batched_grad_copy=True,
             forward_sync_buffers=False,  # the same on all workers, for ever
         )
-    return Strategy(wrapped, parameters, comm.world, sharing)
+    return Strategy(wrapped, parameters, comm.world, sharing, embeddings)
 
 
 def warm_up(strategy: Strategy, throw_away_loss: Callable[[nn.Module], Tensor]) -> None:

@@ -48,6 +48,8 @@ class Holding:
         bucket_bytes: of one DDP bucket.
         bucket_views: `gradient_as_bucket_view`.
         batched_copy: `batched_grad_copy`: gradients wait until their bucket is full.
+        pools_by_stream: memory that FSDP2 frees on streams of its own serves those streams alone, as CUDA's allocator
+            has it; so it stays taken all through the step.
         optimizer_temporary_bytes: alive at once within the optimizer's step.
         frozen_bytes: parts that do not train and lie on the same device, all through the step.
         between_steps: bytes of work done between steps by name, such as the VAE's pass over a batch of images.
@@ -65,6 +67,7 @@ class Holding:
     bucket_bytes: int = 64 * 2**20
     bucket_views: bool = True
     batched_copy: bool = True
+    pools_by_stream: bool = False
     optimizer_temporary_bytes: int = 0
     frozen_bytes: int = 0
     between_steps: Mapping[str, int] = field(default_factory=dict)

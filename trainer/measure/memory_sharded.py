@@ -1,8 +1,28 @@
 """What FSDP2 holds while a pass runs, mark by mark; no torch. Part of `memory_strategy.py`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from trainer.measure.memory_holding import Holding, Ledger, ParameterSize
+
+
+class _Pool:
+    """Memory of one of FSDP2's own streams: what is freed there goes back to all, or to that stream alone."""
+
+    def __init__(self, ledger: Ledger, part: str, keeps: bool) -> None:
+        self._ledger, self._part, self._keeps = ledger, part, keeps
+        self._used = self._most = 0
+
+    @property
+    def unused(self) -> int:
+        return max(0, self._most - self._used)
+
+    def add(self, amount: int) -> None:
+        self._used += amount
+        if not self._keeps:
+            self._ledger.add(self._part, amount)
+        elif self._used > self._most:
+            self._ledger.add(self._part, self._used - self._most)
+            self._most = self._used
 
 
 class Sharded:
@@ -14,10 +34,9 @@ class Sharded:
         parameters: Sequence[ParameterSize],
         unit_of: Mapping[str, str],
         holding: Holding,
-        order: Sequence[str],
+        embeddings: Collection[str],
     ) -> None:
-        del order
-        self._ledger, self._holding = ledger, holding
+        self._ledger, self._holding, self._embeddings = ledger, holding, embeddings
         self._unit_of = unit_of
         self._padded: dict[str, int] = {}  # elements of each unit
         self._trained: dict[str, int] = {}
@@ -32,6 +51,9 @@ class Sharded:
         trained = sum(self._trained.values()) // holding.world
         ledger.held["optimizer"] = round(holding.optimizer_bytes * trained)
         self._mixed = mixed
+        # The streams of all-gathers, and of reduce-scatters, whose results are the shards of the gradients.
+        self._gathers = _Pool(ledger, "communication", holding.pools_by_stream)
+        self._reductions = _Pool(ledger, "gradients", holding.pools_by_stream)
         self._whole: set[str] = set()  # units that are gathered
         self._gathered_ahead: set[str] = set()
         self._order: list[str] = []
@@ -40,11 +62,15 @@ class Sharded:
         self._unit_gradients: dict[str, int] = {}  # whole gradients in the compute dtype
         self._kept_gradients: dict[str, int] = {}  # whole gradients kept from pass to pass, in the reduce dtype
         self._shards: set[str] = set()  # units whose gradient shard is there
-        self._reduces = True
+        self._reduces = self._releases = True
+        self._ended: set[str] = set()  # units whose backward pass is over
         self._backward = False
 
     def begin_pass(self, index: int) -> None:
-        self._reduces = self._holding.reduce_each_pass or index == self._holding.accumulation - 1
+        last = index == self._holding.accumulation - 1
+        self._reduces = self._holding.reduce_each_pass or last
+        self._releases = self._holding.strategy == "zero3" or last
+        self._ended.clear()
         self._order = []
         self._backward = False
         self._gather("")
@@ -55,12 +81,14 @@ class Sharded:
                 self._release(self._order[-1])
             self._order.append(name)
             self._gather(name)
+        elif kind == "after forward" and name in self._embeddings:
+            self._release(name)
         elif kind == "end of forward":
             if self._holding.strategy == "zero3" and self._order:
                 self._release(self._order[-1])
-            self._ledger.add("communication", -self._previous_gather)
+            self._gathers.add(-self._previous_gather)
             self._previous_gather, self._backward = 0, True
-        elif kind == "before backward" and self._holding.strategy == "zero3":
+        elif kind == "before backward" and self._holding.strategy == "zero3" and name not in self._embeddings:
             self._gather_for_backward(name)
         elif kind == "gradient":
             unit = self._unit_of.get(name, "")
@@ -73,18 +101,22 @@ class Sharded:
         elif kind == "backward":
             self._end_unit(name)
         elif kind == "end of backward":
-            for unit in [*self._whole]:
+            for unit in self._padded:
                 self._end_unit(unit)
             self._ledger.add("communication", -self._reduce_input)
             self._reduce_input = 0
 
     def end_step(self) -> None:
         shards = sum(self._trained[unit] for unit in self._shards) // self._holding.world
-        self._ledger.add("gradients", -shards * self._holding.stored_bytes)
+        self._reductions.add(-shards * self._holding.stored_bytes)
         self._shards.clear()
 
-    def gathered_bytes(self) -> int:
-        return sum(self._padded.values()) * self._holding.compute_bytes
+    def between_steps(self, gathers: bool) -> Mapping[str, int]:
+        """What changes between steps; where weights are gathered, the streams' unused memory is given back before."""
+        if not gathers:
+            return {}
+        whole = sum(self._padded.values()) * self._holding.compute_bytes
+        return {"weights": whole, "gradients": -self._reductions.unused}
 
     def _gather(self, unit: str) -> None:
         """All-gather into one flat buffer, then copy out; the buffer lives until the next gather's."""
@@ -93,8 +125,8 @@ class Sharded:
         flat = self._padded[unit] * self._holding.compute_bytes
         if self._holding.world > 1:
             shard = flat // self._holding.world if self._mixed else 0
-            self._ledger.add("communication", flat + shard)
-            self._ledger.add("communication", -shard - self._previous_gather)
+            self._gathers.add(flat + shard)
+            self._gathers.add(-shard - self._previous_gather)
             self._previous_gather = flat
         self._ledger.add("weights", flat)
         self._whole.add(unit)
@@ -103,7 +135,7 @@ class Sharded:
         for wanted in (unit, self._before(unit)):
             if wanted is None or wanted in self._whole or wanted in self._gathered_ahead:
                 continue
-            self._ledger.add("communication", self._padded[wanted] * self._holding.compute_bytes)
+            self._gathers.add(self._padded[wanted] * self._holding.compute_bytes)
             self._gathered_ahead.add(wanted)
             if wanted == unit:
                 self._copy_out(unit)
@@ -114,7 +146,7 @@ class Sharded:
             self._gathered_ahead.remove(unit)
             flat = self._padded[unit] * self._holding.compute_bytes
             self._ledger.add("weights", flat)
-            self._ledger.add("communication", -flat)
+            self._gathers.add(-flat)
             self._whole.add(unit)
 
     def _before(self, unit: str) -> str | None:
@@ -128,11 +160,13 @@ class Sharded:
 
     def _end_unit(self, unit: str) -> None:
         """After a unit's backward pass: let go of its whole weights, reduce its gradients to this worker's share."""
-        if unit not in self._whole:
+        if unit in self._ended or unit not in self._padded:
             return
         holding, ledger = self._holding, self._ledger
-        self._whole.remove(unit)
-        ledger.add("weights", -self._padded[unit] * holding.compute_bytes)
+        self._ended.add(unit)
+        if self._releases and unit in self._whole:
+            self._whole.remove(unit)
+            ledger.add("weights", -self._padded[unit] * holding.compute_bytes)
         gradients = self._unit_gradients.pop(unit, 0)
         same = holding.reduce_bytes == holding.compute_bytes
         if not self._reduces:
@@ -154,11 +188,11 @@ class Sharded:
         ledger.add("gradients", -gradients)
         reduced = self._trained[unit] // holding.world * holding.reduce_bytes
         shard = self._trained[unit] // holding.world * holding.stored_bytes
-        ledger.add("communication", reduced)
+        self._reductions.add(reduced)
         if holding.reduce_bytes != holding.stored_bytes:
-            ledger.add("communication", shard)
-            ledger.add("communication", -shard)
-        ledger.add("communication", -reduced)
+            self._reductions.add(shard)
+            self._reductions.add(-shard)
+        self._reductions.add(-reduced)
         if unit not in self._shards:
             self._shards.add(unit)
-            ledger.add("gradients", shard)
+            self._reductions.add(shard)

@@ -20,7 +20,7 @@ class _Accountant(Protocol):
     def begin_pass(self, index: int) -> None: ...
     def at(self, kind: str, name: str) -> None: ...
     def end_step(self) -> None: ...
-    def gathered_bytes(self) -> int: ...
+    def between_steps(self, gathers: bool) -> Mapping[str, int]: ...
 
 
 def strategy_peak(trace: "Trace", holding: Holding) -> Peak:
@@ -28,8 +28,10 @@ def strategy_peak(trace: "Trace", holding: Holding) -> Peak:
     parameters, segments, unit_of = parameter_sizes(trace), trace.segments, trace.unit_of
     ledger = Ledger(dict.fromkeys(PARTS, 0))
     ledger.held["frozen"] = holding.frozen_bytes
-    make = _Replicated if holding.strategy in ("single", "ddp") else Sharded
-    accountant: _Accountant = make(ledger, parameters, unit_of, holding, gradient_order(segments))
+    if holding.strategy in ("single", "ddp"):
+        accountant: _Accountant = _Replicated(ledger, parameters, holding, gradient_order(segments))
+    else:
+        accountant = Sharded(ledger, parameters, unit_of, holding, trace.embeddings)
     for _ in range(2):  # the first one brings everything into its steady state
         ledger.peak = Peak("", {})
         for index in range(holding.accumulation):
@@ -47,18 +49,20 @@ def strategy_peak(trace: "Trace", holding: Holding) -> Peak:
         accountant.end_step()
         for phase, amount in holding.between_steps.items():
             ledger.phase = phase
-            gathered = accountant.gathered_bytes() if phase in holding.between_steps_gathered else 0
-            ledger.held["weights"] += gathered
+            changes = accountant.between_steps(phase in holding.between_steps_gathered)
+            for part, change in changes.items():
+                ledger.held[part] += change
             ledger.note(amount)
-            ledger.held["weights"] -= gathered
+            for part, change in changes.items():
+                ledger.held[part] -= change
     return ledger.peak
 
 
 def wire_bytes(trace: "Trace", holding: Holding) -> int:
     """What each worker sends in one optimizer step, by ring algorithms; scalars not counted.
 
-    DDP: an all-reduce of all gradients. ZeRO-2: an all-gather of the weights in each pass and a reduce-scatter of the
-    gradients; ZeRO-3 gathers twice in each pass.
+    DDP: an all-reduce of all gradients. ZeRO-2: an all-gather of the weights and a reduce-scatter of the gradients,
+    in the last pass or in each; ZeRO-3 gathers twice in each pass. Embeddings are gathered once in each pass.
     """
     world, sizes = holding.world, parameter_sizes(trace)
     if world == 1:
@@ -66,11 +70,14 @@ def wire_bytes(trace: "Trace", holding: Holding) -> int:
     if holding.strategy == "ddp":
         gradients = sum(p.numel for p in sizes if p.trains) * holding.stored_bytes
         return 2 * gradients * (world - 1) // world
-    weights = sum(p.padded_numel(world) for p in sizes) * holding.compute_bytes
+    padded = {p.name: p.padded_numel(world) * holding.compute_bytes for p in sizes}
+    embedded = sum(size for name, size in padded.items() if trace.unit_of.get(name) in trace.embeddings)
+    weights = sum(padded.values()) - embedded
     gradients = sum(p.padded_numel(world) for p in sizes if p.trains) * holding.reduce_bytes
-    gathers = holding.accumulation * (2 if holding.strategy == "zero3" else 1)
+    gathers = 2 * holding.accumulation if holding.strategy == "zero3" else 1
     reductions = holding.accumulation if holding.reduce_each_pass else 1
-    return (weights * gathers + gradients * reductions) * (world - 1) // world
+    sent = weights * gathers + embedded * holding.accumulation + gradients * reductions
+    return sent * (world - 1) // world
 
 
 def parameter_sizes(trace: "Trace") -> list[ParameterSize]:
@@ -90,11 +97,9 @@ class _Replicated:
         self,
         ledger: Ledger,
         parameters: Sequence[ParameterSize],
-        unit_of: Mapping[str, str],
         holding: Holding,
         order: Sequence[str],
     ) -> None:
-        del unit_of
         self._ledger, self._holding = ledger, holding
         size = holding.stored_bytes
         self._bytes = {p.name: p.numel * size for p in parameters if p.trains}
@@ -139,8 +144,8 @@ class _Replicated:
         for name in tuple(self._loose):
             self._drop(name)
 
-    def gathered_bytes(self) -> int:
-        return 0
+    def between_steps(self, gathers: bool) -> Mapping[str, int]:
+        return {}
 
     def _drop(self, name: str) -> None:
         if name in self._loose:

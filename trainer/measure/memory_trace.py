@@ -58,12 +58,16 @@ class Trace:
         shapes: of all parameters, by name.
         trains: names of those that get gradients.
         unit_of: the innermost marked unit that holds a parameter; absent for those outside of all units.
+        recomputable: units that may be recomputed; None: all.
+        embeddings: units whose backward pass needs no weights.
     """
 
     segments: tuple[Segment, ...]
     shapes: dict[str, tuple[int, ...]]
     trains: frozenset[str]
     unit_of: dict[str, str]
+    recomputable: frozenset[str] | None = None
+    embeddings: frozenset[str] = frozenset()
 
     @property
     def saved_bytes(self) -> int:
@@ -81,10 +85,10 @@ class Trace:
         return sum(segment.flops for segment in self.segments)
 
     def blocks(self) -> "dict[str, Block]":
-        """What each unit's forward pass keeps and costs, where no units lie within another."""
+        """What each recomputable unit's forward pass keeps and costs, where no units lie within another."""
         found: dict[str, Block] = {}
         for segment, following in itertools.pairwise(self.segments[: self._forward_end() + 1]):
-            if segment.mark == "forward":
+            if segment.mark == "forward" and (self.recomputable is None or segment.name in self.recomputable):
                 found[segment.name] = Block(max(following.net, 0), following.flops)
         return found
 

@@ -39,6 +39,8 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     # All blocks of one class share one place for compiled code, which takes 8 by default.
     dynamo.recompile_limit = max(dynamo.recompile_limit, _PER_KIND * kinds)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 8 * _PER_KIND * kinds)
+    # DDP's wrapper would have each block cut at its buckets' borders; blocks are small enough to overlap with it.
+    dynamo.optimize_ddp = False
     # Else a square bucket that comes first makes height and width one and the same unknown.
     torch.fx.experimental._config.use_duck_shape = False  # pyright: ignore[reportAttributeAccessIssue]
     counting = _counting(backend, _PER_KIND * kinds)

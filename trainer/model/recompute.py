@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
+_RESIZERS = ("Downsample2D", "Upsample2D")
+_EMBEDDINGS = ("CLIPTextEmbeddings",)
 _OFFLOADED_BYTES = 2**20
 """Smaller tensors stay where they are: moving one costs more time than it is worth."""
 
@@ -18,9 +20,28 @@ _OFFLOADED_BYTES = 2**20
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The blocks that the UNet and the text encoders are made of, by name: transformer and residual blocks, layers.
 
-    They are what FSDP2 gathers one by one, what is recomputed, and what torch.compile compiles.
+    They are what is recomputed and what torch.compile compiles.
     """
-    return {name: module for name, module in model.named_modules() if type(module).__name__ in _BLOCKS}
+    return _of_kind(model, _BLOCKS)
+
+
+def gathered_units(model: nn.Module) -> dict[str, nn.Module]:
+    """What FSDP2 gathers one by one: the repeated blocks, and the largest of the modules outside of them."""
+    return _of_kind(model, (*_BLOCKS, *_RESIZERS, *_EMBEDDINGS))
+
+
+def embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """Those of the gathered units whose backward pass needs no weights."""
+    return _of_kind(model, _EMBEDDINGS)
+
+
+def _of_kind(model: nn.Module, classes: tuple[str, ...]) -> dict[str, nn.Module]:
+    # FSDP2 gives what it has wrapped a class of its own below the module's.
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(kind.__name__ in classes for kind in type(module).__mro__)
+    }
 
 
 def apply_recompute(model: nn.Module, blocks: Iterable[str]) -> None:
@@ -57,13 +78,17 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 def offloaded_activations(model: nn.Module) -> Iterator[None]:
     """Around a forward pass: what it keeps for the backward pass waits in the host's memory, and comes back when used.
 
-    Weights stay, and so does what is small. A tensor that is kept several times moves once.
+    Weights stay, and so does what is small. A tensor that is kept several times moves once. Of a model that is spread
+    over workers, weights are what its modules hold while they run: each block's are gathered just before.
     """
     import torch
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    weights: set[int] = set()
     moved: dict[int, tuple[StorageWeakRef, Tensor | None]] = {}
+
+    def note_weights(module: nn.Module, arguments: object) -> None:
+        weights.update(parameter.untyped_storage()._cdata for parameter in module.parameters())
 
     def pack(tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
@@ -84,8 +109,14 @@ def offloaded_activations(model: nn.Module) -> Iterator[None]:
             whole.copy_(host.view(dtype), non_blocking=True)
         return whole.as_strided(*layout)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    gathered_by = (model, *gathered_units(model).values())
+    hooks = [module.register_forward_pre_hook(note_weights) for module in gathered_by]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -31,9 +31,9 @@ from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.build import Run, build_parts
 from trainer.train.encoding import encoded_batches
 from trainer.train.loop import open_training_loader, starting_state
-from trainer.train.memory_choice import MemoryChoice, choose_memory, is_out_of_memory, run_setting
+from trainer.train.memory_choice import MemoryChoice, choose_memory, is_out_of_memory, run_setting, smallest_card
 from trainer.train.memory_plan import memory_plan
-from trainer.train.precision import precision_of
+from trainer.train.precision import precision_of, require_arithmetic
 from trainer.train.step import StepParts, train_step
 
 _log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class TimedStrategy(Strategy):
         exchanges: as always; if not (`ddp` alone), gradients stay with their worker, to see what the exchange costs.
     """
 
-    clock: PhaseClock
+    clock: PhaseClock = field(kw_only=True)
     exchanges: bool = True
 
     @staticmethod
@@ -97,7 +97,8 @@ def bench(config: Config, comm: Comm, steps: int, warmup: int, prepared: bool, r
     """
     data = synthetic_data(config, PreparedSet.open(config.data.prepared) if prepared else None)
     begin = time.perf_counter()
-    choice = choose_memory(config, comm, data)
+    require_arithmetic(config.train.precision, comm.device)
+    card, choice = smallest_card(comm), choose_memory(config, comm, data)
     parts = build_parts(config, comm, data, choice)
     _log.info("built in %.0f s", time.perf_counter() - begin)
     clock = PhaseClock(comm.device)
@@ -115,7 +116,7 @@ def bench(config: Config, comm: Comm, steps: int, warmup: int, prepared: bool, r
     peak = card_peak(comm.device, precision_of(config.train.precision).compute)
     row = replace(row, peak_flops=_mean(comm, peak.flops_per_s), peak_source=peak.source, compilations=compilations())
     if comm.rank == 0:
-        result.write_text(json.dumps(asdict(_with_plan(config, comm, data, choice, row))), encoding="utf-8")
+        result.write_text(json.dumps(asdict(_with_plan(config, comm, data, card, choice, row))), encoding="utf-8")
 
 
 def synthetic_data(config: Config, prepared: PreparedSet | None) -> SyntheticData:
@@ -143,13 +144,19 @@ def _pixels(bucket_and_factor: tuple[Bucket, int]) -> int:
     return bucket.height_px * bucket.width_px * factor
 
 
-def synthetic_batch(config: Config, data: SyntheticData, channels: int, images: int, seed: int) -> Batch:
-    """Random latents and texts of the full length."""
+def synthetic_batch(
+    config: Config, data: SyntheticData, channels: int, images: int, seed: int, pin_memory: bool = False
+) -> Batch:
+    """Random latents and texts of the full length.
+
+    Args:
+        pin_memory: in page-locked memory, as the loader's batches are on CUDA, so that copies wait for nothing there.
+    """
     draw = torch.Generator().manual_seed(seed)
     chunks, height, width = config.captions.max_tokens // _TOKENS, data.bucket.height_px, data.bucket.width_px
     source, text = find_source(config.model.path), data.text_shape
     words = min(component_config(source, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2"))
-    return Batch(
+    batch = Batch(
         latents=torch.randn(images, channels, height // 8, width // 8, generator=draw).half(),
         pixels=None,
         vae_seeds=None,
@@ -162,6 +169,8 @@ def synthetic_batch(config: Config, data: SyntheticData, channels: int, images: 
         keys=("",) * images,
         problems=(),
     )
+    tensors = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
+    return replace(batch, **{name: tensor.pin_memory() for name, tensor in tensors.items()}) if pin_memory else batch
 
 
 def _measured(config: Config, parts: StepParts, data: SyntheticData, steps: int, warmup: int) -> BenchRow:
@@ -172,7 +181,8 @@ def _measured(config: Config, parts: StepParts, data: SyntheticData, steps: int,
     passes, factor = arithmetic.accumulation, arithmetic.batch_factors[0]
     images = config.train.batch_size_per_gpu * factor
     channels = parts.denoiser.unet.config["in_channels"]
-    batches = [synthetic_batch(config, data, channels, images, seed * comm.world + comm.rank) for seed in range(passes)]
+    seeds, pin = [number * comm.world + comm.rank for number in range(passes)], comm.device.type == "cuda"
+    batches = [synthetic_batch(config, data, channels, images, seed, pin) for seed in seeds]
     images_per_step = images * passes * comm.world
     norms: list[float] = []
 
@@ -258,9 +268,11 @@ def _loader_wait_s(config: Config, parts: StepParts, prepared: PreparedSet, step
         return _mean(comm, (loader.wait_s - waited_before) / steps)
 
 
-def _with_plan(config: Config, comm: Comm, data: SyntheticData, choice: MemoryChoice, row: BenchRow) -> BenchRow:
+def _with_plan(
+    config: Config, comm: Comm, data: SyntheticData, card: int | None, choice: MemoryChoice, row: BenchRow
+) -> BenchRow:
     """What the plan says of this run: operations and memory; and what was chosen."""
-    plan = memory_plan(config, run_setting(config, comm, data))
+    plan = memory_plan(config, run_setting(config, comm, data, card))
     forward, backward, again = plan.flops_per_image
     on_card, notes, planned = comm.device.type == "cuda", row.notes, None
     if not on_card:

@@ -23,7 +23,7 @@ from trainer.model.compiled import compile_blocks
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.load import load_text_encoders, load_vae, read_weights
 from trainer.model.parts import Part
-from trainer.model.recompute import apply_recompute, repeated_blocks
+from trainer.model.recompute import apply_recompute, embeddings, gathered_units
 from trainer.model.source import find_source, open_folder_part, open_part
 from trainer.model.text import TextEncoders
 from trainer.model.vae import ImageEncoder
@@ -33,7 +33,7 @@ from trainer.train.checkpoint import OPTIMIZER, read_tensors
 from trainer.train.layout import lay_out_model
 from trainer.train.memory_choice import MemoryChoice, choose_memory, dry_run
 from trainer.train.optim import is_fused, load_optimizer_tensors, make_optimizer
-from trainer.train.precision import DTYPES, precision_of
+from trainer.train.precision import DTYPES, precision_of, require_arithmetic
 from trainer.train.run_dir import find_damage, newest_checkpoint, read_state
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts
@@ -89,6 +89,7 @@ def find_resume_point(config: Config, comm: Comm) -> Path | None:
 
 def build_run(config: Config, comm: Comm) -> Run:
     """Load model, data and training state, and share the model among the workers."""
+    require_arithmetic(config.train.precision, comm.device)
     checkpoint = find_resume_point(config, comm)
     state = TrainState.from_json(read_state(checkpoint), checkpoint) if checkpoint else None
     if state is not None and state.seed != config.run.seed:
@@ -117,7 +118,7 @@ def build_parts(
         _log.info("%d kinds of blocks are compiled in the first steps", compile_blocks(model))
     apply_recompute(model, choice.recompute)
     fill = partial(fill_model, config, checkpoint)
-    strategy = make_strategy(model, sharing, repeated_blocks(model).values(), comm, fill)
+    strategy = make_strategy(model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill)
     denoiser = make_denoiser(config, model.train(), data, comm.device, sharing)
     optimizer = optimizer_for(config, strategy, comm)
     clip, around = config.train.max_grad_norm, choice.around_forward(model)

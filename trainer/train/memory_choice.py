@@ -6,6 +6,7 @@ first minute; the command starts the workers again, and the next attempt plans w
 
 import logging
 import os
+import resource
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,8 @@ import torch
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.data.loader import Batch
-from trainer.dist.comm import Comm, broadcast_object
+from trainer.dist.comm import Comm, broadcast_object, gather_objects
+from trainer.dist.failure import card_is_full
 from trainer.dist.strategy import Sharing, StrategyKind
 from trainer.dist.worker import MEMORY_ATTEMPT
 from trainer.errors import OutOfMemory
@@ -29,7 +31,7 @@ from trainer.model.text import text_positions
 from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.encoding import encoded_batches
 from trainer.train.layout import lay_out_model
-from trainer.train.memory_plan import Setting, make_budget, memory_plan, require_fit
+from trainer.train.memory_plan import CUDA_CONTEXT, Setting, make_budget, memory_plan, require_fit
 from trainer.train.precision import precision_of
 from trainer.train.step import StepParts, train_step
 
@@ -89,11 +91,12 @@ def choose_memory(config: Config, comm: Comm, data: BucketedData) -> MemoryChoic
         UserError: nothing fits.
     """
     attempt = int(os.environ.get(MEMORY_ATTEMPT, "0"))
+    card = smallest_card(comm)
     chosen: dict[str, Any] | None = None
     if comm.rank == 0:
         memory = config.memory
         unlimited = comm.device.type == "cpu" and memory.budget == "auto" and not attempt
-        chosen = asdict(_unplanned(config, comm, data) if unlimited else _planned(config, comm, data, attempt))
+        chosen = asdict(_unplanned(config, comm, data) if unlimited else _planned(config, comm, data, card, attempt))
     agreed = broadcast_object(comm, chosen)
     assert agreed is not None
     return MemoryChoice(**{**agreed, "recompute": tuple(agreed["recompute"]), "fullest": tuple(agreed["fullest"])})
@@ -113,8 +116,8 @@ def _unplanned(config: Config, comm: Comm, data: BucketedData) -> MemoryChoice:
     )
 
 
-def _planned(config: Config, comm: Comm, data: BucketedData, attempt: int) -> MemoryChoice:
-    setting = run_setting(config, comm, data)
+def _planned(config: Config, comm: Comm, data: BucketedData, card: int | None, attempt: int) -> MemoryChoice:
+    setting = run_setting(config, comm, data, card)
     plan = memory_plan(config, setting)
     if attempt and plan.chosen is not None:
         less = round(plan.chosen.needed * _LESS**attempt)
@@ -136,10 +139,19 @@ def _planned(config: Config, comm: Comm, data: BucketedData, attempt: int) -> Me
     )
 
 
-def run_setting(config: Config, comm: Comm, data: BucketedData) -> Setting:
-    """What the plan hangs on, in this process's place."""
+def smallest_card(comm: Comm) -> int | None:
+    """Bytes that a worker has on the fullest of all cards, CUDA's own included; None on the CPU. All must ask."""
+    mine = None
+    if comm.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(comm.device)
+        mine = min(total, free + torch.cuda.memory_reserved(comm.device) + CUDA_CONTEXT)
+    found = [size for size in gather_objects(comm, mine) if size is not None]
+    return min(found, default=None)
+
+
+def run_setting(config: Config, comm: Comm, data: BucketedData, card: int | None) -> Setting:
+    """What the plan hangs on, in this process's place; `card` as `smallest_card` found it."""
     kernels: Kernels = "cuda" if comm.device.type == "cuda" else "cpu"
-    card = torch.cuda.get_device_properties(comm.device).total_memory if kernels == "cuda" else None
     buckets = data.buckets("train")
     factors = batch_factors(config, buckets)
     return Setting(
@@ -153,41 +165,57 @@ def run_setting(config: Config, comm: Comm, data: BucketedData) -> Setting:
 
 
 def dry_run(config: Config, parts: StepParts, choice: MemoryChoice) -> None:
-    """Run the fullest step once, with a learning rate of 0; weights stay, the optimizer's state is cleared.
+    """Run the fullest step, with a learning rate of 0; weights stay, the optimizer's state is cleared.
 
-    Call it before a checkpoint's optimizer state is put in place. Does nothing where nothing was planned.
+    Twice, for only the second one has the optimizer's state beside its activations; and on a card once more, when the
+    allocator has settled. Call it before a checkpoint's optimizer state is put in place. Does nothing where nothing was
+    planned.
 
     Raises:
-        OutOfMemory: it did not fit.
+        OutOfMemory: it did not fit, or only because the allocator stopped in each step to sweep its remains together.
     """
     if choice.needed is None:
         return
     device, (height, width, images) = parts.comm.device, choice.fullest
     passes = min(choice.passes, 2)
     batch = _blank_batch(config, parts, choice.fullest)
+    what = f"a step on {images} x {width} x {height} px"
+    sweeps = 0
     try:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        encoded = encoded_batches(parts.denoiser.image_encoder, [batch] * passes)
-        train_step(parts, encoded, passes, float(images * passes * parts.comm.world), 0.0, False)
+        for _ in range(3 if device.type == "cuda" else 2):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+                sweeps = _sweeps(device)
+            encoded = encoded_batches(parts.denoiser.image_encoder, [batch] * passes)
+            train_step(parts, encoded, passes, float(images * passes * parts.comm.world), 0.0, False)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        pass_name = f"a step on {images} x {width} x {height} px"
-        raise OutOfMemory(f"{pass_name} did not fit; {in_gib(choice.needed)} GiB were planned") from error
+        raise OutOfMemory(f"{what} did not fit; {in_gib(choice.needed)} GiB were planned") from error
     parts.optimizer.state.clear()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        peak, card = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
-        numbers = map(in_gib, (peak, choice.needed, card))
-        _log.info("dry run of the fullest step: PyTorch took %s GiB; planned %s with CUDA's own, of %s", *numbers)
+        if _sweeps(device) > sweeps:
+            raise OutOfMemory(f"{what} fits only by a sweep of the card's memory in each step, which takes long")
+        peak, held = torch.cuda.max_memory_reserved(device), torch.cuda.max_memory_allocated(device)
+        numbers = map(in_gib, (held, peak, choice.needed, torch.cuda.get_device_properties(device).total_memory))
+        told = "dry run of the fullest step: tensors took %s GiB, PyTorch %s; planned %s with CUDA's own, of %s"
+        _log.info(told, *numbers)
+        torch.cuda.empty_cache()
     else:
-        _log.info("dry run of the fullest step: it fits; %s GiB were planned", in_gib(choice.needed))
+        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        told = "dry run of the fullest step: it fits; %s GiB of tensors were planned, the whole process took %s"
+        _log.info(told, in_gib(choice.needed), in_gib(process))
+
+
+def _sweeps(device: torch.device) -> int:
+    """How often the allocator found no free block and gave back all that it had kept."""
+    return torch.cuda.memory_stats(device)["num_alloc_retries"]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator gave this error, of the card or of the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return card_is_full(error) or "DefaultCPUAllocator" in str(error)
 
 
 def _blank_batch(config: Config, parts: StepParts, fullest: tuple[int, int, int]) -> Batch:

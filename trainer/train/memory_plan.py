@@ -42,6 +42,7 @@ MARGIN_SHARE = 0.02
 DESKTOP = 256 * MIB  # of a card's memory that `auto` leaves to others
 _WORKER_RAM = {"cuda": 3 * GIB, "cpu": GIB}  # PyTorch, its libraries and the model's code
 _DATA_WORKER_RAM = 300 * MIB
+_PINNED_SHARE = 1.5  # the host allocator rounds each tensor up to a power of two: between 1 and 2
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def make_budget(config: Config, kernels: Kernels, card_bytes: int | None, worker
     total, given = None, ""
     if wish != "auto":
         total, given = parse_size(wish), "memory.budget"
+        if kernels == "cuda" and card_bytes is not None and card_bytes < total:
+            total, given = card_bytes, "all that the card has, less than memory.budget"
     elif kernels == "cuda" and card_bytes is not None:
         total, given = card_bytes - DESKTOP, "the card's memory, less 0.25"
     if kernels == "cpu":
@@ -296,7 +299,8 @@ def _checkpoint_bytes(config: Config, trace: Any) -> int:
 
 
 def _host_bytes(config: Config, setting: Setting, peak_bytes: int, offloaded: int) -> int:
-    each = _WORKER_RAM[setting.kernels] + config.data.workers * _DATA_WORKER_RAM + offloaded
+    pinned = offloaded * _PINNED_SHARE if setting.kernels == "cuda" else offloaded
+    each = round(_WORKER_RAM[setting.kernels] + config.data.workers * _DATA_WORKER_RAM + pinned)
     return setting.workers_here * (each + (peak_bytes if setting.kernels == "cpu" else 0))
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from trainer.errors import UserError
 from trainer.train.adamw import Rounding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,6 +39,24 @@ def precision_of(name: str) -> Precision:
         "bf16_stochastic": Precision(torch.bfloat16, torch.bfloat16, "stochastic"),
         "bf16_kahan": Precision(torch.bfloat16, torch.bfloat16, "kahan"),
     }[name]
+
+
+def require_arithmetic(name: str, device: torch.device) -> None:
+    """Raise UserError where the device cannot compute as `train.precision` says."""
+    if device.type == "cuda":
+        require_bf16(name, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def require_bf16(name: str, card: str, capability: tuple[int, int]) -> None:
+    """Raise UserError where `train.precision` computes in bf16 and a card of this compute capability does not.
+
+    PyTorch would emulate it there, which gives up the speed of fp16.
+    """
+    if precision_of(name).compute == torch.bfloat16 and capability < (8, 0):
+        raise UserError(
+            f"train.precision = {name}: {card} (compute capability {capability[0]}.{capability[1]}) has no bf16 "
+            "arithmetic; cards have it from 8.0 (Ampere) on. Set train.precision: fp16"
+        )
 
 
 def set_fp32_arithmetic(name: str) -> None:

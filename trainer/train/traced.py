@@ -16,7 +16,13 @@ from trainer.measure.memory_strategy import strategy_peak
 from trainer.measure.memory_trace import Block, Trace, trace_pass, trace_peak
 from trainer.model.denoiser import TrainedModel
 from trainer.model.load import empty_text_encoders, empty_vae
-from trainer.model.recompute import apply_recompute, offloaded_activations, repeated_blocks
+from trainer.model.recompute import (
+    apply_recompute,
+    embeddings,
+    gathered_units,
+    offloaded_activations,
+    repeated_blocks,
+)
 from trainer.model.text import TextEncoders, text_positions
 from trainer.train.adamw import CHUNK_ELEMENTS
 from trainer.train.blockwise import blocks_per_row, takes_8_bits
@@ -99,7 +105,9 @@ class TracedRun:
         apply_recompute(model, blocks)
         loss = _loss(config, model, frozen, self.shape, way)
         held = [] if frozen is None else _tensors(frozen.one, frozen.two)
-        return trace_pass(model, loss, repeated_blocks(model), self._kernels, way.autocast, held)
+        units, kinds = gathered_units(model), (repeated_blocks(model), embeddings(model))
+        trace = trace_pass(model, loss, units, self._kernels, way.autocast, held)
+        return replace(trace, recomputable=frozenset(kinds[0]), embeddings=frozenset(kinds[1]))
 
 
 def _worth(block: Block) -> float:
@@ -175,6 +183,7 @@ def holdings(config: Config, trace: Trace, workers: int, accumulation: int, kern
             optimizer_bytes=state / trained,
             accumulation=accumulation,
             reduce_each_pass=each_pass,
+            pools_by_stream=kernels == "cuda",
             optimizer_temporary_bytes=0 if fused else _SCRATCH_BYTES * min(CHUNK_ELEMENTS[kernels], largest),
         )
 

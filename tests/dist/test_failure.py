@@ -1,0 +1,42 @@
+"""What a worker's exception is taken for."""
+
+import pytest
+import torch
+
+from trainer.dist.failure import failure_from
+
+ECHO = "[gloo/transport/tcp/pair.cc:538] Connection closed by peer"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 23.69"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.distributed.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"),
+    ],
+)
+def test_a_full_card_is_known_by_its_words(error: Exception) -> None:
+    """Whoever says it: another strategy or more recomputation may fit."""
+    failure = failure_from(2, error)
+    assert (failure.kind, failure.exit_code) == ("memory", 1)
+    assert failure.text == f"worker 2 ran out of its card's memory: {str(error).splitlines()[0]}"
+
+
+def test_what_an_error_was_raised_from_counts() -> None:
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        except RuntimeError as cause:
+            raise ValueError("the block could not be run") from cause
+    except ValueError as error:
+        assert failure_from(0, error).kind == "memory"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(RuntimeError(ECHO), "lost_peer"), (RuntimeError("shapes do not match"), "error")],
+)
+def test_other_errors(error: Exception, kind: str) -> None:
+    assert failure_from(1, error).kind == kind

@@ -1,0 +1,55 @@
+"""What `plan` counts with as the card's memory."""
+
+from pathlib import Path
+
+import pytest
+
+from trainer.dist.environment import detect_gpus
+from trainer.measure.card import KEPT_BY_DRIVER, card_bytes
+
+GIB = 2**30
+SMI = """#!/bin/sh
+case "$1" in
+-L)
+    echo 'GPU 0: NVIDIA GeForce RTX 3090 (UUID: GPU-aaaa1111)'
+    echo 'GPU 1: NVIDIA GeForce RTX 3060 (UUID: GPU-bbbb2222)'
+    echo 'GPU 2: NVIDIA GB10 (UUID: GPU-cccc3333)' ;;
+--query-gpu=uuid,memory.total)
+    echo 'GPU-aaaa1111, 24576'
+    echo 'GPU-bbbb2222, 12288'
+    echo 'GPU-cccc3333, [N/A]' ;;
+esac
+"""
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(SMI, encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tool
+
+
+@pytest.mark.parametrize(
+    ("visible", "printed_gib"),
+    [(None, 12), ("0", 24), ("1,0", 12), ("GPU-aaaa", 24), ("0,7,1", 24), ("0,2", 24), ("2", None), ("", None)],
+)
+def test_smallest_of_the_visible_cards(nvidia_smi: Path, visible: str | None, printed_gib: int | None) -> None:
+    gpus = detect_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    expected = None if printed_gib is None else printed_gib * GIB - KEPT_BY_DRIVER
+    assert card_bytes(gpus) == expected
+
+
+def test_no_more_than_cuda_has(nvidia_smi: Path) -> None:
+    """PyTorch's total_memory of RTX 3090s is 23.68 GiB and more."""
+    found = card_bytes(detect_gpus({"CUDA_VISIBLE_DEVICES": "0"}))
+    assert found is not None and 23.6 < found / GIB < 23.68
+
+
+def test_not_known_where_the_tool_fails_or_is_missing(nvidia_smi: Path) -> None:
+    gpus = detect_gpus({})
+    nvidia_smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n", encoding="utf-8")
+    assert card_bytes(gpus) is None
+    nvidia_smi.unlink()
+    assert card_bytes(["0", "1"]) is None
