@@ -213,7 +213,7 @@ def _peak_rss_mb() -> float:
 
 def prepare(photos: str, prepared: str) -> None:
     """The whole of `prepare` for a folder of photographs."""
-    from killed_prepare import photo_settings, stand_in_vae
+    from synthetic_set import photo_settings, stand_in_vae
 
     from trainer.data.encode import encode_shards
     from trainer.data.prepare import commit, plan_prepare

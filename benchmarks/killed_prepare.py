@@ -16,10 +16,6 @@ import numpy as np
 from child_process import Child
 from PIL import Image
 
-from trainer.data.buckets import BucketRules
-from trainer.data.settings import PrepareSettings
-from trainer.data.sources.folder import FolderSource
-
 _WORKING_FILES = ("catalog.sqlite", "catalog.sqlite-journal", "lock")
 
 
@@ -73,27 +69,6 @@ def _digests(prepared: Path) -> dict[str, str]:
     """Of every file but the working files."""
     files = (path for path in prepared.rglob("*") if path.is_file() and path.name not in _WORKING_FILES)
     return {str(path.relative_to(prepared)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
-
-
-def photo_settings(photos: Path, prepared: Path) -> PrepareSettings:
-    """Small buckets and small shards, so that a short run has many of them to be interrupted in."""
-    return PrepareSettings(
-        prepared=prepared,
-        sources=(FolderSource(photos, repeats=2),),
-        buckets=BucketRules(resolution=256, min_px=128, max_px=512, step_px=64),
-        vae="stand-in",
-        scaling_factor=0.13025,
-        validation_fraction=0.1,
-        rows_per_shard=16,
-    )
-
-
-def stand_in_vae(pixels: np.ndarray, draw_seeds: np.ndarray) -> np.ndarray:
-    """[B, 3, H, W] -> [B, 4, H/8, W/8]: means of 8 x 8 pixels, and noise of each sample's own."""
-    b, _, height, width = pixels.shape
-    means = pixels.reshape(b, 3, height // 8, 8, width // 8, 8).mean(axis=(3, 5)) / 127.5 - 1
-    noise = [np.random.default_rng(seed).standard_normal((1, height // 8, width // 8)) for seed in draw_seeds]
-    return np.concatenate([means, np.stack(noise)], axis=1).astype(np.float32)
 
 
 def _write_photos(folder: Path, count: int) -> None:

@@ -23,6 +23,7 @@ from trainer.data.references import Reference
 from trainer.data.settings import PrepareSettings, replace_file
 from trainer.data.shards import RowBatch, ShardHead, read_info, write_shard
 from trainer.data.snapshot_file import ShardEntry, Snapshot, snapshot_name, snapshot_to_json
+from trainer.data.sources.folder import FolderSource
 from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.sources.source import WHOLE
 
@@ -189,6 +190,27 @@ def metadata_settings(folder: Path) -> PrepareSettings:
         vae="",
         scaling_factor=0.13025,
     )
+
+
+def photo_settings(photos: Path, prepared: Path) -> PrepareSettings:
+    """Small buckets and small shards, so that a short run has many of them to be interrupted in."""
+    return PrepareSettings(
+        prepared=prepared,
+        sources=(FolderSource(photos, repeats=2),),
+        buckets=BucketRules(resolution=256, min_px=128, max_px=512, step_px=64),
+        vae="stand-in",
+        scaling_factor=0.13025,
+        validation_fraction=0.1,
+        rows_per_shard=16,
+    )
+
+
+def stand_in_vae(pixels: np.ndarray, draw_seeds: np.ndarray) -> np.ndarray:
+    """[B, 3, H, W] -> [B, 4, H/8, W/8]: means of 8 x 8 pixels, and noise of each sample's own."""
+    b, _, height, width = pixels.shape
+    means = pixels.reshape(b, 3, height // 8, 8, width // 8, 8).mean(axis=(3, 5)) / 127.5 - 1
+    noise = [np.random.default_rng(seed).standard_normal((1, height // 8, width // 8)) for seed in draw_seeds]
+    return np.concatenate([means, np.stack(noise)], axis=1).astype(np.float32)
 
 
 @lru_cache(1)

@@ -7,5 +7,5 @@ ruff format --check .
 ruff check .
 pyright
 if [ $# -gt 0 ]; then exec pytest "$@"; fi
-pytest -m "not e2e and not slow"
+pytest -m "not e2e and not slow" --numprocesses auto --dist worksteal
 pytest -m "e2e and not slow"

@@ -40,10 +40,10 @@ _HINTS = {
 class Failure:
     """Why one worker ended.
 
-    `kind`: `user` (a `UserError`; `text` is its lines), `memory` (`OutOfMemory`, or a full card; `text` is what it says), `error` (any
-    other exception; `text` is the traceback), `lost_peer` (an exception that only says that another worker is gone),
-    `signal` and `exit` (the worker ended without a word; `text` says how). `monotonic_s` is `time.monotonic()`, which
-    all processes of a host share.
+    `kind`: `user` (a `UserError`; `text` is its lines), `memory` (`OutOfMemory`, or a full card; `text` says so in a
+    line), `error` (any other exception; `text` is the traceback), `lost_peer` (an exception that only says that another
+    worker is gone), `signal` and `exit` (the worker ended without a word; `text` says how). `monotonic_s` is
+    `time.monotonic()`, which all processes of a host share.
     """
 
     rank: int

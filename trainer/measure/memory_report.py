@@ -136,7 +136,7 @@ class MemoryPlan:
         if tighter and chosen.recomputed:
             fewest = min(tighter, key=lambda rung: rung.recomputed)
             why = f"with {fewest.recomputed} blocks recomputed it would take {in_gib(fewest.needed)}"
-        return [f"{line}; {why}", f"  fullest in: {chosen.phase}"]
+        return [f"{line}; {why}"]
 
 
 def run_time(plan: MemoryPlan, num_images: int, images_per_s: float | None, card_flops: float = CARD_FLOPS) -> str:
@@ -169,12 +169,13 @@ def _table(rungs: Sequence[RungReport], budget: Budget) -> Iterable[str]:
     parts = [part for part in PARTS if any(rung.split.get(part, 0) >= GIB // 200 for rung in rungs)]
     heads = [_PART_NAMES.get(part, part) for part in parts]
     width = max(len(_short_way(rung)) for rung in rungs)
-    yield f"  {'':{width}} " + " ".join(f"{head:>13}" for head in [*heads, "CUDA, margin", "total"])
+    yield f"  {'':{width}} " + " ".join(f"{head:>13}" for head in [*heads, "CUDA, margin", "total"]) + "  fullest in"
     for rung in rungs:
         values = [rung.split.get(part, 0) for part in parts]
         numbers = [*values, rung.needed - sum(rung.split.values()), rung.needed]
         fit = "" if budget.total is None else ("  fits" if rung.fits else "  too much")
-        yield f"  {_short_way(rung):{width}} " + " ".join(f"{in_gib(number):>13}" for number in numbers) + fit
+        row = " ".join(f"{in_gib(number):>13}" for number in numbers)
+        yield f"  {_short_way(rung):{width}} {row}  {rung.phase:10}{fit}".rstrip()
 
 
 def _short_way(rung: RungReport) -> str:
