@@ -23,6 +23,7 @@ def _photos(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.e2e
 def test_the_same_losses_from_a_file_as_from_the_folder(tmp_path: Path, model_folder: Path) -> None:
     file = write_single_file(model_folder, tmp_path / "small.safetensors")
     data = {"sources": [{"path": str(_photos(tmp_path / "photos"))}], "buckets": {"resolution": 64, "min_px": 64}}

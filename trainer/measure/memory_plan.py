@@ -110,10 +110,15 @@ def choose(ways: Ways, measures: Measures, budget: Budget) -> Choice:
     offloading = [True] if ways.must_offload else [False]
     if ways.may_offload and not ways.must_offload:
         offloading.append(True)
+    hopeless: set[str] = set()  # without any activations
     for offloads in offloading:
         for label, holding in ways.holdings.items():
+            if label in hopeless:
+                continue
             rungs = _rungs_of(label, holding, ways, measures, budget, offloads)
             looked_at += rungs
+            if all(_is_hopeless(rung, budget) for rung in rungs):
+                hopeless.add(label)
             found += [rung for rung in rungs if rung.fits]
         if found:
             break
@@ -139,11 +144,14 @@ def _rungs_of(
 ) -> list[Rung]:
     """The rung with the fewest recomputed blocks and, if that does not fit, the one with the most."""
     first = _rung(label, holding, ways.fewest, measures, budget, offloads)
-    hopeless = budget.total is not None and first.peak.total - first.peak.split["activations"] > budget.total
-    if first.fits or ways.most == ways.fewest or hopeless:
+    if first.fits or ways.most == ways.fewest or _is_hopeless(first, budget):
         return [first]
     last = _rung(label, holding, ways.most, measures, budget, offloads)
     return [first, last]
+
+
+def _is_hopeless(rung: Rung, budget: Budget) -> bool:
+    return budget.total is not None and rung.peak.total - rung.peak.split["activations"] > budget.total
 
 
 def _least_cost(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> float:

@@ -27,11 +27,12 @@ from trainer.measure.memory_plan import (
     smallest,
 )
 from trainer.measure.memory_report import MemoryPlan, RungReport
-from trainer.measure.memory_strategy import wire_bytes
+from trainer.measure.memory_strategy import parameter_sizes, wire_bytes
 from trainer.model.source import component_config, find_source, vae_source
 from trainer.train.arithmetic import batch_factors
 
 if TYPE_CHECKING:
+    from trainer.measure.memory_trace import Trace
     from trainer.train.traced import TracedRun
 
 MIB = 2**20
@@ -194,8 +195,12 @@ def _worked_out(config: Config, setting: Setting) -> MemoryPlan:
     )
 
 
-def _chosen(config: Config, setting: Setting) -> "tuple[TracedRun, int, Choice]":
-    """The traces, the number of blocks, and what was chosen of them."""
+def _chosen(config: Config, setting: Setting, *, only_whether: bool = False) -> "tuple[TracedRun, int, Choice]":
+    """The traces, the number of blocks, and what was chosen of them.
+
+    Args:
+        only_whether: something fits; then only what takes least is looked at, for each look is a pass of the model.
+    """
     from trainer.train.traced import Shape, TracedRun, frozen_bytes, holdings, vae_peaks
 
     bucket, batch = max(setting.buckets, key=_fullness)
@@ -210,20 +215,31 @@ def _chosen(config: Config, setting: Setting) -> "tuple[TracedRun, int, Choice]"
         )
         for label, holding in holdings(config, trace, setting.workers, setting.accumulation, setting.kernels).items()
     }
-    num_blocks = len(trace.blocks())
+    num_blocks, first_strategy = len(trace.blocks()), next(iter(ways.values())).strategy
     fewest = num_blocks if config.memory.recompute == "all" else 0
     most = 0 if config.memory.recompute == "none" else num_blocks
     offload = config.memory.offload_activations
+    if only_whether:
+        fewest = most
+        ways = {label: holding for label, holding in ways.items() if _may_fit(trace, holding, setting.budget)}
     choice = choose(
         Ways(ways, num_blocks, fewest, most, offload is not False, offload is True),
         Measures(
             traced.peak,
-            partial(traced.saved_bytes, next(iter(ways.values())).strategy),
+            partial(traced.saved_bytes, first_strategy),
             partial(_extra_s, traced),
         ),
         setting.budget,
     )
     return traced, num_blocks, choice
+
+
+def _may_fit(trace: "Trace", holding: Holding, budget: Budget) -> bool:
+    """Whether there is room for weights, gradients and optimizer state alone."""
+    shared = holding.world if holding.strategy in ("zero2", "zero3") else 1
+    trained = sum(p.numel for p in parameter_sizes(trace) if p.trains)
+    least = trained * (2 * holding.stored_bytes + holding.optimizer_bytes) / shared
+    return budget.total is None or least <= budget.total
 
 
 def _fullness(pass_: tuple[Bucket, int]) -> tuple[int, int]:
@@ -242,14 +258,11 @@ def _extra_s(traced: "TracedRun", holding: Holding, recomputed: int, offloads: b
 
 
 def _advice(config: Config, setting: Setting) -> Iterator[str]:
-    """Changes that make the run fit, the smallest first; two at most."""
-    found = 0
+    """The smallest change that makes the run fit, if one is known."""
     for text, changed in _changes(config, setting):
-        _, _, choice = _chosen(changed, _batch_of(changed, config, setting))
+        _, _, choice = _chosen(changed, _batch_of(changed, config, setting), only_whether=True)
         if choice.chosen is not None:
             yield text
-            found += 1
-        if found == 1:
             return
 
 
