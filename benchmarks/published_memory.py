@@ -7,6 +7,7 @@ checkpointing of all blocks, 1024 x 1024 px, 225 tokens, both text encoders. Nee
 """
 
 import json
+import math
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def planned(config: Config, row: Published) -> int:
     strategy: StrategyName = "ddp" if row.workers > 1 else "single"
     run = TracedRun(config, Shape(Bucket(1024, 1024), row.batch), "cuda")
     trace = run.trace(strategy, len(run.blocks(strategy)))
-    trained = sum(_product(trace.shapes[name]) for name in trace.trains)
+    trained = sum(math.prod(trace.shapes[name]) for name in trace.trains)
     state = row.optimizer_bytes
     holding = Holding(
         strategy=strategy,
@@ -111,13 +112,6 @@ def planned(config: Config, row: Published) -> int:
         bucket_views=False,
     )
     return make_budget(config, "cuda", CARD_GIB * GIB, row.workers).needed(strategy_peak(trace, holding))
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
 
 
 if __name__ == "__main__":

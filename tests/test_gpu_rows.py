@@ -86,7 +86,7 @@ def test_rows_of_a_table_are_by_column() -> None:
     ]
 
 
-def test_what_is_measured_on_one_card_fits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """8-bit moments, and weights of two bytes where the card has bf16."""
     asked: list[tuple[list[str], str | None]] = []
 

@@ -40,6 +40,22 @@ def test_zero2(accumulation: int, recompute: bool, each_pass: bool) -> None:
     assert plan(case).total == pytest.approx(measure(case, 0), rel=0.05)
 
 
+def test_ddp_with_accumulation_holds_gradients_once() -> None:
+    """As one of one worker, whose wrapper holds what those of four hold."""
+    case = Case("mini", "ddp", 4, 2, True, side_px=128)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert plan(case).total == pytest.approx(measure(case, 0), rel=0.02)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_zero3() -> None:
+    case = Case("mini", "zero3", 4, 1, True, compute="bf16", side_px=128)
+    assert plan(case).total == pytest.approx(measure(case, 0), rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("kind", ["zero2", "single"])

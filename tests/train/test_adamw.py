@@ -312,13 +312,17 @@ def test_without_a_compiler_it_goes_on_uncompiled(monkeypatch: pytest.MonkeyPatc
     assert "AdamW's arithmetic is not compiled, and takes longer: No working C++ compiler found" in caplog.text
 
 
-@pytest.mark.parametrize("spoilt", ["weight", "first", "second_scale"])
-def test_wrong_compiled_arithmetic_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: Any, spoilt: str) -> None:
+@pytest.mark.parametrize(
+    ("spoilt", "factor"), [("weight", 3), ("weight", math.nan), ("first", 3), ("second_scale", math.inf)]
+)
+def test_wrong_compiled_arithmetic_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any, spoilt: str, factor: float
+) -> None:
     def compile_wrongly(function: Any, **_: object) -> Any:
         def run(chunk: Chunk, *others: Any) -> None:
             function(chunk, *others)
             if (part := getattr(chunk, spoilt)) is not None:
-                part.mul_(3)
+                part.mul_(int(factor) if part.dtype == torch.uint8 else factor)
 
         return run
 

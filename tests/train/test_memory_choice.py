@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_end_to_end import config_file, photos, sdxl_train, unet_hash  # noqa: F401 - fixtures
+from tests.test_end_to_end import config_file, losses, photos, sdxl_train, unet_hash  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.e2e
 
@@ -26,27 +26,33 @@ def test_a_dry_run_changes_nothing(tmp_path: Path, config_file: Path) -> None:  
 def test_a_budget_that_nothing_fits_is_one_line(tmp_path: Path, config_file: Path) -> None:  # noqa: F811
     done = sdxl_train(config_file, f"run.dir={tmp_path}", "memory.budget=4MiB", expect=2)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("sdxl-train: memory:")]
-    assert "each worker needs" in line and "may use 0.00 (memory.budget)" in line
+    assert "each worker needs" in line and "may use 0.00 GiB (memory.budget)" in line
 
 
+# In worker 1, in the first attempt: a module's `train_step` finds no memory after so many steps.
 _NO_MEMORY = """
 import builtins, os, sys
 
+MODULE, STEPS = {module!r}, {steps}
 if os.environ.get("RANK") == "1" and os.environ.get("SDXL_TRAIN_MEMORY_ATTEMPT") == "0":
     usual = builtins.__import__
 
     def watching(*args, **kwargs):
         imported = usual(*args, **kwargs)
-        choice = sys.modules.get("trainer.train.memory_choice")
-        if hasattr(choice, "dry_run"):
+        module = sys.modules.get(MODULE)
+        if hasattr(module, "_log"):
             builtins.__import__ = usual
+            take_step, taken = module.train_step, []
 
             def train_step(*args):
                 import torch
 
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                taken.append(1)
+                if len(taken) > STEPS:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                return take_step(*args)
 
-            choice.train_step = train_step
+            module.train_step = train_step
         return imported
 
     builtins.__import__ = watching
@@ -59,7 +65,7 @@ def test_what_does_not_fit_is_tried_again_with_less(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One worker of two finds no memory in the dry run: both start again, with a tighter plan, and the run goes on."""
-    (tmp_path / "sitecustomize.py").write_text(_NO_MEMORY)
+    (tmp_path / "sitecustomize.py").write_text(_NO_MEMORY.format(module="trainer.train.memory_choice", steps=0))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
     run_dir = tmp_path / "run"
     done = sdxl_train(config_file, f"run.dir={run_dir}", "train.steps=2", "launch.workers=2", "memory.budget=8GiB")
@@ -68,3 +74,20 @@ def test_what_does_not_fit_is_tried_again_with_less(
     first, second = [line for line in done.stderr.splitlines() if line.startswith("chosen: ")]
     assert "of 8.00 GiB" in first and "less than what was planned before, and did not fit" in second
     assert (run_dir / "checkpoints/step-00000002/manifest.json").is_file()
+
+
+def test_a_card_that_is_full_in_mid_run_costs_the_steps_since_the_last_checkpoint(
+    tmp_path: Path,
+    config_file: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the run was told to start fresh; its losses are those of a run whose card was large enough."""
+    (tmp_path / "sitecustomize.py").write_text(_NO_MEMORY.format(module="trainer.train.loop", steps=3))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    overrides = ["train.steps=4", "launch.workers=2", "checkpoint.every_steps=2", "run.resume=false"]
+    done = sdxl_train(config_file, f"run.dir={tmp_path / 'run'}", *overrides)
+    told = "worker 1 ran out of its card's memory: CUDA out of memory. Tried to allocate 2.00 GiB; trying again"
+    assert told in done.stderr and "goes on after step 2" in done.stderr
+    monkeypatch.delenv("PYTHONPATH")
+    sdxl_train(config_file, f"run.dir={tmp_path / 'straight'}", *overrides)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "straight"), abs=1e-5)

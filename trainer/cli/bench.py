@@ -114,7 +114,7 @@ def _reason(logs: Path, workers: int) -> str:
     cause = first_cause(failures)
     if cause is None:
         return "ended without a word: probably out of the host's memory"
-    if "OutOfMemoryError" in cause.text or cause.kind == "memory":
+    if cause.kind == "memory":
         return f"out of memory: {cause.text.splitlines()[-1]}"
     return f"failed: {cause.text.splitlines()[-1]}"
 

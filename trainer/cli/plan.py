@@ -63,9 +63,7 @@ def _memory_plan(config: Config) -> MemoryPlan:
     here = int(joined["LOCAL_WORLD_SIZE"]) if joined else choose_workers(config.launch.workers, gpus)[0]
     buckets = []
     if is_current(prepare_settings(config)):
-        prepared = PreparedSet.open(config.data.prepared)
-        rows = prepared.rows_per_bucket("train")
-        buckets = [bucket for bucket, count in zip(prepared.buckets("train"), rows, strict=True) if count]
+        buckets = PreparedSet.open(config.data.prepared).buckets("train")
     cards = card_bytes(gpus) if gpus else None
     return memory_plan(config, make_setting(config, kernels, cards, worker_count(config), here, buckets))
 

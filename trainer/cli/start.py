@@ -25,6 +25,7 @@ from trainer.train.preparation import needs_workers, note_references, prepare_se
 RESOLVED_CONFIG = "config.resolved.yaml"
 _POLL_S = 1.0
 _MEMORY_ATTEMPTS = 8
+_TASKS_WITH_A_PLAN = ("train", "bench")  # which plan with less when they are started again
 # Not `-m`: each reader process of a worker would import that module once more, as its main module.
 _WORKER = "from trainer.cli.worker import main; main()"
 
@@ -51,7 +52,8 @@ def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str
             **launch,
         )
         attempt += 1
-        if result.failure is None or result.failure.kind != "memory" or attempt == _MEMORY_ATTEMPTS:
+        attempts = _MEMORY_ATTEMPTS if task in _TASKS_WITH_A_PLAN else 1
+        if result.failure is None or result.failure.kind != "memory" or attempt == attempts:
             break
         print(f"sdxl-train: {result.failure.text}; trying again with less", file=sys.stderr)
     if result.failure is not None:

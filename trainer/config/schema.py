@@ -230,7 +230,7 @@ class OptimizerConfig(Section):
     """AdamW's decoupled weight decay."""
     compile: Literal["auto"] | Flag = "auto"
     """Fuse the arithmetic of `adamw_8bit` and of bf16 weights by torch.compile; `adamw` over fp32 weights is fused as
-    it is. `auto`: from 100 million weights a worker on, where this machine has a C compiler."""
+    it is. `auto`: from 100 million weights a worker on, where this machine has a C++ compiler."""
 
 
 class LrScheduleConfig(Section):
@@ -302,13 +302,13 @@ class SamplesConfig(Section):
 
 class MemoryConfig(Section):
     budget: Size = "auto"
-    """What a worker may use of its card, such as `23GiB`; the rest of this section follows from it. `auto`: the card's
-    memory but for 0.25 GiB; on the CPU, nothing limits it."""
+    """What a worker may use of its card, such as `23GiB`; the rest of this section follows from it. `auto`: what is
+    free on the card at the start, less 0.25 GiB; on the CPU, nothing limits it."""
     strategy: Literal["auto", "ddp", "zero2", "zero3"] = "auto"
-    """How several workers share the model. `ddp`: each holds all of it and all optimizer state. `zero2` (FSDP2): fp32
-    weights, gradients and optimizer state are spread over the workers; each computes on a whole copy in
-    `train.precision`. `zero3`: that copy is spread as well, and fetched block by block. One worker holds everything.
-    `auto`: the fastest that fits."""
+    """How several workers share the model. `ddp`: each holds all of it and all optimizer state. `zero2` (FSDP2):
+    weights, gradients and optimizer state are spread over the workers; each computes on a whole copy in the precision
+    of the passes. `zero3`: that copy is spread as well, and fetched block by block. One worker holds everything.
+    `auto`: the fastest that fits; on the CPU without a budget, `ddp`."""
     recompute: Literal["auto", "none", "all"] = "auto"
     """Blocks whose activations are computed again in the backward pass: less memory, up to a third more time. `auto`:
     as few as fit."""

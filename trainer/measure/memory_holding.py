@@ -52,7 +52,8 @@ class Holding:
             has it; so it stays taken all through the step.
         optimizer_temporary_bytes: alive at once within the optimizer's step.
         frozen_bytes: parts that do not train and lie on the same device, all through the step.
-        between_steps: bytes of work done between steps by name, such as the VAE's pass over a batch of images.
+        before_pass_bytes: of work done before each pass, such as the VAE's over the pass's images.
+        between_steps: bytes of work done between steps by name, such as the VAE's pass that draws a sample.
         between_steps_gathered: those of them for which spread weights are gathered.
     """
 
@@ -70,6 +71,7 @@ class Holding:
     pools_by_stream: bool = False
     optimizer_temporary_bytes: int = 0
     frozen_bytes: int = 0
+    before_pass_bytes: int = 0
     between_steps: Mapping[str, int] = field(default_factory=dict)
     between_steps_gathered: frozenset[str] = frozenset()
 

@@ -1,6 +1,6 @@
 """Chooses how a run uses its memory: the strategy and the least recomputation that fit a budget; no torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from trainer.measure.memory_holding import Holding, Peak
@@ -123,7 +123,7 @@ def choose(ways: Ways, measures: Measures, budget: Budget) -> Choice:
         if found:
             break
     if not found:
-        return Choice(None, tuple(looked_at))
+        return Choice(None, (*looked_at, *_least_of_all(looked_at, ways, measures, budget)))
     # Only the most promising is brought down to the fewest blocks: each look is a pass over the whole model.
     promising = {rung: _least_cost(rung, ways, measures, budget) for rung in found}
     finest: set[Rung] = set()
@@ -148,6 +148,13 @@ def _rungs_of(
         return [first]
     last = _rung(label, holding, ways.most, measures, budget, offloads)
     return [first, last]
+
+
+def _least_of_all(looked_at: Sequence[Rung], ways: Ways, measures: Measures, budget: Budget) -> Iterator[Rung]:
+    """What takes least, if it has not been looked at, so that it can be said how much is missing."""
+    least = min(looked_at, key=lambda rung: rung.peak.total - rung.peak.split["activations"], default=None)
+    if least is not None and least.recomputed < ways.most and _is_hopeless(least, budget):
+        yield _rung(least.label, least.holding, ways.most, measures, budget, least.offloads)
 
 
 def _is_hopeless(rung: Rung, budget: Budget) -> bool:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.measure.arithmetic import format_duration
+from trainer.measure.bench_report import BENCH_FILE
 from trainer.measure.memory_holding import PARTS, StrategyName
-from trainer.measure.memory_plan import CARD_FLOPS, GIB, Budget, Rung, in_gib
+from trainer.measure.memory_plan import CARD_FLOPS, GIB, WIRE_BYTES_PER_S, Budget, Rung, in_gib
 
-BENCH_FILE = "bench.json"
 _PART_NAMES = {"communication": "buffers", "frozen": "frozen models"}
 
 
@@ -39,7 +39,11 @@ class RungReport:
         return RungReport(
             label=rung.label,
             strategy=rung.holding.strategy,
-            exchanges_every_pass=rung.holding.reduce_each_pass and rung.holding.accumulation > 1,
+            exchanges_every_pass=(
+                rung.holding.strategy in ("zero2", "zero3")
+                and rung.holding.reduce_each_pass
+                and rung.holding.accumulation > 1
+            ),
             recomputed=rung.recomputed,
             offloads=rung.offloads,
             phase=rung.peak.phase,
@@ -136,7 +140,12 @@ class MemoryPlan:
         if tighter and chosen.recomputed:
             fewest = min(tighter, key=lambda rung: rung.recomputed)
             why = f"with {fewest.recomputed} blocks recomputed it would take {in_gib(fewest.needed)}"
-        return [f"{line}; {why}"]
+        assumed = f"{CARD_FLOPS / 1e12:.0f} TFLOP/s a card and {WIRE_BYTES_PER_S / 1e9:.0f} GB/s between cards"
+        return [
+            f"{line}; {why}",
+            "  extra s: seconds a step of recomputation and exchange, if nothing hides them;",
+            f"  assumed: {assumed}. `sdxl-train bench` measures what is fastest",
+        ]
 
 
 def run_time(plan: MemoryPlan, num_images: int, images_per_s: float | None, card_flops: float = CARD_FLOPS) -> str:
@@ -169,13 +178,17 @@ def _table(rungs: Sequence[RungReport], budget: Budget) -> Iterable[str]:
     parts = [part for part in PARTS if any(rung.split.get(part, 0) >= GIB // 200 for rung in rungs)]
     heads = [_PART_NAMES.get(part, part) for part in parts]
     width = max(len(_short_way(rung)) for rung in rungs)
-    yield f"  {'':{width}} " + " ".join(f"{head:>13}" for head in [*heads, "CUDA, margin", "total"]) + "  fullest in"
+    yield (
+        f"  {'':{width}} "
+        + " ".join(f"{head:>13}" for head in [*heads, "CUDA, margin", "total"])
+        + "  fullest in    extra s"
+    )
     for rung in rungs:
         values = [rung.split.get(part, 0) for part in parts]
         numbers = [*values, rung.needed - sum(rung.split.values()), rung.needed]
         fit = "" if budget.total is None else ("  fits" if rung.fits else "  too much")
         row = " ".join(f"{in_gib(number):>13}" for number in numbers)
-        yield f"  {_short_way(rung):{width}} {row}  {rung.phase:10}{fit}".rstrip()
+        yield f"  {_short_way(rung):{width}} {row}  {rung.phase:10} {rung.extra_s:>10.1f}{fit}"
 
 
 def _short_way(rung: RungReport) -> str:

@@ -35,6 +35,8 @@ def strategy_peak(trace: "Trace", holding: Holding) -> Peak:
     for _ in range(2):  # the first one brings everything into its steady state
         ledger.peak = Peak("", {})
         for index in range(holding.accumulation):
+            ledger.phase = "VAE"
+            ledger.note(holding.before_pass_bytes)
             ledger.phase = "forward"
             accountant.begin_pass(index)
             for segment in segments:

@@ -23,6 +23,13 @@ MarkKind = Literal[
     "forward", "after forward", "end of forward", "before backward", "gradient", "backward", "end of backward"
 ]
 
+_ATEN = torch.ops.aten
+_FLOPS = flop_registry | {  # PyTorch's own table leaves out the CPU's attention
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
 _CUDA_BLOCK = 512  # the caching allocator's granularity, bytes
 
 
@@ -152,12 +159,14 @@ def trace_pass(
     )
 
 
-def trace_peak(run: Callable[[], object], held: Iterable[Tensor], kernels: Kernels) -> int:
+def trace_peak(
+    run: Callable[[], object], held: Iterable[Tensor], kernels: Kernels, autocast: torch.dtype | None = None
+) -> int:
     """Most bytes that `run` keeps alive beside `held`, such as one pass of the frozen VAE."""
     live = _LiveBytes(_CUDA_BLOCK if kernels == "cuda" else 1)
     for tensor in held:
         live.ignore(tensor)
-    with live, emulated_kernels(kernels, None):
+    with live, emulated_kernels(kernels, autocast):
         run()
         live.mark("end of forward", "")
     return live.segments[0].peak
@@ -186,7 +195,7 @@ class _LiveBytes(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
-        count = flop_registry.get(func._overloadpacket)
+        count = _FLOPS.get(func._overloadpacket)
         if count is not None:
             self._flops += count(*args, **(kwargs or {}), out_val=out)
         hidden = HIDDEN_BYTES.get(func)

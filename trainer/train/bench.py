@@ -32,7 +32,7 @@ from trainer.train.build import Run, build_parts
 from trainer.train.encoding import encoded_batches
 from trainer.train.loop import open_training_loader, starting_state
 from trainer.train.memory_choice import MemoryChoice, choose_memory, is_out_of_memory, run_setting, smallest_card
-from trainer.train.memory_plan import memory_plan
+from trainer.train.memory_plan import fullness, memory_plan
 from trainer.train.precision import precision_of, require_arithmetic
 from trainer.train.step import StepParts, train_step
 
@@ -125,9 +125,8 @@ def synthetic_data(config: Config, prepared: PreparedSet | None) -> SyntheticDat
     if prepared is None:
         buckets = make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)
     else:
-        rows = prepared.rows_per_bucket("train")
-        buckets = [bucket for bucket, count in zip(prepared.buckets("train"), rows, strict=True) if count]
-    largest = max(zip(buckets, batch_factors(config, buckets), strict=True), key=_pixels)[0]
+        buckets = prepared.buckets("train")
+    largest = max(zip(buckets, batch_factors(config, buckets), strict=True), key=fullness)[0]
     unet = component_config(source, "unet")
     pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
     positions = text_positions(config.captions.max_tokens // _TOKENS, config.captions.chunks)
@@ -137,11 +136,6 @@ def synthetic_data(config: Config, prepared: PreparedSet | None) -> SyntheticDat
         text_shape=(positions, unet["cross_attention_dim"], pooled) if config.data.cache_text else None,
         holds_images=config.data.mode == "images",
     )
-
-
-def _pixels(bucket_and_factor: tuple[Bucket, int]) -> int:
-    bucket, factor = bucket_and_factor
-    return bucket.height_px * bucket.width_px * factor
 
 
 def synthetic_batch(

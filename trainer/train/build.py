@@ -15,7 +15,7 @@ from trainer.data.snapshot_file import current_snapshot
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
 from trainer.dist.comm import Comm, broadcast_object, gather_objects
-from trainer.dist.sharding import copy_share, local_tensor, materialize
+from trainer.dist.sharding import copy_share, materialize
 from trainer.dist.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.errors import UserError
 from trainer.model.channels_last import prefer_channels_last
@@ -31,7 +31,7 @@ from trainer.train.adamw import Rounding
 from trainer.train.adamw_chunk import Update, compiled_update
 from trainer.train.checkpoint import OPTIMIZER, read_tensors
 from trainer.train.layout import lay_out_model
-from trainer.train.memory_choice import MemoryChoice, choose_memory, dry_run
+from trainer.train.memory_choice import MemoryChoice, choose_memory, dry_run, memory_attempt
 from trainer.train.optim import is_fused, load_optimizer_tensors, make_optimizer
 from trainer.train.precision import DTYPES, precision_of, require_arithmetic
 from trainer.train.run_dir import find_damage, newest_checkpoint, read_state
@@ -76,7 +76,11 @@ def find_resume_point(config: Config, comm: Comm) -> Path | None:
     found: Path | None = None
     if comm.rank == 0:
         wish = config.run.resume
-        if isinstance(wish, str) and wish != "auto":
+        # Workers that were started again, because memory did not suffice, go on where the ones before them were.
+        own = newest_checkpoint(config.run.dir, _log.warning) if memory_attempt() else None
+        if own is not None:
+            found = own
+        elif isinstance(wish, str) and wish != "auto":
             found = Path(wish)
             damage = find_damage(found)
             if damage is not None:
@@ -173,8 +177,9 @@ def optimizer_for(config: Config, strategy: Strategy, comm: Comm) -> torch.optim
 def _agreed_update(config: Config, strategy: Strategy, comm: Comm, rounding: Rounding | None) -> Update | None:
     """Compiled arithmetic of the optimizer, if it is wanted and every worker has it: last bits may differ."""
     wish = config.optimizer.compile
-    mine = sum(local_tensor(parameter).numel() for parameter in strategy.parameters.values())
-    if wish is False or (wish == "auto" and mine < _WEIGHTS_WORTH_COMPILING):
+    each = sum(parameter.numel() for parameter in strategy.parameters.values())  # the same on every worker
+    each /= comm.world if strategy.sharing.is_sharded else 1
+    if wish is False or (wish == "auto" and each < _WEIGHTS_WORTH_COMPILING):
         return None
     update = compiled_update(config.optimizer.kind == "adamw_8bit", rounding, comm.device)
     return update if all(gather_objects(comm, update is not None)) else None

@@ -1,7 +1,7 @@
 """How this run's workers use their memory: chosen before the model is built, tried out before the first step.
 
-The fullest step, on the largest bucket, runs once with a learning rate of 0. What does not fit then fails within the
-first minute; the command starts the workers again, and the next attempt plans with less.
+The fullest step, on the largest bucket, runs two or three times with a learning rate of 0. What does not fit then fails
+within the first minute; the command starts the workers again, and the next attempt plans with less.
 """
 
 import logging
@@ -24,7 +24,7 @@ from trainer.dist.strategy import Sharing, StrategyKind
 from trainer.dist.worker import MEMORY_ATTEMPT
 from trainer.errors import OutOfMemory
 from trainer.measure.memory_holding import Kernels
-from trainer.measure.memory_plan import in_gib
+from trainer.measure.memory_plan import Budget, in_gib
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import offloaded_activations, repeated_blocks
 from trainer.model.text import text_positions
@@ -61,6 +61,7 @@ class MemoryChoice:
         recompute: names of blocks; empty for none.
         offloads: saved activations wait in the host's memory.
         needed: bytes that the plan counts with for this worker, all in all; None where nothing was planned.
+        tensors: of these, what PyTorch's tensors take.
         fullest: height and width in px and number of the images of the pass that takes most, by the plan.
         passes: of a step.
     """
@@ -70,6 +71,7 @@ class MemoryChoice:
     recompute: tuple[str, ...] = ()
     offloads: bool = False
     needed: int | None = None
+    tensors: int = 0
     fullest: tuple[int, int, int] = (0, 0, 0)
     passes: int = 1
 
@@ -84,13 +86,18 @@ class MemoryChoice:
         return partial(offloaded_activations, model) if self.offloads else nullcontext
 
 
+def memory_attempt() -> int:
+    """How many times these workers were started again because what was planned did not fit."""
+    return int(os.environ.get(MEMORY_ATTEMPT, "0"))
+
+
 def choose_memory(config: Config, comm: Comm, data: BucketedData) -> MemoryChoice:
     """Rank 0 decides, for all. On the CPU, where nothing limits the memory, there is nothing to plan.
 
     Raises:
         UserError: nothing fits.
     """
-    attempt = int(os.environ.get(MEMORY_ATTEMPT, "0"))
+    attempt = memory_attempt()
     card = smallest_card(comm)
     chosen: dict[str, Any] | None = None
     if comm.rank == 0:
@@ -119,24 +126,36 @@ def _unplanned(config: Config, comm: Comm, data: BucketedData) -> MemoryChoice:
 def _planned(config: Config, comm: Comm, data: BucketedData, card: int | None, attempt: int) -> MemoryChoice:
     setting = run_setting(config, comm, data, card)
     plan = memory_plan(config, setting)
-    if attempt and plan.chosen is not None:
-        less = round(plan.chosen.needed * _LESS**attempt)
-        budget = replace(setting.budget, total=less, given="less than what was planned before, and did not fit")
-        plan = memory_plan(config, replace(setting, budget=budget))
+    for _ in range(attempt):
+        if plan.chosen is not None:
+            less = round(plan.chosen.needed * _LESS)
+            budget = replace(setting.budget, total=less, given="less than what was planned before, and did not fit")
+            plan = memory_plan(config, replace(setting, budget=budget))
     require_fit(plan)
     for line in plan.describe():
         _log.info("%s", line)
     rung = plan.chosen
     assert rung is not None
+    if comm.device.type == "cuda" and setting.budget.total is not None:
+        _keep_to(setting.budget, comm.device)
     return MemoryChoice(
         kind=rung.strategy,
         exchange_every_pass=rung.exchanges_every_pass,
         recompute=plan.recompute,
         offloads=rung.offloads,
         needed=rung.needed,
+        tensors=sum(rung.split.values()),
         fullest=plan.image,
         passes=plan.accumulation,
     )
+
+
+def _keep_to(budget: Budget, device: torch.device) -> None:
+    """Have PyTorch's allocator give back what it keeps, and then fail, where it would take more than the budget."""
+    assert budget.total is not None
+    own = budget.total - budget.context - budget.buffers
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(max(own / total, 0.0), 1.0), device)
 
 
 def smallest_card(comm: Comm) -> int | None:
@@ -172,7 +191,7 @@ def dry_run(config: Config, parts: StepParts, choice: MemoryChoice) -> None:
     planned.
 
     Raises:
-        OutOfMemory: it did not fit, or only because the allocator stopped in each step to sweep its remains together.
+        OutOfMemory: it did not fit.
     """
     if choice.needed is None:
         return
@@ -195,17 +214,20 @@ def dry_run(config: Config, parts: StepParts, choice: MemoryChoice) -> None:
     parts.optimizer.state.clear()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        numbers = torch.cuda.max_memory_allocated(device), choice.tensors, torch.cuda.max_memory_reserved(device)
+        told = "dry run of the fullest step: it fits; tensors took %s GiB, planned %s; PyTorch's allocator took %s"
+        _log.info(told, *map(in_gib, numbers))
         if _sweeps(device) > sweeps:
-            raise OutOfMemory(f"{what} fits only by a sweep of the card's memory in each step, which takes long")
-        peak, held = torch.cuda.max_memory_reserved(device), torch.cuda.max_memory_allocated(device)
-        numbers = map(in_gib, (held, peak, choice.needed, torch.cuda.get_device_properties(device).total_memory))
-        told = "dry run of the fullest step: tensors took %s GiB, PyTorch %s; planned %s with CUDA's own, of %s"
-        _log.info(told, *numbers)
+            _log.warning(
+                "%s fits only if the allocator empties its cache in every step, which is slow; a smaller"
+                " train.batch_size_per_gpu or memory.budget avoids it",
+                what,
+            )
         torch.cuda.empty_cache()
     else:
         process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         told = "dry run of the fullest step: it fits; %s GiB of tensors were planned, the whole process took %s"
-        _log.info(told, in_gib(choice.needed), in_gib(process))
+        _log.info(told, in_gib(choice.tensors), in_gib(process))
 
 
 def _sweeps(device: torch.device) -> int:

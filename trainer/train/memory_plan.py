@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket, make_buckets
 from trainer.errors import UserError
-from trainer.measure.memory_holding import Holding, Kernels
+from trainer.measure.memory_holding import Holding, Kernels, StrategyName
 from trainer.measure.memory_plan import (
     CARD_FLOPS,
     GIB,
@@ -104,7 +105,7 @@ def make_budget(config: Config, kernels: Kernels, card_bytes: int | None, worker
         if kernels == "cuda" and card_bytes is not None and card_bytes < total:
             total, given = card_bytes, "all that the card has, less than memory.budget"
     elif kernels == "cuda" and card_bytes is not None:
-        total, given = card_bytes - DESKTOP, "the card's memory, less 0.25"
+        total, given = card_bytes - DESKTOP, "the card's memory less 0.25 GiB"
     if kernels == "cpu":
         return Budget(total, given=given)
     return Budget(total, CUDA_CONTEXT, NCCL_BUFFERS if workers > 1 else 0, MARGIN_SHARE, given)
@@ -142,7 +143,8 @@ def require_fit(plan: MemoryPlan) -> None:
         return
     assert plan.budget.total is not None
     least = min(rung.needed for rung in plan.looked_at)
-    need = f"each worker needs {least / GIB:.2f} GiB, and may use {plan.budget.total / GIB:.2f} ({plan.budget.given})"
+    may = f"{plan.budget.total / GIB:.2f} GiB ({plan.budget.given})"
+    need = f"each worker needs {least / GIB:.2f} GiB, and may use {may}"
     change = f"; it fits with {plan.advice[0]}" if plan.advice else ""
     raise UserError(f"memory: {need}{change}")
 
@@ -157,8 +159,7 @@ def _digest(config: Config, setting: Setting) -> str:
         repr(setting),
         [version(name) for name in ("torch", "diffusers", "transformers")],
     ]
-    here = Path(__file__)
-    sources = sorted([*(here.parent.parent / "measure").glob("memory*.py"), here, here.with_name("traced.py")])
+    sources = sorted(Path(__file__).parent.parent.rglob("*.py"))  # all of the package; milliseconds
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for file in sources:
         digest.update(file.read_bytes())
@@ -189,7 +190,7 @@ def _worked_out(config: Config, setting: Setting) -> MemoryPlan:
         advice=() if choice.chosen else tuple(_advice(config, setting)),
         wire_bytes=wire_bytes(trace, holding),
         flops_per_image=per_image,
-        host_bytes=_host_bytes(config, setting, chosen.peak.total, plain.saved_bytes if chosen.offloads else 0),
+        host_bytes=_host_bytes(config, setting, chosen.peak.total, trace.saved_bytes if chosen.offloads else 0),
         checkpoint_bytes=checkpoint,
         disk_bytes=checkpoint * (config.checkpoint.keep + 1),
     )
@@ -201,17 +202,23 @@ def _chosen(config: Config, setting: Setting, *, only_whether: bool = False) -> 
     Args:
         only_whether: something fits; then only what takes least is looked at, for each look is a pass of the model.
     """
-    from trainer.train.traced import Shape, TracedRun, frozen_bytes, holdings, vae_peaks
+    from trainer.train.traced import Shape, TracedRun, frozen_bytes, holdings, peaks_beside
 
-    bucket, batch = max(setting.buckets, key=_fullness)
+    bucket, batch = max(setting.buckets, key=fullness)
     shape = Shape(bucket, batch)
     traced = TracedRun(config, shape, setting.kernels)
-    first = "single" if setting.workers == 1 else "zero2"
-    trace = traced.trace(first if config.memory.strategy != "ddp" else "ddp")
-    beside, frozen = vae_peaks(config, shape, setting.kernels), frozen_bytes(config)
+    first: StrategyName = "single" if setting.workers == 1 else "zero2"
+    first = "ddp" if config.memory.strategy == "ddp" and setting.workers > 1 else first
+    trace = traced.trace(first)
+    encoding, beside = peaks_beside(config, traced, first)
+    frozen = frozen_bytes(config)
     ways = {
         label: replace(
-            holding, frozen_bytes=frozen, between_steps=beside, between_steps_gathered=frozenset({"samples"})
+            holding,
+            frozen_bytes=frozen,
+            before_pass_bytes=encoding,
+            between_steps=beside,
+            between_steps_gathered=frozenset(beside),
         )
         for label, holding in holdings(config, trace, setting.workers, setting.accumulation, setting.kernels).items()
     }
@@ -219,6 +226,8 @@ def _chosen(config: Config, setting: Setting, *, only_whether: bool = False) -> 
     fewest = num_blocks if config.memory.recompute == "all" else 0
     most = 0 if config.memory.recompute == "none" else num_blocks
     offload = config.memory.offload_activations
+    if setting.budget.total is None:  # nothing is planned then, see `choose_memory`
+        ways = dict([*ways.items()][:1])
     if only_whether:
         fewest = most
         ways = {label: holding for label, holding in ways.items() if _may_fit(trace, holding, setting.budget)}
@@ -242,7 +251,7 @@ def _may_fit(trace: "Trace", holding: Holding, budget: Budget) -> bool:
     return budget.total is None or least <= budget.total
 
 
-def _fullness(pass_: tuple[Bucket, int]) -> tuple[int, int]:
+def fullness(pass_: tuple[Bucket, int]) -> tuple[int, int]:
     """Pixels of a pass; among equals, the squarest."""
     (bucket, batch) = pass_
     return bucket.height_px * bucket.width_px * batch, -abs(bucket.height_px - bucket.width_px)
@@ -268,8 +277,14 @@ def _advice(config: Config, setting: Setting) -> Iterator[str]:
 
 def _changes(config: Config, setting: Setting) -> Iterator[tuple[str, Config]]:
     if config.memory.recompute == "none" or config.memory.offload_activations is False:
-        freed = {"recompute": "auto", "offload_activations": "auto"}
-        yield "memory.recompute: auto", _changed(config, "memory", freed)
+        recompute, offload = config.memory.recompute == "none", config.memory.offload_activations is False
+        if recompute:
+            yield "memory.recompute: auto", _changed(config, "memory", {"recompute": "auto"})
+        if offload:
+            yield "memory.offload_activations: auto", _changed(config, "memory", {"offload_activations": "auto"})
+        if recompute and offload:
+            freed = {"recompute": "auto", "offload_activations": "auto"}
+            yield "memory.recompute: auto and memory.offload_activations: auto", _changed(config, "memory", freed)
     if config.memory.strategy != "auto" and setting.workers > 1:
         yield "memory.strategy: auto", _changed(config, "memory", {"strategy": "auto"})
     batch = config.train.batch_size_per_gpu
@@ -307,7 +322,7 @@ def _checkpoint_bytes(config: Config, trace: Any) -> int:
     from trainer.train.traced import optimizer_bytes
 
     parts = {name.split(".", 1)[0] for name in trace.trains}
-    numel = sum(_product(shape) for name, shape in trace.shapes.items() if name.split(".", 1)[0] in parts)
+    numel = sum(math.prod(shape) for name, shape in trace.shapes.items() if name.split(".", 1)[0] in parts)
     return numel * precision_of(config.train.precision).weights.itemsize + optimizer_bytes(config, trace)
 
 
@@ -315,10 +330,3 @@ def _host_bytes(config: Config, setting: Setting, peak_bytes: int, offloaded: in
     pinned = offloaded * _PINNED_SHARE if setting.kernels == "cuda" else offloaded
     each = round(_WORKER_RAM[setting.kernels] + config.data.workers * _DATA_WORKER_RAM + pinned)
     return setting.workers_here * (each + (peak_bytes if setting.kernels == "cpu" else 0))
-
-
-def _product(shape: Sequence[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

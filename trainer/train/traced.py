@@ -1,5 +1,6 @@
 """Passes of a run's model without memory, at the run's real shapes: what `trainer.measure.memory_plan` chooses by."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,20 +57,13 @@ class TracedRun:
 
     def __init__(self, config: Config, shape: Shape, kernels: Kernels) -> None:
         self._config, self.shape = config, shape
-        self._kernels: Kernels = kernels
+        self.kernels: Kernels = kernels
         self._traces: dict[_Way, Trace] = {}
         self._order: tuple[str, ...] = ()
 
     def trace(self, strategy: StrategyName, recomputed: int = 0, offloads: bool = False) -> Trace:
         """The pass with the first `recomputed` of `blocks` recomputed."""
-        precision = precision_of(self._config.train.precision)
-        gathers = strategy in ("zero2", "zero3")
-        way = _Way(
-            dtype=precision.compute if gathers else precision.weights,
-            autocast=None if gathers else precision.autocast,
-            recomputed=recomputed,
-            offloads=offloads,
-        )
+        way = self._way(strategy, recomputed, offloads)
         if way not in self._traces:
             self._traces[way] = self._traced(way, self.blocks(strategy)[:recomputed] if recomputed else ())
         return self._traces[way]
@@ -95,7 +89,18 @@ class TracedRun:
         blocks = self.trace(strategy).blocks()
         return sum(blocks[name].flops for name in self.blocks(strategy)[:recomputed])
 
-    def _traced(self, way: _Way, blocks: tuple[str, ...]) -> Trace:
+    def _way(self, strategy: StrategyName, recomputed: int, offloads: bool) -> _Way:
+        precision = precision_of(self._config.train.precision)
+        gathers = strategy in ("zero2", "zero3")
+        return _Way(
+            dtype=precision.compute if gathers else precision.weights,
+            autocast=None if gathers else precision.autocast,
+            recomputed=recomputed,
+            offloads=offloads,
+        )
+
+    def _model(self, way: _Way, blocks: tuple[str, ...]) -> tuple[TrainedModel, Callable[[], Tensor], list[Tensor]]:
+        """The model, its pass, and the weights of frozen models that run within the pass."""
         config, frozen = self._config, None
         model = lay_out_model(config).to(way.dtype).train()
         if model.text_encoders is not None:
@@ -103,10 +108,19 @@ class TracedRun:
         elif not config.data.cache_text:
             frozen = frozen_text_encoders(config)
         apply_recompute(model, blocks)
-        loss = _loss(config, model, frozen, self.shape, way)
         held = [] if frozen is None else _tensors(frozen.one, frozen.two)
+        return model, _loss(config, model, frozen, self.shape, way), held
+
+    def peak_without_gradients(self, strategy: StrategyName) -> int:
+        """The most that a forward pass keeps alive beside the weights."""
+        model, loss, held = self._model(self._way(strategy, 0, False), ())
+        with torch.no_grad():
+            return trace_peak(loss, [*_tensors(model), *held], self.kernels, self._way(strategy, 0, False).autocast)
+
+    def _traced(self, way: _Way, blocks: tuple[str, ...]) -> Trace:
+        model, loss, held = self._model(way, blocks)
         units, kinds = gathered_units(model), (repeated_blocks(model), embeddings(model))
-        trace = trace_pass(model, loss, units, self._kernels, way.autocast, held)
+        trace = trace_pass(model, loss, units, self.kernels, way.autocast, held)
         return replace(trace, recomputable=frozenset(kinds[0]), embeddings=frozenset(kinds[1]))
 
 
@@ -167,9 +181,9 @@ def holdings(config: Config, trace: Trace, workers: int, accumulation: int, kern
     """The strategies that the configuration allows, by their description."""
     precision, wish = precision_of(config.train.precision), config.memory.strategy
     state = optimizer_bytes(config, trace)
-    trained = sum(_numel(trace.shapes[name]) for name in trace.trains)
+    trained = sum(math.prod(trace.shapes[name]) for name in trace.trains)
     fused = precision.weights == torch.float32 and config.optimizer.kind == "adamw"
-    largest = max(_numel(shape) for shape in trace.shapes.values())
+    largest = max(math.prod(shape) for shape in trace.shapes.values())
 
     def holding(strategy: StrategyName, each_pass: bool = True) -> Holding:
         gathers = strategy in ("zero2", "zero3")
@@ -205,7 +219,7 @@ def optimizer_bytes(config: Config, trace: Trace) -> int:
     total = 0
     for name in trace.trains:
         shape = trace.shapes[name]
-        numel = _numel(shape)
+        numel = math.prod(shape)
         if config.optimizer.kind == "adamw_8bit" and takes_8_bits(shape):
             total += 2 * (numel + 4 * shape[0] * blocks_per_row(shape))
         else:
@@ -215,13 +229,14 @@ def optimizer_bytes(config: Config, trace: Trace) -> int:
     return total
 
 
-def vae_peaks(config: Config, shape: Shape, kernels: Kernels) -> dict[str, int]:
-    """What encoding a batch of images takes beside the VAE, and what drawing a sample takes with it."""
-    peaks: dict[str, int] = {}
-    dtype = DTYPES[config.model.vae_precision]
-    images, samples = config.data.mode == "images", config.samples.every_steps > 0
-    if not images and not samples:
-        return peaks
+def peaks_beside(config: Config, run: TracedRun, strategy: StrategyName) -> tuple[int, dict[str, int]]:
+    """What encoding the images of a pass takes beside the VAE, and what is done between steps, by its name."""
+    encoding, between = 0, dict[str, int]()
+    dtype, images, shape = DTYPES[config.model.vae_precision], config.data.mode == "images", run.shape
+    if config.validation.every_steps:
+        between["validation"] = run.peak_without_gradients(strategy)
+    if not images and not config.samples.every_steps:
+        return encoding, between
     vae = empty_vae(config.model.path, config.model.vae)
     nn.Module.to(vae, dtype=dtype)  # not diffusers' own, which warns of what it does not do here
     vae.requires_grad_(False).eval()
@@ -229,14 +244,14 @@ def vae_peaks(config: Config, shape: Shape, kernels: Kernels) -> dict[str, int]:
     with torch.no_grad():
         if images:
             size = (config.data.vae_batch_size, 3, shape.bucket.height_px, shape.bucket.width_px)
-            peaks["VAE"] = trace_peak(partial(_run, vae.encode, size, dtype), held, kernels)
-        if samples:
+            encoding = trace_peak(partial(_run, vae.encode, size, dtype), held, run.kernels)
+        if config.samples.every_steps:
             side = config.data.buckets.resolution
             height, width = config.samples.height_px or side, config.samples.width_px or side
             size = (1, vae.config["latent_channels"], height // 8, width // 8)
             own = 0 if images else sum(tensor.nbytes for tensor in held)
-            peaks["samples"] = trace_peak(partial(_run, vae.decode, size, dtype), held, kernels) + own
-    return peaks
+            between["samples"] = trace_peak(partial(_run, vae.decode, size, dtype), held, run.kernels) + own
+    return encoding, between
 
 
 def _run(function: Callable[[Any], object], size: tuple[int, ...], dtype: torch.dtype) -> object:
@@ -254,7 +269,3 @@ def frozen_bytes(config: Config) -> int:
         vae = empty_vae(config.model.path, config.model.vae)
         total += sum(p.numel() for p in vae.parameters()) * DTYPES[config.model.vae_precision].itemsize
     return total
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
