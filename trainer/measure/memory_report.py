@@ -119,10 +119,11 @@ class MemoryPlan:
             f"host RAM about {in_gib(self.host_bytes)} GiB; a checkpoint takes {in_gib(self.checkpoint_bytes)} GiB,"
             f" all that are kept {in_gib(self.disk_bytes)} GiB of disk"
         )
-        forward, backward, again = (flops / 1e12 for flops in self.flops_per_image)
+        unit, size = ("TFLOP", 1e12) if sum(self.flops_per_image) >= 1e11 else ("GFLOP", 1e9)
+        forward, backward, again = (flops / size for flops in self.flops_per_image)
         total = forward + backward + again
         lines.append(
-            f"{total:.2f} TFLOP an image: forward {forward:.2f}, backward {backward:.2f}, recomputed {again:.2f};"
+            f"{total:.2f} {unit} an image: forward {forward:.2f}, backward {backward:.2f}, recomputed {again:.2f};"
             f" each worker sends {self.wire_bytes / 1e9:.2f} GB a step"
         )
         return lines
@@ -175,20 +176,20 @@ def _way(rung: RungReport, num_blocks: int) -> str:
 
 
 def _table(rungs: Sequence[RungReport], budget: Budget) -> Iterable[str]:
+    """A row for each way; what only a card has, and what only a choice needs, is left out where there is none."""
     parts = [part for part in PARTS if any(rung.split.get(part, 0) >= GIB // 200 for rung in rungs)]
     heads = [_PART_NAMES.get(part, part) for part in parts]
+    on_card, chooses = any(rung.needed > sum(rung.split.values()) for rung in rungs), budget.total is not None
+    heads = [*heads, *["CUDA, margin"] * on_card, "total"]
     width = max(len(_short_way(rung)) for rung in rungs)
-    yield (
-        f"  {'':{width}} "
-        + " ".join(f"{head:>13}" for head in [*heads, "CUDA, margin", "total"])
-        + "  fullest in    extra s"
-    )
+    head = " ".join(f"{head:>13}" for head in heads)
+    yield f"  {'':{width}} {head}  fullest in" + "    extra s" * chooses
     for rung in rungs:
         values = [rung.split.get(part, 0) for part in parts]
-        numbers = [*values, rung.needed - sum(rung.split.values()), rung.needed]
-        fit = "" if budget.total is None else ("  fits" if rung.fits else "  too much")
+        numbers = [*values, *[rung.needed - sum(rung.split.values())] * on_card, rung.needed]
         row = " ".join(f"{in_gib(number):>13}" for number in numbers)
-        yield f"  {_short_way(rung):{width}} {row}  {rung.phase:10} {rung.extra_s:>10.1f}{fit}"
+        choice = f" {rung.extra_s:>10.1f}  {'fits' if rung.fits else 'too much'}" if chooses else ""
+        yield f"  {_short_way(rung):{width}} {row}  {rung.phase:10}{choice}".rstrip()
 
 
 def _short_way(rung: RungReport) -> str:

@@ -141,7 +141,7 @@ def synthetic_data(config: Config, prepared: PreparedSet | None) -> SyntheticDat
 def synthetic_batch(
     config: Config, data: SyntheticData, channels: int, images: int, seed: int, pin_memory: bool = False
 ) -> Batch:
-    """Random latents and texts of the full length.
+    """Random latents, or pixels, and texts of the full length.
 
     Args:
         pin_memory: in page-locked memory, as the loader's batches are on CUDA, so that copies wait for nothing there.
@@ -150,10 +150,12 @@ def synthetic_batch(
     chunks, height, width = config.captions.max_tokens // _TOKENS, data.bucket.height_px, data.bucket.width_px
     source, text = find_source(config.model.path), data.text_shape
     words = min(component_config(source, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2"))
+    latents = torch.randn(images, channels, height // 8, width // 8, generator=draw).half()
+    pixels = torch.randint(256, (images, 3, height, width), generator=draw, dtype=torch.uint8)
     batch = Batch(
-        latents=torch.randn(images, channels, height // 8, width // 8, generator=draw).half(),
-        pixels=None,
-        vae_seeds=None,
+        latents=None if data.holds_images else latents,
+        pixels=pixels if data.holds_images else None,
+        vae_seeds=torch.randint(2**62, (images,), generator=draw) if data.holds_images else None,
         input_ids=None if text else torch.randint(words, (images, 2, chunks, _POSITIONS), generator=draw),
         text_hidden=torch.randn(images, *text[:2], generator=draw).half() if text else None,
         pooled=torch.randn(images, text[2], generator=draw).half() if text else None,
@@ -189,7 +191,8 @@ def _measured(config: Config, parts: StepParts, data: SyntheticData, steps: int,
         begin = time.perf_counter()
         for _ in tqdm(range(count), desc=f"  {what}", disable=None if comm.rank == 0 else True, leave=False):
             clock.mark("forward")
-            norms.append(train_step(parts, batches, passes, float(images_per_step), 1.0, False).grad_norm)
+            encoded = encoded_batches(parts.denoiser.image_encoder, batches)
+            norms.append(train_step(parts, encoded, passes, float(images_per_step), 1.0, False).grad_norm)
             clock.mark(None)
         _wait(comm.device)
         return (time.perf_counter() - begin) / count
