@@ -1,4 +1,4 @@
-"""Planned against measured peak memory: real training of UNets of 16M to 600M weights on the CPU.
+"""Planned against measured peak memory: real training of UNets of 16M to 1B weights on the CPU.
 
     python benchmarks/memory_plan.py [--models tiny,m100] [--workers 1,4] [--alone]
 
@@ -199,7 +199,7 @@ def cases(models: Sequence[str], worker_counts: Sequence[int]) -> list[Case]:
     """Every row."""
     found = []
     for model, workers in itertools.product(models, worker_counts):
-        # Half of it, where four workers of 600M share 24 GB of RAM.
+        # Half of it, for four workers of 1B weights have little room in 24 GB of RAM.
         weights = "bf16" if model == "m600" else "fp32"
         kinds: list[StrategyKind] = ["single"] if workers == 1 else ["ddp", "zero2"]
         for kind, accumulation, recompute in itertools.product(kinds, (1, 4), (False, True)):
