@@ -73,7 +73,10 @@ def test_budgets(model_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_all_of_sdxl_on_four_cards_of_24_gb(sdxl: Path, tmp_path: Path) -> None:
-    """UNet and both text encoders, 225 tokens, fp32 weights and AdamW, 4 images a card: the least 19.6 GiB."""
+    """UNet and both text encoders, 225 tokens, fp32 weights and AdamW, 4 images a card, by arithmetic.
+
+    3.385 billion weights, of which the last layer of text encoder 1 does not train; activations as measured elsewhere.
+    """
     config = make_config(
         sdxl,
         memory={"budget": "23GiB"},
@@ -83,9 +86,14 @@ def test_all_of_sdxl_on_four_cards_of_24_gb(sdxl: Path, tmp_path: Path) -> None:
     )
     plan = memory_plan(config, setting(config, 4, SQUARE), tmp_path)
     assert plan.chosen and plan.chosen.strategy == "zero2" and plan.chosen.needed <= 23 * GIB
-    assert 0 < len(plan.recompute) < plan.num_blocks == 131
-    least = min(rung.needed for rung in plan.looked_at if rung.strategy == "zero2")
-    assert least == pytest.approx(19.6 * GIB, rel=0.02)
+    assert plan.num_blocks == 131
+    (least,) = [rung for rung in plan.looked_at if rung.strategy == "zero2" and rung.recomputed == plan.num_blocks]
+    share, embeddings = 3.385e9 / 4, 101.3e6
+    assert least.split["weights"] == pytest.approx(2 * (4 * share - embeddings), rel=0.01)
+    assert least.split["masters"] == pytest.approx(4 * share, rel=0.01)
+    assert least.split["optimizer"] == pytest.approx(8 * share, rel=0.01)
+    assert least.split["gradients"] == pytest.approx(4 * share, rel=0.02)
+    assert least.split["activations"] == pytest.approx(2.70 * GIB, rel=0.02)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from trainer.dist.strategy import Sharing, StrategyKind
 from trainer.dist.worker import MEMORY_ATTEMPT
 from trainer.errors import OutOfMemory
 from trainer.measure.memory_holding import Kernels
-from trainer.measure.memory_plan import Budget, in_gib
+from trainer.measure.memory_plan import in_gib
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import offloaded_activations, repeated_blocks
 from trainer.model.text import text_positions
@@ -36,6 +36,8 @@ from trainer.train.precision import precision_of
 from trainer.train.step import StepParts, train_step
 
 _log = logging.getLogger(__name__)
+# A few megabytes more or less of a desktop shall not make another plan of the same run.
+_CARD_STEP = 128 * 2**20
 # Of the memory that was planned for the attempt before: what an attempt after a failure may use.
 _LESS = 0.93
 
@@ -62,6 +64,7 @@ class MemoryChoice:
         offloads: saved activations wait in the host's memory.
         needed: bytes that the plan counts with for this worker, all in all; None where nothing was planned.
         tensors: of these, what PyTorch's tensors take.
+        limit: what PyTorch's allocator may take, by the budget; None: no limit.
         fullest: height and width in px and number of the images of the pass that takes most, by the plan.
         passes: of a step.
     """
@@ -72,6 +75,7 @@ class MemoryChoice:
     offloads: bool = False
     needed: int | None = None
     tensors: int = 0
+    limit: int | None = None
     fullest: tuple[int, int, int] = (0, 0, 0)
     passes: int = 1
 
@@ -106,7 +110,10 @@ def choose_memory(config: Config, comm: Comm, data: BucketedData) -> MemoryChoic
         chosen = asdict(_unplanned(config, comm, data) if unlimited else _planned(config, comm, data, card, attempt))
     agreed = broadcast_object(comm, chosen)
     assert agreed is not None
-    return MemoryChoice(**{**agreed, "recompute": tuple(agreed["recompute"]), "fullest": tuple(agreed["fullest"])})
+    choice = MemoryChoice(**{**agreed, "recompute": tuple(agreed["recompute"]), "fullest": tuple(agreed["fullest"])})
+    if comm.device.type == "cuda" and choice.limit is not None:
+        _keep_to(choice.limit, comm.device)
+    return choice
 
 
 def _unplanned(config: Config, comm: Comm, data: BucketedData) -> MemoryChoice:
@@ -136,8 +143,7 @@ def _planned(config: Config, comm: Comm, data: BucketedData, card: int | None, a
         _log.info("%s", line)
     rung = plan.chosen
     assert rung is not None
-    if comm.device.type == "cuda" and setting.budget.total is not None:
-        _keep_to(setting.budget, comm.device)
+    budget = setting.budget
     return MemoryChoice(
         kind=rung.strategy,
         exchange_every_pass=rung.exchanges_every_pass,
@@ -145,17 +151,16 @@ def _planned(config: Config, comm: Comm, data: BucketedData, card: int | None, a
         offloads=rung.offloads,
         needed=rung.needed,
         tensors=sum(rung.split.values()),
+        limit=None if budget.total is None else budget.total - budget.context - budget.buffers,
         fullest=plan.image,
         passes=plan.accumulation,
     )
 
 
-def _keep_to(budget: Budget, device: torch.device) -> None:
-    """Have PyTorch's allocator give back what it keeps, and then fail, where it would take more than the budget."""
-    assert budget.total is not None
-    own = budget.total - budget.context - budget.buffers
+def _keep_to(limit: int, device: torch.device) -> None:
+    """Have PyTorch's allocator give back what it keeps, and then fail, where it would take more."""
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(max(own / total, 0.0), 1.0), device)
+    torch.cuda.set_per_process_memory_fraction(min(max(limit / total, 0.0), 1.0), device)
 
 
 def smallest_card(comm: Comm) -> int | None:
@@ -164,6 +169,7 @@ def smallest_card(comm: Comm) -> int | None:
     if comm.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(comm.device)
         mine = min(total, free + torch.cuda.memory_reserved(comm.device) + CUDA_CONTEXT)
+        mine -= mine % _CARD_STEP
     found = [size for size in gather_objects(comm, mine) if size is not None]
     return min(found, default=None)
 
