@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "shared_run_script.py"
-SAME_IN_FP32 = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero2+:fp32:3", "zero3:fp32:1")
-SAME_IN_BF16 = ("ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
+QUICK = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero2+:fp32:3", "zero3:fp32:1", "zero2:bf16:3")
+LONG = (*QUICK, "ddp:bf16:1", "zero3:bf16:1")
 QUICK_STEPS, STEPS = 3, 50
 
 
@@ -47,7 +47,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("four"), 4, QUICK_STEPS, *SAME_IN_FP32, *SAME_IN_BF16)
+    return run(tmp_path_factory.mktemp("four"), 4, QUICK_STEPS, *QUICK)
 
 
 def told_of(folder: Path, name: str, what: str) -> Any:
@@ -71,7 +71,7 @@ def assert_same_steps(alone: Path, four: Path, name: str) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", SAME_IN_FP32 + SAME_IN_BF16)
+@pytest.mark.parametrize("name", QUICK)
 def test_four_workers_take_the_steps_of_one(alone: Path, four: Path, name: str) -> None:
     assert_same_steps(alone, four, name)
 
@@ -83,11 +83,11 @@ def alone_for_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def four_for_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("four"), 4, STEPS, *SAME_IN_FP32, *SAME_IN_BF16)
+    return run(tmp_path_factory.mktemp("four"), 4, STEPS, *LONG)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAME_IN_FP32 + SAME_IN_BF16)
+@pytest.mark.parametrize("name", LONG)
 def test_four_workers_take_fifty_steps_of_one(alone_for_long: Path, four_for_long: Path, name: str) -> None:
     assert_same_steps(alone_for_long, four_for_long, name)
 
