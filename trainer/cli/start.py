@@ -21,8 +21,8 @@ from trainer.dist.worker import MEMORY_ATTEMPT
 from trainer.errors import UserError
 from trainer.train.captions import describe_captions, require_captions, survey_of
 from trainer.train.preparation import needs_workers, note_references, prepare_settings
+from trainer.train.run_dir import RESOLVED_CONFIG
 
-RESOLVED_CONFIG = "config.resolved.yaml"
 _POLL_S = 1.0
 _MEMORY_ATTEMPTS = 8
 _TASKS_WITH_A_PLAN = ("train", "bench")  # which plan with less when they are started again

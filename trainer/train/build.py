@@ -34,7 +34,7 @@ from trainer.train.layout import lay_out_model
 from trainer.train.memory_choice import MemoryChoice, choose_memory, dry_run, memory_attempt
 from trainer.train.optim import is_fused, load_optimizer_tensors, make_optimizer
 from trainer.train.precision import DTYPES, precision_of, require_arithmetic
-from trainer.train.run_dir import find_damage, newest_checkpoint, read_state
+from trainer.train.run_dir import MANIFEST, RESOLVED_CONFIG, find_damage, newest_checkpoint, read_state
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts
 
@@ -76,9 +76,8 @@ def find_resume_point(config: Config, comm: Comm) -> Path | None:
     found: Path | None = None
     if comm.rank == 0:
         wish = config.run.resume
-        # Workers that were started again, because memory did not suffice, go on where the ones before them were.
         own = newest_checkpoint(config.run.dir, _log.warning) if memory_attempt() else None
-        if own is not None:
+        if own is not None and _is_of_this_command(own, config.run.dir):
             found = own
         elif isinstance(wish, str) and wish != "auto":
             found = Path(wish)
@@ -89,6 +88,12 @@ def find_resume_point(config: Config, comm: Comm) -> Path | None:
             found = newest_checkpoint(config.run.dir, _log.warning)
     agreed = broadcast_object(comm, str(found) if found else None)
     return Path(agreed) if agreed else None
+
+
+def _is_of_this_command(checkpoint: Path, run_dir: Path) -> bool:
+    """Written since the command was started: by workers that were started again, because memory did not suffice."""
+    started = run_dir / RESOLVED_CONFIG
+    return started.is_file() and (checkpoint / MANIFEST).stat().st_mtime_ns > started.stat().st_mtime_ns
 
 
 def build_run(config: Config, comm: Comm) -> Run:

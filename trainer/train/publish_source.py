@@ -25,9 +25,7 @@ from trainer.model.source import (
     vae_source,
 )
 from trainer.model.tokenizer_files import tokenizer_folders
-from trainer.train.run_dir import MANIFEST, list_checkpoints, manifest_entry
-
-RESOLVED_CONFIG = "config.resolved.yaml"
+from trainer.train.run_dir import MANIFEST, RESOLVED_CONFIG, list_checkpoints, manifest_entry
 
 
 @dataclass(frozen=True)

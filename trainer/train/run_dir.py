@@ -14,6 +14,7 @@ from trainer.errors import UserError
 
 STEP_NAME = re.compile(r"step-(\d{8})")
 MANIFEST = "manifest.json"
+RESOLVED_CONFIG = "config.resolved.yaml"  # written when a command starts
 STATE = "training_state/state.json"
 _PIECE = 8 << 20
 
