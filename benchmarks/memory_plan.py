@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from trainer.dist.comm import Comm
 from trainer.dist.sharding import local_tensor
 from trainer.dist.strategy import Sharing, StrategyKind, make_strategy, warm_up
+from trainer.dist.worker import end_process
 from trainer.measure.memory_holding import Holding, Peak
 from trainer.measure.memory_strategy import strategy_peak
 from trainer.measure.memory_trace import trace_pass
@@ -250,6 +251,7 @@ def run_cases(group: Sequence[Case]) -> None:
     if workers > 1:
         dist.barrier()
         dist.destroy_process_group()
+        end_process()
 
 
 def _let_gloo_finish() -> None:

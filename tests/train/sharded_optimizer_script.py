@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from trainer.config.schema import OptimizerConfig
+from trainer.dist.worker import end_process
 from trainer.train.local_part import local_part, part_of, whole_of
 from trainer.train.loss_scale import LossScale
 from trainer.train.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -101,6 +102,7 @@ def main() -> None:
     assert LossScale(1024.0).after(math.isfinite(norm.full_tensor().item())) == LossScale(512.0)
     dist.barrier()
     dist.destroy_process_group()
+    end_process()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from trainer.diffusion.schedule import scaled_linear
 from trainer.dist.comm import Comm, close, init_comm
 from trainer.dist.sharding import copy_share
 from trainer.dist.strategy import Sharing, Strategy, make_strategy, warm_up
+from trainer.dist.worker import end_process
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.freeze import never_used
 from trainer.model.recompute import embeddings, gathered_units
@@ -96,6 +97,7 @@ def main() -> None:
         kind, precision, accumulation = name.split(":")
         run(comm, kind, precision, int(accumulation), int(steps), Path(folder) / f"{name}.safetensors")
     close(comm)
+    end_process()
 
 
 def start_weights(with_text: bool) -> dict[str, Tensor]:

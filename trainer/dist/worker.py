@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from trainer.dist.failure import failure_from, record_failure
 
@@ -45,11 +46,18 @@ def run_worker(body: Callable[[Callable[[], bool]], None]) -> None:
             sys.stderr.flush()
         # No interpreter teardown: it would wait for loader processes and for peers that may be gone.
         os._exit(exit_code)
+    end_process()
+
+
+def end_process() -> NoReturn:
+    """End this process, whose work is done, without the interpreter's teardown; for whoever was in a process group.
+
+    A thread of gloo that lets go of a tensor during the teardown wants the interpreter's lock, is ended instead, and
+    takes the process with it ("terminate called without an active exception"): up to one of ten exits.
+    """
     atexit._run_exitfuncs()  # closes logs, removes multiprocessing's temporary folder
     sys.stdout.flush()
     sys.stderr.flush()
-    # Nor here: in about one of ten teardowns of a worker that had been in a process group, torch's own threads
-    # aborted it ("terminate called without an active exception").
     os._exit(0)
 
 
