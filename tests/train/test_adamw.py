@@ -234,7 +234,7 @@ def test_a_step_takes_few_megabytes(threads: Callable[[int], None]) -> None:
     clear.write_text("5")  # the peak starts anew
     before = resident_bytes("VmRSS")
     optimizer.step()
-    assert resident_bytes("VmHWM") - before < 32e6
+    assert resident_bytes("VmHWM") - before < 45e6  # a chunk at a time: 0.5M weights
 
 
 def resident_bytes(field: str) -> int:

@@ -1,7 +1,7 @@
 """AdamW in chunks: fp32 arithmetic over fp32 or bf16 weights, with moments in fp32 or 8 bits.
 
 torch's fused AdamW rounds bf16 weights to the nearest and keeps moments in the weights' dtype; this one does neither.
-A step takes a few MB beside weights, gradients and state, however large the model is.
+A step takes little beside weights, gradients and state (tens of MB on the CPU), however large the model is.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,8 +20,8 @@ from trainer.train.rounding import rounding_key
 
 Rounding = Literal["stochastic", "kahan"]
 
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
-"""Elements that are updated at a time, with about 40 bytes of scratch each; on the CPU that stays in its cache."""
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
+"""Elements that are updated at a time, with about 40 bytes of scratch each; on the CPU that stays in its last cache."""
 
 ELEMENTS_WORTH_THREADS = 1 << 15
 """Of a smaller parameter, one thread makes the update; torch does not split its operations either."""

@@ -94,8 +94,14 @@ def compiled_update(eight_bit: bool, rounding: str | None, device: torch.device)
     Args:
         eight_bit, rounding: as `BlockAdamW` is going to use it.
     """
-    # In this process: the compiler's own pool of processes would outlive the two or three compilations.
-    update = torch.compile(update_chunk, dynamic=True, options={"compile_threads": 1})
+    for tables in (code_tables(True, device), code_tables(False, device)):
+        for table in (tables.values, tables.cells):
+            torch._dynamo.mark_static(table)
+    # In this process: the compiler's own pool of processes would outlive the two or three compilations. That codes and
+    # cells are within their tables follows from dtypes and masks; to check each would take longer than to look it up.
+    update = torch.compile(
+        update_chunk, dynamic=True, options={"compile_threads": 1, "assert_indirect_indexing": False}
+    )
     try:
         for quantized in {False, eight_bit}:
             _require_same(update, quantized, rounding, device)

@@ -54,15 +54,14 @@ class CodeTables(NamedTuple):
 
     Attributes:
         values: the map, fp32 [256].
-        ends: upper bound of each code, fp32 [256].
-        code_of_cell: code of the smallest number whose upper 16 bits are the index, int32 [65536]. No such cell holds
-            more than one bound, so that one comparison corrects what this gives.
+        cells: of the numbers whose upper 16 bits are the index, int32 [65536]: the code of the smallest, and below it,
+            in 16 bits, how far the last number of that code is from the end of the cell. No cell holds more than one
+            bound between codes, so that adding a number's place in its cell carries into the code where it lies beyond.
         signed: whether the map is.
     """
 
     values: Tensor
-    ends: Tensor
-    code_of_cell: Tensor
+    cells: Tensor
     signed: bool
 
 
@@ -73,10 +72,21 @@ def code_tables(signed: bool, device: torch.device) -> CodeTables:
     bounds = (values[:-1] + values[1:]) / 2
     upper_bits = torch.arange(1 << 16, dtype=torch.int32)
     # Negative numbers fall as their bits rise: the smallest of their cell has all lower bits set.
-    lowest = torch.where(upper_bits < 1 << 15, upper_bits << 16, (upper_bits << 16) | 0xFFFF).view(torch.float32)
-    codes = torch.bucketize(lowest, bounds, out_int32=True)
-    ends = torch.cat([bounds, torch.tensor([torch.inf])])
-    return CodeTables(values.to(device), ends.to(device), codes.to(device), signed)
+    smallest = torch.where(upper_bits < 1 << 15, upper_bits << 16, (upper_bits << 16) | 0xFFFF).view(torch.float32)
+    cells = torch.bucketize(smallest, bounds, out_int32=True) << 16
+    bits = bounds.view(torch.int32)
+    cells[_cell(bits)] += 0xFFFF - _place(bits)
+    return CodeTables(values.to(device), cells.to(device), signed)
+
+
+def _cell(bits: Tensor) -> Tensor:
+    """The upper 16 bits of fp32 numbers' bits."""
+    return (bits >> 16).bitwise_and_(0xFFFF)
+
+
+def _place(bits: Tensor, signed: bool = True) -> Tensor:
+    """Where numbers lie within their cells, from 0, the smallest, to 65535."""
+    return ((bits >> 31).bitwise_xor_(bits) if signed else bits) & 0xFFFF
 
 
 def dequantize(codes: Tensor, scales: Tensor, tables: CodeTables) -> Tensor:
@@ -88,8 +98,6 @@ def quantize(moments: Tensor, codes: Tensor, scales: Tensor, tables: CodeTables)
     """Write the nearest codes and the blocks' scales of `moments` (fp32 [n, block]); nan stays in its block's scale."""
     scales.copy_((moments.abs() if tables.signed else moments).amax(dim=1, keepdim=True))
     scaled = (moments * scales.clamp(min=torch.finfo(torch.float32).tiny).reciprocal_()).view(-1)
-    cells = (scaled.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
-    found = tables.code_of_cell.index_select(0, cells)
-    past_end = tables.ends.index_select(0, found).sub_(scaled).view(torch.int32)  # sign bit set where it lies beyond
-    found -= past_end >> 31
-    codes.copy_(found.view(codes.shape))
+    bits = scaled.view(torch.int32)
+    found = tables.cells.index_select(0, _cell(bits)).add_(_place(bits, tables.signed))
+    codes.copy_((found >> 16).view(codes.shape))

@@ -46,8 +46,7 @@ def round_stochastically(exact: Tensor, first_block: int, key: Tensor) -> Tensor
     width = (block + 1) // 2
     bits = random_bits(first_block * width, rows, width, key, exact.device)
     encoded = exact.view(torch.int32)
-    encoded[:, :width] += bits & _LOW_16
-    encoded[:, width:] += (bits >> 16).bitwise_and_(_LOW_16)[:, : block - width]
+    encoded += torch.cat([bits & _LOW_16, (bits >> 16)[:, : block - width] & _LOW_16], dim=1)
     encoded &= ~_LOW_16
     return exact.to(torch.bfloat16)
 
