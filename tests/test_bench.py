@@ -55,7 +55,6 @@ def test_two_strategies(model_folder: Path, tmp_path: Path) -> None:
         assert sum(row["split"].values()) == pytest.approx(row["step_s"], rel=0.3)
         assert row["mfu"] > 0 and row["rss_bytes"] > 100e6
     assert report["rows"][0]["exposed_s"] is not None and report["rows"][1]["exposed_s"] is None
-    assert report["images_per_s"] == max(row["images_per_s"] for row in report["rows"])
     assert "best: " in done.stdout and "batch_size_per_gpu: 1" in done.stdout
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["bench.json"]
 

@@ -58,7 +58,6 @@ def main(argv: Sequence[str]) -> int:
         precision=config.train.precision,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={name: version(name) for name in ("torch", "diffusers", "transformers")},
-        config_way=(config.train.batch_size_per_gpu, config.memory.strategy, config.train.compile == "blocks"),
     )
     steps = f"{arguments.warmup} + {arguments.steps} steps"
     print(f"{len(ways)} ways to train with {workers} workers on {report.device}, {steps} each")

@@ -76,7 +76,11 @@ def _print_memory(config: Config, plan: MemoryPlan) -> None:
     prepared = PreparedSet.open(config.data.prepared)
     buckets, rows = prepared.buckets("train"), prepared.rows_per_bucket("train")
     arithmetic = arithmetic_of(config, worker_count(config), buckets, rows)
-    print(f"the run takes {run_time(plan, arithmetic.total_images, measured_speed(config.run.dir))}")
+    speed = None
+    if plan.chosen:
+        way = plan.chosen.strategy, config.train.batch_size_per_gpu, config.train.compile == "blocks"
+        speed = measured_speed(config.run.dir, *way)
+    print(f"the run takes {run_time(plan, arithmetic.total_images, speed)}")
 
 
 def _print_model(config: Config) -> None:

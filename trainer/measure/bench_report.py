@@ -65,6 +65,11 @@ class BenchRow:
     notes: tuple[str, ...] = ()
 
     @property
+    def way(self) -> tuple[str, int, bool]:
+        """What tells it from other rows: strategy, batch size, compiled."""
+        return self.strategy, self.batch_size, self.compiled
+
+    @property
     def label(self) -> str:
         """In words."""
         return f"{self.strategy}, batch {self.batch_size}{', compiled' if self.compiled else ''}"
@@ -86,14 +91,12 @@ class BenchReport:
         precision: `train.precision`.
         time: when it began, as ISO 8601.
         versions: of torch and others.
-        config_way: batch size, strategy (or `auto`) and `compiled` that the configuration says.
     """
 
     device: str
     precision: str
     time: str
     versions: dict[str, str]
-    config_way: tuple[int, str, bool]
     rows: tuple[BenchRow, ...] = ()
 
     @property
@@ -101,23 +104,10 @@ class BenchReport:
         """The fastest row."""
         return max((row for row in self.rows if row.error is None), key=lambda row: row.images_per_s, default=None)
 
-    @property
-    def images_per_s(self) -> float | None:
-        """Of the configuration as it stands, in the fastest strategy where it leaves the choice; None: not measured."""
-        batch_size, strategy, compiled = self.config_way
-        speeds = [
-            row.images_per_s
-            for row in self.rows
-            if row.error is None
-            and (row.batch_size, row.compiled) == (batch_size, compiled)
-            and strategy in ("auto", row.strategy)
-        ]
-        return max(speeds, default=None)
-
     def write(self, path: Path) -> None:
         """Keep it as JSON; the file is replaced as a whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        head = {"version": _VERSION, "images_per_s": self.images_per_s} | asdict(self)
+        head = {"version": _VERSION} | asdict(self)
         partial = path.with_name(f"{path.name}.partial")
         rows = [asdict(row) | {"mfu": row.mfu} for row in self.rows]
         partial.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.measure.arithmetic import format_duration
-from trainer.measure.bench_report import BENCH_FILE
+from trainer.measure.bench_report import BENCH_FILE, row_from_json
 from trainer.measure.memory_holding import PARTS, StrategyName
 from trainer.measure.memory_plan import CARD_FLOPS, GIB, WIRE_BYTES_PER_S, Budget, Rung, in_gib
 
@@ -160,13 +160,16 @@ def run_time(plan: MemoryPlan, num_images: int, images_per_s: float | None, card
     )
 
 
-def measured_speed(run_dir: Path) -> float | None:
-    """Images a second that `sdxl-train bench` measured for this run; None where it has not been run."""
+def measured_speed(run_dir: Path, strategy: str, batch_size: int, compiled: bool) -> float | None:
+    """Images a second that `sdxl-train bench` measured for this run in this way; None where it has not."""
     try:
-        found = json.loads((run_dir / BENCH_FILE).read_text(encoding="utf-8"))
-        return float(found["images_per_s"])
+        stored = json.loads((run_dir / BENCH_FILE).read_text(encoding="utf-8"))
+        rows = [row_from_json(row) for row in stored["rows"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    way = strategy, batch_size, compiled
+    speeds = [row.images_per_s for row in rows if row.error is None and row.way == way]
+    return speeds[0] if speeds else None
 
 
 def _way(rung: RungReport, num_blocks: int) -> str:

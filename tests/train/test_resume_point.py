@@ -1,0 +1,71 @@
+"""Where a run goes on from: by `run.resume`, and after a restart for memory."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.real_run import ALONE
+from trainer.config.schema import Config
+from trainer.errors import UserError
+from trainer.train.build import find_resume_point
+from trainer.train.checkpoint import OPTIMIZER, TensorFile, write_checkpoint
+from trainer.train.run_dir import MANIFEST, RESOLVED_CONFIG, checkpoint_dir
+
+COMMAND_STARTED = 1_000_000_000  # seconds since 1970
+
+
+def save(run_dir: Path, step: int, written: int) -> Path:
+    path = checkpoint_dir(run_dir, step)
+    file = TensorFile(OPTIMIZER, {"step": torch.tensor(float(step))}, {})
+    write_checkpoint(path, [file], {"step": step}, iter, writes=True)
+    os.utime(path / MANIFEST, (written, written))
+    return path
+
+
+def found(run_dir: Path, resume: bool | str) -> Path | None:
+    config = Config.model_validate(
+        {
+            "run": {"dir": str(run_dir), "resume": resume},
+            "model": {"path": "model"},
+            "data": {"sources": [{"path": "images"}], "prepared": "prepared"},
+            "train": {"steps": 10},
+            "optimizer": {"lr": 1e-6},
+        }
+    )
+    return find_resume_point(config, ALONE)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Of a command that was started after step 5 of an earlier one."""
+    folder = tmp_path / "run"
+    save(folder, 5, COMMAND_STARTED - 10)
+    (folder / RESOLVED_CONFIG).touch()
+    os.utime(folder / RESOLVED_CONFIG, (COMMAND_STARTED, COMMAND_STARTED))
+    return folder
+
+
+def test_by_the_configuration(run_dir: Path, tmp_path: Path) -> None:
+    other = save(tmp_path / "other", 3, COMMAND_STARTED - 20)
+    newest = checkpoint_dir(run_dir, 5)
+    assert [found(run_dir, wish) for wish in ("auto", True, False, str(other))] == [newest, newest, None, other]
+    (other / MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"run.resume = .*step-00000003: "):
+        found(run_dir, str(other))
+
+
+@pytest.mark.parametrize("resume", ["auto", True, False, "other"])
+def test_a_restart_for_memory_takes_what_its_own_command_wrote(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool | str
+) -> None:
+    """Before there is such a checkpoint it does as the first attempt did, whatever else lies in the folder."""
+    other = save(tmp_path / "other", 3, COMMAND_STARTED - 20)
+    wish = str(other) if resume == "other" else resume
+    before = found(run_dir, wish)
+    monkeypatch.setenv("SDXL_TRAIN_MEMORY_ATTEMPT", "1")
+    assert found(run_dir, wish) == before
+    own = save(run_dir, 4, COMMAND_STARTED + 10)
+    newest = save(run_dir, 6, COMMAND_STARTED + 20)
+    assert found(run_dir, wish) == newest and newest != own
