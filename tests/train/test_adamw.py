@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -265,17 +265,18 @@ def test_a_nan_gradient_shows() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # within torch.compile
-def test_compiled_arithmetic_differs_in_the_last_bit_only() -> None:
+def test_compiled_arithmetic_differs_in_the_last_bit_only(rounding: Literal["stochastic", "kahan"]) -> None:
     """A minute of compilation, in the first step alone; needs a C++ compiler."""
     plain, fused = parameters(torch.bfloat16), parameters(torch.bfloat16)
-    reference = ours(plain, eight_bit=True, rounding="stochastic")
+    reference = ours(plain, eight_bit=True, rounding=rounding)
     run(plain, reference, range(1))
     reference.param_groups[0]["lr"] *= 0.5
     run(plain, reference, range(1, 4))
-    update = compiled_update(True, "stochastic", torch.device("cpu"))
+    update = compiled_update(True, rounding, torch.device("cpu"))
     assert update is not None
-    optimizer = ours(fused, eight_bit=True, rounding="stochastic", update=update)
+    optimizer = ours(fused, eight_bit=True, rounding=rounding, update=update)
     run(fused, optimizer, range(1))
     with torch.compiler.set_stance("fail_on_recompile"):  # a new step, key and learning rate are the same code
         optimizer.param_groups[0]["lr"] *= 0.5

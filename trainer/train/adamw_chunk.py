@@ -97,11 +97,15 @@ def compiled_update(eight_bit: bool, rounding: str | None, device: torch.device)
     for tables in (code_tables(True, device), code_tables(False, device)):
         for table in (tables.values, tables.cells):
             torch._dynamo.mark_static(table)
-    # In this process: the compiler's own pool of processes would outlive the two or three compilations. That codes and
-    # cells are within their tables follows from dtypes and masks; to check each would take longer than to look it up.
-    update = torch.compile(
-        update_chunk, dynamic=True, options={"compile_threads": 1, "assert_indirect_indexing": False}
-    )
+    options: dict[str, str | int | bool | Callable[..., object]] = {
+        # In this process: the compiler's own pool of processes would outlive the two or three compilations.
+        "compile_threads": 1,
+        # Codes and cells are within their tables by dtypes and masks; to check each takes longer than to look it up.
+        "assert_indirect_indexing": False,
+        # Else what bf16 misses is computed from a number that was never rounded, and is always 0.
+        "emulate_precision_casts": rounding == "kahan",
+    }
+    update = torch.compile(update_chunk, dynamic=True, options=options)
     try:
         for quantized in {False, eight_bit}:
             _require_same(update, quantized, rounding, device)
