@@ -1,4 +1,4 @@
-"""Planned against measured peak memory: real training of UNets of 16M to 1B weights on the CPU.
+"""Planned against measured peak memory: real training of UNets of 16M to 654M weights on the CPU.
 
     python benchmarks/memory_plan.py [--models tiny,m100] [--workers 1,4] [--alone]
 
@@ -65,7 +65,7 @@ def unet_config(model: str) -> dict[str, Any]:
         "tiny": ((32, 64, 96), (1, 2, 10), 160),
         "m100": ((128, 256, 320), (1, 2, 10), 512),
         "m250": ((128, 256, 576), (1, 2, 8), 768),
-        "m600": ((192, 384, 896), (1, 2, 8), 1024),
+        "m600": ((192, 384, 704), (1, 2, 8), 1024),
     }[model]
     return {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -200,7 +200,7 @@ def cases(models: Sequence[str], worker_counts: Sequence[int]) -> list[Case]:
     """Every row."""
     found = []
     for model, workers in itertools.product(models, worker_counts):
-        # Half of it, for four workers of 1B weights have little room in 24 GB of RAM.
+        # Half of it, for four workers of 654M weights have little room in 24 GB of RAM.
         weights = "bf16" if model == "m600" else "fp32"
         kinds: list[StrategyKind] = ["single"] if workers == 1 else ["ddp", "zero2"]
         for kind, accumulation, recompute in itertools.product(kinds, (1, 4), (False, True)):

@@ -8,4 +8,4 @@ ruff check .
 pyright
 if [ $# -gt 0 ]; then exec pytest "$@"; fi
 pytest -m "not e2e and not slow" --numprocesses auto --dist worksteal
-pytest -m "e2e and not slow"
+pytest -m "e2e and not slow" --numprocesses 2 --dist loadfile

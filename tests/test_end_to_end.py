@@ -132,7 +132,7 @@ def test_one_worker_equals_four_and_accumulation(tmp_path: Path, config_file: Pa
         assert curves[name] == pytest.approx(curves["one"], abs=1e-5), name
 
 
-@pytest.mark.parametrize(("workers", "images"), [(1, 4), (4, 4), (3, 6)])
+@pytest.mark.parametrize(("workers", "images"), [(1, 4), (4, 4), pytest.param(3, 6, marks=pytest.mark.slow)])
 def test_interrupted_run_ends_with_the_same_bits(tmp_path: Path, config_file: Path, workers: int, images: int) -> None:
     """SIGTERM in mid-run, then the same command again: the UNet file has the hash of an uninterrupted run's."""
     straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
