@@ -8,6 +8,19 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+_NVIDIA_SMI = """#!/bin/sh
+case "$1" in
+-L)
+    echo 'GPU 0: NVIDIA GeForce RTX 3090 (UUID: GPU-aaaa1111)'
+    echo 'GPU 1: NVIDIA GeForce RTX 3060 (UUID: GPU-bbbb2222)'
+    echo 'GPU 2: NVIDIA GB10 (UUID: GPU-cccc3333)' ;;
+--query-gpu=uuid,memory.total)
+    echo 'GPU-aaaa1111, 24576'
+    echo 'GPU-bbbb2222, 12288'
+    echo 'GPU-cccc3333, [N/A]' ;;
+esac
+"""
+
 
 def _byte_symbols() -> list[str]:
     """CLIP's printable stand-ins for the 256 bytes, in the order of its vocabulary: "!" is id 0."""
@@ -74,3 +87,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
     ).save_pretrained(folder / "scheduler")
     return folder
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The driver's tool, and nothing else, in PATH: two cards, and one that does not tell its memory."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(_NVIDIA_SMI, encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tool

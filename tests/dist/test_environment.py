@@ -14,10 +14,6 @@ from trainer.dist.environment import (
 )
 from trainer.errors import UserError
 
-SMI = """#!/bin/sh
-echo 'GPU 0: NVIDIA GeForce RTX 3090 (UUID: GPU-aaaa1111)'
-echo 'GPU 1: NVIDIA GeForce RTX 3090 (UUID: GPU-bbbb2222)'
-"""
 SLURM = {
     "SLURM_JOB_ID": "4711",
     "SLURM_STEP_ID": "0",
@@ -30,19 +26,10 @@ SLURM = {
 }
 
 
-@pytest.fixture
-def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(SMI, encoding="utf-8")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    return tool
-
-
 @pytest.mark.parametrize(
     ("visible", "uuids"),
     [
-        (None, ["GPU-aaaa1111", "GPU-bbbb2222"]),
+        (None, ["GPU-aaaa1111", "GPU-bbbb2222", "GPU-cccc3333"]),
         ("1", ["GPU-bbbb2222"]),
         ("1,0", ["GPU-bbbb2222", "GPU-aaaa1111"]),
         ("GPU-bbbb", ["GPU-bbbb2222"]),

@@ -8,27 +8,6 @@ from trainer.dist.environment import detect_gpus
 from trainer.measure.card import KEPT_BY_DRIVER, card_bytes
 
 GIB = 2**30
-SMI = """#!/bin/sh
-case "$1" in
--L)
-    echo 'GPU 0: NVIDIA GeForce RTX 3090 (UUID: GPU-aaaa1111)'
-    echo 'GPU 1: NVIDIA GeForce RTX 3060 (UUID: GPU-bbbb2222)'
-    echo 'GPU 2: NVIDIA GB10 (UUID: GPU-cccc3333)' ;;
---query-gpu=uuid,memory.total)
-    echo 'GPU-aaaa1111, 24576'
-    echo 'GPU-bbbb2222, 12288'
-    echo 'GPU-cccc3333, [N/A]' ;;
-esac
-"""
-
-
-@pytest.fixture
-def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(SMI, encoding="utf-8")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    return tool
 
 
 @pytest.mark.parametrize(

@@ -59,14 +59,19 @@ if os.environ.get("RANK") == "1" and os.environ.get("SDXL_TRAIN_MEMORY_ATTEMPT")
 """
 
 
+def memory_ends(folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, steps: int) -> None:
+    """In the processes that are started from now on."""
+    (folder / "sitecustomize.py").write_text(_NO_MEMORY.format(module=module, steps=steps))
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{Path(__file__).parents[2]}")
+
+
 def test_what_does_not_fit_is_tried_again_with_less(
     tmp_path: Path,
     config_file: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One worker of two finds no memory in the dry run: both start again, with a tighter plan, and the run goes on."""
-    (tmp_path / "sitecustomize.py").write_text(_NO_MEMORY.format(module="trainer.train.memory_choice", steps=0))
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    memory_ends(tmp_path, monkeypatch, "trainer.train.memory_choice", 0)
     run_dir = tmp_path / "run"
     done = sdxl_train(config_file, f"run.dir={run_dir}", "train.steps=2", "launch.workers=2", "memory.budget=8GiB")
     (failed,) = [line for line in done.stderr.splitlines() if "trying again with less" in line]
@@ -82,8 +87,7 @@ def test_a_card_that_is_full_in_mid_run_costs_the_steps_since_the_last_checkpoin
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where the run was told to start fresh."""
-    (tmp_path / "sitecustomize.py").write_text(_NO_MEMORY.format(module="trainer.train.loop", steps=3))
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    memory_ends(tmp_path, monkeypatch, "trainer.train.loop", 3)
     overrides = ["train.steps=4", "launch.workers=2", "checkpoint.every_steps=2", "run.resume=false"]
     done = sdxl_train(config_file, f"run.dir={tmp_path / 'run'}", *overrides)
     told = "worker 1 ran out of its card's memory: CUDA out of memory. Tried to allocate 2.00 GiB; trying again"
