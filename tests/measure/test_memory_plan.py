@@ -48,6 +48,27 @@ def test_the_fastest_that_fits(total: float | None, label: str, recomputed: int,
     assert rung and (rung.label, rung.recomputed, rung.offloads) == (label, recomputed, offloads)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.35, 1.0])
+def test_not_a_block_more_than_needed(share: float) -> None:
+    """Also where a block saves less than its activations, because the peak moves."""
+    blocks, looks = 131, list[int]()
+
+    def peak(holding: Holding, recomputed: int, offloads: bool) -> Peak:
+        looks.append(recomputed)
+        return Peak(
+            "backward", {"weights": STATIC["zero2"], "activations": round(131 * GIB - recomputed * share * GIB)}
+        )
+
+    measures = Measures(peak, lambda count: count * GIB, extra_s)
+    ways = Ways({"zero2": HOLDINGS["zero2"]}, blocks, 0, blocks, may_offload=False)
+    for needed in (1, 2, 64, 130, 131):
+        looks.clear()
+        total = round(STATIC["zero2"] + 131 * GIB - needed * share * GIB)
+        rung = choose(ways, measures, Budget(total)).chosen
+        assert rung and rung.recomputed == needed
+        assert len(set(looks)) <= 11  # both ends, an estimate, and halves
+
+
 def test_offloading_is_the_last_rung() -> None:
     ways = Ways({"zero2": HOLDINGS["zero2"]}, BLOCKS, 0, 0)
     rung = chosen(9.5, ways).chosen

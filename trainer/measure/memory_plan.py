@@ -176,14 +176,17 @@ def _fewest(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> int:
 
 
 def _least(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> Rung:
-    """The same way with fewer recomputed blocks, if fewer fit."""
-    count = _fewest(rung, ways, measures, budget)
-    while count < rung.recomputed:
+    """The same way with the fewest recomputed blocks that fit: first as many as may do, and then by halves."""
+    least, fewest = rung, _fewest(rung, ways, measures, budget)
+    count = fewest
+    while fewest < least.recomputed:
         tried = _rung(rung.label, rung.holding, count, measures, budget, rung.offloads)
         if tried.fits:
-            return tried
-        count += max(1, ways.num_blocks // 16)
-    return rung
+            least = tried
+        else:
+            fewest = count + 1
+        count = (fewest + least.recomputed) // 2
+    return least
 
 
 def _rung(label: str, holding: Holding, count: int, measures: Measures, budget: Budget, offloads: bool) -> Rung:
