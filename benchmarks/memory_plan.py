@@ -157,10 +157,12 @@ def measure(case: Case, rank: int) -> int:
         event = events.pop()
         events += event.children
         if event.name == "[memory]":
-            totals.append((event.start_time_ns, event.extra_fields.total_allocated))
+            totals.append((event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size))
         elif event.name == "second step":
             begin = event.start_time_ns
-    return max(total for time, total in totals if time >= begin)
+    # PyTorch's count goes on from what another measurement of this process left, and may have freed unseen since.
+    _, first_total, first_size = min(totals)
+    return max(total for time, total, _ in totals if time >= begin) - (first_total - first_size)
 
 
 def _prepared(case: Case, comm: Comm) -> Callable[[], None]:

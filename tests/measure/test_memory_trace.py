@@ -25,6 +25,10 @@ def alone() -> Iterator[None]:
 
 @pytest.mark.parametrize(("accumulation", "recompute"), [(1, False), pytest.param(2, True, marks=SLOW)])
 def test_one_worker(accumulation: int, recompute: bool) -> None:
+    """Also after another measurement, whose memory was freed when nobody counted."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True):
+        left = torch.zeros(5_000_000)
+    del left
     case = Case("mini", "single", 1, accumulation, recompute, side_px=128)
     assert plan(case).total == pytest.approx(measure(case, 0), rel=0.02)
 
