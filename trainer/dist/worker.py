@@ -52,8 +52,8 @@ def run_worker(body: Callable[[Callable[[], bool]], None]) -> None:
 def end_process() -> NoReturn:
     """End this process, whose work is done, without the interpreter's teardown; for whoever was in a process group.
 
-    A thread of gloo that lets go of a tensor during the teardown wants the interpreter's lock, is ended instead, and
-    takes the process with it ("terminate called without an active exception"): up to one of ten exits.
+    The teardown aborted up to one of ten of them ("terminate called without an active exception"): most likely, a thread
+    of gloo that lets go of a tensor wants the interpreter's lock, is ended instead, and takes the process with it.
     """
     atexit._run_exitfuncs()  # closes logs, removes multiprocessing's temporary folder
     sys.stdout.flush()
