@@ -1,4 +1,4 @@
-"""Every mistake is one line with place, key, value, rule and mend; all mistakes of a file come together."""
+"""Every mistake is one line with place, key, value, rule and mend."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -385,36 +385,3 @@ def test_one_mistake_is_one_line(mistakes: Mistakes, text: str | bytes, expected
     lines = mistakes(text)
     assert len(lines) == 1, lines
     assert expected in lines[0]
-
-
-def test_all_mistakes_come_together_in_the_order_of_the_file(mistakes: Mistakes) -> None:
-    text = """\
-run: {dri: runs/x, resume: no}
-model:
-  path: sdlx
-data:
-  sources:
-    - path: photo
-      repeats: 1.5
-    - path: more
-  prepared: more/prepared
-train:
-  precison: bf16
-  steps: 5.0
-  batch_size_per_gpu: "4"
-optimizer:
-  betas: [0.9, 1]
-  betas: [0.9, 0.99]
-lr_schedule: {final_ratio: 0.5}
-samples:
-  prompts: [a, 5, b, {c: d}]
-  width_px: 60
-"""
-    lines = mistakes(text, ["log.evry_steps=5", "checkpoint.keep=1"])
-    assert [line.split(": ")[0] for line in lines] == [
-        *(f"c.yaml:{n}" for n in (1, 3, 6, 7, 9, 11, 12, 13)),
-        "c.yaml:14",  # optimizer.lr is missing
-        *(f"c.yaml:{n}" for n in (15, 16, 17, 19, 19, 20)),
-        "override 'log.evry_steps=5'",
-        "override 'checkpoint.keep=1'",
-    ]

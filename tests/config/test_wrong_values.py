@@ -1,4 +1,4 @@
-"""Wrong values on the command line, wrong values of every key, and files that cannot be read: one line each."""
+"""Wrong values on the command line, many mistakes at once, wrong values of every key, unreadable files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +38,39 @@ def test_a_wrong_override_is_shown_as_it_was_typed(mistakes: Mistakes, override:
     place = "c.yaml:10: " if override == "train.epochs=3" else "override '"
     assert line.startswith(place)
     assert expected in line
+
+
+def test_all_mistakes_come_together_in_the_order_of_the_file(mistakes: Mistakes) -> None:
+    text = """\
+run: {dri: runs/x, resume: no}
+model:
+  path: sdlx
+data:
+  sources:
+    - path: photo
+      repeats: 1.5
+    - path: more
+  prepared: more/prepared
+train:
+  precison: bf16
+  steps: 5.0
+  batch_size_per_gpu: "4"
+optimizer:
+  betas: [0.9, 1]
+  betas: [0.9, 0.99]
+lr_schedule: {final_ratio: 0.5}
+samples:
+  prompts: [a, 5, b, {c: d}]
+  width_px: 60
+"""
+    lines = mistakes(text, ["log.evry_steps=5", "checkpoint.keep=1"])
+    assert [line.split(": ")[0] for line in lines] == [
+        *(f"c.yaml:{n}" for n in (1, 3, 6, 7, 9, 11, 12, 13)),
+        "c.yaml:14",  # optimizer.lr is missing
+        *(f"c.yaml:{n}" for n in (15, 16, 17, 19, 19, 20)),
+        "override 'log.evry_steps=5'",
+        "override 'checkpoint.keep=1'",
+    ]
 
 
 @pytest.mark.parametrize("key", [dotted(key) for key in all_keys()])

@@ -150,12 +150,16 @@ def synthetic_batch(
     chunks, height, width = config.captions.max_tokens // _TOKENS, data.bucket.height_px, data.bucket.width_px
     source, text = find_source(config.model.path), data.text_shape
     words = min(component_config(source, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2"))
-    latents = torch.randn(images, channels, height // 8, width // 8, generator=draw).half()
-    pixels = torch.randint(256, (images, 3, height, width), generator=draw, dtype=torch.uint8)
+    latents = pixels = vae_seeds = None
+    if data.holds_images:
+        pixels = torch.randint(256, (images, 3, height, width), generator=draw, dtype=torch.uint8)
+        vae_seeds = torch.randint(2**62, (images,), generator=draw)
+    else:
+        latents = torch.randn(images, channels, height // 8, width // 8, generator=draw).half()
     batch = Batch(
-        latents=None if data.holds_images else latents,
-        pixels=pixels if data.holds_images else None,
-        vae_seeds=torch.randint(2**62, (images,), generator=draw) if data.holds_images else None,
+        latents=latents,
+        pixels=pixels,
+        vae_seeds=vae_seeds,
         input_ids=None if text else torch.randint(words, (images, 2, chunks, _POSITIONS), generator=draw),
         text_hidden=torch.randn(images, *text[:2], generator=draw).half() if text else None,
         pooled=torch.randn(images, text[2], generator=draw).half() if text else None,

@@ -34,7 +34,7 @@ from trainer.train.layout import lay_out_model
 from trainer.train.memory_choice import MemoryChoice, choose_memory, dry_run, memory_attempt
 from trainer.train.optim import is_fused, load_optimizer_tensors, make_optimizer
 from trainer.train.precision import DTYPES, precision_of, require_arithmetic
-from trainer.train.run_dir import MANIFEST, RESOLVED_CONFIG, find_damage, newest_checkpoint, read_state
+from trainer.train.run_dir import RESOLVED_CONFIG, find_damage, newest_checkpoint, read_state
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts
 
@@ -72,28 +72,30 @@ class StoredData(Protocol):
 
 
 def find_resume_point(config: Config, comm: Comm) -> Path | None:
-    """The checkpoint to go on from, by `run.resume`; rank 0 looks, all workers agree."""
+    """The checkpoint to go on from, by `run.resume`; rank 0 looks, all workers agree.
+
+    Workers that were started again, because memory did not suffice, go on from what their command has written before.
+    """
     found: Path | None = None
     if comm.rank == 0:
-        wish = config.run.resume
-        own = newest_checkpoint(config.run.dir, _log.warning) if memory_attempt() else None
-        if own is not None and _is_of_this_command(own, config.run.dir):
-            found = own
-        elif isinstance(wish, str) and wish != "auto":
-            found = Path(wish)
-            damage = find_damage(found)
-            if damage is not None:
-                raise UserError(f"run.resume = {wish}: {damage}")
-        elif wish is not False:
-            found = newest_checkpoint(config.run.dir, _log.warning)
+        started = config.run.dir / RESOLVED_CONFIG
+        if memory_attempt() and started.is_file():
+            found = newest_checkpoint(config.run.dir, _log.warning, written_after=started)
+        found = found or _wished_checkpoint(config)
     agreed = broadcast_object(comm, str(found) if found else None)
     return Path(agreed) if agreed else None
 
 
-def _is_of_this_command(checkpoint: Path, run_dir: Path) -> bool:
-    """Written since the command was started: by workers that were started again, because memory did not suffice."""
-    started = run_dir / RESOLVED_CONFIG
-    return started.is_file() and (checkpoint / MANIFEST).stat().st_mtime_ns > started.stat().st_mtime_ns
+def _wished_checkpoint(config: Config) -> Path | None:
+    wish = config.run.resume
+    if wish is False:
+        return None
+    if wish is True or wish == "auto":
+        return newest_checkpoint(config.run.dir, _log.warning)
+    damage = find_damage(Path(wish))
+    if damage is not None:
+        raise UserError(f"run.resume = {wish}: {damage}")
+    return Path(wish)
 
 
 def build_run(config: Config, comm: Comm) -> Run:

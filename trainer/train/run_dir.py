@@ -67,9 +67,16 @@ def find_damage(path: Path) -> str | None:
     return None
 
 
-def newest_checkpoint(run_dir: Path, log: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files agree with its manifest; damaged ones are named and passed over."""
+def newest_checkpoint(run_dir: Path, log: Callable[[str], None], written_after: Path | None = None) -> Path | None:
+    """The newest checkpoint whose files agree with its manifest; damaged ones are named and passed over.
+
+    Args:
+        written_after: only what is newer than this file counts.
+    """
+    after = written_after.stat().st_mtime_ns if written_after else 0
     for path in reversed(list_checkpoints(run_dir)):
+        if (path / MANIFEST).stat().st_mtime_ns <= after:
+            continue
         damage = find_damage(path)
         if damage is None:
             return path
