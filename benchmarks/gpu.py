@@ -111,7 +111,9 @@ def environment(bench: Bench) -> Iterator[tuple[str, str]]:
 
 def tests(bench: Bench) -> Iterator[tuple[str, str]]:
     """Those of the suite that run on a GPU, or whose arithmetic does."""
-    files = ["tests/test_gpu.py"] if bench.dry else ["tests/test_gpu.py", "tests/train", "tests/model", "tests/dist"]
+    files = (
+        ["tests/test_gpu.py"] if bench.dry else ["tests/test_gpu.py", "tests/train", "tests/model", "tests/parallel"]
+    )
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-m", "not e2e and not slow", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1].strip("= ") if done.stdout.strip() else done.stderr[-200:]

@@ -27,15 +27,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.dist.comm import Comm
-from trainer.dist.sharding import local_tensor
-from trainer.dist.strategy import Sharing, StrategyKind, make_strategy, warm_up
-from trainer.dist.worker import end_process
 from trainer.measure.memory_holding import Holding, Peak
 from trainer.measure.memory_strategy import strategy_peak
 from trainer.measure.memory_trace import trace_pass
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import apply_recompute, gathered_units, repeated_blocks
+from trainer.parallel.comm import Comm
+from trainer.parallel.sharding import local_tensor
+from trainer.parallel.strategy import Sharing, StrategyKind, make_strategy, warm_up
+from trainer.parallel.worker import end_process
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEXT_POSITIONS, POOLED_WIDTH = 77, 80

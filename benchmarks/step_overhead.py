@@ -92,7 +92,7 @@ def ours_start(config_path: Path, overrides: list[str]) -> dict[str, float]:
     ensure_prepared(config)
     resolved = write_resolved(config, config.run.dir)
     parent_s = time.process_time()
-    from trainer.dist.comm import init_comm
+    from trainer.parallel.comm import init_comm
     from trainer.train.arithmetic import arithmetic_of
     from trainer.train.build import build_run
     from trainer.train.loop import open_training_loader, starting_state
@@ -112,8 +112,8 @@ def steps(config_path: Path, overrides: list[str]) -> dict[str, float]:
     import torch
 
     from trainer.config.load import load_config
-    from trainer.dist.comm import init_comm
     from trainer.model.load import load_unet
+    from trainer.parallel.comm import init_comm
     from trainer.train.arithmetic import arithmetic_of
     from trainer.train.build import build_run
     from trainer.train.loop import open_training_loader, starting_state

@@ -7,8 +7,8 @@ import torch
 
 from tests.train.real_run import run_config
 from trainer.data.buckets import Bucket
-from trainer.dist.comm import Comm
 from trainer.model.compiled import compile_blocks
+from trainer.parallel.comm import Comm
 from trainer.train.bench import SyntheticData, synthetic_batch
 from trainer.train.build import build_parts
 from trainer.train.memory_choice import MemoryChoice

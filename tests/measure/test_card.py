@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.dist.environment import detect_gpus
 from trainer.measure.card import KEPT_BY_DRIVER, card_bytes
+from trainer.parallel.environment import detect_gpus
 
 GIB = 2**30
 

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from trainer.dist.comm import Comm
-from trainer.dist.sharding import shard_model
 from trainer.model import recompute
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import apply_recompute, gathered_units, offloaded_activations, repeated_blocks
 from trainer.model.tiny import make_tiny_unet
+from trainer.parallel.comm import Comm
+from trainer.parallel.sharding import shard_model
 
 
 def gradients(model: TrainedModel, around: Callable[[], AbstractContextManager[None]]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from trainer.config.schema import Config
 from trainer.data.loader import Batch
-from trainer.dist.comm import Comm
+from trainer.parallel.comm import Comm
 from trainer.train import loop
 from trainer.train.state import TrainState
 from trainer.train.step import StepResult, train_step

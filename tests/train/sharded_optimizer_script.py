@@ -19,8 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from trainer.config.schema import OptimizerConfig
-from trainer.dist.worker import end_process
-from trainer.train.local_part import local_part, part_of, whole_of
+from trainer.parallel.local_shard import local_part, part_of, whole_of
+from trainer.parallel.worker import end_process
 from trainer.train.loss_scale import LossScale
 from trainer.train.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
 

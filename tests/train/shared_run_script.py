@@ -23,14 +23,14 @@ from trainer.config.schema import OptimizerConfig
 from trainer.data.loader import Batch
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
-from trainer.dist.comm import Comm, close, init_comm
-from trainer.dist.sharding import copy_share
-from trainer.dist.strategy import Sharing, Strategy, make_strategy, warm_up
-from trainer.dist.worker import end_process
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.freeze import never_used
 from trainer.model.recompute import embeddings, gathered_units
 from trainer.model.text import TextEncoders
+from trainer.parallel.comm import Comm, close, init_comm
+from trainer.parallel.sharding import copy_share
+from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
+from trainer.parallel.worker import end_process
 from trainer.train.optim import make_optimizer
 from trainer.train.precision import precision_of, set_fp32_arithmetic
 from trainer.train.step import StepParts, train_step

@@ -14,10 +14,10 @@ from trainer.data.loader import Batch
 from trainer.data.snapshot import RowProblem
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
-from trainer.dist.comm import Comm
-from trainer.dist.strategy import Sharing, Strategy
 from trainer.model.denoiser import Denoiser, TrainedModel
 from trainer.model.load import load_unet
+from trainer.parallel.comm import Comm
+from trainer.parallel.strategy import Sharing, Strategy
 from trainer.train.optim import make_optimizer
 from trainer.train.step import StepParts, train_step
 

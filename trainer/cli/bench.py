@@ -16,10 +16,10 @@ from trainer.cli.arguments import add_config_arguments, read_config
 from trainer.cli.start import start_workers
 from trainer.config.schema import Config
 from trainer.data.prepare import is_current
-from trainer.dist.environment import choose_workers, detect_gpus, joined_environment
-from trainer.dist.failure import first_cause, read_failure
 from trainer.errors import UserError
 from trainer.measure.bench_report import BENCH_FILE, BenchReport, BenchRow, row_from_json
+from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
+from trainer.parallel.failure import first_cause, read_failure
 from trainer.train.preparation import prepare_settings
 
 STRATEGIES = ("ddp", "zero2", "zero3")

@@ -15,10 +15,10 @@ from trainer.config.load import to_yaml
 from trainer.config.schema import Config
 from trainer.data.caption_survey import planned_records
 from trainer.data.prepare import PrepareCounts, commit, forget_plan, is_current, plan_prepare, plan_repack, progress
-from trainer.dist.environment import choose_workers, detect_gpus, joined_environment
-from trainer.dist.launch import run_workers
-from trainer.dist.worker import MEMORY_ATTEMPT
 from trainer.errors import UserError
+from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
+from trainer.parallel.launch import run_workers
+from trainer.parallel.worker import MEMORY_ATTEMPT
 from trainer.train.captions import describe_captions, require_captions, survey_of
 from trainer.train.preparation import needs_workers, note_references, prepare_settings
 from trainer.train.run_dir import RESOLVED_CONFIG

@@ -8,9 +8,9 @@ from pathlib import Path
 from trainer.cli.arguments import add_config_arguments, read_config
 from trainer.cli.start import await_prepared, ensure_prepared, start_workers, write_resolved
 from trainer.config.schema import Config
-from trainer.dist.environment import detect_gpus, joined_environment
-from trainer.dist.launch import allocator_settings
 from trainer.errors import UserError
+from trainer.parallel.environment import detect_gpus, joined_environment
+from trainer.parallel.launch import allocator_settings
 from trainer.train.captions import check_captions
 from trainer.train.run_dir import list_checkpoints, only_writer
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 def _join(config: Config, joined: dict[str, str]) -> int:
     """Be one worker of a job that torchrun or SLURM has started; its rank 0 prepares the data for all."""
     from trainer.cli.worker import run_task
-    from trainer.dist.worker import run_worker
+    from trainer.parallel.worker import run_worker
 
     if joined["RANK"] == "0":
         code = ensure_prepared(config)

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.config.load import load_config
 from trainer.config.schema import Config
-from trainer.dist.worker import run_worker
+from trainer.parallel.worker import run_worker
 
 
 def main() -> None:
@@ -30,8 +30,8 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
 
         encode_share(config)
         return
-    from trainer.dist.comm import close, init_comm
     from trainer.measure.progress import open_log
+    from trainer.parallel.comm import close, init_comm
     from trainer.train.precision import set_fp32_arithmetic
 
     comm = init_comm()

@@ -13,9 +13,9 @@ from trainer.data.keyed import draw_seed
 from trainer.data.loader import Batch, BatchReader, Request
 from trainer.data.sampler import pick_rows
 from trainer.diffusion.noise import standard_normal
-from trainer.dist.comm import Comm, sum_floats
-from trainer.dist.strategy import evaluating
 from trainer.model.denoiser import Denoiser, image_losses, text_arguments
+from trainer.parallel.comm import Comm, sum_floats
+from trainer.parallel.strategy import evaluating
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ def card_bytes(gpus: Sequence[str]) -> int | None:
     """What CUDA has of the smallest of these cards; None where none of them can be asked.
 
     Args:
-        gpus: as `trainer.dist.environment.detect_gpus` lists those that workers may use.
+        gpus: as `trainer.parallel.environment.detect_gpus` lists those that workers may use.
     """
     query = ["nvidia-smi", "--query-gpu=uuid,memory.total", "--format=csv,noheader,nounits"]
     try:

@@ -77,7 +77,7 @@ class Holding:
 
     @property
     def keeps_views(self) -> bool:
-        """Gradients are zeroed in place and stay views of their buckets: see `trainer.dist.strategy.Sharing`."""
+        """Gradients are zeroed in place and stay views of their buckets: see `trainer.parallel.strategy.Sharing`."""
         return self.strategy == "ddp" and self.bucket_views and self.accumulation > 1
 
 

@@ -18,8 +18,6 @@ from trainer.config.schema import Config
 from trainer.data.buckets import Bucket, make_buckets
 from trainer.data.loader import Batch
 from trainer.data.snapshot import PreparedSet
-from trainer.dist.comm import Comm, barrier, gather_objects, sum_floats
-from trainer.dist.strategy import Strategy
 from trainer.errors import OutOfMemory
 from trainer.measure.bench_report import BenchRow
 from trainer.measure.card_peak import card_peak
@@ -27,6 +25,8 @@ from trainer.measure.phases import PhaseClock, exposed_s
 from trainer.model.compiled import compilations
 from trainer.model.source import component_config, find_source, vae_source
 from trainer.model.text import text_positions
+from trainer.parallel.comm import Comm, barrier, gather_objects, sum_floats
+from trainer.parallel.strategy import Strategy
 from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.build import Run, build_parts
 from trainer.train.encoding import encoded_batches

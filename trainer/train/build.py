@@ -14,9 +14,6 @@ from trainer.data.snapshot import SPLITS, PreparedSet
 from trainer.data.snapshot_file import current_snapshot
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
-from trainer.dist.comm import Comm, broadcast_object, gather_objects
-from trainer.dist.sharding import copy_share, materialize
-from trainer.dist.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.errors import UserError
 from trainer.model.channels_last import prefer_channels_last
 from trainer.model.compiled import compile_blocks
@@ -27,6 +24,9 @@ from trainer.model.recompute import apply_recompute, embeddings, gathered_units
 from trainer.model.source import find_source, open_folder_part, open_part
 from trainer.model.text import TextEncoders
 from trainer.model.vae import ImageEncoder
+from trainer.parallel.comm import Comm, broadcast_object, gather_objects
+from trainer.parallel.sharding import copy_share, materialize
+from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.train.adamw import Rounding
 from trainer.train.adamw_chunk import Update, compiled_update
 from trainer.train.checkpoint import OPTIMIZER, read_tensors

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from trainer.config.schema import Config
 from trainer.data.snapshot import PreparedSet
-from trainer.dist.comm import Comm
 from trainer.evaluate.report import loss_curve_png
 from trainer.measure.telemetry import read_metrics
+from trainer.parallel.comm import Comm
 from trainer.train.build import load_denoiser
 from trainer.train.scoring import Scorer
 

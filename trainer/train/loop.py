@@ -13,12 +13,12 @@ from trainer.data.augment import Augmentation
 from trainer.data.loader import BatchReader, Loader, open_loader
 from trainer.data.sampler import EpochPlan, Position, epochs_done, steps_per_epoch, with_global_batch
 from trainer.data.snapshot import PreparedSet
-from trainer.dist.comm import Comm, barrier, broadcast_object
 from trainer.errors import UserError
 from trainer.evaluate.report import loss_curve_png
 from trainer.measure.arithmetic import RunArithmetic
 from trainer.measure.progress import ProgressLine
 from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
+from trainer.parallel.comm import Comm, barrier, broadcast_object
 from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.build import Run, build_run, newest_snapshot

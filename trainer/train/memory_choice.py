@@ -18,16 +18,16 @@ import torch
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.data.loader import Batch
-from trainer.dist.comm import Comm, broadcast_object, gather_objects
-from trainer.dist.failure import card_is_full
-from trainer.dist.strategy import Sharing, StrategyKind
-from trainer.dist.worker import MEMORY_ATTEMPT
 from trainer.errors import OutOfMemory
 from trainer.measure.memory_holding import Kernels
 from trainer.measure.memory_plan import in_gib
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import offloaded_activations, repeated_blocks
 from trainer.model.text import text_positions
+from trainer.parallel.comm import Comm, broadcast_object, gather_objects
+from trainer.parallel.failure import card_is_full
+from trainer.parallel.strategy import Sharing, StrategyKind
+from trainer.parallel.worker import MEMORY_ATTEMPT
 from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.encoding import encoded_batches
 from trainer.train.layout import lay_out_model

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import UserError
+from trainer.parallel.local_shard import local_part, part_of, whole_of
 from trainer.train.adamw import BlockAdamW, Rounding
 from trainer.train.adamw_chunk import Update
-from trainer.train.local_part import local_part, part_of, whole_of
 
 NamedParameters = Mapping[str, nn.Parameter]
 

@@ -83,9 +83,9 @@ def encode_share(config: Config) -> None:
     import torch
 
     from trainer.data.captions import compose
-    from trainer.dist.comm import init_device
     from trainer.model.load import load_text_encoders, load_vae
     from trainer.model.vae import ImageEncoder
+    from trainer.parallel.comm import init_device
     from trainer.train.precision import DTYPES
 
     device = init_device()

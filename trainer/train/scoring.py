@@ -18,7 +18,6 @@ from trainer.data.captions import compose
 from trainer.data.loader import Batch, BatchReader
 from trainer.data.sampler import pick_rows
 from trainer.data.snapshot import PreparedSet
-from trainer.dist.comm import Comm, barrier
 from trainer.evaluate.report import GridRow, image_grid
 from trainer.evaluate.sampling import decoded_images, sample_images
 from trainer.evaluate.validation import ValidationLoss, validation_batches, validation_loss
@@ -26,6 +25,7 @@ from trainer.measure.telemetry import MetricsWriter
 from trainer.model.denoiser import Denoiser
 from trainer.model.load import load_vae
 from trainer.model.text import CaptionTokenizer, TextEncoders
+from trainer.parallel.comm import Comm, barrier
 from trainer.train.build import load_frozen_text_encoders
 from trainer.train.captions import caption_rules, caption_tokenizer
 from trainer.train.encoding import encoded_batches

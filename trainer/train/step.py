@@ -17,10 +17,10 @@ from torch import Tensor
 from trainer.data.loader import Batch
 from trainer.data.snapshot import RowProblem
 from trainer.diffusion.noise import draw
-from trainer.dist.comm import Comm, sum_floats
-from trainer.dist.sharding import local_tensor
-from trainer.dist.strategy import Strategy
 from trainer.model.denoiser import Denoiser, image_losses, text_arguments
+from trainer.parallel.comm import Comm, sum_floats
+from trainer.parallel.sharding import local_tensor
+from trainer.parallel.strategy import Strategy
 from trainer.train.optim import scale_lr, take_optimizer_step
 
 

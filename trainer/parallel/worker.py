@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from trainer.dist.failure import failure_from, record_failure
+from trainer.parallel.failure import failure_from, record_failure
 
 # The launching process tells its workers these; absent under torchrun and SLURM.
 PARENT_PID = "SDXL_TRAIN_PARENT_PID"
@@ -52,8 +52,8 @@ def run_worker(body: Callable[[Callable[[], bool]], None]) -> None:
 def end_process() -> NoReturn:
     """End this process, whose work is done, without the interpreter's teardown; for whoever was in a process group.
 
-    The teardown aborted up to one of ten of them ("terminate called without an active exception"): most likely, a thread
-    of gloo that lets go of a tensor wants the interpreter's lock, is ended instead, and takes the process with it.
+    The teardown aborted up to one of ten of them ("terminate called without an active exception"): most likely, a
+    thread of gloo that lets go of a tensor wants the interpreter's lock, is ended instead, and takes the process along.
     """
     atexit._run_exitfuncs()  # closes logs, removes multiprocessing's temporary folder
     sys.stdout.flush()

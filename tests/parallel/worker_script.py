@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.dist import worker
 from trainer.errors import UserError
+from trainer.parallel import worker
 
 RANK = int(os.environ["RANK"])
 FOLDER = Path(sys.argv[2])
@@ -103,7 +103,7 @@ def store_socket(stop_requested: StopRequested) -> None:
 def collectives(stop_requested: StopRequested) -> None:
     import torch
 
-    from trainer.dist import comm
+    from trainer.parallel import comm
 
     here = comm.init_comm(timeout_s=60)
     comm.barrier(here)

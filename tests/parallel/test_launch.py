@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.dist import launch
-from trainer.dist.launch import WorkersResult, run_workers
+from trainer.parallel import launch
+from trainer.parallel.launch import WorkersResult, run_workers
 
 HERE = Path(__file__).parent
 ENV = {name: value for name, value in os.environ.items() if not name.endswith("_ALLOC_CONF")}
@@ -230,5 +230,5 @@ def test_workers_end_with_the_parent_even_without_the_sentinel(tmp_path: Path) -
 
 
 def test_launching_needs_no_torch() -> None:
-    code = "import sys, trainer.dist.launch, trainer.dist.worker; sys.exit('torch' in sys.modules)"
+    code = "import sys, trainer.parallel.launch, trainer.parallel.worker; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=ENV, check=False).returncode == 0

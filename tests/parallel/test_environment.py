@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.dist.environment import (
+from trainer.errors import UserError
+from trainer.parallel.environment import (
     available_cores,
     choose_workers,
     detect_gpus,
@@ -12,7 +13,6 @@ from trainer.dist.environment import (
     joined_environment,
     threads_per_worker,
 )
-from trainer.errors import UserError
 
 SLURM = {
     "SLURM_JOB_ID": "4711",

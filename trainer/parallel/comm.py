@@ -21,9 +21,9 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from trainer.dist import worker
-from trainer.dist.environment import threads_per_worker
 from trainer.errors import UserError
+from trainer.parallel import worker
+from trainer.parallel.environment import threads_per_worker
 
 DEFAULT_TIMEOUT_S = 600.0
 # What makes PartialState open a group by itself, even for one process.
@@ -43,7 +43,7 @@ class Comm:
 def init_comm(timeout_s: float = DEFAULT_TIMEOUT_S) -> Comm:
     """Join the other workers; alone, no process group is opened.
 
-    Reads the environment that `trainer.dist.launch`, torchrun or `joined_environment` (SLURM) has set. Sets the
+    Reads the environment that `trainer.parallel.launch`, torchrun or `joined_environment` (SLURM) has set. Sets the
     number of OpenMP threads.
 
     Args:

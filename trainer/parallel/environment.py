@@ -94,7 +94,7 @@ def joined_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
     """The rank variables of a job that torchrun or `srun` has started, or None: then this command launches itself.
 
     Returns `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`, to be put into
-    `os.environ` before `trainer.dist.comm.init_comm`.
+    `os.environ` before `trainer.parallel.comm.init_comm`.
     """
     if all(environ.get(name) for name in _TORCHRUN):
         rest = {

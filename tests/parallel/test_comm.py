@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from trainer.dist import worker
-from trainer.dist.comm import (
+from trainer.errors import UserError
+from trainer.parallel import worker
+from trainer.parallel.comm import (
     Comm,
     barrier,
     broadcast_object,
@@ -21,8 +22,7 @@ from trainer.dist.comm import (
     require_kernels,
     sum_floats,
 )
-from trainer.dist.launch import run_workers
-from trainer.errors import UserError
+from trainer.parallel.launch import run_workers
 
 HERE = Path(__file__).parent
 

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trainer.dist.comm import Comm
-from trainer.dist.sharding import (
+from trainer.parallel.comm import Comm
+from trainer.parallel.sharding import (
     gathered,
     local_tensor,
     materialize,

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from trainer.dist import sentinel, worker
-from trainer.dist.environment import threads_per_worker
-from trainer.dist.failure import Failure, failure_path, first_cause, read_failure, silent_failure
+from trainer.parallel import sentinel, worker
+from trainer.parallel.environment import threads_per_worker
+from trainer.parallel.failure import Failure, failure_path, first_cause, read_failure, silent_failure
 
 POLL_S = 0.05
 GRACE_S = 5.0
@@ -288,7 +288,7 @@ def _stop_signals() -> Iterator[_Signals]:
 
 @contextlib.contextmanager
 def _sentinel() -> Iterator[subprocess.Popen[bytes]]:
-    """The process that ends the workers if this one is killed; see `trainer.dist.sentinel`."""
+    """The process that ends the workers if this one is killed; see `trainer.parallel.sentinel`."""
     with subprocess.Popen(
         [sys.executable, "-I", "-S", str(Path(sentinel.__file__))],
         stdin=subprocess.PIPE,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.dist.failure import failure_from
+from trainer.parallel.failure import failure_from
 
 ECHO = "[gloo/transport/tcp/pair.cc:538] Connection closed by peer"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.dist.strategy import Sharing, Strategy
+from trainer.parallel.strategy import Sharing, Strategy
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])

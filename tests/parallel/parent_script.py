@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from trainer.dist.launch import run_workers
+from trainer.parallel.launch import run_workers
 
 if __name__ == "__main__":
     mode, folder, workers = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
