@@ -77,7 +77,7 @@ def main() -> None:
 
 def prepared(folder: Path, arguments: argparse.Namespace, device: str) -> Bench:
     """Make the model and its tokenizer."""
-    from trainer.model.tiny import write_clip_tokenizer, write_tiny_model
+    from trainer.tiny.tiny_model import write_clip_tokenizer, write_tiny_model
 
     tokenizer, model = folder / "tokenizer", arguments.model
     write_clip_tokenizer(tokenizer, "<|endoftext|>")

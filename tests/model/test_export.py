@@ -26,7 +26,7 @@ from trainer.model.parts import Part, PartTensor
 from trainer.model.presets import preset
 from trainer.model.source import find_source, open_part
 from trainer.model.text import TextEncoders
-from trainer.model.tiny import write_tiny_model
+from trainer.tiny.tiny_model import write_tiny_model
 
 SAME = Precision(None, None)
 HALF = Precision(torch.float16, torch.float16)
@@ -246,7 +246,7 @@ _MEASURE = """
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """1.5 GB of fp32 weights, the largest tensor 19 MB: at most twice that and 100 MB more."""
     from trainer.model.tensor_file import TensorSpec, write_tensor_file
-    from trainer.model.tiny import _UNET
+    from trainer.tiny.tiny_model import _UNET
 
     config = _UNET | {"block_out_channels": (128, 256, 512), "cross_attention_dim": 512}
     with torch.device("meta"):

@@ -23,7 +23,7 @@ from trainer.model.folder import read_config
 from trainer.model.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, block_of, single_file_keys
 from trainer.model.presets import preset
 from trainer.model.single_file import from_file, logit_scale, position_ids, to_file
-from trainer.model.tiny import write_tiny_model
+from trainer.tiny.tiny_model import write_tiny_model
 
 MAKERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "unet": UNet2DConditionModel.from_config,

@@ -13,9 +13,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from trainer.model import recompute
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import apply_recompute, gathered_units, offloaded_activations, repeated_blocks
-from trainer.model.tiny import make_tiny_unet
 from trainer.parallel.comm import Comm
 from trainer.parallel.sharding import shard_model
+from trainer.tiny.tiny_model import make_tiny_unet
 
 
 def gradients(model: TrainedModel, around: Callable[[], AbstractContextManager[None]]) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ def _make(folder: Path, settings: dict[str, Any], write: Callable[[Path], None])
 
 
 def _make_photos(folder: Path) -> None:
-    from trainer.data.photos import write_photos
+    from trainer.tiny.photos import write_photos
 
     write_photos(folder)
 
@@ -93,8 +93,8 @@ def _make_photos(folder: Path) -> None:
 def _make_model(folder: Path, photos: Path, seed: int, vae_steps: int, threads: int) -> None:
     import torch
 
-    from trainer.model.tiny import write_tiny_model
-    from trainer.model.tiny_vae import reconstruction_psnr, train_tiny_vae
+    from trainer.tiny.tiny_model import write_tiny_model
+    from trainer.tiny.tiny_vae import reconstruction_psnr, train_tiny_vae
 
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -23,7 +23,7 @@ from trainer.model.parts import CONFIGS_KEY, Part, TextProjection, differing_con
 from trainer.model.presets import preset
 from trainer.model.single_file import logit_scale, position_ids, to_file
 from trainer.model.tensor_file import TensorSpec, aligned, write_tensor_file
-from trainer.model.tiny import write_clip_tokenizer
+from trainer.tiny.tiny_model import write_clip_tokenizer
 
 END_TOKEN = "<|endoftext|>"
 _MOST_NAMES = 5

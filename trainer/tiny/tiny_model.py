@@ -109,7 +109,7 @@ def write_tiny_model(
     import torch
     from safetensors.torch import save_file
 
-    from trainer.model.tiny_vae import make_tiny_vae
+    from trainer.tiny.tiny_vae import make_tiny_vae
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, pad_token in (("tokenizer", _END), ("tokenizer_2", "!")):
