@@ -225,8 +225,8 @@ def timed(name: str, arguments: Sequence[object], note: str = "", watch: Watch |
 
 def write_diffusers_configs(folder: Path, model: Path) -> None:
     """The model's configurations as diffusers wants them beside a single file where there is no hub."""
-    from trainer.model.presets import preset
-    from trainer.model.source import component_config, find_source
+    from trainer.model_files.model_source import component_config, find_source
+    from trainer.model_files.presets import preset
 
     source = find_source(model)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):

@@ -77,7 +77,8 @@ def main() -> None:
 
 def prepared(folder: Path, arguments: argparse.Namespace, device: str) -> Bench:
     """Make the model and its tokenizer."""
-    from trainer.tiny.tiny_model import write_clip_tokenizer, write_tiny_model
+    from trainer.model_files.clip_tokenizer import write_clip_tokenizer
+    from trainer.tiny.tiny_model import write_tiny_model
 
     tokenizer, model = folder / "tokenizer", arguments.model
     write_clip_tokenizer(tokenizer, "<|endoftext|>")

@@ -23,7 +23,7 @@ from trainer.measure.card import KEPT_BY_DRIVER
 from trainer.measure.memory_holding import Holding
 from trainer.measure.memory_plan import GIB
 from trainer.measure.memory_strategy import strategy_peak
-from trainer.model.presets import preset
+from trainer.model_files.presets import preset
 from trainer.train.memory_plan import make_budget
 from trainer.train.traced import Shape, TracedRun, optimizer_bytes
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from trainer.model.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, single_file_keys
-from trainer.model.parts import CONFIGS_KEY
-from trainer.model.presets import preset
-from trainer.model.single_file import logit_scale, position_ids, to_file
-from trainer.model.tensor_file import TensorSpec, aligned, write_tensor_file
+from trainer.model_files.components import CONFIGS_KEY
+from trainer.model_files.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, single_file_keys
+from trainer.model_files.presets import preset
+from trainer.model_files.single_file import logit_scale, position_ids, to_file
+from trainer.model_files.tensor_file import TensorSpec, aligned, write_tensor_file
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FULL_WEIGHTS = 3_468_000_000  # about; the scale need not be exact

@@ -12,16 +12,17 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "trainer").rglob("*.py"))
 # Which packages of trainer/ a package may import, itself and `errors` aside.
 ALLOWED = {
-    "cli": {"config", "train", "data", "model", "parallel", "measure", "evaluate", "tiny"},
-    "train": {"config", "data", "model", "diffusion", "parallel", "measure", "evaluate"},
-    "evaluate": {"data", "model", "diffusion", "parallel"},
-    "model": {"diffusion", "tiny"},
+    "cli": {"config", "data", "evaluate", "measure", "model", "model_files", "parallel", "tiny", "train"},
+    "train": {"config", "data", "diffusion", "evaluate", "measure", "model", "model_files", "parallel"},
+    "evaluate": {"data", "diffusion", "model", "parallel"},
+    "model": {"diffusion", "model_files", "tiny"},
     "data": set(),
-    "tiny": set(),
+    "tiny": {"model_files"},
     "measure": set(),
     "parallel": set(),
     "diffusion": set(),
     "config": set(),
+    "model_files": set(),
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80

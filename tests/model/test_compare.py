@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from trainer.cli.main import main
 from trainer.evaluate.change_chart import change_chart_png, percent, short_names
 from trainer.model.compare import Change, compare
-from trainer.model.key_map import COMPONENTS, TEXT_PROJECTION, block_of, single_file_keys
-from trainer.model.single_file import logit_scale, position_ids, to_file
+from trainer.model_files.key_map import COMPONENTS, TEXT_PROJECTION, block_of, single_file_keys
+from trainer.model_files.single_file import logit_scale, position_ids, to_file
 
 CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
 Tensors = dict[str, torch.Tensor]

@@ -19,13 +19,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from trainer.errors import UserError
 from trainer.model.conditioning import time_ids, unet_inputs
 from trainer.model.export import Precision, file_metadata, plan_single_file, write_folder, write_single_file
-from trainer.model.header import read_header
-from trainer.model.key_map import COMPONENTS
 from trainer.model.load import load_text_encoders, load_unet, load_vae
-from trainer.model.parts import Part, PartTensor
-from trainer.model.presets import preset
-from trainer.model.source import find_source, open_part
 from trainer.model.text import TextEncoders
+from trainer.model_files.components import Part, PartTensor
+from trainer.model_files.header import read_header
+from trainer.model_files.key_map import COMPONENTS
+from trainer.model_files.model_source import find_source, open_part
+from trainer.model_files.presets import preset
 from trainer.tiny.tiny_model import write_tiny_model
 
 SAME = Precision(None, None)
@@ -218,7 +218,7 @@ def test_the_full_size_layout_is_the_published_one() -> None:
 
 
 def plan_names(part: Part) -> list[tuple[str, ...]]:
-    from trainer.model.key_map import single_file_keys
+    from trainer.model_files.key_map import single_file_keys
 
     return [entry.names for entry in single_file_keys({part.component: part.config})]
 
@@ -228,7 +228,7 @@ _MEASURE = """
     from pathlib import Path
     import torch
     from trainer.model.export import Precision, file_metadata, plan_single_file, write_single_file
-    from trainer.model.source import find_source, open_part
+    from trainer.model_files.model_source import find_source, open_part
 
     def peak():
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -245,7 +245,7 @@ _MEASURE = """
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """1.5 GB of fp32 weights, the largest tensor 19 MB: at most twice that and 100 MB more."""
-    from trainer.model.tensor_file import TensorSpec, write_tensor_file
+    from trainer.model_files.tensor_file import TensorSpec, write_tensor_file
     from trainer.tiny.tiny_model import _UNET
 
     config = _UNET | {"block_out_channels": (128, 256, 512), "cross_attention_dim": 512}

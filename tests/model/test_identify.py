@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.model.header import DTYPE_BITS, HeaderFault, read_header
 from trainer.model.identify import KINDS, identify, wrong_model_line
+from trainer.model_files.header import DTYPE_BITS, HeaderFault, read_header
 
 UNET, CLIP_L, CLIP_G = (
     "model.diffusion_model.",

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from trainer.errors import UserError
 from trainer.model.export import Precision, plan_single_file, write_single_file
-from trainer.model.key_map import COMPONENTS, block_of
 from trainer.model.merge import merged_parts
-from trainer.model.parts import Part
-from trainer.model.source import find_source, open_part
+from trainer.model_files.components import Part
+from trainer.model_files.key_map import COMPONENTS, block_of
+from trainer.model_files.model_source import find_source, open_part
 
 FULL = Precision(torch.float32, torch.float32)
 

@@ -13,7 +13,7 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
-from trainer.model.header import read_header
+from trainer.model_files.header import read_header
 from trainer.train.run_dir import checkpoint_dir
 
 RIGHT = Path(__file__).parent.parent / "config" / "right.yaml"

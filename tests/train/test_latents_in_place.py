@@ -15,7 +15,7 @@ from trainer.data.encode import encode_shards
 from trainer.data.prepare import commit, plan_repack
 from trainer.data.snapshot import PreparedSet
 from trainer.data.snapshot_file import current_snapshot
-from trainer.model.folder import read_config
+from trainer.model_files.folder import read_config
 from trainer.train import preparation
 
 BUCKETS = [(64, 64), (64, 128)]

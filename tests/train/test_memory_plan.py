@@ -10,7 +10,7 @@ from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
 from trainer.measure.memory_plan import GIB
-from trainer.model.presets import preset
+from trainer.model_files.presets import preset
 from trainer.train.memory_plan import Setting, make_budget, make_setting, memory_plan, require_fit
 
 SQUARE = Bucket(1024, 1024)

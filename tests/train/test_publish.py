@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from trainer.cli.main import main
 from trainer.config.load import load_config, to_yaml
 from trainer.config.yaml_source import parse
-from trainer.model.header import read_header
-from trainer.model.key_map import TEXT_PROJECTION
-from trainer.model.tensor_file import hash_of_data
+from trainer.model_files.header import read_header
+from trainer.model_files.key_map import TEXT_PROJECTION
+from trainer.model_files.tensor_file import hash_of_data
 from trainer.train.run_dir import MANIFEST, manifest_entry
 
 RIGHT = Path(__file__).parent.parent / "config" / "right.yaml"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-
 from tests.model.single_files import write_single_file
+
 from tests.train.real_run import run_config, watched_run
 from trainer.cli.start import prepare
 from trainer.config.load import load_config, to_yaml
@@ -38,5 +38,5 @@ def test_the_same_losses_from_a_file_as_from_the_folder(tmp_path: Path, model_fo
         assert prepare(config) == 0
         losses[model] = [result.loss for result in watched_run(config).results]
     assert len(losses[file]) == 2
-    # Last bits hang on where the system puts memory; the weights themselves are compared in tests/model/test_source.py.
+    # Last bits hang on where the system puts memory; tests/model_files/test_model_source.py compares the weights.
     assert losses[file] == pytest.approx(losses[model_folder], rel=1e-5)

@@ -13,7 +13,7 @@ from trainer.data.snapshot import PreparedSet
 from trainer.data.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, left_out, sample
 from trainer.errors import UserError
 from trainer.evaluate.data_chart import DataChart, data_chart_png
-from trainer.model.source import ModelPath
+from trainer.model_files.model_source import ModelPath
 from trainer.train.captions import caption_rules
 
 _SHOWN_REASONS = 12

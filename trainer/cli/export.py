@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from trainer.errors import UserError
-from trainer.model.modelspec import Description
+from trainer.model_files.modelspec import Description
 from trainer.train.publish import PreparedExport, Wish, prepare_export
 
 _EXAMPLES = """\

@@ -14,8 +14,8 @@ from trainer.errors import UserError
 from trainer.evaluate.change_chart import change_chart_png
 from trainer.model.compare import as_json as comparison_json
 from trainer.model.compare import comparable_bytes, compare
-from trainer.model.header import HeaderFault
 from trainer.model.inspect import as_json, inspect, look, total_bytes
+from trainer.model_files.header import HeaderFault
 from trainer.train.run_dir import list_checkpoints
 
 _EXAMPLES = """\

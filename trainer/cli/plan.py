@@ -17,7 +17,7 @@ from trainer.data.prepare import is_current
 from trainer.data.snapshot import PreparedSet
 from trainer.measure.card import card_bytes
 from trainer.measure.memory_report import MemoryPlan, measured_speed, run_time
-from trainer.model.source import count_weights, find_source
+from trainer.model_files.model_source import count_weights, find_source
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
 from trainer.train.arithmetic import arithmetic_of
 from trainer.train.captions import describe_captions, require_captions, survey_of

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.model.folder import WEIGHTS_STEMS, weight_files
-from trainer.model.header import Header, header_fault
-from trainer.model.hub import cached_model, download_model
 from trainer.model.identify import WANTED, Identity, classify, identify, wrong_model_line
-from trainer.model.key_map import COMPONENTS, TEXT_PROJECTION, UNET_PREFIX
-from trainer.model.parts import PROJECTION_KEY, TextProjection
-from trainer.model.source import (
+from trainer.model_files.components import PROJECTION_KEY, TextProjection
+from trainer.model_files.folder import WEIGHTS_STEMS, weight_files
+from trainer.model_files.header import Header, header_fault
+from trainer.model_files.hub import cached_model, download_model
+from trainer.model_files.key_map import COMPONENTS, TEXT_PROJECTION, UNET_PREFIX
+from trainer.model_files.model_source import (
     LINEAR_PROJECTIONS,
     ModelPath,
     ModelSource,
@@ -28,7 +28,7 @@ from trainer.model.source import (
     find_source,
     source_header,
 )
-from trainer.model.tokenizer_files import tokenizer_folders
+from trainer.model_files.tokenizer_files import tokenizer_folders
 
 LAYOUT = "SDXL in diffusers' folder layout (unet/, vae/, text_encoder/, text_encoder_2/)"
 _BAD_CONFIGS = "the configurations in its metadata cannot be used"

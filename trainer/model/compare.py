@@ -14,9 +14,9 @@ from trainer.model.blocks import block_order
 from trainer.model.float_bits import FORMATS, rounded, values
 from trainer.model.identify import Identity
 from trainer.model.inspect import look
-from trainer.model.key_map import COMPONENTS, LOGIT_SCALE
 from trainer.model.projection import Orientation, orientation
 from trainer.model.stored import StoredTensor, block_by_name, read_pieces, split_stacked, stored_files
+from trainer.model_files.key_map import COMPONENTS, LOGIT_SCALE
 
 _PIECE_VALUES = 1 << 20
 OnBytes = Callable[[int], object]
@@ -99,7 +99,7 @@ def compare(path_a: Path, path_b: Path, *, on_bytes: OnBytes = lambda _: None) -
         on_bytes: is told how many of A's bytes were compared, as they are.
 
     Raises:
-        trainer.model.header.HeaderFault: a file is not whole.
+        trainer.model_files.header.HeaderFault: a file is not whole.
         OSError: a file cannot be read.
     """
     found_a, found_b = look(path_a), look(path_b)

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.model.folder import WEIGHTS_STEMS
-from trainer.model.key_map import LOGIT_SCALE, POSITION_IDS, KeyEntry, single_file_keys
-from trainer.model.modelspec import HASH_KEY
-from trainer.model.parts import CONFIGS_KEY, Part, TextProjection, differing_configs
-from trainer.model.presets import preset
-from trainer.model.single_file import logit_scale, position_ids, to_file
-from trainer.model.tensor_file import TensorSpec, aligned, write_tensor_file
-from trainer.tiny.tiny_model import write_clip_tokenizer
+from trainer.model_files.clip_tokenizer import END_TOKEN, write_clip_tokenizer
+from trainer.model_files.components import CONFIGS_KEY, Part, TextProjection, differing_configs
+from trainer.model_files.folder import WEIGHTS_STEMS
+from trainer.model_files.key_map import LOGIT_SCALE, POSITION_IDS, KeyEntry, single_file_keys
+from trainer.model_files.modelspec import HASH_KEY
+from trainer.model_files.presets import preset
+from trainer.model_files.single_file import logit_scale, position_ids, to_file
+from trainer.model_files.tensor_file import TensorSpec, aligned, write_tensor_file
 
-END_TOKEN = "<|endoftext|>"
 _MOST_NAMES = 5
 
 

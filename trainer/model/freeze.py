@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import translate
 from typing import Any
 
-from trainer.model.key_map import UNET_PREFIX, single_file_keys
+from trainer.model_files.key_map import UNET_PREFIX, single_file_keys
 
 
 def frozen_names(

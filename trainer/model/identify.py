@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.model.adapters import adapter
-from trainer.model.folder import read_json
-from trainer.model.header import Header, HeaderFault, header_fault, read_header
+from trainer.model_files.folder import read_json
+from trainer.model_files.header import Header, HeaderFault, header_fault, read_header
 
 SDXL = "an SDXL base model"
 WANTED = "SDXL base (one .safetensors file or a diffusers folder)"

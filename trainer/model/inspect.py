@@ -12,12 +12,12 @@ from typing import Any
 from trainer.model.blocks import block_order
 from trainer.model.float_bits import FORMATS, Faults, faults
 from trainer.model.identify import Identity, classify, identify
-from trainer.model.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS
-from trainer.model.modelspec import HASH_KEY
-from trainer.model.pickle_file import pickle_header
 from trainer.model.projection import Orientation, orientation
 from trainer.model.stored import PIECE_BYTES, StoredFile, StoredTensor, read_pieces, stored_files, wanted_names
 from trainer.model.told import MARKERS, Prediction, prediction
+from trainer.model_files.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS
+from trainer.model_files.modelspec import HASH_KEY
+from trainer.model_files.pickle_file import pickle_header
 
 _NOT_WEIGHTS = {*MARKERS, POSITION_IDS, LOGIT_SCALE}
 OnBytes = Callable[[int], object]
@@ -100,7 +100,7 @@ def inspect(
         on_bytes: is told how many bytes were read, as they are read.
 
     Raises:
-        trainer.model.header.HeaderFault: a file is not whole.
+        trainer.model_files.header.HeaderFault: a file is not whole.
         OSError: a file cannot be read.
     """
     found = look(path)

@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import UserError
-from trainer.model.parts import Part, TextProjection
-from trainer.model.source import ModelPath, ModelSource, component_config, find_source, open_part, vae_source
 from trainer.model.text import TextEncoders
+from trainer.model_files.components import Part, TextProjection
+from trainer.model_files.model_source import (
+    ModelPath,
+    ModelSource,
+    component_config,
+    find_source,
+    open_part,
+    vae_source,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +130,7 @@ def read_weights(model: torch.nn.Module, part: Part, place: Callable[[str, torch
     One tensor is in memory at a time, on the CPU and in the dtype of the file.
 
     Args:
-        part: from `trainer.model.source.open_part`.
+        part: from `trainer.model_files.model_source.open_part`.
     Raises:
         UserError: a tensor is missing, has another shape, or is none of the model's.
     """

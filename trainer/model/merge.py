@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from trainer.errors import UserError
 from trainer.model.freeze import frozen_names
-from trainer.model.key_map import UNET_PREFIX, KeyEntry, block_of, single_file_keys
-from trainer.model.parts import Part, PartTensor
+from trainer.model_files.components import Part, PartTensor
+from trainer.model_files.key_map import UNET_PREFIX, KeyEntry, block_of, single_file_keys
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.model.folder import read_json, weight_files
-from trainer.model.header import Header, read_header
 from trainer.model.identify import Identity, identify
-from trainer.model.key_map import COMPONENTS, PREFIXES, UNET_PREFIX, KeyEntry, block_of, single_file_keys
-from trainer.model.parts import CONFIGS_KEY, name_in_module, told_config
-from trainer.model.presets import preset
+from trainer.model_files.components import CONFIGS_KEY, name_in_module, told_config
+from trainer.model_files.folder import read_json, weight_files
+from trainer.model_files.header import Header, read_header
+from trainer.model_files.key_map import COMPONENTS, PREFIXES, UNET_PREFIX, KeyEntry, block_of, single_file_keys
+from trainer.model_files.presets import preset
 
 PIECE_BYTES = 8 << 20
 _SDXL_WIDTH = 320
@@ -59,7 +59,7 @@ class StoredTensor:
 
     @property
     def block(self) -> str:
-        """The block it belongs to, as in `trainer.model.key_map.block_of`."""
+        """The block it belongs to, as in `trainer.model_files.key_map.block_of`."""
         return block_by_name(self.name)
 
 
@@ -79,7 +79,7 @@ def stored_files(path: Path, found: Identity) -> tuple[StoredFile, ...]:
         found: what `identify` says of the path; it must be readable.
 
     Raises:
-        trainer.model.header.HeaderFault: a file is not whole.
+        trainer.model_files.header.HeaderFault: a file is not whole.
         OSError: a file cannot be read.
     """
     if path.is_file():
@@ -161,7 +161,7 @@ def _pickle(path: Path) -> StoredFile:
     """A checkpoint's tensors, mapped into memory by torch."""
     import torch
 
-    from trainer.model.pickle_file import pickle_header, read_pickle
+    from trainer.model_files.pickle_file import pickle_header, read_pickle
 
     content, header = read_pickle(path), pickle_header(path)
     tensors = []

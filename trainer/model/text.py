@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from trainer.model.tokenizer_files import find_tokenizers
+from trainer.model_files.tokenizer_files import find_tokenizers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,7 @@ def load_tokenizers(model: Path | str, tokenizer: Path | None = None) -> Caption
     Args:
         model: `model.path`; tokenizer: `model.tokenizer`.
     Raises:
-        UserError: there are none; see `trainer.model.tokenizer_files`.
+        UserError: there are none; see `trainer.model_files.tokenizer_files`.
     """
     from transformers import CLIPTokenizer
 

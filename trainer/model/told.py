@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.model.folder import read_json
 from trainer.model.identify import Identity
-from trainer.model.modelspec import PREFIX, told_prediction_type
 from trainer.model.stored import StoredFile
+from trainer.model_files.folder import read_json
+from trainer.model_files.modelspec import PREFIX, told_prediction_type
 
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 _SS_SHOWN = (

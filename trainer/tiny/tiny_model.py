@@ -7,13 +7,11 @@ confuses them fails.
 
 from __future__ import annotations
 
-import gzip
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.package_files import find_package_file
+from trainer.model_files.clip_tokenizer import END_TOKEN, write_clip_tokenizer
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -21,8 +19,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 _TEXT_WIDTH_ONE, _TEXT_WIDTH_TWO, _POOLED_WIDTH = 64, 96, 80
-_VOCABULARY_SIZE, _START_ID, _END_ID = 49408, 49406, 49407
-_START, _END = "<|startoftext|>", "<|endoftext|>"
+_VOCABULARY_SIZE = 49408
 
 _UNET: dict[str, Any] = {
     "sample_size": 32,
@@ -112,7 +109,7 @@ def write_tiny_model(
     from trainer.tiny.tiny_vae import make_tiny_vae
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name, pad_token in (("tokenizer", _END), ("tokenizer_2", "!")):
+    for name, pad_token in (("tokenizer", END_TOKEN), ("tokenizer_2", "!")):
         write_clip_tokenizer(folder / name, pad_token, tokenizer_from or (folder / "tokenizer"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -155,44 +152,6 @@ def _make_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
                 elif name.endswith("self_attn.out_proj.weight"):
                     weight.mul_(3.0)
     return one, two
-
-
-def write_clip_tokenizer(folder: Path, pad_token: str, tokenizer_from: Path | None = None) -> None:
-    """Write CLIP's tokenizer as the published SDXL has it: `vocab.json`, `merges.txt` and two settings files.
-
-    Args:
-        pad_token: the end token for SDXL's first tokenizer, "!" (id 0) for the second.
-        tokenizer_from: a folder to copy vocabulary and merges from, if it has them.
-
-    Raises:
-        UserError: no installed package has CLIP's vocabulary.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("vocab.json", "merges.txt"):
-        if tokenizer_from is not None and tokenizer_from != folder and (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, folder / name)
-    if not (folder / "vocab.json").is_file():
-        vocabulary, merges = _clip_vocabulary()
-        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": pad_token}
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
-    settings |= {"add_prefix_space": False, "errors": "replace", "clean_up_tokenization_spaces": True}
-    _write_json(folder / "special_tokens_map.json", special)
-    _write_json(folder / "tokenizer_config.json", settings | special)
-
-
-def _clip_vocabulary() -> tuple[dict[str, int], list[str]]:
-    """CLIP's tokens with their ids, and its merges: bytes, bytes that end a word, merges, start, end."""
-    path = find_package_file("open_clip", "open_clip_torch", "bpe_simple_vocab_16e6.txt.gz")
-    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    # The file holds more merges than CLIP uses; the first line is a comment.
-    merges = lines[1 : _VOCABULARY_SIZE - 2 * 256 - 2 + 1]
-    # Printable stand-ins for the 256 bytes, in CLIP's order: "!" comes first.
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    symbols = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *(m.replace(" ", "") for m in merges), _START, _END]
-    return {token: index for index, token in enumerate(tokens)}, merges
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -23,8 +23,8 @@ from trainer.measure.bench_report import BenchRow
 from trainer.measure.card_peak import card_peak
 from trainer.measure.phases import PhaseClock, exposed_s
 from trainer.model.compiled import compilations
-from trainer.model.source import component_config, find_source, vae_source
 from trainer.model.text import text_positions
+from trainer.model_files.model_source import component_config, find_source, vae_source
 from trainer.parallel.comm import Comm, barrier, gather_objects, sum_floats
 from trainer.parallel.strategy import Strategy
 from trainer.train.arithmetic import arithmetic_of, batch_factors

@@ -19,11 +19,11 @@ from trainer.model.channels_last import prefer_channels_last
 from trainer.model.compiled import compile_blocks
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.load import load_text_encoders, load_vae, read_weights
-from trainer.model.parts import Part
 from trainer.model.recompute import apply_recompute, embeddings, gathered_units
-from trainer.model.source import find_source, open_folder_part, open_part
 from trainer.model.text import TextEncoders
 from trainer.model.vae import ImageEncoder
+from trainer.model_files.components import Part
+from trainer.model_files.model_source import find_source, open_folder_part, open_part
 from trainer.parallel.comm import Comm, broadcast_object, gather_objects
 from trainer.parallel.sharding import copy_share, materialize
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up

@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from trainer.model.tensor_file import TensorSpec, aligned, sync_to_disk, write_tensor_file
+from trainer.model_files.tensor_file import TensorSpec, aligned, sync_to_disk, write_tensor_file
 from trainer.train.run_dir import MANIFEST, STATE, manifest_entry
 
 OPTIMIZER = "training_state/optimizer.safetensors"

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from trainer.config.schema import Config
 from trainer.errors import UserError
-from trainer.model.modelspec import Description
+from trainer.model_files.modelspec import Description
 from trainer.train.publish import Wish, prepare_export
 from trainer.train.run_dir import MANIFEST, checkpoint_dir
 

@@ -29,7 +29,7 @@ from trainer.measure.memory_plan import (
 )
 from trainer.measure.memory_report import MemoryPlan, RungReport
 from trainer.measure.memory_strategy import parameter_sizes, wire_bytes
-from trainer.model.source import component_config, find_source, vae_source
+from trainer.model_files.model_source import component_config, find_source, vae_source
 from trainer.train.arithmetic import batch_factors
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from trainer.config.schema import Config
 from trainer.config.yaml_source import dump
 from trainer.errors import UserError
 from trainer.model.merge import BlockWeights, merged_parts
-from trainer.model.modelspec import PREFIX, Description, modelspec, thumbnail_of, without_folders
-from trainer.model.parts import CONFIGS_KEY, PROJECTION_KEY, TextProjection
+from trainer.model_files.components import CONFIGS_KEY, PROJECTION_KEY, TextProjection
+from trainer.model_files.modelspec import PREFIX, Description, modelspec, thumbnail_of, without_folders
 from trainer.train.publish_source import Source, open_source, prediction_of, scheduler_of, tokenizers_of
 from trainer.train.run_dir import checkpoint_step
 
@@ -190,7 +190,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
 
 def _precision(wish: Wish) -> Precision:
     from trainer.model.export import Precision
-    from trainer.model.tensor_file import torch_dtype
+    from trainer.model_files.tensor_file import torch_dtype
 
     names = (wish.dtype, wish.vae_dtype or wish.dtype)
     model, vae = (None if name == "same" else torch_dtype(_DTYPES[name]) for name in names)

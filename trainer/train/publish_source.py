@@ -11,11 +11,9 @@ from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.model.identify import wrong_model_line
 from trainer.model.inspect import look
-from trainer.model.key_map import COMPONENTS
-from trainer.model.modelspec import told_prediction_type
-from trainer.model.parts import PROJECTION_KEY, Part, TextProjection, require_whole
-from trainer.model.presets import preset
-from trainer.model.source import (
+from trainer.model_files.components import PROJECTION_KEY, Part, TextProjection, require_whole
+from trainer.model_files.key_map import COMPONENTS
+from trainer.model_files.model_source import (
     ModelPath,
     ModelSource,
     find_source,
@@ -24,7 +22,9 @@ from trainer.model.source import (
     source_header,
     vae_source,
 )
-from trainer.model.tokenizer_files import tokenizer_folders
+from trainer.model_files.modelspec import told_prediction_type
+from trainer.model_files.presets import preset
+from trainer.model_files.tokenizer_files import tokenizer_folders
 from trainer.train.run_dir import MANIFEST, RESOLVED_CONFIG, list_checkpoints, manifest_entry
 
 

@@ -1,6 +1,6 @@
 """SDXL's components by name, shape and dtype, wherever their weights lie; tensors are read one at a time.
 
-`trainer.model.source` opens them; they are loaded, published and merged from here.
+`trainer.model_files.model_source` opens them; they are loaded, published and merged from here.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.errors import UserError
-from trainer.model.key_map import single_file_keys
-from trainer.model.presets import preset
+from trainer.model_files.key_map import single_file_keys
+from trainer.model_files.presets import preset
 
 if TYPE_CHECKING:
     from torch import Tensor

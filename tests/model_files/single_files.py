@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.model.folder import read_config
-from trainer.model.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, single_file_keys
-from trainer.model.parts import CONFIGS_KEY
-from trainer.model.single_file import logit_scale, position_ids, to_file
-from trainer.model.source import component_tensors, find_source
+from trainer.model_files.components import CONFIGS_KEY
+from trainer.model_files.folder import read_config
+from trainer.model_files.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, single_file_keys
+from trainer.model_files.model_source import component_tensors, find_source
+from trainer.model_files.single_file import logit_scale, position_ids, to_file
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 

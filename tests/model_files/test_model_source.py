@@ -9,17 +9,17 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
+from tests.model.single_files import rewrite, single_file_tensors, write_single_file
 from torch import Tensor
 
-from tests.model.single_files import rewrite, single_file_tensors, write_single_file
 from trainer.errors import UserError
 from trainer.model.check import check_model
-from trainer.model.folder import read_config
-from trainer.model.hub import needed_files
-from trainer.model.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, TEXT_PROJECTION, VAE_PREFIX
 from trainer.model.load import load_text_encoders, load_unet, load_vae
-from trainer.model.presets import preset
-from trainer.model.source import (
+from trainer.model.text import load_tokenizers
+from trainer.model_files.folder import read_config
+from trainer.model_files.hub import needed_files
+from trainer.model_files.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, TEXT_PROJECTION, VAE_PREFIX
+from trainer.model_files.model_source import (
     component_config,
     component_tensors,
     count_weights,
@@ -27,7 +27,7 @@ from trainer.model.source import (
     open_part,
     weights_fingerprint,
 )
-from trainer.model.text import load_tokenizers
+from trainer.model_files.presets import preset
 
 F32 = torch.float32
 
@@ -208,7 +208,7 @@ def test_pickled_checkpoints(single_file: Path, model_folder: Path, tmp_path: Pa
     # A pickle has no metadata, so that only SDXL's own size can be told from it.
     assert "of another size (first width 16 instead of 320)" in line_of(checkpoint, tokenizer=model_folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.model.parts.preset", configured.__getitem__)
+        patch.setattr("trainer.model_files.components.preset", configured.__getitem__)
         check_model(checkpoint, tokenizer=model_folder)
         assert find_source(checkpoint).kind == "pickle"
         assert_equal(states(checkpoint), states(model_folder))

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trainer.errors import UserError
-from trainer.model.header import read_header
-from trainer.model.tensor_file import TensorSpec, aligned, hash_of_data, read_tensor, write_tensor_file
+from trainer.model_files.header import read_header
+from trainer.model_files.tensor_file import TensorSpec, aligned, hash_of_data, read_tensor, write_tensor_file
 
 TENSORS = {
     "half": torch.randn(3, 5).half(),
@@ -102,7 +102,7 @@ def test_a_killed_writer_leaves_no_file_of_that_name(tmp_path: Path) -> None:
     script = """
         import sys, time, torch
         from pathlib import Path
-        from trainer.model.tensor_file import TensorSpec, write_tensor_file
+        from trainer.model_files.tensor_file import TensorSpec, write_tensor_file
         def tensors():
             for _ in range(2):
                 yield torch.zeros(1 << 18)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainer.model.key_map import LOGIT_SCALE_VALUE, KeyEntry
+from trainer.model_files.key_map import LOGIT_SCALE_VALUE, KeyEntry
 
 
 def from_file(entry: KeyEntry, tensor: Tensor) -> list[tuple[str, Tensor]]:

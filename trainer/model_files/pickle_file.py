@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import UserError
-from trainer.model.header import Header, TensorEntry
+from trainer.model_files.header import Header, TensorEntry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ def pickle_header(path: Path) -> Header:
     Raises:
         UserError: as `read_pickle`.
     """
-    from trainer.model.tensor_file import dtype_name
+    from trainer.model_files.tensor_file import dtype_name
 
     tensors = {
         name: TensorEntry(dtype_name(tensor.dtype), tuple(tensor.shape), 0, tensor.numel() * tensor.itemsize)

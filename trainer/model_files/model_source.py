@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import xxhash
 
 from trainer.errors import UserError
-from trainer.model import folder as model_folder
-from trainer.model.header import Header, HeaderFault, TensorEntry, read_header
-from trainer.model.hub import cached_model
-from trainer.model.key_map import PREFIXES, TEXT_PROJECTION, VAE_PREFIX, KeyEntry, single_file_keys
-from trainer.model.parts import Part, PartTensor, TextProjection, name_in_module, told_config
+from trainer.model_files import folder as model_folder
+from trainer.model_files.components import Part, PartTensor, TextProjection, name_in_module, told_config
+from trainer.model_files.header import Header, HeaderFault, TensorEntry, read_header
+from trainer.model_files.hub import cached_model
+from trainer.model_files.key_map import PREFIXES, TEXT_PROJECTION, VAE_PREFIX, KeyEntry, single_file_keys
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ def source_header(source: ModelSource) -> Header:
         UserError: it cannot be read.
     """
     if source.kind == "pickle":
-        from trainer.model.pickle_file import pickle_header
+        from trainer.model_files.pickle_file import pickle_header
 
         return pickle_header(source.path)
     try:
@@ -198,8 +198,8 @@ def _part_tensor(file: Path, entry: TensorEntry, key: KeyEntry | None = None) ->
     """One tensor of the module that is read from a range of a file; with a `key`, changed to the module's form."""
     import torch
 
-    from trainer.model.single_file import from_file
-    from trainer.model.tensor_file import read_tensor, torch_dtype
+    from trainer.model_files.single_file import from_file
+    from trainer.model_files.tensor_file import read_tensor, torch_dtype
 
     def changed(tensor: Tensor) -> Tensor:
         return from_file(key, tensor)[0][1] if key else tensor
@@ -231,9 +231,9 @@ def _file_tensors(path: Path, header: Header) -> Callable[[KeyEntry], dict[str, 
 def _pickle_tensors(path: Path) -> Callable[[KeyEntry], dict[str, PartTensor]]:
     import torch
 
-    from trainer.model.pickle_file import read_pickle
-    from trainer.model.single_file import from_file
-    from trainer.model.tensor_file import dtype_name
+    from trainer.model_files.pickle_file import read_pickle
+    from trainer.model_files.single_file import from_file
+    from trainer.model_files.tensor_file import dtype_name
 
     stored = read_pickle(path)
 
@@ -277,7 +277,7 @@ def weights_fingerprint(source: ModelSource, component: str, text_projection: Te
     keys = [key for key in keys if key.file_name in header.tensors]
     pickled: dict[str, Tensor] = {}
     if source.kind == "pickle":
-        from trainer.model.pickle_file import read_pickle
+        from trainer.model_files.pickle_file import read_pickle
 
         pickled = read_pickle(source.path)
     with source.path.open("rb") as stream:

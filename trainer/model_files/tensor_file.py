@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
-from trainer.model.header import TensorEntry
+from trainer.model_files.header import TensorEntry
 
 if TYPE_CHECKING:
     import torch

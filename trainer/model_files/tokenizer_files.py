@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.errors import UserError
-from trainer.model.source import ModelPath, ModelSource, find_source
+from trainer.model_files.model_source import ModelPath, ModelSource, find_source
 
 _CLIP = "openai/clip-vit-large-patch14"
 # Where the hub's cache may have CLIP's vocabulary: repository, folder in it.
