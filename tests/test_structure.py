@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "trainer").rglob("*.py"))
 ALLOWED = {
     "cli": {"config", "data", "evaluate", "measure", "model", "model_files", "parallel", "tiny", "train"},
     "train": {"config", "data", "diffusion", "evaluate", "measure", "model", "model_files", "parallel"},
-    "evaluate": {"data", "diffusion", "model", "parallel"},
+    "evaluate": {"data", "diffusion", "model", "model_files", "parallel"},
     "model": {"diffusion", "model_files", "tiny"},
     "data": set(),
     "tiny": {"model_files"},

@@ -13,9 +13,9 @@ from tests.model.single_files import rewrite, single_file_tensors, write_single_
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.model.check import check_model
 from trainer.model.load import load_text_encoders, load_unet, load_vae
 from trainer.model.text import load_tokenizers
+from trainer.model_files.examine.check import check_model
 from trainer.model_files.folder import read_config
 from trainer.model_files.hub import needed_files
 from trainer.model_files.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, TEXT_PROJECTION, VAE_PREFIX

@@ -11,8 +11,8 @@ from PIL import Image
 
 from trainer.cli.make_tiny import main
 from trainer.errors import UserError
-from trainer.model.check import check_model
 from trainer.model_files.clip_tokenizer import write_clip_tokenizer
+from trainer.model_files.examine.check import check_model
 from trainer.tiny import photos
 from trainer.tiny.tiny_model import write_tiny_model
 from trainer.tiny.tiny_vae import SCALING_FACTOR, make_tiny_vae, reconstruction_psnr, train_tiny_vae

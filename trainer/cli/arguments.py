@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.config.load import load_config
 from trainer.config.schema import Config
-from trainer.model.check import check_model
+from trainer.model_files.examine.check import check_model
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

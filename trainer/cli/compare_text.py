@@ -6,8 +6,8 @@ from itertools import groupby
 
 from trainer.cli.inspect_text import COMPONENT_NAMES
 from trainer.evaluate.change_chart import percent, short_names
-from trainer.model.compare import Change, Comparison, largest_changes
-from trainer.model.stored import component_of
+from trainer.model_files.examine.compare import Change, Comparison, largest_changes
+from trainer.model_files.examine.stored_tensors import component_of
 
 _WIDTH = 110
 _BAR_WIDTH = 30

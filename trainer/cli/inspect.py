@@ -12,9 +12,9 @@ from trainer.cli.compare_text import comparison_lines
 from trainer.cli.inspect_text import inspection_lines
 from trainer.errors import UserError
 from trainer.evaluate.change_chart import change_chart_png
-from trainer.model.compare import as_json as comparison_json
-from trainer.model.compare import comparable_bytes, compare
-from trainer.model.inspect import as_json, inspect, look, total_bytes
+from trainer.model_files.examine.compare import as_json as comparison_json
+from trainer.model_files.examine.compare import comparable_bytes, compare
+from trainer.model_files.examine.inspection import as_json, inspect, look, total_bytes
 from trainer.model_files.header import HeaderFault
 from trainer.train.run_dir import list_checkpoints
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
-from trainer.model.float_bits import FORMATS
-from trainer.model.inspect import FileReport, Group, Inspection, Numbers, hash_agrees
-from trainer.model.told import readable_metadata
+from trainer.model_files.examine.float_bits import FORMATS
+from trainer.model_files.examine.inspection import FileReport, Group, Inspection, Numbers, hash_agrees
+from trainer.model_files.examine.markers import readable_metadata
 
 COMPONENT_NAMES = {
     "unet": "UNet",

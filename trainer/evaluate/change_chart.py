@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.model.compare import Change, Comparison
+from trainer.model_files.examine.compare import Change, Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,7 +114,7 @@ def _slots(comparison: Comparison, component: str) -> _Slots:
 
 def _roles(tensors: Sequence[Change]) -> dict[str, str]:
     """What the UNet's blocks are, by the names of their tensors."""
-    from trainer.model.stored import block_by_name
+    from trainer.model_files.examine.stored_tensors import block_by_name
 
     residual, transformer, other = _COLOURS
     found: dict[str, str] = {}

@@ -33,7 +33,7 @@ class HeaderFault(Exception):
     """A file is not whole safetensors.
 
     Attributes:
-        kind: one word, see `trainer.model.identify.KINDS`.
+        kind: one word, see `trainer.model_files.examine.identify.KINDS`.
         description: what the file is, to follow "is".
         mend: what helps, as a clause; may be empty.
     """

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.errors import UserError
-from trainer.model.identify import wrong_model_line
-from trainer.model.inspect import look
 from trainer.model_files.components import PROJECTION_KEY, Part, TextProjection, require_whole
+from trainer.model_files.examine.identify import wrong_model_line
+from trainer.model_files.examine.inspection import look
 from trainer.model_files.key_map import COMPONENTS
 from trainer.model_files.model_source import (
     ModelPath,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trainer.errors import UserError
-from trainer.model.check import check_model
+from trainer.model_files.examine.check import check_model
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_a_whole_model_passes_without_torch(model_folder: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
-from trainer.model.check import check_model
+from trainer.model_files.examine.check import check_model
 from trainer.model_files.folder import weights_fingerprint
 check_model(Path({str(model_folder)!r}))
 check_model(Path({str(model_folder)!r}), Path({str(model_folder / "vae")!r}))

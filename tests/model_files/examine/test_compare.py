@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.cli.main import main
 from trainer.evaluate.change_chart import change_chart_png, percent, short_names
-from trainer.model.compare import Change, compare
+from trainer.model_files.examine.compare import Change, compare
 from trainer.model_files.key_map import COMPONENTS, TEXT_PROJECTION, block_of, single_file_keys
 from trainer.model_files.single_file import logit_scale, position_ids, to_file
 

@@ -9,12 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.model.blocks import block_order
-from trainer.model.float_bits import FORMATS, Faults, faults
-from trainer.model.identify import Identity, classify, identify
-from trainer.model.projection import Orientation, orientation
-from trainer.model.stored import PIECE_BYTES, StoredFile, StoredTensor, read_pieces, stored_files, wanted_names
-from trainer.model.told import MARKERS, Prediction, prediction
+from trainer.model_files.examine.block_order import block_order
+from trainer.model_files.examine.float_bits import FORMATS, Faults, faults
+from trainer.model_files.examine.identify import Identity, classify, identify
+from trainer.model_files.examine.markers import MARKERS, Prediction, prediction
+from trainer.model_files.examine.projection import Orientation, orientation
+from trainer.model_files.examine.stored_tensors import (
+    PIECE_BYTES,
+    StoredFile,
+    StoredTensor,
+    read_pieces,
+    stored_files,
+    wanted_names,
+)
 from trainer.model_files.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS
 from trainer.model_files.modelspec import HASH_KEY
 from trainer.model_files.pickle_file import pickle_header

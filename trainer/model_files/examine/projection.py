@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.model.float_bits import FORMATS, values
-from trainer.model.stored import StoredFile, StoredTensor, read_pieces
 from trainer.model_files.components import PROJECTION_KEY
+from trainer.model_files.examine.float_bits import FORMATS, values
+from trainer.model_files.examine.stored_tensors import StoredFile, StoredTensor, read_pieces
 from trainer.model_files.key_map import LOGIT_SCALE, LOGIT_SCALE_VALUE, TEXT_ENCODER_2_PREFIX, TEXT_PROJECTION
 
 _AS_LINEAR = TEXT_PROJECTION + ".weight"  # written by tools that save a Linear's weight

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.model.identify import WANTED, Identity, classify, identify, wrong_model_line
 from trainer.model_files.components import PROJECTION_KEY, TextProjection
+from trainer.model_files.examine.identify import WANTED, Identity, classify, identify, wrong_model_line
 from trainer.model_files.folder import WEIGHTS_STEMS, weight_files
 from trainer.model_files.header import Header, header_fault
 from trainer.model_files.hub import cached_model, download_model

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.model.identify import Identity
-from trainer.model.stored import StoredFile
+from trainer.model_files.examine.identify import Identity
+from trainer.model_files.examine.stored_tensors import StoredFile
 from trainer.model_files.folder import read_json
 from trainer.model_files.modelspec import PREFIX, told_prediction_type
 

@@ -10,12 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from trainer.model.blocks import block_order
-from trainer.model.float_bits import FORMATS, rounded, values
-from trainer.model.identify import Identity
-from trainer.model.inspect import look
-from trainer.model.projection import Orientation, orientation
-from trainer.model.stored import StoredTensor, block_by_name, read_pieces, split_stacked, stored_files
+from trainer.model_files.examine.block_order import block_order
+from trainer.model_files.examine.float_bits import FORMATS, rounded, values
+from trainer.model_files.examine.identify import Identity
+from trainer.model_files.examine.inspection import look
+from trainer.model_files.examine.projection import Orientation, orientation
+from trainer.model_files.examine.stored_tensors import (
+    StoredTensor,
+    block_by_name,
+    read_pieces,
+    split_stacked,
+    stored_files,
+)
 from trainer.model_files.key_map import COMPONENTS, LOGIT_SCALE
 
 _PIECE_VALUES = 1 << 20

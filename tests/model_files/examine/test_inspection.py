@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.cli.main import main
-from trainer.model.float_bits import FORMATS, faults, rounded, values
-from trainer.model.inspect import Inspection, hash_agrees, inspect
-from trainer.model.told import readable_metadata
+from trainer.model_files.examine.float_bits import FORMATS, faults, rounded, values
+from trainer.model_files.examine.inspection import Inspection, hash_agrees, inspect
+from trainer.model_files.examine.markers import readable_metadata
 
 UNET, CLIP_L, CLIP_G = (
     "model.diffusion_model.",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.model.identify import KINDS, identify, wrong_model_line
+from trainer.model_files.examine.identify import KINDS, identify, wrong_model_line
 from trainer.model_files.header import DTYPE_BITS, HeaderFault, read_header
 
 UNET, CLIP_L, CLIP_G = (
@@ -270,7 +270,7 @@ def test_hostile_headers_are_one_line(name: str, tmp_path: Path) -> None:
 def test_hostile_headers_take_little_memory(tmp_path: Path) -> None:
     """Of addresses 700 MB at most, for a header of 100 MB and for the worst of 32 MiB."""
     script = (
-        "import resource, sys; from pathlib import Path; from trainer.model.identify import identify\n"
+        "import resource, sys; from pathlib import Path; from trainer.model_files.examine.identify import identify\n"
         "resource.setrlimit(resource.RLIMIT_AS, (700 << 20,) * 2)\n"
         "for path in sys.argv[1:]: print(identify(Path(path)).kind)"
     )
