@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from trainer.errors import UserError
 from trainer.model_files.modelspec import Description
-from trainer.train.publish import PreparedExport, Wish, prepare_export
+from trainer.publish.plan_export import PreparedExport, Wish, prepare_export
 
 _EXAMPLES = """\
 examples:

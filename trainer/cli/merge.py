@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainer.cli.export import add_description_arguments, told_description, write_with_bar
 from trainer.errors import UserError
-from trainer.train.publish import Wish, prepare_merge
+from trainer.publish.plan_export import Wish, prepare_merge
 
 _EXAMPLES = """\
 A and B are checkpoints, runs (their newest checkpoint), diffusers folders or single files, in any mix.

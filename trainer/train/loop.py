@@ -19,6 +19,7 @@ from trainer.measure.arithmetic import RunArithmetic
 from trainer.measure.progress import ProgressLine
 from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
 from trainer.parallel.comm import Comm, barrier, broadcast_object
+from trainer.publish.during_training import Exports
 from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.build import Run, build_run, newest_snapshot
@@ -26,7 +27,6 @@ from trainer.train.captions import caption_rules, caption_tokenizer
 from trainer.train.checkpoint import write_checkpoint
 from trainer.train.checkpoint_files import checkpoint_files
 from trainer.train.encoding import encoded_batches
-from trainer.train.exports import Exports
 from trainer.train.loss_scale import LossScale
 from trainer.train.lr_schedule import lr_at
 from trainer.train.optim import first_lr

@@ -18,7 +18,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from trainer.errors import UserError
 from trainer.model.conditioning import time_ids, unet_inputs
-from trainer.model.export import Precision, file_metadata, plan_single_file, write_folder, write_single_file
 from trainer.model.load import load_text_encoders, load_unet, load_vae
 from trainer.model.text import TextEncoders
 from trainer.model_files.components import Part, PartTensor
@@ -26,6 +25,7 @@ from trainer.model_files.header import read_header
 from trainer.model_files.key_map import COMPONENTS
 from trainer.model_files.model_source import find_source, open_part
 from trainer.model_files.presets import preset
+from trainer.publish.write_model import Precision, file_metadata, plan_single_file, write_folder, write_single_file
 from trainer.tiny.tiny_model import write_tiny_model
 
 SAME = Precision(None, None)
@@ -227,7 +227,7 @@ _MEASURE = """
     import resource, sys
     from pathlib import Path
     import torch
-    from trainer.model.export import Precision, file_metadata, plan_single_file, write_single_file
+    from trainer.publish.write_model import Precision, file_metadata, plan_single_file, write_single_file
     from trainer.model_files.model_source import find_source, open_part
 
     def peak():

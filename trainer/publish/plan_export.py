@@ -13,14 +13,14 @@ from trainer import __version__
 from trainer.config.schema import Config
 from trainer.config.yaml_source import dump
 from trainer.errors import UserError
-from trainer.model.merge import BlockWeights, merged_parts
 from trainer.model_files.components import CONFIGS_KEY, PROJECTION_KEY, TextProjection
 from trainer.model_files.modelspec import PREFIX, Description, modelspec, thumbnail_of, without_folders
-from trainer.train.publish_source import Source, open_source, prediction_of, scheduler_of, tokenizers_of
+from trainer.publish.export_source import Source, open_source, prediction_of, scheduler_of, tokenizers_of
+from trainer.publish.weighted_sum import BlockWeights, merged_parts
 from trainer.train.run_dir import checkpoint_step
 
 if TYPE_CHECKING:
-    from trainer.model.export import Precision
+    from trainer.publish.write_model import Precision
 
 TITLE_KEY = f"{PREFIX}title"
 CONFIG_KEY = "sdxl_train.config"
@@ -149,7 +149,7 @@ def _is_replaceable(wish: Wish) -> bool:
 def _prepare_file(
     source: Source, wish: Wish, prediction: str, ztsnr: bool, more: Mapping[str, str] | None = None
 ) -> PreparedExport:
-    from trainer.model.export import file_metadata, plan_single_file, total_bytes, write_single_file
+    from trainer.publish.write_model import file_metadata, plan_single_file, total_bytes, write_single_file
 
     markers = ("v_pred",) * (prediction == "v_prediction") + ("ztsnr",) * ztsnr
     planned = plan_single_file(source.parts, _precision(wish), markers, wish.text_projection)
@@ -166,7 +166,7 @@ def _prepare_file(
 
 
 def _prepare_folder(source: Source, wish: Wish, prediction: str, ztsnr: bool) -> PreparedExport:
-    from trainer.model.export import plan_component, total_bytes, write_folder
+    from trainer.publish.write_model import plan_component, total_bytes, write_folder
 
     precision, tokenizers = _precision(wish), tokenizers_of(source, wish.tokenizer)
     scheduler = scheduler_of(source, prediction, ztsnr)
@@ -189,8 +189,8 @@ def _disk_errors(out: Path) -> Iterator[None]:
 
 
 def _precision(wish: Wish) -> Precision:
-    from trainer.model.export import Precision
     from trainer.model_files.tensor_file import torch_dtype
+    from trainer.publish.write_model import Precision
 
     names = (wish.dtype, wish.vae_dtype or wish.dtype)
     model, vae = (None if name == "same" else torch_dtype(_DTYPES[name]) for name in names)

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.errors import UserError
-from trainer.model.export import Precision, plan_single_file, write_single_file
-from trainer.model.merge import merged_parts
 from trainer.model_files.components import Part
 from trainer.model_files.key_map import COMPONENTS, block_of
 from trainer.model_files.model_source import find_source, open_part
+from trainer.publish.weighted_sum import merged_parts
+from trainer.publish.write_model import Precision, plan_single_file, write_single_file
 
 FULL = Precision(torch.float32, torch.float32)
 
@@ -40,7 +40,7 @@ def models(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def _configs(model: Path) -> str:
-    from trainer.model.export import file_metadata
+    from trainer.publish.write_model import file_metadata
 
     return file_metadata(parts_of(model))["sdxl_train.configs"]
 
