@@ -121,7 +121,7 @@ def bare() -> None:
 
 def open_set(root: str) -> None:
     """Time and memory of opening a set."""
-    from trainer.data.snapshot import PreparedSet
+    from trainer.data.store.snapshot import PreparedSet
 
     gc.collect()
     before = memory_mb(os.getpid()).pss
@@ -139,7 +139,7 @@ def resume(root: str, workers: int) -> None:
     from trainer.data.loader import BatchReader, open_loader
     from trainer.data.reader_process import start_reader_server
     from trainer.data.sampler import Position, steps_per_epoch
-    from trainer.data.snapshot import PreparedSet
+    from trainer.data.store.snapshot import PreparedSet
 
     if workers:  # as in training, where the server starts while the model is loaded
         import multiprocessing
@@ -169,7 +169,7 @@ def rank(root: str, rank: int, world: int, workers: int, micro_batch: int, miles
 
     from trainer.data.loader import BatchReader, open_loader
     from trainer.data.sampler import Position
-    from trainer.data.snapshot import PreparedSet
+    from trainer.data.store.snapshot import PreparedSet
 
     prepared = PreparedSet.open(Path(root))
     position = Position.start(len(prepared.buckets("train")), world * micro_batch)

@@ -21,7 +21,7 @@ from killed_prepare import kill_prepare
 from synthetic_set import write_metadata_file, write_npz_set, write_synthetic_set
 
 from trainer.data.sampler import EpochPlan, Position, share, steps_per_epoch, with_global_batch
-from trainer.data.snapshot import PreparedSet
+from trainer.data.store.snapshot import PreparedSet
 
 ROWS = 12_446_670
 GLOBAL_BATCH = 32

@@ -19,13 +19,13 @@ import numpy as np
 
 from trainer.data.buckets import Bucket, BucketRules, make_buckets
 from trainer.data.captions import caption_record
-from trainer.data.references import Reference
 from trainer.data.settings import PrepareSettings, replace_file
-from trainer.data.shards import RowBatch, ShardHead, read_info, write_shard
-from trainer.data.snapshot_file import ShardEntry, Snapshot, snapshot_name, snapshot_to_json
 from trainer.data.sources.folder import FolderSource
 from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.sources.source import WHOLE
+from trainer.data.store.references import Reference
+from trainer.data.store.shards import RowBatch, ShardHead, read_info, write_shard
+from trainer.data.store.snapshot_file import ShardEntry, Snapshot, snapshot_name, snapshot_to_json
 
 ROWS_PER_SHARD = 4096
 CAPTION_BYTES = 700

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.data.small_set import byte_tokens
 from trainer.data.loader import BatchReader, open_loader
 from trainer.data.sampler import Position
-from trainer.data.snapshot import PreparedSet
+from trainer.data.store.snapshot import PreparedSet
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from trainer.data.buckets import Bucket
 from trainer.data.caption_survey import sampled_records, survey_captions
 from trainer.data.captions import PLAIN, CaptionRules, caption_record, compose
 from trainer.data.keyed import draw_seed
-from trainer.data.snapshot import PreparedSet
+from trainer.data.store.snapshot import PreparedSet
 
 
 def _records(*fields: tuple[str, str]) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from trainer.data.captions import CaptionRules, caption_record, caption_text, co
 from trainer.data.keyed import draw_seed
 from trainer.data.loader import Batch, BatchReader, Loader, Request, open_loader, pack, unpack
 from trainer.data.sampler import Position, planned_steps, share, with_global_batch
-from trainer.data.snapshot import PreparedSet, RowProblem
+from trainer.data.store.snapshot import PreparedSet, RowProblem
 
 TALL, SQUARE, WIDE = Bucket(128, 64), Bucket(64, 64), Bucket(64, 128)
 SEED = 7

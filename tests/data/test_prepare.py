@@ -22,8 +22,8 @@ from trainer.data.images import load_pixels
 from trainer.data.keyed import draw_seed
 from trainer.data.prepare import Committed, commit, is_current, plan_prepare, progress
 from trainer.data.settings import PrepareSettings
-from trainer.data.snapshot import PreparedSet, Rows
 from trainer.data.sources.folder import FolderSource
+from trainer.data.store.snapshot import PreparedSet, Rows
 from trainer.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -20,11 +20,11 @@ from trainer.data.images import image_hw, load_pixels
 from trainer.data.keyed import draw_seed
 from trainer.data.prepare import commit, plan_prepare
 from trainer.data.settings import PrepareSettings
-from trainer.data.snapshot import PreparedSet
 from trainer.data.sources.folder import FolderSource
 from trainer.data.sources.hf import HfSource
 from trainer.data.sources.parquet import ParquetSource
 from trainer.data.sources.webdataset import WebdatasetSource
+from trainer.data.store.snapshot import PreparedSet
 
 BUCKETS = make_buckets(RULES.resolution, RULES.min_px, RULES.max_px, RULES.step_px)
 Image = tuple[bytes, str]

@@ -15,9 +15,9 @@ from trainer.data.buckets import Bucket
 from trainer.data.captions import PLAIN
 from trainer.data.encode import encode_shards
 from trainer.data.prepare import commit, plan_prepare
-from trainer.data.snapshot import PreparedSet
 from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.stats import Sample, bucket_counts, left_out, sample
+from trainer.data.store.snapshot import PreparedSet
 from trainer.evaluate.data_chart import DataChart, data_chart_png
 
 SQUARE, TALL = Bucket(64, 64), Bucket(128, 64)

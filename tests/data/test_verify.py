@@ -16,10 +16,10 @@ from trainer.cli.main import main
 from trainer.data.buckets import Bucket
 from trainer.data.encode import encode_shards
 from trainer.data.prepare import commit, plan_prepare
-from trainer.data.shards import RowBatch, ShardHead, read_info, write_shard
-from trainer.data.snapshot import PreparedSet, ShardSummary
-from trainer.data.snapshot_file import ShardEntry, Snapshot, snapshot_to_json
 from trainer.data.sources.kohya import KohyaJsonSource
+from trainer.data.store.shards import RowBatch, ShardHead, read_info, write_shard
+from trainer.data.store.snapshot import PreparedSet, ShardSummary
+from trainer.data.store.snapshot_file import ShardEntry, Snapshot, snapshot_to_json
 from trainer.data.verify import VERIFY_BAD, Damage, Verified, verify
 from trainer.errors import UserError
 

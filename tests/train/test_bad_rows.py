@@ -13,11 +13,11 @@ import torch
 from tests.data.small_set import write_small_set
 from tests.train.real_run import ALONE, run_config, watched_run
 from trainer.config.schema import Config
-from trainer.data import snapshot
 from trainer.data.buckets import Bucket
 from trainer.data.loader import BatchReader, Request
 from trainer.data.sampler import Position, planned_steps
-from trainer.data.snapshot import RowProblem
+from trainer.data.store import snapshot
+from trainer.data.store.snapshot import RowProblem
 from trainer.errors import UserError
 from trainer.model.text import load_tokenizers
 from trainer.train import bad_rows

@@ -15,7 +15,7 @@ from trainer.data.augment import NOT_AUGMENTED, Augmentation
 from trainer.data.loader import Batch, BatchReader, Request, open_loader
 from trainer.data.prepare import commit, is_current, plan_prepare
 from trainer.data.sampler import Position
-from trainer.data.snapshot import PreparedSet
+from trainer.data.store.snapshot import PreparedSet
 from trainer.model.load import load_vae
 from trainer.model.text import load_tokenizers
 from trainer.model.vae import ImageEncoder

@@ -13,8 +13,8 @@ from trainer.cli.start import prepare
 from trainer.config.schema import Config
 from trainer.data.encode import encode_shards
 from trainer.data.prepare import commit, plan_repack
-from trainer.data.snapshot import PreparedSet
-from trainer.data.snapshot_file import current_snapshot
+from trainer.data.store.snapshot import PreparedSet
+from trainer.data.store.snapshot_file import current_snapshot
 from trainer.model_files.folder import read_config
 from trainer.train import preparation
 

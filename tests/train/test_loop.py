@@ -8,7 +8,7 @@ import pytest
 from tests.data.small_set import write_small_set
 from tests.train.real_run import Watched, run_config, watched_run
 from trainer.data.buckets import Bucket
-from trainer.data.snapshot_file import read_snapshot
+from trainer.data.store.snapshot_file import read_snapshot
 
 SQUARE, WIDE, TALL = Bucket(64, 64), Bucket(64, 128), Bucket(128, 64)
 

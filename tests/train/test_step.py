@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.config.schema import OptimizerConfig
 from trainer.data.loader import Batch
-from trainer.data.snapshot import RowProblem
+from trainer.data.store.snapshot import RowProblem
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
 from trainer.model.denoiser import Denoiser, TrainedModel

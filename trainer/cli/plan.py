@@ -14,7 +14,7 @@ from trainer.config.load import to_yaml
 from trainer.config.schema import Config
 from trainer.data.caption_survey import CaptionSurvey, sampled_records
 from trainer.data.prepare import is_current
-from trainer.data.snapshot import PreparedSet
+from trainer.data.store.snapshot import PreparedSet
 from trainer.measure.card import card_bytes
 from trainer.measure.memory_report import MemoryPlan, measured_speed, run_time
 from trainer.model_files.model_source import count_weights, find_source

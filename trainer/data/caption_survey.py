@@ -12,7 +12,7 @@ from trainer.data.captions import CaptionRules, compose
 from trainer.data.catalog import open_catalog
 from trainer.data.keyed import draw_seed
 from trainer.data.sampler import pick_rows
-from trainer.data.snapshot import PreparedSet
+from trainer.data.store.snapshot import PreparedSet
 
 SAMPLED_ROWS = 2000
 _DRAWS = 2

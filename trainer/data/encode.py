@@ -25,13 +25,13 @@ from trainer.data import catalog
 from trainer.data.catalog import BadRow, CatalogRow, Payload, PlannedShard
 from trainer.data.images import BadImage, load_pixels, pillow_rules
 from trainer.data.keyed import draw_seed
-from trainer.data.npz import BadNpz
-from trainer.data.references import Reference, ReferencedFiles
 from trainer.data.settings import stored_settings, sync_folder
-from trainer.data.shard_reader import read_npz
-from trainer.data.shards import EncodeText, RowBatch, ShardHead, write_shard
 from trainer.data.sources.parquet import CellReader
 from trainer.data.sources.source import ROW, WHOLE, read_bytes
+from trainer.data.store.npz import BadNpz
+from trainer.data.store.references import Reference, ReferencedFiles
+from trainer.data.store.shard_reader import read_npz
+from trainer.data.store.shards import EncodeText, RowBatch, ShardHead, write_shard
 from trainer.errors import UserError
 
 Encode = Callable[[np.ndarray, np.ndarray], Any]

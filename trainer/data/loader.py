@@ -26,7 +26,7 @@ from trainer.data.captions import PLAIN, CaptionRules, compose
 from trainer.data.keyed import draw_seed
 from trainer.data.reader_process import ReaderProcesses
 from trainer.data.sampler import Position, StepRows, planned_steps, share
-from trainer.data.snapshot import PreparedSet, RowProblem, Rows
+from trainer.data.store.snapshot import PreparedSet, RowProblem, Rows
 
 _THREADS = 2
 _ALIGN = 64

@@ -29,8 +29,9 @@ from trainer.data.settings import (
     store_settings,
     stored_settings,
 )
-from trainer.data.shards import HEADER_BYTES, ShardError, ShardInfo, read_info
-from trainer.data.snapshot_file import (
+from trainer.data.sources.listing import main_path
+from trainer.data.store.shards import HEADER_BYTES, ShardError, ShardInfo, read_info
+from trainer.data.store.snapshot_file import (
     ShardEntry,
     Snapshot,
     current_snapshot,
@@ -38,7 +39,6 @@ from trainer.data.snapshot_file import (
     snapshot_name,
     snapshot_to_json,
 )
-from trainer.data.sources.listing import main_path
 from trainer.errors import UserError
 
 

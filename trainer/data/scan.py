@@ -37,12 +37,12 @@ from trainer.data.catalog import (
 from trainer.data.images import BadImage, image_hw, pillow_rules
 from trainer.data.keyed import draw_uniform
 from trainer.data.listing_table import add_listed, listed_pages, listing_table
-from trainer.data.npz import HEAD_BYTES, BadNpz, latents_hw, latents_hw_of_head
 from trainer.data.settings import PrepareSettings
-from trainer.data.shards import LATENT_FACTOR
 from trainer.data.sources.folder import read_caption
 from trainer.data.sources.listing import list_source, source_names
 from trainer.data.sources.source import ROW, WHOLE, SourceItem, open_range, read_bytes
+from trainer.data.store.npz import HEAD_BYTES, BadNpz, latents_hw, latents_hw_of_head
+from trainer.data.store.shards import LATENT_FACTOR
 
 _PAGE = 8192
 _THREADS = 4

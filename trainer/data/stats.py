@@ -12,8 +12,8 @@ import numpy as np
 from trainer.data.buckets import Bucket
 from trainer.data.captions import CaptionRules, compose
 from trainer.data.sampler import pick_rows
-from trainer.data.shard_reader import RowRecord
-from trainer.data.snapshot import SPLITS, PreparedSet
+from trainer.data.store.shard_reader import RowRecord
+from trainer.data.store.snapshot import SPLITS, PreparedSet
 
 BAD_FILE = "bad.jsonl"
 """In the prepared folder: the images that `prepare` left out."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.settings import replace_file
-from trainer.data.shards import ShardError, read_info
-from trainer.data.snapshot import SPLITS, PreparedSet, RowProblem, ShardSummary
+from trainer.data.store.shards import ShardError, read_info
+from trainer.data.store.snapshot import SPLITS, PreparedSet, RowProblem, ShardSummary
 from trainer.errors import UserError
 
 VERIFY_BAD = "verify-bad.jsonl"

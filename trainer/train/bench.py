@@ -17,7 +17,7 @@ from tqdm import tqdm
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket, make_buckets
 from trainer.data.loader import Batch
-from trainer.data.snapshot import PreparedSet
+from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import OutOfMemory
 from trainer.measure.bench_report import BenchRow
 from trainer.measure.card_peak import card_peak

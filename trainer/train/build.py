@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.schema import Config
-from trainer.data.snapshot import SPLITS, PreparedSet
-from trainer.data.snapshot_file import current_snapshot
+from trainer.data.store.snapshot import SPLITS, PreparedSet
+from trainer.data.store.snapshot_file import current_snapshot
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
 from trainer.errors import UserError

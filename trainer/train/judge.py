@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from trainer.config.schema import Config
-from trainer.data.snapshot import PreparedSet
+from trainer.data.store.snapshot import PreparedSet
 from trainer.evaluate.report import loss_curve_png
 from trainer.measure.telemetry import read_metrics
 from trainer.parallel.comm import Comm

@@ -12,7 +12,7 @@ from trainer.config.schema import Config
 from trainer.data.augment import Augmentation
 from trainer.data.loader import BatchReader, Loader, open_loader
 from trainer.data.sampler import EpochPlan, Position, epochs_done, steps_per_epoch, with_global_batch
-from trainer.data.snapshot import PreparedSet
+from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.evaluate.report import loss_curve_png
 from trainer.measure.arithmetic import RunArithmetic

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.loader import Batch
-from trainer.data.snapshot import RowProblem
+from trainer.data.store.snapshot import RowProblem
 from trainer.diffusion.noise import draw
 from trainer.model.denoiser import Denoiser, image_losses, text_arguments
 from trainer.parallel.comm import Comm, sum_floats

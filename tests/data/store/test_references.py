@@ -25,10 +25,10 @@ from trainer.data.buckets import Placement
 from trainer.data.encode import encode_shards, pending_payloads
 from trainer.data.prepare import Committed, commit, is_current, plan_prepare, plan_repack
 from trainer.data.settings import PrepareSettings
-from trainer.data.snapshot import PreparedSet, Rows
 from trainer.data.sources.folder import FolderSource
 from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.sources.latent_tars import LatentTarsSource
+from trainer.data.store.snapshot import PreparedSet, Rows
 
 BUCKETS = [(64, 128), (128, 64)]
 

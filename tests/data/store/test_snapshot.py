@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.data import snapshot as snapshot_module
 from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record, caption_text
 from trainer.data.settings import replace_file
-from trainer.data.shards import RowBatch, ShardHead, read_info, write_shard
-from trainer.data.snapshot import PreparedSet
-from trainer.data.snapshot_file import ShardEntry, Snapshot, snapshot_to_json
+from trainer.data.store import snapshot as snapshot_module
+from trainer.data.store.shards import RowBatch, ShardHead, read_info, write_shard
+from trainer.data.store.snapshot import PreparedSet
+from trainer.data.store.snapshot_file import ShardEntry, Snapshot, snapshot_to_json
 from trainer.errors import UserError
 
 TALL, WIDE = Bucket(128, 64), Bucket(64, 128)

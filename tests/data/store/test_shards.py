@@ -9,8 +9,8 @@ import safetensors
 
 from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record, caption_text
-from trainer.data.shard_reader import OpenShard, read_row
-from trainer.data.shards import (
+from trainer.data.store.shard_reader import OpenShard, read_row
+from trainer.data.store.shards import (
     HEADER_BYTES,
     RowBatch,
     ShardError,

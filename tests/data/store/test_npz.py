@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.data.kohya_files import kohya_npz, latents_of, npz_bytes
-from trainer.data.npz import HEAD_BYTES, BadNpz, latents_hw, latents_hw_of_head, read_latents
+from trainer.data.store.npz import HEAD_BYTES, BadNpz, latents_hw, latents_hw_of_head, read_latents
 
 
 def _room() -> np.ndarray:

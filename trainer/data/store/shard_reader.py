@@ -12,10 +12,10 @@ from crc32c import crc32c
 from trainer.data.augment import View, view_sizes
 from trainer.data.buckets import Bucket, Placement
 from trainer.data.images import BadImage, load_view
-from trainer.data.npz import BadNpz, read_latents
-from trainer.data.references import REFERENCE_BYTES, Reference, ReferencedFiles, reference_of
-from trainer.data.shards import HEADER_BYTES, ShardError, chained_crc
 from trainer.data.sources.source import WHOLE
+from trainer.data.store.npz import BadNpz, read_latents
+from trainer.data.store.references import REFERENCE_BYTES, Reference, ReferencedFiles, reference_of
+from trainer.data.store.shards import HEADER_BYTES, ShardError, chained_crc
 
 ChoosePlace = Callable[[str, Placement], View]
 """(key, placement at the centre) -> the view of an image that this read is to give.

@@ -34,7 +34,7 @@ import numpy as np
 from crc32c import crc32c
 
 from trainer.data.buckets import Bucket
-from trainer.data.references import FileTable, Reference, file_table
+from trainer.data.store.references import FileTable, Reference, file_table
 from trainer.errors import UserError
 
 FORMAT = "sdxl-train shard 1"

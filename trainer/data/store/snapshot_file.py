@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.buckets import Bucket
-from trainer.data.shards import SECTIONS, ShardInfo
+from trainer.data.store.shards import SECTIONS, ShardInfo
 from trainer.errors import UserError
 
 SNAPSHOT_FORMAT = "sdxl-train snapshot 1"

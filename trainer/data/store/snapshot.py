@@ -14,10 +14,10 @@ import numpy as np
 
 from trainer.data.augment import ChooseView, View, centred_view
 from trainer.data.buckets import Bucket, Placement
-from trainer.data.references import ReferencedFiles
-from trainer.data.shard_reader import OpenShard, PayloadError, RowRecord, read_record, read_row
-from trainer.data.shards import LATENT_CHANNELS, LATENT_FACTOR, SECTIONS, ShardError, ShardInfo
-from trainer.data.snapshot_file import ShardEntry, current_snapshot, read_snapshot
+from trainer.data.store.references import ReferencedFiles
+from trainer.data.store.shard_reader import OpenShard, PayloadError, RowRecord, read_record, read_row
+from trainer.data.store.shards import LATENT_CHANNELS, LATENT_FACTOR, SECTIONS, ShardError, ShardInfo
+from trainer.data.store.snapshot_file import ShardEntry, current_snapshot, read_snapshot
 from trainer.errors import UserError
 
 SPLITS = ("train", "validation")
