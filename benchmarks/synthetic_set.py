@@ -19,7 +19,7 @@ import numpy as np
 
 from trainer.data.buckets import Bucket, BucketRules, make_buckets
 from trainer.data.captions import caption_record
-from trainer.data.settings import PrepareSettings, replace_file
+from trainer.data.prepare.settings import PrepareSettings, replace_file
 from trainer.data.sources.folder import FolderSource
 from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.sources.source import WHOLE

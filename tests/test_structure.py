@@ -24,6 +24,7 @@ ALLOWED = {
     "config": set(),
     "model_files": set(),
     "publish": {"config", "model", "model_files", "train"},
+    "optim": set(),
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80

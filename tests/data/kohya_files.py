@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.buckets import BucketRules
-from trainer.data.settings import PrepareSettings
+from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.sources.listing import Source
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from skimage import data
 
 from trainer.data.buckets import BucketRules
-from trainer.data.settings import PrepareSettings
+from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.sources.folder import FolderSource
 
 RULES = BucketRules(resolution=128, min_px=64, max_px=256, step_px=64)

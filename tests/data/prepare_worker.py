@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.data.photographs import pooled, settings_for
-from trainer.data.encode import encode_shards
-from trainer.data.prepare import commit, plan_prepare
+from trainer.data.prepare.encode import encode_shards
+from trainer.data.prepare.stages import commit, plan_prepare
 
 
 def _slow(pixels: np.ndarray, draw_seeds: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from tests.data.photographs import coffee
 from tests.train.real_run import run_config, watched_run
 from trainer.data.buckets import Bucket
-from trainer.data.prepare import commit, plan_prepare
+from trainer.data.prepare.stages import commit, plan_prepare
 from trainer.train.arithmetic import MOST_BATCHES, batch_factors
 from trainer.train.preparation import encode_share, note_references, prepare_settings
 

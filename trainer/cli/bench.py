@@ -15,7 +15,7 @@ from pathlib import Path
 from trainer.cli.arguments import add_config_arguments, read_config
 from trainer.cli.start import start_workers
 from trainer.config.schema import Config
-from trainer.data.prepare import is_current
+from trainer.data.prepare.stages import is_current
 from trainer.errors import UserError
 from trainer.measure.bench_report import BENCH_FILE, BenchReport, BenchRow, row_from_json
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment

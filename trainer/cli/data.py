@@ -9,7 +9,7 @@ from tqdm import tqdm
 from trainer.cli.target import add_prepared_target, find_prepared
 from trainer.config.load import load_config
 from trainer.data.captions import PLAIN, CaptionRules
-from trainer.data.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, left_out, sample
+from trainer.data.prepare.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, left_out, sample
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.evaluate.data_chart import DataChart, data_chart_png

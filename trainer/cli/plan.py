@@ -12,8 +12,8 @@ from trainer.cli.arguments import add_config_arguments, read_config
 from trainer.cli.start import worker_count
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
-from trainer.data.caption_survey import CaptionSurvey, sampled_records
-from trainer.data.prepare import is_current
+from trainer.data.prepare.caption_survey import CaptionSurvey, sampled_records
+from trainer.data.prepare.stages import is_current
 from trainer.data.store.snapshot import PreparedSet
 from trainer.measure.card import card_bytes
 from trainer.measure.memory_report import MemoryPlan, measured_speed, run_time

@@ -13,8 +13,16 @@ from tqdm import tqdm
 
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
-from trainer.data.caption_survey import planned_records
-from trainer.data.prepare import PrepareCounts, commit, forget_plan, is_current, plan_prepare, plan_repack, progress
+from trainer.data.prepare.caption_survey import planned_records
+from trainer.data.prepare.stages import (
+    PrepareCounts,
+    commit,
+    forget_plan,
+    is_current,
+    plan_prepare,
+    plan_repack,
+    progress,
+)
 from trainer.errors import UserError
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
 from trainer.parallel.launch import run_workers

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from trainer.cli.target import add_prepared_target, find_prepared
+from trainer.data.prepare.verification import VERIFY_BAD, Verified, verify
 from trainer.data.store.snapshot import SPLITS, PreparedSet
-from trainer.data.verify import VERIFY_BAD, Verified, verify
 
 _MOST_PROCESSES = 8  # an NVMe drive gives no more to more of them
 

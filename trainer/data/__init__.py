@@ -1,1 +1,1 @@
-"""From image folders to exactly ordered batches: prepare -> shards -> sampler -> loader."""
+"""From rows in the store to exactly ordered batches: buckets, sampler, reader processes, loader."""

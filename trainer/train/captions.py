@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from trainer.config.schema import Config
-from trainer.data.caption_survey import CaptionSurvey, sampled_records, survey_captions
 from trainer.data.captions import CaptionRules
+from trainer.data.prepare.caption_survey import CaptionSurvey, sampled_records, survey_captions
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.model.text import CaptionTokenizer, load_tokenizers

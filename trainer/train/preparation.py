@@ -9,8 +9,8 @@ from typing import Any
 from trainer.config.schema import Config
 from trainer.config.sources import Source as SourceConfig
 from trainer.data.buckets import BucketRules
-from trainer.data.encode import encode_shards, pending_payloads, write_references
-from trainer.data.settings import PrepareSettings
+from trainer.data.prepare.encode import encode_shards, pending_payloads, write_references
+from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.sources.listing import SOURCE_TYPES, Source
 from trainer.model_files.model_source import component_config, find_source, vae_source, weights_fingerprint
 from trainer.train.captions import caption_rules, caption_tokenizer

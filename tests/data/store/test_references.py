@@ -22,9 +22,9 @@ from tests.data.kohya_files import (
 )
 from trainer.data.augment import NOT_AUGMENTED, View, draw_view
 from trainer.data.buckets import Placement
-from trainer.data.encode import encode_shards, pending_payloads
-from trainer.data.prepare import Committed, commit, is_current, plan_prepare, plan_repack
-from trainer.data.settings import PrepareSettings
+from trainer.data.prepare.encode import encode_shards, pending_payloads
+from trainer.data.prepare.settings import PrepareSettings
+from trainer.data.prepare.stages import Committed, commit, is_current, plan_prepare, plan_repack
 from trainer.data.sources.folder import FolderSource
 from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.sources.latent_tars import LatentTarsSource

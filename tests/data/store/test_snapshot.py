@@ -9,7 +9,7 @@ import pytest
 
 from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record, caption_text
-from trainer.data.settings import replace_file
+from trainer.data.prepare.settings import replace_file
 from trainer.data.store import snapshot as snapshot_module
 from trainer.data.store.shards import RowBatch, ShardHead, read_info, write_shard
 from trainer.data.store.snapshot import PreparedSet

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.data import catalog
 from trainer.data.buckets import Bucket, Placement
-from trainer.data.catalog import BadRow, CatalogRow, FileStamp
+from trainer.data.prepare import catalog
+from trainer.data.prepare.catalog import BadRow, CatalogRow, FileStamp
 from trainer.errors import UserError
 
 BUCKETS = [Bucket(64, 128), Bucket(128, 64), Bucket(96, 96)]

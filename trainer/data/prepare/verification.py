@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.data.settings import replace_file
+from trainer.data.prepare.settings import replace_file
 from trainer.data.store.shards import ShardError, read_info
 from trainer.data.store.snapshot import SPLITS, PreparedSet, RowProblem, ShardSummary
 from trainer.errors import UserError

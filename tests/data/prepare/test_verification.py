@@ -14,13 +14,13 @@ from tests.data.kohya_files import entry, kohya_npz, settings_of, write_files, w
 from tests.data.small_set import write_small_set
 from trainer.cli.main import main
 from trainer.data.buckets import Bucket
-from trainer.data.encode import encode_shards
-from trainer.data.prepare import commit, plan_prepare
+from trainer.data.prepare.encode import encode_shards
+from trainer.data.prepare.stages import commit, plan_prepare
+from trainer.data.prepare.verification import VERIFY_BAD, Damage, Verified, verify
 from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.store.shards import RowBatch, ShardHead, read_info, write_shard
 from trainer.data.store.snapshot import PreparedSet, ShardSummary
 from trainer.data.store.snapshot_file import ShardEntry, Snapshot, snapshot_to_json
-from trainer.data.verify import VERIFY_BAD, Damage, Verified, verify
 from trainer.errors import UserError
 
 SQUARE, TALL = Bucket(64, 64), Bucket(128, 64)
@@ -141,6 +141,6 @@ def _die(shard: ShardSummary) -> None:
 
 def test_a_killed_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_small_set(tmp_path / "prepared", {SQUARE: 8})
-    monkeypatch.setattr("trainer.data.verify._verify_shard", _die)
+    monkeypatch.setattr("trainer.data.prepare.verification._verify_shard", _die)
     with pytest.raises(UserError, match="a process that reads has died"):
         _verified(root)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from tests.data.small_set import write_small_set
 from trainer.data.buckets import Bucket
-from trainer.data.caption_survey import sampled_records, survey_captions
 from trainer.data.captions import PLAIN, CaptionRules, caption_record, compose
 from trainer.data.keyed import draw_seed
+from trainer.data.prepare.caption_survey import sampled_records, survey_captions
 from trainer.data.store.snapshot import PreparedSet
 
 

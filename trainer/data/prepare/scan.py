@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 from trainer.data.buckets import Bucket, Placement, make_buckets, place
 from trainer.data.captions import caption_record
-from trainer.data.catalog import (
+from trainer.data.images import BadImage, image_hw, pillow_rules
+from trainer.data.keyed import draw_uniform
+from trainer.data.prepare.catalog import (
     BadRow,
     CatalogRow,
     FileStamp,
@@ -34,10 +36,8 @@ from trainer.data.catalog import (
     open_generation,
     transaction,
 )
-from trainer.data.images import BadImage, image_hw, pillow_rules
-from trainer.data.keyed import draw_uniform
-from trainer.data.listing_table import add_listed, listed_pages, listing_table
-from trainer.data.settings import PrepareSettings
+from trainer.data.prepare.listing_table import add_listed, listed_pages, listing_table
+from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.sources.folder import read_caption
 from trainer.data.sources.listing import list_source, source_names
 from trainer.data.sources.source import ROW, WHOLE, SourceItem, open_range, read_bytes

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.data import catalog
 from trainer.data.buckets import Bucket
-from trainer.data.catalog import BadRow, PlannedShard
-from trainer.data.scan import ScanCounts, scan
-from trainer.data.settings import (
+from trainer.data.prepare import catalog
+from trainer.data.prepare.catalog import BadRow, PlannedShard
+from trainer.data.prepare.scan import ScanCounts, scan
+from trainer.data.prepare.settings import (
     PrepareSettings,
     begin_with,
     check_settings,

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data import catalog
-from trainer.data.catalog import BadRow, CatalogRow, Payload, PlannedShard
 from trainer.data.images import BadImage, load_pixels, pillow_rules
 from trainer.data.keyed import draw_seed
-from trainer.data.settings import stored_settings, sync_folder
+from trainer.data.prepare import catalog
+from trainer.data.prepare.catalog import BadRow, CatalogRow, Payload, PlannedShard
+from trainer.data.prepare.settings import stored_settings, sync_folder
 from trainer.data.sources.parquet import CellReader
 from trainer.data.sources.source import ROW, WHOLE, read_bytes
 from trainer.data.store.npz import BadNpz

@@ -16,12 +16,12 @@ from PIL import Image
 from tests.data.photographs import astronaut, pooled, settings_for, write_crops
 from trainer.data.buckets import Bucket, Placement
 from trainer.data.captions import caption_text
-from trainer.data.catalog import count_rows, open_catalog
-from trainer.data.encode import encode_shards
 from trainer.data.images import load_pixels
 from trainer.data.keyed import draw_seed
-from trainer.data.prepare import Committed, commit, is_current, plan_prepare, progress
-from trainer.data.settings import PrepareSettings
+from trainer.data.prepare.catalog import count_rows, open_catalog
+from trainer.data.prepare.encode import encode_shards
+from trainer.data.prepare.settings import PrepareSettings
+from trainer.data.prepare.stages import Committed, commit, is_current, plan_prepare, progress
 from trainer.data.sources.folder import FolderSource
 from trainer.data.store.snapshot import PreparedSet, Rows
 from trainer.errors import UserError
@@ -267,5 +267,5 @@ def test_nothing_usable_is_the_users_mistake(tmp_path: Path) -> None:
 
 
 def test_the_parents_part_needs_no_torch() -> None:
-    code = "import sys, trainer.data.prepare, trainer.data.encode; sys.exit('torch' in sys.modules)"
+    code = "import sys, trainer.data.prepare.stages, trainer.data.prepare.encode; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

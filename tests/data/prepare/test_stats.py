@@ -13,10 +13,10 @@ from tests.data.small_set import write_small_set
 from trainer.cli.main import main
 from trainer.data.buckets import Bucket
 from trainer.data.captions import PLAIN
-from trainer.data.encode import encode_shards
-from trainer.data.prepare import commit, plan_prepare
+from trainer.data.prepare.encode import encode_shards
+from trainer.data.prepare.stages import commit, plan_prepare
+from trainer.data.prepare.stats import Sample, bucket_counts, left_out, sample
 from trainer.data.sources.kohya import KohyaJsonSource
-from trainer.data.stats import Sample, bucket_counts, left_out, sample
 from trainer.data.store.snapshot import PreparedSet
 from trainer.evaluate.data_chart import DataChart, data_chart_png
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.kohya_files import entry, kohya_npz, settings_of, write_files, write_metadata
-from trainer.data.encode import encode_shards
-from trainer.data.prepare import commit, is_current, plan_prepare
+from trainer.data.prepare.encode import encode_shards
+from trainer.data.prepare.stages import commit, is_current, plan_prepare
 from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError

@@ -15,11 +15,11 @@ from tests.data.photographs import RULES, astronaut, coffee, pooled, settings_fo
 from tests.data.sources.test_webdataset import write_tar
 from trainer.data.buckets import make_buckets, place
 from trainer.data.captions import caption_text
-from trainer.data.encode import encode_shards
 from trainer.data.images import image_hw, load_pixels
 from trainer.data.keyed import draw_seed
-from trainer.data.prepare import commit, plan_prepare
-from trainer.data.settings import PrepareSettings
+from trainer.data.prepare.encode import encode_shards
+from trainer.data.prepare.settings import PrepareSettings
+from trainer.data.prepare.stages import commit, plan_prepare
 from trainer.data.sources.folder import FolderSource
 from trainer.data.sources.hf import HfSource
 from trainer.data.sources.parquet import ParquetSource

@@ -1,0 +1,1 @@
+"""What preparing leaves on the disk: shards of latents, references to the user's own files, snapshots."""
