@@ -137,7 +137,7 @@ def resume(root: str, workers: int) -> None:
     from synthetic_set import stand_in_tokens
 
     from trainer.data.loader import BatchReader, open_loader
-    from trainer.data.reader_process import start_reader_server
+    from trainer.data.reader_processes import start_reader_server
     from trainer.data.sampler import Position, steps_per_epoch
     from trainer.data.store.snapshot import PreparedSet
 

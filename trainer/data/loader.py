@@ -24,7 +24,7 @@ from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, centred_view
 from trainer.data.buckets import Placement
 from trainer.data.captions import PLAIN, CaptionRules, compose
 from trainer.data.keyed import draw_seed
-from trainer.data.reader_process import ReaderProcesses
+from trainer.data.reader_processes import ReaderProcesses
 from trainer.data.sampler import Position, StepRows, planned_steps, share
 from trainer.data.store.snapshot import PreparedSet, RowProblem, Rows
 

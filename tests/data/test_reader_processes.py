@@ -8,7 +8,7 @@ import psutil
 import pytest
 from torch import Tensor
 
-from trainer.data.reader_process import ReaderProcesses
+from trainer.data.reader_processes import ReaderProcesses
 
 
 def _numbered(buffer: Tensor, request: int) -> tuple[int, int]:
