@@ -62,7 +62,7 @@ def attention(device: str, dry: bool) -> Iterator[tuple[str, str]]:
 
 def tf32(device: str, dry: bool) -> Iterator[tuple[str, str]]:
     """What TF32 gives fp32 products and convolutions, which are left to frozen parts."""
-    from trainer.train.precision import set_fp32_arithmetic
+    from trainer.optim.precision import set_fp32_arithmetic
 
     side = 64 if dry else 4096
     one, two = (torch.randn(side, side, device=device) for _ in range(2))

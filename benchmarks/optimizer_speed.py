@@ -57,8 +57,8 @@ def measure(kind: str, rounding: str, arguments: argparse.Namespace) -> dict[str
     import torch
 
     from trainer.config.schema import OptimizerConfig
-    from trainer.train.adamw_chunk import compiled_update
-    from trainer.train.optim import make_optimizer, optimizer_tensors
+    from trainer.optim.adamw_chunk import compiled_update
+    from trainer.optim.optimizers import make_optimizer, optimizer_tensors
 
     torch.set_num_threads(arguments.threads)
     named = make_weights(arguments.weights, torch.float32 if rounding == "fp32" else torch.bfloat16, arguments.device)

@@ -113,11 +113,11 @@ def steps(config_path: Path, overrides: list[str]) -> dict[str, float]:
 
     from trainer.config.load import load_config
     from trainer.model.load import load_unet
+    from trainer.optim.optimizers import make_optimizer
     from trainer.parallel.comm import init_comm
     from trainer.train.arithmetic import arithmetic_of
     from trainer.train.build import build_run
     from trainer.train.loop import open_training_loader, starting_state
-    from trainer.train.optim import make_optimizer
     from trainer.train.step import train_step
 
     config = load_config(config_path, [*overrides, "run.resume=false", f"run.dir={SCRATCH}"])

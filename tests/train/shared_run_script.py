@@ -27,12 +27,12 @@ from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.freeze import never_used
 from trainer.model.recompute import embeddings, gathered_units
 from trainer.model.text import TextEncoders
+from trainer.optim.optimizers import make_optimizer
+from trainer.optim.precision import precision_of, set_fp32_arithmetic
 from trainer.parallel.comm import Comm, close, init_comm
 from trainer.parallel.sharding import copy_share
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.parallel.worker import end_process
-from trainer.train.optim import make_optimizer
-from trainer.train.precision import precision_of, set_fp32_arithmetic
 from trainer.train.step import StepParts, train_step
 
 IMAGES = 12  # of a step

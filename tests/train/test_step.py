@@ -16,9 +16,9 @@ from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
 from trainer.model.denoiser import Denoiser, TrainedModel
 from trainer.model.load import load_unet
+from trainer.optim.optimizers import make_optimizer
 from trainer.parallel.comm import Comm
 from trainer.parallel.strategy import Sharing, Strategy
-from trainer.train.optim import make_optimizer
 from trainer.train.step import StepParts, train_step
 
 ALONE = Comm(0, 1, 0, torch.device("cpu"))

@@ -31,8 +31,8 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
         encode_share(config)
         return
     from trainer.measure.progress import open_log
+    from trainer.optim.precision import set_fp32_arithmetic
     from trainer.parallel.comm import close, init_comm
-    from trainer.train.precision import set_fp32_arithmetic
 
     comm = init_comm()
     set_fp32_arithmetic(config.train.precision)

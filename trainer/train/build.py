@@ -24,16 +24,16 @@ from trainer.model.text import TextEncoders
 from trainer.model.vae import ImageEncoder
 from trainer.model_files.components import Part
 from trainer.model_files.model_source import find_source, open_folder_part, open_part
+from trainer.optim.adamw import Rounding
+from trainer.optim.adamw_chunk import Update, compiled_update
+from trainer.optim.optimizers import is_fused, load_optimizer_tensors, make_optimizer
+from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, broadcast_object, gather_objects
 from trainer.parallel.sharding import copy_share, materialize
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
-from trainer.train.adamw import Rounding
-from trainer.train.adamw_chunk import Update, compiled_update
 from trainer.train.checkpoint import OPTIMIZER, read_tensors
 from trainer.train.layout import lay_out_model
 from trainer.train.memory_choice import MemoryChoice, choose_memory, dry_run, memory_attempt
-from trainer.train.optim import is_fused, load_optimizer_tensors, make_optimizer
-from trainer.train.precision import DTYPES, precision_of, require_arithmetic
 from trainer.train.run_dir import RESOLVED_CONFIG, find_damage, newest_checkpoint, read_state
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts

@@ -3,8 +3,8 @@
 from torch import nn
 
 from trainer.model.denoiser import TrainedModel
+from trainer.optim.optimizers import optimizer_tensors
 from trainer.train.checkpoint import OPTIMIZER, WEIGHTS_FILES, TensorFile
-from trainer.train.optim import optimizer_tensors
 from trainer.train.step import StepParts
 
 

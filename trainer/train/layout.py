@@ -10,7 +10,7 @@ from trainer.errors import UserError
 from trainer.model.denoiser import TrainedModel
 from trainer.model.freeze import frozen_names, never_used, original_unet_names
 from trainer.model.load import empty_text_encoders, empty_unet
-from trainer.train.precision import precision_of
+from trainer.optim.precision import precision_of
 
 
 def lay_out_model(config: Config) -> TrainedModel:

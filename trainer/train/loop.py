@@ -18,6 +18,9 @@ from trainer.evaluate.report import loss_curve_png
 from trainer.measure.arithmetic import RunArithmetic
 from trainer.measure.progress import ProgressLine
 from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
+from trainer.optim.loss_scale import LossScale
+from trainer.optim.lr_schedule import lr_at
+from trainer.optim.optimizers import first_lr
 from trainer.parallel.comm import Comm, barrier, broadcast_object
 from trainer.publish.during_training import Exports
 from trainer.train.arithmetic import arithmetic_of, batch_factors
@@ -27,9 +30,6 @@ from trainer.train.captions import caption_rules, caption_tokenizer
 from trainer.train.checkpoint import write_checkpoint
 from trainer.train.checkpoint_files import checkpoint_files
 from trainer.train.encoding import encoded_batches
-from trainer.train.loss_scale import LossScale
-from trainer.train.lr_schedule import lr_at
-from trainer.train.optim import first_lr
 from trainer.train.run_dir import MANIFEST, checkpoint_dir, prune_checkpoints
 from trainer.train.scoring import Scorer
 from trainer.train.state import TrainState

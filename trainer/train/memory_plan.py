@@ -318,7 +318,7 @@ def _batch_of(changed: Config, config: Config, setting: Setting) -> Setting:
 
 
 def _checkpoint_bytes(config: Config, trace: Any) -> int:
-    from trainer.train.precision import precision_of
+    from trainer.optim.precision import precision_of
     from trainer.train.traced import optimizer_bytes
 
     parts = {name.split(".", 1)[0] for name in trace.trains}

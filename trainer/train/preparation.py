@@ -85,8 +85,8 @@ def encode_share(config: Config) -> None:
     from trainer.data.captions import compose
     from trainer.model.load import load_text_encoders, load_vae
     from trainer.model.vae import ImageEncoder
+    from trainer.optim.precision import DTYPES
     from trainer.parallel.comm import init_device
-    from trainer.train.precision import DTYPES
 
     device = init_device()
     model = config.model

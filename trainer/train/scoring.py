@@ -25,11 +25,11 @@ from trainer.measure.telemetry import MetricsWriter
 from trainer.model.denoiser import Denoiser
 from trainer.model.load import load_vae
 from trainer.model.text import CaptionTokenizer, TextEncoders
+from trainer.optim.precision import DTYPES
 from trainer.parallel.comm import Comm, barrier
 from trainer.train.build import load_frozen_text_encoders
 from trainer.train.captions import caption_rules, caption_tokenizer
 from trainer.train.encoding import encoded_batches
-from trainer.train.precision import DTYPES
 
 _log = logging.getLogger(__name__)
 

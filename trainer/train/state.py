@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.data.sampler import Position
 from trainer.errors import UserError
-from trainer.train.loss_scale import LossScale
+from trainer.optim.loss_scale import LossScale
 
 VERSION = 2
 

@@ -18,10 +18,10 @@ from trainer.data.loader import Batch
 from trainer.data.store.snapshot import RowProblem
 from trainer.diffusion.noise import draw
 from trainer.model.denoiser import Denoiser, image_losses, text_arguments
+from trainer.optim.optimizers import scale_lr, take_optimizer_step
 from trainer.parallel.comm import Comm, sum_floats
 from trainer.parallel.sharding import local_tensor
 from trainer.parallel.strategy import Strategy
-from trainer.train.optim import scale_lr, take_optimizer_step
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainer.config.schema import OptimizerConfig
-from trainer.train.adamw import BlockAdamW, Rounding
-from trainer.train.adamw_chunk import Chunk, compiled_update
-from trainer.train.blockwise import dynamic_map
-from trainer.train.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from trainer.optim.adamw import BlockAdamW, Rounding
+from trainer.optim.adamw_chunk import Chunk, compiled_update
+from trainer.optim.eight_bit import dynamic_map
+from trainer.optim.optimizers import load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 Named = dict[str, nn.Parameter]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.keyed import draw_seed
+from trainer.optim.adamw_chunk import Chunk, Factors, Update, update_chunk
+from trainer.optim.eight_bit import block_size, blocks_per_row, code_tables, takes_8_bits
+from trainer.optim.rounding import rounding_key
 from trainer.parallel.local_shard import local_part
-from trainer.train.adamw_chunk import Chunk, Factors, Update, update_chunk
-from trainer.train.blockwise import block_size, blocks_per_row, code_tables, takes_8_bits
-from trainer.train.rounding import rounding_key
 
 Rounding = Literal["stochastic", "kahan"]
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import UserError
+from trainer.optim.adamw import BlockAdamW, Rounding
+from trainer.optim.adamw_chunk import Update
 from trainer.parallel.local_shard import local_part, part_of, whole_of
-from trainer.train.adamw import BlockAdamW, Rounding
-from trainer.train.adamw_chunk import Update
 
 NamedParameters = Mapping[str, nn.Parameter]
 

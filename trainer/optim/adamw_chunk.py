@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.train.blockwise import CodeTables, code_tables, dequantize, quantize
-from trainer.train.rounding import round_stochastically, round_with_compensation
+from trainer.optim.eight_bit import CodeTables, code_tables, dequantize, quantize
+from trainer.optim.rounding import round_stochastically, round_with_compensation
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer.errors import UserError
-from trainer.train.adamw import Rounding
+from trainer.optim.adamw import Rounding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

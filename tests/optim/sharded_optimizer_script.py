@@ -19,10 +19,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from trainer.config.schema import OptimizerConfig
+from trainer.optim.loss_scale import LossScale
+from trainer.optim.optimizers import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from trainer.parallel.local_shard import local_part, part_of, whole_of
 from trainer.parallel.worker import end_process
-from trainer.train.loss_scale import LossScale
-from trainer.train.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 KINDS = {
     "fused": (OptimizerConfig(lr=1e-3), None),

@@ -6,8 +6,8 @@ from torch import nn
 
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import UserError
-from trainer.train.adamw import BlockAdamW
-from trainer.train.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors, scale_lr
+from trainer.optim.adamw import BlockAdamW
+from trainer.optim.optimizers import load_optimizer_tensors, make_optimizer, optimizer_tensors, scale_lr
 
 
 def test_two_steps_follow_the_paper() -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.train.adamw import BlockAdamW, Rounding
-from trainer.train.rounding import random_bits, round_stochastically, round_with_compensation, rounding_key
+from trainer.optim.adamw import BlockAdamW, Rounding
+from trainer.optim.rounding import random_bits, round_stochastically, round_with_compensation, rounding_key
 
 CPU = torch.device("cpu")
 ROWS, WIDTH = 4096, 128

@@ -8,7 +8,7 @@ import torch
 
 from trainer.errors import UserError
 from trainer.model.load import load_text_encoders, load_unet
-from trainer.train.precision import require_arithmetic, require_bf16, set_fp32_arithmetic
+from trainer.optim.precision import require_arithmetic, require_bf16, set_fp32_arithmetic
 
 
 @pytest.fixture(autouse=True)

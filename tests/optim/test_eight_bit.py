@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.train.blockwise import (
+from trainer.optim.eight_bit import (
     block_size,
     blocks_per_row,
     code_tables,

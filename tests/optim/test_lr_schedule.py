@@ -5,7 +5,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from trainer.config.schema import LrScheduleConfig
-from trainer.train.lr_schedule import lr_at
+from trainer.optim.lr_schedule import lr_at
 
 
 def rates(total_steps: int, **schedule: object) -> list[float]:

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import nn
 
-from trainer.train.loss_scale import GROWTH_INTERVAL, LARGEST, SMALLEST, LossScale
+from trainer.optim.loss_scale import GROWTH_INTERVAL, LARGEST, SMALLEST, LossScale
 
 
 def test_it_follows_torchs_grad_scaler() -> None:
