@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data.captions import CaptionRules, caption_record, caption_text, compose
-from trainer.data.keyed import draw_seed
+from trainer.keyed import draw_seed
 
 TAGS = [f"tag {i}" for i in range(12)]
 TEXT = ", ".join(TAGS)

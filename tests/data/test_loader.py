@@ -19,10 +19,10 @@ import torch
 from tests.data.small_set import byte_tokens, failing_tokens, write_small_set
 from trainer.data.buckets import Bucket
 from trainer.data.captions import CaptionRules, caption_record, caption_text, compose
-from trainer.data.keyed import draw_seed
 from trainer.data.loader import Batch, BatchReader, Loader, Request, open_loader, pack, unpack
 from trainer.data.sampler import Position, planned_steps, share, with_global_batch
 from trainer.data.store.snapshot import PreparedSet, RowProblem
+from trainer.keyed import draw_seed
 
 TALL, SQUARE, WIDE = Bucket(128, 64), Bucket(64, 64), Bucket(64, 128)
 SEED = 7

@@ -16,10 +16,10 @@ from trainer.data.loader import Batch, BatchReader, Request, open_loader
 from trainer.data.prepare.stages import commit, is_current, plan_prepare
 from trainer.data.sampler import Position
 from trainer.data.store.snapshot import PreparedSet
+from trainer.model.latents import encoded_batches
 from trainer.model.load import load_vae
 from trainer.model.text import load_tokenizers
 from trainer.model.vae import ImageEncoder
-from trainer.train.encoding import encoded_batches
 from trainer.train.judge import evaluate_weights
 from trainer.train.preparation import encode_share, needs_workers, note_references, prepare_settings
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from trainer.data.buckets import Placement
-from trainer.data.keyed import draw_seed, draw_uniform
+from trainer.keyed import draw_seed, draw_uniform
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from json.encoder import encode_basestring
 from typing import Any, Literal
 
-from trainer.data.keyed import draw_words
 from trainer.data.wildcards import count_groups, expand
+from trainer.keyed import draw_words
 
 _JOINT = ", "
 _MARK = "\ufdd0"

@@ -23,10 +23,10 @@ from torch import Tensor
 from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, centred_view, draw_view
 from trainer.data.buckets import Placement
 from trainer.data.captions import PLAIN, CaptionRules, compose
-from trainer.data.keyed import draw_seed
 from trainer.data.reader_processes import ReaderProcesses
 from trainer.data.sampler import Position, StepRows, planned_steps, share
 from trainer.data.store.snapshot import PreparedSet, RowProblem, Rows
+from trainer.keyed import draw_seed
 
 _THREADS = 2
 _ALIGN = 64

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.keyed import draw_seed
 from trainer.data.permutation import SORT_BELOW, permuted, shuffled_range
 from trainer.errors import UserError
+from trainer.keyed import draw_seed
 
 PADDING = -1
 _BLOCK = 4096

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from trainer.data.keyed import draw_seed
 from trainer.data.loader import Batch, BatchReader, Request
 from trainer.data.sampler import pick_rows
 from trainer.diffusion.noise import standard_normal
+from trainer.keyed import draw_seed
 from trainer.model.denoiser import Denoiser, image_losses, text_arguments
 from trainer.parallel.comm import Comm, sum_floats
 from trainer.parallel.strategy import evaluating

@@ -1,1 +1,1 @@
-"""Loading SDXL's parts and turning captions and sizes into the UNet's conditioning."""
+"""The networks and what of them trains: denoiser, text encoders, VAE, freezing, recomputation, compilation."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.data.keyed import draw_seed
+from trainer.keyed import draw_seed
 from trainer.optim.adamw_chunk import Chunk, Factors, Update, update_chunk
 from trainer.optim.eight_bit import block_size, blocks_per_row, code_tables, takes_8_bits
 from trainer.optim.rounding import rounding_key

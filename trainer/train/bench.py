@@ -23,6 +23,7 @@ from trainer.measure.bench_report import BenchRow
 from trainer.measure.card_peak import card_peak
 from trainer.measure.phases import PhaseClock, exposed_s
 from trainer.model.compiled import compilations
+from trainer.model.latents import encoded_batches
 from trainer.model.text import text_positions
 from trainer.model_files.model_source import component_config, find_source, vae_source
 from trainer.optim.precision import precision_of, require_arithmetic
@@ -30,7 +31,6 @@ from trainer.parallel.comm import Comm, barrier, gather_objects, sum_floats
 from trainer.parallel.strategy import Strategy
 from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.build import Run, build_parts
-from trainer.train.encoding import encoded_batches
 from trainer.train.loop import open_training_loader, starting_state
 from trainer.train.memory_choice import MemoryChoice, choose_memory, is_out_of_memory, run_setting, smallest_card
 from trainer.train.memory_plan import fullness, memory_plan

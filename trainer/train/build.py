@@ -21,6 +21,7 @@ from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.load import load_text_encoders, load_vae, read_weights
 from trainer.model.recompute import apply_recompute, embeddings, gathered_units
 from trainer.model.text import TextEncoders
+from trainer.model.trainable import lay_out_model
 from trainer.model.vae import ImageEncoder
 from trainer.model_files.components import Part
 from trainer.model_files.model_source import find_source, open_folder_part, open_part
@@ -32,7 +33,6 @@ from trainer.parallel.comm import Comm, broadcast_object, gather_objects
 from trainer.parallel.sharding import copy_share, materialize
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.train.checkpoint import OPTIMIZER, read_tensors
-from trainer.train.layout import lay_out_model
 from trainer.train.memory_choice import MemoryChoice, choose_memory, dry_run, memory_attempt
 from trainer.train.run_dir import RESOLVED_CONFIG, find_damage, newest_checkpoint, read_state
 from trainer.train.state import TrainState

@@ -18,6 +18,7 @@ from trainer.evaluate.report import loss_curve_png
 from trainer.measure.arithmetic import RunArithmetic
 from trainer.measure.progress import ProgressLine
 from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
+from trainer.model.latents import encoded_batches
 from trainer.optim.loss_scale import LossScale
 from trainer.optim.lr_schedule import lr_at
 from trainer.optim.optimizers import first_lr
@@ -29,7 +30,6 @@ from trainer.train.build import Run, build_run, newest_snapshot
 from trainer.train.captions import caption_rules, caption_tokenizer
 from trainer.train.checkpoint import write_checkpoint
 from trainer.train.checkpoint_files import checkpoint_files
-from trainer.train.encoding import encoded_batches
 from trainer.train.run_dir import MANIFEST, checkpoint_dir, prune_checkpoints
 from trainer.train.scoring import Scorer
 from trainer.train.state import TrainState

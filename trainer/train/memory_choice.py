@@ -22,16 +22,16 @@ from trainer.errors import OutOfMemory
 from trainer.measure.memory_holding import Kernels
 from trainer.measure.memory_plan import in_gib
 from trainer.model.denoiser import TrainedModel
+from trainer.model.latents import encoded_batches
 from trainer.model.recompute import offloaded_activations, repeated_blocks
 from trainer.model.text import text_positions
+from trainer.model.trainable import lay_out_model
 from trainer.optim.precision import precision_of
 from trainer.parallel.comm import Comm, broadcast_object, gather_objects
 from trainer.parallel.failure import card_is_full
 from trainer.parallel.strategy import Sharing, StrategyKind
 from trainer.parallel.worker import MEMORY_ATTEMPT
 from trainer.train.arithmetic import arithmetic_of, batch_factors
-from trainer.train.encoding import encoded_batches
-from trainer.train.layout import lay_out_model
 from trainer.train.memory_plan import CUDA_CONTEXT, Setting, make_budget, memory_plan, require_fit
 from trainer.train.step import StepParts, train_step
 

@@ -23,13 +23,13 @@ from trainer.evaluate.sampling import decoded_images, sample_images
 from trainer.evaluate.validation import ValidationLoss, validation_batches, validation_loss
 from trainer.measure.telemetry import MetricsWriter
 from trainer.model.denoiser import Denoiser
+from trainer.model.latents import encoded_batches
 from trainer.model.load import load_vae
 from trainer.model.text import CaptionTokenizer, TextEncoders
 from trainer.optim.precision import DTYPES
 from trainer.parallel.comm import Comm, barrier
 from trainer.train.build import load_frozen_text_encoders
 from trainer.train.captions import caption_rules, caption_tokenizer
-from trainer.train.encoding import encoded_batches
 
 _log = logging.getLogger(__name__)
 

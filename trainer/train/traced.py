@@ -25,10 +25,10 @@ from trainer.model.recompute import (
     repeated_blocks,
 )
 from trainer.model.text import TextEncoders, text_positions
+from trainer.model.trainable import lay_out_model
 from trainer.optim.adamw import CHUNK_ELEMENTS
 from trainer.optim.eight_bit import blocks_per_row, takes_8_bits
 from trainer.optim.precision import DTYPES, precision_of
-from trainer.train.layout import lay_out_model
 
 TOKENS_PER_CHUNK, POSITIONS_PER_CHUNK = 75, 77
 _SCRATCH_BYTES = 40  # of the optimizer, for each element of a chunk

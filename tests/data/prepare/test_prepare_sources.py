@@ -16,7 +16,6 @@ from tests.data.sources.test_webdataset import write_tar
 from trainer.data.buckets import make_buckets, place
 from trainer.data.captions import caption_text
 from trainer.data.images import image_hw, load_pixels
-from trainer.data.keyed import draw_seed
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.prepare.stages import commit, plan_prepare
@@ -25,6 +24,7 @@ from trainer.data.sources.hf import HfSource
 from trainer.data.sources.parquet import ParquetSource
 from trainer.data.sources.webdataset import WebdatasetSource
 from trainer.data.store.snapshot import PreparedSet
+from trainer.keyed import draw_seed
 
 BUCKETS = make_buckets(RULES.resolution, RULES.min_px, RULES.max_px, RULES.step_px)
 Image = tuple[bytes, str]

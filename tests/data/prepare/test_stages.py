@@ -17,7 +17,6 @@ from tests.data.photographs import astronaut, pooled, settings_for, write_crops
 from trainer.data.buckets import Bucket, Placement
 from trainer.data.captions import caption_text
 from trainer.data.images import load_pixels
-from trainer.data.keyed import draw_seed
 from trainer.data.prepare.catalog import count_rows, open_catalog
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.settings import PrepareSettings
@@ -25,6 +24,7 @@ from trainer.data.prepare.stages import Committed, commit, is_current, plan_prep
 from trainer.data.sources.folder import FolderSource
 from trainer.data.store.snapshot import PreparedSet, Rows
 from trainer.errors import UserError
+from trainer.keyed import draw_seed
 
 ROOT = Path(__file__).parents[2]
 

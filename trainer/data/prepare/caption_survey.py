@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.data.captions import CaptionRules, compose
-from trainer.data.keyed import draw_seed
 from trainer.data.prepare.catalog import open_catalog
 from trainer.data.sampler import pick_rows
 from trainer.data.store.snapshot import PreparedSet
+from trainer.keyed import draw_seed
 
 SAMPLED_ROWS = 2000
 _DRAWS = 2

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from trainer.data.images import BadImage, load_pixels, pillow_rules
-from trainer.data.keyed import draw_seed
 from trainer.data.prepare import catalog
 from trainer.data.prepare.catalog import BadRow, CatalogRow, Payload, PlannedShard
 from trainer.data.prepare.settings import stored_settings, sync_folder
@@ -33,6 +32,7 @@ from trainer.data.store.references import Reference, ReferencedFiles
 from trainer.data.store.shard_reader import read_npz
 from trainer.data.store.shards import EncodeText, RowBatch, ShardHead, write_shard
 from trainer.errors import UserError
+from trainer.keyed import draw_seed
 
 Encode = Callable[[np.ndarray, np.ndarray], Any]
 """(pixels u8 [B, 3, H, W], draw seeds int64 [B]) -> unscaled latents [B, 4, H/8, W/8].

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from trainer.data.buckets import Bucket, Placement, make_buckets, place
 from trainer.data.captions import caption_record
 from trainer.data.images import BadImage, image_hw, pillow_rules
-from trainer.data.keyed import draw_uniform
 from trainer.data.prepare.catalog import (
     BadRow,
     CatalogRow,
@@ -43,6 +42,7 @@ from trainer.data.sources.listing import list_source, source_names
 from trainer.data.sources.source import ROW, WHOLE, SourceItem, open_range, read_bytes
 from trainer.data.store.npz import HEAD_BYTES, BadNpz, latents_hw, latents_hw_of_head
 from trainer.data.store.shards import LATENT_FACTOR
+from trainer.keyed import draw_uniform
 
 _PAGE = 8192
 _THREADS = 4

@@ -8,11 +8,11 @@ import pytest
 import torch
 from skimage import data
 
-from trainer.data.keyed import draw_seed
 from trainer.data.loader import Batch
+from trainer.keyed import draw_seed
+from trainer.model.latents import encoded_batches
 from trainer.model.load import load_vae
 from trainer.model.vae import ImageEncoder, encode_latents
-from trainer.train.encoding import encoded_batches
 
 KEYS = ("photos/a", "photos/b", "photos/c", "", "photos/d")
 PHOTOS = [data.astronaut()[64 * i : 64 * i + 64, 96:224] for i in range(5)]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trainer.data.keyed import draw_seed, draw_uniform, draw_words
+from trainer.keyed import draw_seed, draw_uniform, draw_words
 
 
 def test_seeds_never_change() -> None:
