@@ -4,7 +4,7 @@
 
 Each row trains for real (gloo between the workers); the measured peak is PyTorch's own count of what it allocates,
 in an optimizer step in steady state. The planned one comes from a pass over the same model without memory
-(`trainer.measure.memory_trace`). Takes an hour on 2 cores; a few minutes for `tiny` alone. With `--alone`, worker 0 of
+(`trainer.memory.trace`). Takes an hour on 2 cores; a few minutes for `tiny` alone. With `--alone`, worker 0 of
 four trains without the others and its messages go nowhere: the same memory, but for the copies that gloo makes.
 """
 
@@ -27,9 +27,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.measure.memory_holding import Holding, Peak
-from trainer.measure.memory_strategy import strategy_peak
-from trainer.measure.memory_trace import trace_pass
+from trainer.memory.holdings import Holding, Peak
+from trainer.memory.strategy_peak import strategy_peak
+from trainer.memory.trace import trace_pass
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import apply_recompute, gathered_units, repeated_blocks
 from trainer.parallel.comm import Comm

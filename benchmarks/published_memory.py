@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.measure.card import KEPT_BY_DRIVER
-from trainer.measure.memory_holding import Holding
-from trainer.measure.memory_plan import GIB
-from trainer.measure.memory_strategy import strategy_peak
+from trainer.memory.choice import GIB
+from trainer.memory.holdings import Holding
+from trainer.memory.run_plan import make_budget
+from trainer.memory.strategy_peak import strategy_peak
+from trainer.memory.traced_run import Shape, TracedRun, optimizer_bytes
 from trainer.model_files.presets import preset
-from trainer.train.memory_plan import make_budget
-from trainer.train.traced import Shape, TracedRun, optimizer_bytes
 
 WORKERS = 4
 UNET_71 = [f"input_blocks.{n}" for n in (1, 2, 3, 6)] + ["input_blocks.8.1", "output_blocks.0.1", "output_blocks.2.2"]

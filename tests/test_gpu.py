@@ -7,12 +7,12 @@ import torch
 
 from tests.train.real_run import run_config
 from trainer.data.buckets import Bucket
+from trainer.memory.run_choice import MemoryChoice
 from trainer.model.compiled import compile_blocks
 from trainer.optim.precision import set_fp32_arithmetic
 from trainer.parallel.comm import Comm
 from trainer.train.bench import SyntheticData, synthetic_batch
 from trainer.train.build import build_parts
-from trainer.train.memory_choice import MemoryChoice
 from trainer.train.step import train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

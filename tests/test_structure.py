@@ -17,6 +17,7 @@ ALLOWED = {
         "data",
         "evaluate",
         "measure",
+        "memory",
         "model",
         "model_files",
         "optim",
@@ -31,6 +32,7 @@ ALLOWED = {
         "diffusion",
         "evaluate",
         "measure",
+        "memory",
         "model",
         "model_files",
         "optim",
@@ -48,6 +50,8 @@ ALLOWED = {
     "model_files": set(),
     "publish": {"config", "model", "model_files", "train"},
     "optim": {"config", "data", "parallel"},
+    "memory": {"config", "data", "measure", "model", "model_files", "optim", "parallel", "train"},
+    "checkpoint": set(),
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trainer.measure.bench_report import BenchReport, BenchRow, row_from_json
-from trainer.measure.memory_report import measured_speed
+from trainer.memory.report import measured_speed
 
 ROW = BenchRow(
     strategy="zero2",

@@ -22,6 +22,8 @@ from trainer.errors import OutOfMemory
 from trainer.measure.bench_report import BenchRow
 from trainer.measure.card_peak import card_peak
 from trainer.measure.phases import PhaseClock, exposed_s
+from trainer.memory.run_choice import MemoryChoice, choose_memory, is_out_of_memory, run_setting, smallest_card
+from trainer.memory.run_plan import fullness, memory_plan
 from trainer.model.compiled import compilations
 from trainer.model.latents import encoded_batches
 from trainer.model.text import text_positions
@@ -32,8 +34,6 @@ from trainer.parallel.strategy import Strategy
 from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.build import Run, build_parts
 from trainer.train.loop import open_training_loader, starting_state
-from trainer.train.memory_choice import MemoryChoice, choose_memory, is_out_of_memory, run_setting, smallest_card
-from trainer.train.memory_plan import fullness, memory_plan
 from trainer.train.step import StepParts, train_step
 
 _log = logging.getLogger(__name__)

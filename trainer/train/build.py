@@ -15,6 +15,7 @@ from trainer.data.store.snapshot_file import current_snapshot
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
 from trainer.errors import UserError
+from trainer.memory.run_choice import MemoryChoice, choose_memory, memory_attempt
 from trainer.model.channels_last import prefer_channels_last
 from trainer.model.compiled import compile_blocks
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
@@ -33,7 +34,7 @@ from trainer.parallel.comm import Comm, broadcast_object, gather_objects
 from trainer.parallel.sharding import copy_share, materialize
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.train.checkpoint import OPTIMIZER, read_tensors
-from trainer.train.memory_choice import MemoryChoice, choose_memory, dry_run, memory_attempt
+from trainer.train.dry_run import dry_run
 from trainer.train.run_dir import RESOLVED_CONFIG, find_damage, newest_checkpoint, read_state
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts

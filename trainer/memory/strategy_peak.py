@@ -7,11 +7,11 @@ state and returns the moment at which most is held, split by what holds it.
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from trainer.measure.memory_holding import PARTS, Holding, Ledger, ParameterSize, Peak
-from trainer.measure.memory_sharded import Sharded
+from trainer.memory.holdings import PARTS, Holding, Ledger, ParameterSize, Peak
+from trainer.memory.sharded_peak import Sharded
 
 if TYPE_CHECKING:
-    from trainer.measure.memory_trace import Segment, Trace
+    from trainer.memory.trace import Segment, Trace
 
 
 class _Accountant(Protocol):

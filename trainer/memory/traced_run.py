@@ -1,4 +1,4 @@
-"""Passes of a run's model without memory, at the run's real shapes: what `trainer.measure.memory_plan` chooses by."""
+"""Passes of a run's model without memory, at the run's real shapes: what `trainer.memory.choice` chooses by."""
 
 import math
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
-from trainer.measure.memory_holding import Holding, Kernels, Peak, StrategyName
-from trainer.measure.memory_strategy import strategy_peak
-from trainer.measure.memory_trace import Block, Trace, trace_pass, trace_peak
+from trainer.memory.holdings import Holding, Kernels, Peak, StrategyName
+from trainer.memory.strategy_peak import strategy_peak
+from trainer.memory.trace import Block, Trace, trace_pass, trace_peak
 from trainer.model.denoiser import TrainedModel
 from trainer.model.load import empty_text_encoders, empty_vae
 from trainer.model.recompute import (

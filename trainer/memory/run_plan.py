@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket, make_buckets
 from trainer.errors import UserError
-from trainer.measure.memory_holding import Holding, Kernels, StrategyName
-from trainer.measure.memory_plan import (
+from trainer.memory.choice import (
     CARD_FLOPS,
     GIB,
     WIRE_BYTES_PER_S,
@@ -27,14 +26,15 @@ from trainer.measure.memory_plan import (
     parse_size,
     smallest,
 )
-from trainer.measure.memory_report import MemoryPlan, RungReport
-from trainer.measure.memory_strategy import parameter_sizes, wire_bytes
+from trainer.memory.holdings import Holding, Kernels, StrategyName
+from trainer.memory.report import MemoryPlan, RungReport
+from trainer.memory.strategy_peak import parameter_sizes, wire_bytes
 from trainer.model_files.model_source import component_config, find_source, vae_source
 from trainer.train.arithmetic import batch_factors
 
 if TYPE_CHECKING:
-    from trainer.measure.memory_trace import Trace
-    from trainer.train.traced import TracedRun
+    from trainer.memory.trace import Trace
+    from trainer.memory.traced_run import TracedRun
 
 MIB = 2**20
 # On a card, before the first tensor and beside them; see docs/benchmarks.md.
@@ -202,7 +202,7 @@ def _chosen(config: Config, setting: Setting, *, only_whether: bool = False) -> 
     Args:
         only_whether: something fits; then only what takes least is looked at, for each look is a pass of the model.
     """
-    from trainer.train.traced import Shape, TracedRun, frozen_bytes, holdings, peaks_beside
+    from trainer.memory.traced_run import Shape, TracedRun, frozen_bytes, holdings, peaks_beside
 
     bucket, batch = max(setting.buckets, key=fullness)
     shape = Shape(bucket, batch)
@@ -318,8 +318,8 @@ def _batch_of(changed: Config, config: Config, setting: Setting) -> Setting:
 
 
 def _checkpoint_bytes(config: Config, trace: Any) -> int:
+    from trainer.memory.traced_run import optimizer_bytes
     from trainer.optim.precision import precision_of
-    from trainer.train.traced import optimizer_bytes
 
     parts = {name.split(".", 1)[0] for name in trace.trains}
     numel = sum(math.prod(shape) for name, shape in trace.shapes.items() if name.split(".", 1)[0] in parts)

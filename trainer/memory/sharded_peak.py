@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from trainer.measure.memory_holding import Holding, Ledger, ParameterSize
+from trainer.memory.holdings import Holding, Ledger, ParameterSize
 
 
 class _Pool:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.memory_plan import Case, measure, plan
-from trainer.measure.memory_trace import trace_pass, trace_peak
+from trainer.memory.trace import trace_pass, trace_peak
 
 MIB = 2**20
 SLOW = pytest.mark.slow

@@ -8,8 +8,8 @@ from typing import Any
 
 from trainer.measure.arithmetic import format_duration
 from trainer.measure.bench_report import BENCH_FILE, row_from_json
-from trainer.measure.memory_holding import PARTS, StrategyName
-from trainer.measure.memory_plan import CARD_FLOPS, GIB, WIRE_BYTES_PER_S, Budget, Rung, in_gib
+from trainer.memory.choice import CARD_FLOPS, GIB, WIRE_BYTES_PER_S, Budget, Rung, in_gib
+from trainer.memory.holdings import PARTS, StrategyName
 
 _PART_NAMES = {"communication": "buffers", "frozen": "frozen models"}
 

@@ -9,9 +9,9 @@ import pytest
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
-from trainer.measure.memory_plan import GIB
+from trainer.memory.choice import GIB
+from trainer.memory.run_plan import Setting, make_budget, make_setting, memory_plan, require_fit
 from trainer.model_files.presets import preset
-from trainer.train.memory_plan import Setting, make_budget, make_setting, memory_plan, require_fit
 
 SQUARE = Bucket(1024, 1024)
 BOTH_ENCODERS = {"text_encoder_1": {"train": True}, "text_encoder_2": {"train": True}}

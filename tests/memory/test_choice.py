@@ -2,11 +2,11 @@
 
 import pytest
 
-from trainer.measure.memory_holding import Holding, Peak
-from trainer.measure.memory_plan import GIB, Budget, Choice, Measures, Ways, choose, parse_size
-from trainer.measure.memory_report import MemoryPlan, RungReport, run_time
-from trainer.measure.memory_strategy import strategy_peak
-from trainer.measure.memory_trace import Segment, Trace
+from trainer.memory.choice import GIB, Budget, Choice, Measures, Ways, choose, parse_size
+from trainer.memory.holdings import Holding, Peak
+from trainer.memory.report import MemoryPlan, RungReport, run_time
+from trainer.memory.strategy_peak import strategy_peak
+from trainer.memory.trace import Segment, Trace
 
 BLOCKS, PER_BLOCK = 10, GIB
 STATIC = {"ddp": 20 * GIB, "zero2": 8 * GIB, "zero3": 5 * GIB}

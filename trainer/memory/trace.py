@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from trainer.measure.memory_holding import Kernels
-from trainer.measure.memory_kernels import HIDDEN_BYTES, emulated_kernels
+from trainer.memory.holdings import Kernels
+from trainer.memory.kernels import HIDDEN_BYTES, emulated_kernels
 
 MarkKind = Literal[
     "forward", "after forward", "end of forward", "before backward", "gradient", "backward", "end of backward"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.measure.memory_holding import Kernels
+from trainer.memory.holdings import Kernels
 
 _FLASH_WIDTH = 256  # of a head, at most
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from trainer.measure.memory_holding import Holding, Peak
+from trainer.memory.holdings import Holding, Peak
 
 GIB = 2**30
 # Assumptions, used to rank what fits and printed with it.

@@ -1,0 +1,1 @@
+"""The run directory, and checkpoints in it: written beside, flushed, renamed; listed, verified, dropped."""
