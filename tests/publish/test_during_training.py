@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 
 from tests.data.small_set import write_small_set
 from tests.train.real_run import run_config, watched_run
+from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
 from trainer.model_files.header import read_header
-from trainer.train.run_dir import checkpoint_dir
 
 RIGHT = Path(__file__).parent.parent / "config" / "right.yaml"
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.train.real_run import ALONE
+from trainer.checkpoint.run_dir import MANIFEST, RESOLVED_CONFIG, checkpoint_dir
+from trainer.checkpoint.write import OPTIMIZER, TensorFile, write_checkpoint
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.train.build import find_resume_point
-from trainer.train.checkpoint import OPTIMIZER, TensorFile, write_checkpoint
-from trainer.train.run_dir import MANIFEST, RESOLVED_CONFIG, checkpoint_dir
 
 COMMAND_STARTED = 1_000_000_000  # seconds since 1970
 

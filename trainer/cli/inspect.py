@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from trainer.checkpoint.run_dir import list_checkpoints
 from trainer.cli.compare_text import comparison_lines
 from trainer.cli.inspect_text import inspection_lines
 from trainer.errors import UserError
@@ -16,7 +17,6 @@ from trainer.model_files.examine.compare import as_json as comparison_json
 from trainer.model_files.examine.compare import comparable_bytes, compare
 from trainer.model_files.examine.inspection import as_json, inspect, look, total_bytes
 from trainer.model_files.header import HeaderFault
-from trainer.train.run_dir import list_checkpoints
 
 _EXAMPLES = """\
 examples:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 
+from trainer.checkpoint.run_dir import list_checkpoints
 from trainer.cli.arguments import add_config_arguments, read_config
 from trainer.cli.start import worker_count
 from trainer.config.load import to_yaml
@@ -23,7 +24,6 @@ from trainer.parallel.environment import choose_workers, detect_gpus, joined_env
 from trainer.train.arithmetic import arithmetic_of
 from trainer.train.captions import describe_captions, require_captions, survey_of
 from trainer.train.preparation import prepare_settings
-from trainer.train.run_dir import list_checkpoints
 
 
 def main(argv: Sequence[str]) -> int:

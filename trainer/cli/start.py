@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from trainer.checkpoint.run_dir import RESOLVED_CONFIG
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
 from trainer.data.prepare.caption_survey import planned_records
@@ -29,7 +30,6 @@ from trainer.parallel.launch import run_workers
 from trainer.parallel.worker import MEMORY_ATTEMPT
 from trainer.train.captions import describe_captions, require_captions, survey_of
 from trainer.train.preparation import needs_workers, note_references, prepare_settings
-from trainer.train.run_dir import RESOLVED_CONFIG
 
 _POLL_S = 1.0
 _MEMORY_ATTEMPTS = 8

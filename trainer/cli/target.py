@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
+from trainer.checkpoint.run_dir import MANIFEST, RESOLVED_CONFIG, list_checkpoints
 from trainer.config.load import load_config
 from trainer.errors import UserError
-from trainer.train.run_dir import MANIFEST, RESOLVED_CONFIG, list_checkpoints
 
 
 def find_target(target: Path) -> tuple[Path, Path]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.checkpoint.run_dir import list_checkpoints, only_writer
 from trainer.cli.arguments import add_config_arguments, read_config
 from trainer.cli.start import await_prepared, ensure_prepared, start_workers, write_resolved
 from trainer.config.schema import Config
@@ -12,7 +13,6 @@ from trainer.errors import UserError
 from trainer.parallel.environment import detect_gpus, joined_environment
 from trainer.parallel.launch import allocator_settings
 from trainer.train.captions import check_captions
-from trainer.train.run_dir import list_checkpoints, only_writer
 
 
 def main(argv: Sequence[str]) -> int:

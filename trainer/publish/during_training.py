@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from trainer.checkpoint.run_dir import MANIFEST, checkpoint_dir
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.model_files.modelspec import Description
 from trainer.publish.plan_export import Wish, prepare_export
-from trainer.train.run_dir import MANIFEST, checkpoint_dir
 
 _log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.checkpoint.run_dir import MANIFEST, RESOLVED_CONFIG, list_checkpoints, manifest_entry
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.errors import UserError
@@ -25,7 +26,6 @@ from trainer.model_files.model_source import (
 from trainer.model_files.modelspec import told_prediction_type
 from trainer.model_files.presets import preset
 from trainer.model_files.tokenizer_files import tokenizer_folders
-from trainer.train.run_dir import MANIFEST, RESOLVED_CONFIG, list_checkpoints, manifest_entry
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from trainer import __version__
+from trainer.checkpoint.run_dir import checkpoint_step
 from trainer.config.schema import Config
 from trainer.config.yaml_source import dump
 from trainer.errors import UserError
@@ -17,7 +18,6 @@ from trainer.model_files.components import CONFIGS_KEY, PROJECTION_KEY, TextProj
 from trainer.model_files.modelspec import PREFIX, Description, modelspec, thumbnail_of, without_folders
 from trainer.publish.export_source import Source, open_source, prediction_of, scheduler_of, tokenizers_of
 from trainer.publish.weighted_sum import BlockWeights, merged_parts
-from trainer.train.run_dir import checkpoint_step
 
 if TYPE_CHECKING:
     from trainer.publish.write_model import Precision

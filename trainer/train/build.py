@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from trainer.checkpoint.run_dir import RESOLVED_CONFIG, find_damage, newest_checkpoint, read_state
+from trainer.checkpoint.write import OPTIMIZER, read_tensors
 from trainer.config.schema import Config
 from trainer.data.store.snapshot import SPLITS, PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
@@ -33,9 +35,7 @@ from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, broadcast_object, gather_objects
 from trainer.parallel.sharding import copy_share, materialize
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
-from trainer.train.checkpoint import OPTIMIZER, read_tensors
 from trainer.train.dry_run import dry_run
-from trainer.train.run_dir import RESOLVED_CONFIG, find_damage, newest_checkpoint, read_state
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts
 

@@ -2,9 +2,9 @@
 
 from torch import nn
 
+from trainer.checkpoint.write import OPTIMIZER, WEIGHTS_FILES, TensorFile
 from trainer.model.denoiser import TrainedModel
 from trainer.optim.optimizers import optimizer_tensors
-from trainer.train.checkpoint import OPTIMIZER, WEIGHTS_FILES, TensorFile
 from trainer.train.step import StepParts
 
 

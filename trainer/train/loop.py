@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from trainer.checkpoint.run_dir import MANIFEST, checkpoint_dir, prune_checkpoints
+from trainer.checkpoint.write import write_checkpoint
 from trainer.config.schema import Config
 from trainer.data.augment import Augmentation
 from trainer.data.loader import BatchReader, Loader, open_loader
@@ -28,9 +30,7 @@ from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.build import Run, build_run, newest_snapshot
 from trainer.train.captions import caption_rules, caption_tokenizer
-from trainer.train.checkpoint import write_checkpoint
 from trainer.train.checkpoint_files import checkpoint_files
-from trainer.train.run_dir import MANIFEST, checkpoint_dir, prune_checkpoints
 from trainer.train.scoring import Scorer
 from trainer.train.state import TrainState
 from trainer.train.step import StepResult, train_step

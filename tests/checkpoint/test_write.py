@@ -7,9 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.errors import UserError
-from trainer.train.checkpoint import OPTIMIZER, TensorFile, read_tensors, write_checkpoint
-from trainer.train.run_dir import (
+from trainer.checkpoint.run_dir import (
     checkpoint_dir,
     checkpoint_step,
     find_damage,
@@ -19,6 +17,8 @@ from trainer.train.run_dir import (
     prune_checkpoints,
     read_state,
 )
+from trainer.checkpoint.write import OPTIMIZER, TensorFile, read_tensors, write_checkpoint
+from trainer.errors import UserError
 
 TENSORS = {"a.exp_avg": torch.arange(6.0).reshape(2, 3), "a.step": torch.tensor(3.0)}
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from trainer.checkpoint.run_dir import MANIFEST, STATE, manifest_entry
 from trainer.model_files.tensor_file import TensorSpec, aligned, sync_to_disk, write_tensor_file
-from trainer.train.run_dir import MANIFEST, STATE, manifest_entry
 
 OPTIMIZER = "training_state/optimizer.safetensors"
 WEIGHTS_FILES = {
