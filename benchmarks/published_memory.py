@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
-from trainer.measure.card import KEPT_BY_DRIVER
+from trainer.measure.card_memory import KEPT_BY_DRIVER
 from trainer.memory.choice import GIB
 from trainer.memory.holdings import Holding
 from trainer.memory.run_plan import make_budget

@@ -92,8 +92,8 @@ def ours_start(config_path: Path, overrides: list[str]) -> dict[str, float]:
     ensure_prepared(config)
     resolved = write_resolved(config, config.run.dir)
     parent_s = time.process_time()
+    from trainer.measure.batch_sizes import arithmetic_of
     from trainer.parallel.comm import init_comm
-    from trainer.train.arithmetic import arithmetic_of
     from trainer.train.build import build_run
     from trainer.train.loop import open_training_loader, starting_state
 
@@ -112,10 +112,10 @@ def steps(config_path: Path, overrides: list[str]) -> dict[str, float]:
     import torch
 
     from trainer.config.load import load_config
+    from trainer.measure.batch_sizes import arithmetic_of
     from trainer.model.load import load_unet
     from trainer.optim.optimizers import make_optimizer
     from trainer.parallel.comm import init_comm
-    from trainer.train.arithmetic import arithmetic_of
     from trainer.train.build import build_run
     from trainer.train.loop import open_training_loader, starting_state
     from trainer.train.step import train_step

@@ -45,7 +45,7 @@ ALLOWED = {
     "model": {"config", "data", "diffusion", "model_files", "optim", "tiny"},
     "data": set(),
     "tiny": {"model_files"},
-    "measure": set(),
+    "measure": {"config", "data"},
     "parallel": set(),
     "diffusion": set(),
     "config": set(),

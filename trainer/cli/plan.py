@@ -16,12 +16,12 @@ from trainer.config.schema import Config
 from trainer.data.prepare.caption_survey import CaptionSurvey, sampled_records
 from trainer.data.prepare.stages import is_current
 from trainer.data.store.snapshot import PreparedSet
-from trainer.measure.card import card_bytes
+from trainer.measure.batch_sizes import arithmetic_of
+from trainer.measure.card_memory import card_bytes
 from trainer.memory.report import MemoryPlan, measured_speed, run_time
 from trainer.memory.run_plan import make_setting, memory_plan, require_fit
 from trainer.model_files.model_source import count_weights, find_source
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
-from trainer.train.arithmetic import arithmetic_of
 from trainer.train.captions import describe_captions, require_captions, survey_of
 from trainer.train.preparation import prepare_settings
 

@@ -14,7 +14,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from trainer.measure.arithmetic import format_duration
+from trainer.measure.run_arithmetic import format_duration
 from trainer.measure.telemetry import StepMetrics
 
 LOG_FILE = "log.txt"

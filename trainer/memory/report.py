@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.measure.arithmetic import format_duration
 from trainer.measure.bench_report import BENCH_FILE, row_from_json
+from trainer.measure.run_arithmetic import format_duration
 from trainer.memory.choice import CARD_FLOPS, GIB, WIRE_BYTES_PER_S, Budget, Rung, in_gib
 from trainer.memory.holdings import PARTS, StrategyName
 

@@ -16,6 +16,7 @@ import torch
 
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
+from trainer.measure.batch_sizes import arithmetic_of, batch_factors
 from trainer.memory.holdings import Kernels
 from trainer.memory.run_plan import CUDA_CONTEXT, Setting, make_budget, memory_plan, require_fit
 from trainer.model.denoiser import TrainedModel
@@ -26,7 +27,6 @@ from trainer.parallel.comm import Comm, broadcast_object, gather_objects
 from trainer.parallel.failure import card_is_full
 from trainer.parallel.strategy import Sharing, StrategyKind
 from trainer.parallel.worker import MEMORY_ATTEMPT
-from trainer.train.arithmetic import arithmetic_of, batch_factors
 
 _log = logging.getLogger(__name__)
 # A few megabytes more or less of a desktop shall not make another plan of the same run.

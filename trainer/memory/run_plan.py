@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket, make_buckets
 from trainer.errors import UserError
+from trainer.measure.batch_sizes import batch_factors
 from trainer.memory.choice import (
     CARD_FLOPS,
     GIB,
@@ -30,7 +31,6 @@ from trainer.memory.holdings import Holding, Kernels, StrategyName
 from trainer.memory.report import MemoryPlan, RungReport
 from trainer.memory.strategy_peak import parameter_sizes, wire_bytes
 from trainer.model_files.model_source import component_config, find_source, vae_source
-from trainer.train.arithmetic import batch_factors
 
 if TYPE_CHECKING:
     from trainer.memory.trace import Trace

@@ -19,6 +19,7 @@ from trainer.data.buckets import Bucket, make_buckets
 from trainer.data.loader import Batch
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import OutOfMemory
+from trainer.measure.batch_sizes import arithmetic_of, batch_factors
 from trainer.measure.bench_report import BenchRow
 from trainer.measure.card_peak import card_peak
 from trainer.measure.phases import PhaseClock, exposed_s
@@ -31,7 +32,6 @@ from trainer.model_files.model_source import component_config, find_source, vae_
 from trainer.optim.precision import precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, barrier, gather_objects, sum_floats
 from trainer.parallel.strategy import Strategy
-from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.build import Run, build_parts
 from trainer.train.loop import open_training_loader, starting_state
 from trainer.train.step import StepParts, train_step

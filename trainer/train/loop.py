@@ -17,8 +17,9 @@ from trainer.data.sampler import EpochPlan, Position, epochs_done, steps_per_epo
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.evaluate.report import loss_curve_png
-from trainer.measure.arithmetic import RunArithmetic
+from trainer.measure.batch_sizes import arithmetic_of, batch_factors
 from trainer.measure.progress import ProgressLine
+from trainer.measure.run_arithmetic import RunArithmetic
 from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
 from trainer.model.latents import encoded_batches
 from trainer.optim.loss_scale import LossScale
@@ -26,7 +27,6 @@ from trainer.optim.lr_schedule import lr_at
 from trainer.optim.optimizers import first_lr
 from trainer.parallel.comm import Comm, barrier, broadcast_object
 from trainer.publish.during_training import Exports
-from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.build import Run, build_run, newest_snapshot
 from trainer.train.captions import caption_rules, caption_tokenizer

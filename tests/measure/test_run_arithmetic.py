@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from trainer.errors import UserError
-from trainer.measure.arithmetic import RunArithmetic, format_duration, run_arithmetic
+from trainer.measure.run_arithmetic import RunArithmetic, format_duration, run_arithmetic
 
 
 def arithmetic(**changes: object) -> RunArithmetic:
@@ -130,5 +130,5 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_it_needs_neither_torch_nor_numpy() -> None:
-    code = "import sys, trainer.measure.arithmetic; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
+    code = "import sys, trainer.measure.run_arithmetic; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

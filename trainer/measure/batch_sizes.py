@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
-from trainer.measure.arithmetic import RunArithmetic, run_arithmetic
+from trainer.measure.run_arithmetic import RunArithmetic, run_arithmetic
 
 MOST_BATCHES = 16
 """Text encoders and the loader cost by the image, whatever its size: a limit to `train.batch_by_area`."""

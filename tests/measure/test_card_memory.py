@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.measure.card import KEPT_BY_DRIVER, card_bytes
+from trainer.measure.card_memory import KEPT_BY_DRIVER, card_bytes
 from trainer.parallel.environment import detect_gpus
 
 GIB = 2**30
