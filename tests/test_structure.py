@@ -41,7 +41,7 @@ ALLOWED = {
         "parallel",
         "publish",
     },
-    "evaluate": {"data", "diffusion", "model", "model_files", "parallel"},
+    "evaluate": {"config", "data", "diffusion", "measure", "model", "model_files", "optim", "parallel", "train"},
     "model": {"config", "data", "diffusion", "model_files", "optim", "tiny"},
     "data": set(),
     "tiny": {"model_files"},

@@ -19,11 +19,11 @@ from trainer.data.sampler import Position, planned_steps
 from trainer.data.store import snapshot
 from trainer.data.store.snapshot import RowProblem
 from trainer.errors import UserError
+from trainer.evaluate.scoring import Scorer
 from trainer.model.text import load_tokenizers
 from trainer.train import bad_rows
 from trainer.train.bad_rows import BAD_FILE, BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.build import build_run
-from trainer.train.scoring import Scorer
 from trainer.train.step import batch_losses
 
 SQUARE, TALL = Bucket(64, 64), Bucket(128, 64)

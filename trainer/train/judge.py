@@ -6,11 +6,11 @@ from pathlib import Path
 
 from trainer.config.schema import Config
 from trainer.data.store.snapshot import PreparedSet
-from trainer.evaluate.report import loss_curve_png
+from trainer.evaluate.pictures import loss_curve_png
+from trainer.evaluate.scoring import Scorer
 from trainer.measure.telemetry import read_metrics
 from trainer.parallel.comm import Comm
 from trainer.train.build import load_denoiser
-from trainer.train.scoring import Scorer
 
 _log = logging.getLogger(__name__)
 

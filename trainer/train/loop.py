@@ -16,7 +16,8 @@ from trainer.data.loader import BatchReader, Loader, open_loader
 from trainer.data.sampler import EpochPlan, Position, epochs_done, steps_per_epoch, with_global_batch
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
-from trainer.evaluate.report import loss_curve_png
+from trainer.evaluate.pictures import loss_curve_png
+from trainer.evaluate.scoring import Scorer
 from trainer.measure.batch_sizes import arithmetic_of, batch_factors
 from trainer.measure.progress import ProgressLine
 from trainer.measure.run_arithmetic import RunArithmetic
@@ -31,7 +32,6 @@ from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_ro
 from trainer.train.build import Run, build_run, newest_snapshot
 from trainer.train.captions import caption_rules, caption_tokenizer
 from trainer.train.checkpoint_files import checkpoint_files
-from trainer.train.scoring import Scorer
 from trainer.train.state import TrainState
 from trainer.train.step import StepResult, train_step
 

@@ -18,7 +18,7 @@ from trainer.data.captions import compose
 from trainer.data.loader import Batch, BatchReader
 from trainer.data.sampler import pick_rows
 from trainer.data.store.snapshot import PreparedSet
-from trainer.evaluate.report import GridRow, image_grid
+from trainer.evaluate.pictures import GridRow, image_grid
 from trainer.evaluate.sampling import decoded_images, sample_images
 from trainer.evaluate.validation import ValidationLoss, validation_batches, validation_loss
 from trainer.measure.telemetry import MetricsWriter

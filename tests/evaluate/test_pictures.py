@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from trainer.evaluate.report import GridRow, image_grid, loss_curve_png
+from trainer.evaluate.pictures import GridRow, image_grid, loss_curve_png
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 
