@@ -11,7 +11,7 @@ from trainer.memory.run_choice import MemoryChoice
 from trainer.model.compiled import compile_blocks
 from trainer.optim.precision import set_fp32_arithmetic
 from trainer.parallel.comm import Comm
-from trainer.train.bench import SyntheticData, synthetic_batch
+from trainer.train.bench_worker import SyntheticData, synthetic_batch
 from trainer.train.build import build_parts
 from trainer.train.step import train_step
 

@@ -20,8 +20,8 @@ from trainer.model.latents import encoded_batches
 from trainer.model.load import load_vae
 from trainer.model.text import load_tokenizers
 from trainer.model.vae import ImageEncoder
-from trainer.train.judge import evaluate_weights
-from trainer.train.preparation import encode_share, needs_workers, note_references, prepare_settings
+from trainer.train.eval_worker import evaluate_weights
+from trainer.train.prepare_worker import encode_share, needs_workers, note_references, prepare_settings
 
 BUCKETS = {"resolution": 128, "min_px": 64, "max_px": 256, "step_px": 64}
 AUGMENTED = {"mode": "images", "augment": {"flip_probability": 0.5, "random_crop": True}}

@@ -20,7 +20,7 @@ from trainer.errors import UserError
 from trainer.measure.bench_report import BENCH_FILE, BenchReport, BenchRow, row_from_json
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
 from trainer.parallel.failure import first_cause, read_failure
-from trainer.train.preparation import prepare_settings
+from trainer.train.prepare_worker import prepare_settings
 
 STRATEGIES = ("ddp", "zero2", "zero3")
 _RESULT = "result.json"

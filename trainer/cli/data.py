@@ -14,7 +14,7 @@ from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.evaluate.data_chart import DataChart, data_chart_png
 from trainer.model_files.model_source import ModelPath
-from trainer.train.captions import caption_rules
+from trainer.train.caption_rules import caption_rules
 
 _SHOWN_REASONS = 12
 _USED_TOKENS = 75

@@ -22,8 +22,8 @@ from trainer.memory.report import MemoryPlan, measured_speed, run_time
 from trainer.memory.run_plan import make_setting, memory_plan, require_fit
 from trainer.model_files.model_source import count_weights, find_source
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
-from trainer.train.captions import describe_captions, require_captions, survey_of
-from trainer.train.preparation import prepare_settings
+from trainer.train.caption_rules import describe_captions, require_captions, survey_of
+from trainer.train.prepare_worker import prepare_settings
 
 
 def main(argv: Sequence[str]) -> int:

@@ -28,8 +28,8 @@ from trainer.errors import UserError
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
 from trainer.parallel.launch import run_workers
 from trainer.parallel.worker import MEMORY_ATTEMPT
-from trainer.train.captions import describe_captions, require_captions, survey_of
-from trainer.train.preparation import needs_workers, note_references, prepare_settings
+from trainer.train.caption_rules import describe_captions, require_captions, survey_of
+from trainer.train.prepare_worker import needs_workers, note_references, prepare_settings
 
 _POLL_S = 1.0
 _MEMORY_ATTEMPTS = 8

@@ -12,7 +12,7 @@ from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.parallel.environment import detect_gpus, joined_environment
 from trainer.parallel.launch import allocator_settings
-from trainer.train.captions import check_captions
+from trainer.train.caption_rules import check_captions
 
 
 def main(argv: Sequence[str]) -> int:

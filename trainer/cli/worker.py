@@ -26,7 +26,7 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
     if task == "prepare":
         # Without a process group: a worker that is slow, or gone, holds up nobody. A stop signal may end it anywhere,
         # for what is finished is on the disk and the rest is done anew.
-        from trainer.train.preparation import encode_share
+        from trainer.train.prepare_worker import encode_share
 
         encode_share(config)
         return
@@ -42,11 +42,11 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
 
             train(config, comm, stop_requested)
         elif task == "bench":
-            from trainer.train.bench import bench
+            from trainer.train.bench_worker import bench
 
             bench(config, comm, options["steps"], options["warmup"], options["prepared"], Path(options["result"]))
         else:
-            from trainer.train import judge
+            from trainer.train import eval_worker as judge
 
             judge_by = {"evaluate": judge.evaluate_weights, "sample": judge.sample_weights}[task]
             judge_by(config, comm, Path(options["weights"]), Path(options["out_dir"]))

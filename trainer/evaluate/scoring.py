@@ -29,7 +29,7 @@ from trainer.model.text import CaptionTokenizer, TextEncoders
 from trainer.optim.precision import DTYPES
 from trainer.parallel.comm import Comm, barrier
 from trainer.train.build import load_frozen_text_encoders
-from trainer.train.captions import caption_rules, caption_tokenizer
+from trainer.train.caption_rules import caption_rules, caption_tokenizer
 
 _log = logging.getLogger(__name__)
 

@@ -30,8 +30,8 @@ from trainer.parallel.comm import Comm, barrier, broadcast_object
 from trainer.publish.during_training import Exports
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.build import Run, build_run, newest_snapshot
-from trainer.train.captions import caption_rules, caption_tokenizer
-from trainer.train.checkpoint_files import checkpoint_files
+from trainer.train.caption_rules import caption_rules, caption_tokenizer
+from trainer.train.checkpoint_contents import checkpoint_files
 from trainer.train.state import TrainState
 from trainer.train.step import StepResult, train_step
 

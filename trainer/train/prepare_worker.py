@@ -13,7 +13,7 @@ from trainer.data.prepare.encode import encode_shards, pending_payloads, write_r
 from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.sources.listing import SOURCE_TYPES, Source
 from trainer.model_files.model_source import component_config, find_source, vae_source, weights_fingerprint
-from trainer.train.captions import caption_rules, caption_tokenizer
+from trainer.train.caption_rules import caption_rules, caption_tokenizer
 
 _WRITERS = 8
 

@@ -9,8 +9,8 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.captions import PLAIN, CaptionRules, caption_record
 from trainer.errors import UserError
-from trainer.train.captions import caption_rules, describe_captions, require_captions, survey_of
-from trainer.train.preparation import prepare_settings
+from trainer.train.caption_rules import caption_rules, describe_captions, require_captions, survey_of
+from trainer.train.prepare_worker import prepare_settings
 
 
 @pytest.fixture
