@@ -85,7 +85,7 @@ def bare_start(config_path: Path, overrides: list[str]) -> dict[str, float]:
 def ours_start(config_path: Path, overrides: list[str]) -> dict[str, float]:
     """The parent's work and the worker's, up to the moment the first step could begin."""
     from trainer.cli.arguments import read_config
-    from trainer.cli.start import ensure_prepared, write_resolved
+    from trainer.cli.start_workers import ensure_prepared, write_resolved
     from trainer.config.load import load_config
 
     config = read_config(config_path, [*overrides, "run.resume=false", f"run.dir={SCRATCH}"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.cli.schema import main
+from trainer.cli.commands.schema import main
 from trainer.config.fields import all_keys
 from trainer.config.reference import field_docs, json_schema
 

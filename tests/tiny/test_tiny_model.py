@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.cli.make_tiny import main
+from trainer.cli.commands.make_tiny import main
 from trainer.errors import UserError
 from trainer.model_files.clip_tokenizer import write_clip_tokenizer
 from trainer.model_files.examine.check import check_model

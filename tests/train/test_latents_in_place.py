@@ -9,7 +9,7 @@ import pytest
 
 from tests.data.kohya_files import entry, kohya_npz, write_files, write_metadata
 from tests.train.real_run import Watched, run_config, watched_run
-from trainer.cli.start import prepare
+from trainer.cli.start_workers import prepare
 from trainer.config.schema import Config
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.stages import commit, plan_repack

@@ -101,7 +101,7 @@ def run_workers(
     GPU workers allocate in expandable segments, unless `PYTORCH_ALLOC_CONF` says otherwise.
 
     Args:
-        argv: the whole command line, such as `[sys.executable, "-m", "trainer.cli.worker", ...]`.
+        argv: the whole command line, such as `[sys.executable, "-m", "trainer.cli.tasks", ...]`.
         env: environment of the workers; ranks, threads and the store are added to it.
         threads: OpenMP threads per worker; None: an exported `OMP_NUM_THREADS`, else cores / workers.
         gpu: workers use one GPU each; else they must stay on the CPU.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer.cli.target import add_prepared_target, find_prepared
+from trainer.cli.run_target import add_prepared_target, find_prepared
 from trainer.config.load import load_config
 from trainer.data.captions import PLAIN, CaptionRules
 from trainer.data.prepare.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, left_out, sample

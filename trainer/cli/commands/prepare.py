@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from trainer.cli.arguments import add_config_arguments, read_config
-from trainer.cli.start import prepare
+from trainer.cli.start_workers import prepare
 
 
 def main(argv: Sequence[str]) -> int:

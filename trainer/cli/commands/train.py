@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainer.checkpoint.run_dir import list_checkpoints, only_writer
 from trainer.cli.arguments import add_config_arguments, read_config
-from trainer.cli.start import await_prepared, ensure_prepared, start_workers, write_resolved
+from trainer.cli.start_workers import await_prepared, ensure_prepared, start_workers, write_resolved
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.parallel.environment import detect_gpus, joined_environment
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _join(config: Config, joined: dict[str, str]) -> int:
     """Be one worker of a job that torchrun or SLURM has started; its rank 0 prepares the data for all."""
-    from trainer.cli.worker import run_task
+    from trainer.cli.tasks import run_task
     from trainer.parallel.worker import run_worker
 
     if joined["RANK"] == "0":

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.cli.arguments import read_config
-from trainer.cli.start import start_workers
-from trainer.cli.target import find_target
+from trainer.cli.run_target import find_target
+from trainer.cli.start_workers import start_workers
 
 
 def main(argv: Sequence[str]) -> int:

@@ -35,11 +35,11 @@ _POLL_S = 1.0
 _MEMORY_ATTEMPTS = 8
 _TASKS_WITH_A_PLAN = ("train", "bench")  # which plan with less when they are started again
 # Not `-m`: each reader process of a worker would import that module once more, as its main module.
-_WORKER = "from trainer.cli.worker import main; main()"
+_WORKER = "from trainer.cli.tasks import main; main()"
 
 
 def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str, object], **launch: str) -> int:
-    """Run a task of `trainer.cli.worker` on this host's workers; returns the command's exit code.
+    """Run a task of `trainer.cli.tasks` on this host's workers; returns the command's exit code.
 
     Args:
         out_dir: where the resolved configuration and the workers' logs go.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from trainer.checkpoint.run_dir import list_checkpoints
 from trainer.cli.arguments import add_config_arguments, read_config
-from trainer.cli.start import worker_count
+from trainer.cli.start_workers import worker_count
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
 from trainer.data.prepare.caption_survey import CaptionSurvey, sampled_records

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.cli.export import add_description_arguments, told_description, write_with_bar
+from trainer.cli.commands.export import add_description_arguments, told_description, write_with_bar
 from trainer.errors import UserError
 from trainer.publish.plan_export import Wish, prepare_merge
 

@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 
 from trainer.cli.arguments import add_config_arguments, read_config
-from trainer.cli.start import start_workers
+from trainer.cli.start_workers import start_workers
 from trainer.config.schema import Config
 from trainer.data.prepare.stages import is_current
 from trainer.errors import UserError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from trainer.cli.target import add_prepared_target, find_prepared
+from trainer.cli.run_target import add_prepared_target, find_prepared
 from trainer.data.prepare.verification import VERIFY_BAD, Verified, verify
 from trainer.data.store.snapshot import SPLITS, PreparedSet
 

@@ -1,0 +1,1 @@
+"""One module per command of `sdxl-train`, named as the user types it."""
