@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
-from tests.model.single_files import rewrite, single_file_tensors, write_single_file
 from torch import Tensor
 
+from tests.model_files.single_files import rewrite, single_file_tensors, write_single_file
 from trainer.errors import UserError
 from trainer.model.load import load_text_encoders, load_unet, load_vae
 from trainer.model.text import load_tokenizers

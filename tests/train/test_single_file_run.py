@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tests.model.single_files import write_single_file
 
+from tests.model_files.single_files import write_single_file
 from tests.train.real_run import run_config, watched_run
 from trainer.cli.start_workers import prepare
 from trainer.config.load import load_config, to_yaml

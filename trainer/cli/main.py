@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         command = arguments.pop(0) if arguments[0] in COMMANDS else _default_command(arguments[0])
-        module = importlib.import_module(f"trainer.cli.{command.replace('-', '_')}")
+        module = importlib.import_module(f"trainer.cli.commands.{command.replace('-', '_')}")
         return module.main(arguments)
     except UserError as error:
         for line in error.lines:

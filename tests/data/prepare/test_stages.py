@@ -26,7 +26,7 @@ from trainer.data.store.snapshot import PreparedSet, Rows
 from trainer.errors import UserError
 from trainer.keyed import draw_seed
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def _prepare(settings: PrepareSettings) -> Committed:
