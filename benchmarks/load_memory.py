@@ -52,7 +52,8 @@ def work(model: Path, dtype_name: str) -> None:
     """Import, wait for the word, load everything, wait to be ended; the weights' bytes go to standard output."""
     import torch
 
-    from trainer.model.load import load_text_encoders, load_unet, load_vae
+    from trainer.model.load_weights import load_text_encoders, load_unet, load_vae
+    from trainer.model_files.run_model import open_model
 
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
     import diffusers.models.autoencoders.autoencoder_kl
@@ -61,8 +62,9 @@ def work(model: Path, dtype_name: str) -> None:
 
     assert transformers.CLIPTextModel and diffusers.models.unets.unet_2d_condition
     tell({"imported": True})
-    encoders = load_text_encoders(model, dtype, "cpu")
-    modules = [load_unet(model, dtype, "cpu"), encoders.one, encoders.two, load_vae(model, None, dtype, "cpu")]
+    opened = open_model(model)
+    encoders = load_text_encoders(opened, dtype, "cpu")
+    modules = [load_unet(opened, dtype, "cpu"), encoders.one, encoders.two, load_vae(opened, dtype, "cpu")]
     tell({"weights": sum(p.numel() * p.itemsize for module in modules for p in module.parameters())})
 
 

@@ -26,6 +26,8 @@ from trainer.memory.run_plan import make_budget
 from trainer.memory.strategy_peak import strategy_peak
 from trainer.memory.traced_run import Shape, TracedRun, optimizer_bytes
 from trainer.model_files.presets import preset
+from trainer.model_files.run_model import open_model
+from trainer.train.memory_inputs import planned_run
 
 WORKERS = 4
 UNET_71 = [f"input_blocks.{n}" for n in (1, 2, 3, 6)] + ["input_blocks.8.1", "output_blocks.0.1", "output_blocks.2.2"]
@@ -73,7 +75,7 @@ def main() -> None:
             (Path(folder) / name).mkdir()
             (Path(folder) / name / "config.json").write_text(json.dumps(preset(name)))
         for row in ROWS:
-            needed = planned(kohya_like(folder, row), row) / GIB
+            needed = planned_bytes(kohya_like(folder, row), row) / GIB
             if isinstance(row.told, str):
                 right = (needed <= CARD_GIB) == (row.told == "fits")
                 told = f"{row.told} ({CARD_GIB:.2f}) | {'as planned' if right else 'not as planned'}"
@@ -100,9 +102,10 @@ def kohya_like(folder: str, row: Published) -> Config:
     return Config.model_validate(fields)
 
 
-def planned(config: Config, row: Published) -> int:
+def planned_bytes(config: Config, row: Published) -> int:
     """Bytes on each card, all in all."""
-    run = TracedRun(config, Shape(Bucket(1024, 1024), row.batch), "cuda")
+    planned = planned_run(config, open_model(config.model.path))
+    run = TracedRun(planned, Shape(Bucket(1024, 1024), row.batch), "cuda")
     trace = run.trace("ddp", len(run.blocks("ddp")))
     trained = sum(math.prod(trace.shapes[name]) for name in trace.trains)
     state = row.optimizer_bytes
@@ -112,12 +115,14 @@ def planned(config: Config, row: Published) -> int:
         stored_bytes=2,
         compute_bytes=2,
         reduce_bytes=2,
-        optimizer_bytes=optimizer_bytes(config, trace) / trained if state is None else state,
+        optimizer_bytes=optimizer_bytes(planned, trace) / trained if state is None else state,
         accumulation=4,
         bucket_views=False,
         optimizer_temporary_bytes=row.temporary_bytes,
     )
-    return make_budget(config, "cuda", round(CARD_GIB * GIB), WORKERS).needed(strategy_peak(trace, holding))
+    return make_budget(config.memory.budget, "cuda", round(CARD_GIB * GIB), WORKERS).needed(
+        strategy_peak(trace, holding)
+    )
 
 
 if __name__ == "__main__":

@@ -84,25 +84,27 @@ def bare_start(config_path: Path, overrides: list[str]) -> dict[str, float]:
 
 def ours_start(config_path: Path, overrides: list[str]) -> dict[str, float]:
     """The parent's work and the worker's, up to the moment the first step could begin."""
-    from trainer.cli.arguments import read_config
+    from trainer.cli.arguments import read_run
     from trainer.cli.start_workers import ensure_prepared, write_resolved
     from trainer.config.load import load_config
 
-    config = read_config(config_path, [*overrides, "run.resume=false", f"run.dir={SCRATCH}"])
-    ensure_prepared(config)
+    config, model = read_run(config_path, [*overrides, "run.resume=false", f"run.dir={SCRATCH}"])
+    ensure_prepared(config, model)
     resolved = write_resolved(config, config.run.dir)
     parent_s = time.process_time()
-    from trainer.measure.batch_sizes import arithmetic_of
+    from trainer.model_files.run_model import open_model
     from trainer.parallel.comm import init_comm
+    from trainer.train.arithmetic import arithmetic_of
     from trainer.train.build import build_run
     from trainer.train.loop import open_training_loader, starting_state
 
     # The worker reads the resolved file, and imports again what the parent has imported.
     config = load_config(resolved, check_paths=False)
-    comm = init_comm()
-    run = build_run(config, comm)
+    comm, model = init_comm(), open_model(config.model.path, config.model.vae, config.model.tokenizer)
+    run = build_run(config, model, comm)
     arithmetic = arithmetic_of(config, 1, run.prepared.buckets("train"), run.prepared.rows_per_bucket("train"))
-    with open_training_loader(config, comm, run, starting_state(config, run, arithmetic.images_per_step), 1) as loader:
+    state = starting_state(config, run, arithmetic.images_per_step)
+    with open_training_loader(config, model, comm, run, state, 1) as loader:
         next(iter(next(loader).batches))
         return {"cpu_s": time.process_time() + parent_s}
 
@@ -112,27 +114,28 @@ def steps(config_path: Path, overrides: list[str]) -> dict[str, float]:
     import torch
 
     from trainer.config.load import load_config
-    from trainer.measure.batch_sizes import arithmetic_of
-    from trainer.model.load import load_unet
+    from trainer.model.load_weights import load_unet
+    from trainer.model_files.run_model import open_model
     from trainer.optim.optimizers import make_optimizer
     from trainer.parallel.comm import init_comm
+    from trainer.train.arithmetic import arithmetic_of
     from trainer.train.build import build_run
     from trainer.train.loop import open_training_loader, starting_state
     from trainer.train.step import train_step
 
     config = load_config(config_path, [*overrides, "run.resume=false", f"run.dir={SCRATCH}"])
-    comm = init_comm()
-    run = build_run(config, comm)
+    comm, model = init_comm(), open_model(config.model.path, config.model.vae, config.model.tokenizer)
+    run = build_run(config, model, comm)
     arithmetic = arithmetic_of(config, 1, run.prepared.buckets("train"), run.prepared.rows_per_bucket("train"))
     state = starting_state(config, run, arithmetic.images_per_step)
-    bare = load_unet(config.model.path, torch.float32, comm.device).train()
+    bare = load_unet(model, torch.float32, comm.device).train()
     optimizer = make_optimizer(dict(bare.named_parameters()), config.optimizer)
     batch = config.train.batch_size_per_gpu
     text_dim = bare.config.cross_attention_dim
     pooled_dim = bare.config.projection_class_embeddings_input_dim - 6 * bare.config.addition_time_embed_dim
     shapes: list[tuple[int, ...]] = []
 
-    with open_training_loader(config, comm, run, state, arithmetic.accumulation) as loader:
+    with open_training_loader(config, model, comm, run, state, arithmetic.accumulation) as loader:
 
         def ours() -> None:
             shapes.clear()

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.real_run import run_config
+from tests.train.real_run import model_of, run_config
 from trainer.data.buckets import Bucket
 from trainer.memory.run_choice import MemoryChoice
 from trainer.model.compiled import compile_blocks
+from trainer.model_files.run_model import open_model
 from trainer.optim.precision import set_fp32_arithmetic
 from trainer.parallel.comm import Comm
 from trainer.train.bench_worker import SyntheticData, synthetic_batch
@@ -16,7 +17,7 @@ from trainer.train.build import build_parts
 from trainer.train.step import train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DATA = SyntheticData(Bucket(64, 64), 0.13025, (77, 40, 24), holds_images=False)
+DATA = SyntheticData(Bucket(64, 64), 0.13025, (77, 40, 24), holds_images=False, chunks=1, words=49408)
 
 
 def losses_on(device: str, model: Path, folder: Path, precision: str) -> list[float]:
@@ -25,8 +26,8 @@ def losses_on(device: str, model: Path, folder: Path, precision: str) -> list[fl
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     set_fp32_arithmetic(precision)
     comm = Comm(rank=0, world=1, local_rank=0, device=torch.device(device))
-    parts = build_parts(config, comm, DATA, MemoryChoice("single"))
-    batch = synthetic_batch(config, DATA, 4, 4, seed=0, pin_memory=device != "cpu")
+    parts = build_parts(config, model_of(config), comm, DATA, MemoryChoice("single"))
+    batch = synthetic_batch(DATA, 4, 4, seed=0, pin_memory=device != "cpu")
     assert batch.weights.is_pinned() == (device != "cpu")
     return [train_step(parts, [batch], 1, 4.0, 1.0, False).loss for _ in range(4)]
 
@@ -46,12 +47,12 @@ def test_other_precisions_learn(model_folder: Path, tmp_path: Path, precision: s
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_compiled_blocks_compute_the_same(model_folder: Path) -> None:
-    from trainer.model.load import load_unet
+    from trainer.model.load_weights import load_unet
 
     set_fp32_arithmetic("fp32")
     sizes = {"text_embeds": torch.randn(2, 24, device="cuda"), "time_ids": torch.randn(2, 6, device="cuda")}
     text = torch.randn(2, 77, 40, device="cuda")
-    plain, unet = (load_unet(model_folder, torch.float32, "cuda") for _ in range(2))
+    plain, unet = (load_unet(open_model(model_folder), torch.float32, "cuda") for _ in range(2))
     compile_blocks(unet)
     for side in (8, 16):
         latents, times = torch.randn(2, 4, side, 8, device="cuda"), torch.tensor([3, 500], device="cuda")

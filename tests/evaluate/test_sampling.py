@@ -8,8 +8,9 @@ from PIL import Image
 
 from trainer.errors import UserError
 from trainer.evaluate.sampling import decoded_images, euler_steps, sample_images
-from trainer.model.load import load_text_encoders, load_unet, load_vae
+from trainer.model.load_weights import load_text_encoders, load_unet, load_vae
 from trainer.model.text import load_tokenizers
+from trainer.model_files.run_model import open_model
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat", "the hat that sat", "A photograph of the sea, at night!"]
@@ -19,10 +20,10 @@ SEEDS = [7, 8, 9]
 @pytest.fixture(scope="module")
 def models(model_folder: Path) -> dict[str, Any]:
     return {
-        "unet": load_unet(model_folder, torch.float32, CPU),
-        "vae": load_vae(model_folder, None, torch.float32, CPU),
-        "text_encoders": load_text_encoders(model_folder, torch.float32, CPU),
-        "tokenizer": load_tokenizers(model_folder),
+        "unet": load_unet(open_model(model_folder), torch.float32, CPU),
+        "vae": load_vae(open_model(model_folder), torch.float32, CPU),
+        "text_encoders": load_text_encoders(open_model(model_folder), torch.float32, CPU),
+        "tokenizer": load_tokenizers(open_model(model_folder).tokenizers),
     }
 
 
@@ -141,7 +142,7 @@ def test_bf16_autocast_draws_nearly_the_same(models: dict[str, Any]) -> None:
 def test_a_bf16_model_draws_nearly_the_same(models: dict[str, Any], model_folder: Path) -> None:
     first: dict[str, Any] = {"prompts": PROMPTS[:1], "seeds": SEEDS[:1]}
     exact = drawn(models, **first)[0].astype(int)
-    unet = load_unet(model_folder, torch.bfloat16, CPU)
+    unet = load_unet(open_model(model_folder), torch.bfloat16, CPU)
     assert np.abs(exact - drawn({**models, "unet": unet}, **first)[0]).mean() < 0.1 * exact.std()
 
 

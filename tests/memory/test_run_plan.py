@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 
+from tests.train.real_run import model_of
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
 from trainer.memory.choice import GIB
-from trainer.memory.run_plan import Setting, make_budget, make_setting, memory_plan, require_fit
+from trainer.memory.planned_run import PlannedRun
+from trainer.memory.run_plan import Setting, make_budget, memory_plan, require_fit
 from trainer.model_files.presets import preset
+from trainer.train.memory_inputs import make_setting, planned_run
 
 SQUARE = Bucket(1024, 1024)
 BOTH_ENCODERS = {"text_encoder_1": {"train": True}, "text_encoder_2": {"train": True}}
@@ -31,6 +34,10 @@ def make_config(folder: Path, /, **sections: dict[str, Any]) -> Config:
     return Config.model_validate(fields)
 
 
+def planned(config: Config) -> PlannedRun:
+    return planned_run(config, model_of(config))
+
+
 def setting(config: Config, workers: int, bucket: Bucket) -> Setting:
     return make_setting(config, "cuda", None, workers, workers, [bucket])
 
@@ -47,17 +54,17 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_small_model_in_a_small_budget(model_folder: Path, tmp_path: Path) -> None:
     config = make_config(model_folder, memory={"budget": "2GiB"})
-    wide = memory_plan(config, setting(config, 4, Bucket(256, 256)), tmp_path)
+    wide = memory_plan(planned(config), setting(config, 4, Bucket(256, 256)), tmp_path)
     assert wide.chosen and wide.chosen.strategy == "zero2" and wide.recompute == ()  # gradients travel in bf16
     assert {rung.strategy for rung in wide.looked_at} == {"ddp", "zero2", "zero3"}
     (kept,) = tmp_path.iterdir()
-    again = memory_plan(config, setting(config, 4, Bucket(256, 256)), tmp_path)
+    again = memory_plan(planned(config), setting(config, 4, Bucket(256, 256)), tmp_path)
     assert again == wide and list(tmp_path.iterdir()) == [kept]
 
 
 def test_what_cannot_fit_is_refused_with_what_would(model_folder: Path, tmp_path: Path) -> None:
     config = make_config(model_folder, memory={"budget": "700MiB"}, train={"batch_size_per_gpu": 16})
-    plan = memory_plan(config, setting(config, 1, SQUARE), tmp_path)
+    plan = memory_plan(planned(config), setting(config, 1, SQUARE), tmp_path)
     assert plan.chosen is None and plan.advice == ("train.batch_size_per_gpu: 8",)
     with pytest.raises(UserError, match="it fits with train"):
         require_fit(plan)
@@ -65,10 +72,10 @@ def test_what_cannot_fit_is_refused_with_what_would(model_folder: Path, tmp_path
 
 def test_budgets(model_folder: Path) -> None:
     config = make_config(model_folder)
-    assert make_budget(config, "cpu", None, 4).total is None
-    card = make_budget(config, "cuda", 24 * GIB, 4)
+    assert make_budget(config.memory.budget, "cpu", None, 4).total is None
+    card = make_budget(config.memory.budget, "cuda", 24 * GIB, 4)
     assert card.total is not None and 23 * GIB < card.total < 24 * GIB and card.buffers > 0
-    assert make_budget(config, "cuda", 24 * GIB, 1).buffers == 0
+    assert make_budget(config.memory.budget, "cuda", 24 * GIB, 1).buffers == 0
 
 
 @pytest.mark.slow
@@ -84,7 +91,7 @@ def test_all_of_sdxl_on_four_cards_of_24_gb(sdxl: Path, tmp_path: Path) -> None:
         captions={"max_tokens": 225},
         train={"batch_size_per_gpu": 4},
     )
-    plan = memory_plan(config, setting(config, 4, SQUARE), tmp_path)
+    plan = memory_plan(planned(config), setting(config, 4, SQUARE), tmp_path)
     assert plan.chosen and plan.chosen.strategy == "zero2" and plan.chosen.needed <= 23 * GIB
     assert plan.num_blocks == 131
     (least,) = [rung for rung in plan.looked_at if rung.strategy == "zero2" and rung.recomputed == plan.num_blocks]
@@ -103,7 +110,7 @@ def test_all_of_the_unet_on_one_card_of_24_gb(sdxl: Path, tmp_path: Path) -> Non
     for recompute in ("auto", "all"):
         memory = {"budget": "23GiB", "recompute": recompute}
         config = make_config(sdxl, memory=memory, model={"text_encoder_precision": "bf16"}, **SMALLEST_STATE)
-        plan = memory_plan(config, setting(config, 1, SQUARE), tmp_path)
+        plan = memory_plan(planned(config), setting(config, 1, SQUARE), tmp_path)
         assert plan.chosen and plan.chosen.needed <= 23 * GIB
         found[plan.chosen.recomputed] = plan.chosen.split["activations"] / GIB
     assert found[0] == pytest.approx(6.44, abs=0.02) and found[plan.num_blocks] <= 0.68

@@ -4,12 +4,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from trainer.model.conditioning import time_ids, unet_inputs
-from trainer.model.load import load_unet
+from trainer.model.load_weights import load_unet
 from trainer.model.text import TextConditioning
+from trainer.model_files.run_model import open_model
 
 
 def test_time_ids_equal_the_pipelines(model_folder: Path) -> None:
-    unet = load_unet(model_folder, torch.float32, "cpu")
+    unet = load_unet(open_model(model_folder), torch.float32, "cpu")
     pipeline = StableDiffusionXLPipeline(
         vae=None,  # pyright: ignore[reportArgumentType]
         text_encoder=None,  # pyright: ignore[reportArgumentType]
@@ -31,7 +32,7 @@ def test_time_ids_equal_the_pipelines(model_folder: Path) -> None:
 
 
 def test_the_unet_takes_the_inputs_and_heeds_each(model_folder: Path) -> None:
-    unet = load_unet(model_folder, torch.float32, "cpu")
+    unet = load_unet(open_model(model_folder), torch.float32, "cpu")
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     text = TextConditioning(

@@ -11,8 +11,9 @@ from skimage import data
 from trainer.data.loader import Batch
 from trainer.keyed import draw_seed
 from trainer.model.latents import encoded_batches
-from trainer.model.load import load_vae
+from trainer.model.load_weights import load_vae
 from trainer.model.vae import ImageEncoder, encode_latents
+from trainer.model_files.run_model import open_model
 
 KEYS = ("photos/a", "photos/b", "photos/c", "", "photos/d")
 PHOTOS = [data.astronaut()[64 * i : 64 * i + 64, 96:224] for i in range(5)]
@@ -20,7 +21,7 @@ PHOTOS = [data.astronaut()[64 * i : 64 * i + 64, 96:224] for i in range(5)]
 
 @pytest.fixture(scope="module")
 def encoder(model_folder: Path) -> ImageEncoder:
-    return ImageEncoder(load_vae(model_folder, None, torch.float32, "cpu"), batch_size=2)
+    return ImageEncoder(load_vae(open_model(model_folder), torch.float32, "cpu"), batch_size=2)
 
 
 def _batch() -> Batch:
@@ -59,7 +60,7 @@ def test_batches_of_latents_pass_unchanged(encoder: ImageEncoder) -> None:
 
 def test_an_image_that_overflows_the_vae_gets_no_weight(model_folder: Path) -> None:
     """Weights near fp16's limit: white overflows, black stays finite."""
-    vae = load_vae(model_folder, None, torch.float32, "cpu")
+    vae = load_vae(open_model(model_folder), torch.float32, "cpu")
     vae.encoder.conv_in.weight.data.mul_(3e38)
     batch = _batch()
     assert batch.pixels is not None

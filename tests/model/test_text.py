@@ -11,8 +11,9 @@ from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
 from trainer.model.conditioning import condition_text
-from trainer.model.load import load_text_encoders, load_unet, load_vae
+from trainer.model.load_weights import load_text_encoders, load_unet, load_vae
 from trainer.model.text import CaptionTokenizer, ChunkJoin, load_tokenizers, text_positions
+from trainer.model_files.run_model import open_model
 
 ODD_CAPTIONS = [
     "a cat",
@@ -36,14 +37,14 @@ ODD_CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def pipeline(model_folder: Path) -> StableDiffusionXLPipeline:
-    encoders = load_text_encoders(model_folder, torch.float32, "cpu")
+    encoders = load_text_encoders(open_model(model_folder), torch.float32, "cpu")
     return StableDiffusionXLPipeline(
-        vae=load_vae(model_folder, None, torch.float32, "cpu"),
+        vae=load_vae(open_model(model_folder), torch.float32, "cpu"),
         text_encoder=encoders.one,
         text_encoder_2=encoders.two,
         tokenizer=CLIPTokenizer.from_pretrained(model_folder / "tokenizer"),
         tokenizer_2=CLIPTokenizer.from_pretrained(model_folder / "tokenizer_2"),
-        unet=load_unet(model_folder, torch.float32, "cpu"),
+        unet=load_unet(open_model(model_folder), torch.float32, "cpu"),
         scheduler=None,  # pyright: ignore[reportArgumentType]
         add_watermarker=False,
     )
@@ -51,7 +52,7 @@ def pipeline(model_folder: Path) -> StableDiffusionXLPipeline:
 
 @pytest.fixture(scope="module")
 def tokenize(model_folder: Path) -> CaptionTokenizer:
-    return load_tokenizers(model_folder)
+    return load_tokenizers(open_model(model_folder).tokenizers)
 
 
 def _pipeline_ids(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> np.ndarray:
@@ -102,7 +103,7 @@ assert not heavy, heavy
 def test_text_conditioning_equals_encode_prompt(
     tokenize: CaptionTokenizer, pipeline: StableDiffusionXLPipeline, model_folder: Path
 ) -> None:
-    encoders = load_text_encoders(model_folder, torch.float32, "cpu")
+    encoders = load_text_encoders(open_model(model_folder), torch.float32, "cpu")
     text = encoders.encode(torch.from_numpy(tokenize(ODD_CAPTIONS)))
     with torch.no_grad():
         hidden, _, pooled, _ = pipeline.encode_prompt(ODD_CAPTIONS, do_classifier_free_guidance=False)
@@ -116,7 +117,7 @@ def test_text_conditioning_equals_encode_prompt(
 def test_hidden_is_the_layer_before_the_last_without_the_final_norm(
     tokenize: CaptionTokenizer, model_folder: Path
 ) -> None:
-    encoders = load_text_encoders(model_folder, torch.float32, "cpu")
+    encoders = load_text_encoders(open_model(model_folder), torch.float32, "cpu")
     ids = torch.from_numpy(tokenize(["the cat"]))
     expected = encoders.encode(ids)
     for model in (encoders.one, getattr(encoders.two, "text_model", encoders.two)):
@@ -129,7 +130,7 @@ def test_hidden_is_the_layer_before_the_last_without_the_final_norm(
 
 
 def test_frozen_encoders_keep_their_precision_under_autocast(tokenize: CaptionTokenizer, model_folder: Path) -> None:
-    encoders = load_text_encoders(model_folder, torch.float32, "cpu")
+    encoders = load_text_encoders(open_model(model_folder), torch.float32, "cpu")
     ids = torch.from_numpy(tokenize(["the cat", "a cat"]))
     plain = condition_text(encoders, torch.device("cpu"), ids, None, None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -179,7 +180,7 @@ def test_long_captions_are_encoded_chunk_by_chunk(
 ) -> None:
     """Each chunk's text, encoded by the pipeline on its own, is found in its place."""
     words = ["a b c " * 25, "c a t " * 25, "the cat"]  # a letter is a token
-    encoders = replace(load_text_encoders(model_folder, torch.float32, "cpu"), join=join)
+    encoders = replace(load_text_encoders(open_model(model_folder), torch.float32, "cpu"), join=join)
     text = encoders.encode(torch.from_numpy(replace(tokenize, chunks=3)([" ".join(words)])))
     assert text.hidden.shape[1] == positions == text_positions(3, join)
     with torch.no_grad():

@@ -5,15 +5,16 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 
-from trainer.model.load import load_vae
+from trainer.model.load_weights import load_vae
 from trainer.model.vae import decode_latents, encode_latents
+from trainer.model_files.run_model import open_model
 
 SEEDS = torch.tensor([3, 5, 2**62])
 
 
 @pytest.fixture(scope="module")
 def vae(model_folder: Path) -> AutoencoderKL:
-    return load_vae(model_folder, None, torch.float32, "cpu")
+    return load_vae(open_model(model_folder), torch.float32, "cpu")
 
 
 def _pixels() -> torch.Tensor:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.model_files.components import CONFIGS_KEY
-from trainer.model_files.folder import read_config
+from trainer.model_files.diffusers_folder import read_config
 from trainer.model_files.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, single_file_keys
 from trainer.model_files.model_source import component_tensors, find_source
 from trainer.model_files.single_file import logit_scale, position_ids, to_file

@@ -19,7 +19,7 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from trainer.model_files.folder import read_config
+from trainer.model_files.diffusers_folder import read_config
 from trainer.model_files.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, block_of, single_file_keys
 from trainer.model_files.presets import preset
 from trainer.model_files.single_file import from_file, logit_scale, position_ids, to_file

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tests.model_files.single_files import rewrite, single_file_tensors, write_single_file
 from trainer.errors import UserError
-from trainer.model.load import load_text_encoders, load_unet, load_vae
+from trainer.model.load_weights import load_text_encoders, load_unet, load_vae
 from trainer.model.text import load_tokenizers
+from trainer.model_files.diffusers_folder import read_config
 from trainer.model_files.examine.check import check_model
-from trainer.model_files.folder import read_config
 from trainer.model_files.hub import needed_files
 from trainer.model_files.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, TEXT_PROJECTION, VAE_PREFIX
 from trainer.model_files.model_source import (
@@ -28,6 +28,7 @@ from trainer.model_files.model_source import (
     weights_fingerprint,
 )
 from trainer.model_files.presets import preset
+from trainer.model_files.run_model import open_model
 
 F32 = torch.float32
 
@@ -43,10 +44,10 @@ def tokenizer(model_folder: Path) -> Path:
 
 
 def states(model: Path, **options: str) -> dict[str, Tensor]:
-    encoders = load_text_encoders(model, F32, "cpu", **options)  # type: ignore[arg-type]
+    encoders = load_text_encoders(open_model(model, **options), F32, "cpu")  # type: ignore[arg-type]
     modules = {
-        "unet": load_unet(model, F32, "cpu"),
-        "vae": load_vae(model, None, F32, "cpu"),
+        "unet": load_unet(open_model(model), F32, "cpu"),
+        "vae": load_vae(open_model(model), F32, "cpu"),
         "text_encoder": encoders.one,
         "text_encoder_2": encoders.two,
     }
@@ -106,9 +107,12 @@ def test_outputs_are_those_of_diffusers_from_single_file(model_folder: Path, sin
     pipeline = StableDiffusionXLPipeline.from_single_file(
         str(single_file), config=str(configs), local_files_only=True, torch_dtype=F32, add_watermarker=False
     )
-    encoders, unet = load_text_encoders(single_file, F32, "cpu"), load_unet(single_file, F32, "cpu")
-    vae = load_vae(single_file, None, F32, "cpu")
-    ids = torch.from_numpy(load_tokenizers(single_file, model_folder)(["the cat"]))
+    encoders, unet = (
+        load_text_encoders(open_model(single_file), F32, "cpu"),
+        load_unet(open_model(single_file), F32, "cpu"),
+    )
+    vae = load_vae(open_model(single_file), F32, "cpu")
+    ids = torch.from_numpy(load_tokenizers(open_model(single_file, tokenizer=model_folder).tokenizers)(["the cat"]))
     with torch.no_grad():
         text = encoders.encode(ids)
         hidden, _, pooled, _ = pipeline.encode_prompt("the cat", do_classifier_free_guidance=False)
@@ -167,7 +171,7 @@ def test_a_vae_of_ones_own_in_one_file(single_file: Path, model_folder: Path, tm
         file = tmp_path / f"vae{number}.safetensors"
         save_file(tensors, file, metadata=metadata)
         check_model(model_folder, file)
-        vae = load_vae(model_folder, file, F32, "cpu")
+        vae = load_vae(open_model(model_folder, file), F32, "cpu")
         assert_equal(vae.state_dict(), expected)
     # A model without a VAE wants one.
     without = rewrite(
@@ -175,7 +179,7 @@ def test_a_vae_of_ones_own_in_one_file(single_file: Path, model_folder: Path, tm
     )
     assert line_of(without, tokenizer=model_folder).endswith("without its VAE; give one by model.vae")
     check_model(without, tmp_path / "vae0.safetensors", model_folder)
-    assert_equal(load_vae(without, tmp_path / "vae1.safetensors", F32, "cpu").state_dict(), expected)
+    assert_equal(load_vae(open_model(without, tmp_path / "vae1.safetensors"), F32, "cpu").state_dict(), expected)
     assert "is the UNet alone" in line_of(without, vae=_unet_file(single_file, tmp_path), tokenizer=model_folder)
     del bare["decoder.conv_in.bias"]
     save_file(bare, tmp_path / "cut.safetensors", metadata=metadata)
@@ -263,7 +267,7 @@ def test_weights_that_do_not_fit(single_file: Path, tmp_path: Path) -> None:
     for shape, words in [((71,), "wanted 3 equal parts"), ((69,), "asks for [24]")]:
         file = rewrite(single_file, tmp_path / "odd.safetensors", lambda ts, s=shape: {**ts, name: torch.zeros(s)})
         with pytest.raises(UserError) as caught:
-            load_text_encoders(file, F32, "cpu")
+            load_text_encoders(open_model(file), F32, "cpu")
         assert words in caught.value.lines[0]
 
 
@@ -286,19 +290,19 @@ def test_fingerprints_heed_weights_and_configuration_alone(single_file: Path, tm
 
 def test_tokenizers(single_file: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captions = ["the cat", "cat! the", ""]
-    expected = load_tokenizers(model_folder)(captions)
-    assert (load_tokenizers(single_file, model_folder)(captions) == expected).all()
+    expected = load_tokenizers(open_model(model_folder).tokenizers)(captions)
+    assert (load_tokenizers(open_model(single_file, tokenizer=model_folder).tokenizers)(captions) == expected).all()
     # One folder is enough: the second tokenizer is the first with another padding.
     one = tmp_path / "clip"
     shutil.copytree(model_folder / "tokenizer", one)
-    assert (load_tokenizers(single_file, one)(captions) == expected).all()
+    assert (load_tokenizers(open_model(single_file, tokenizer=one).tokenizers)(captions) == expected).all()
     (one / "tokenizer_config.json").unlink()
-    assert (load_tokenizers(single_file, one)(captions) == expected).all()
+    assert (load_tokenizers(open_model(single_file, tokenizer=one).tokenizers)(captions) == expected).all()
     # The hub's cache, as the hub's client lays it out.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     assert "run `hf download openai/clip-vit-large-patch14 vocab.json" in line_of(single_file)
     _cache(tmp_path / "cache", "openai/clip-vit-large-patch14", one)
-    assert (load_tokenizers(single_file)(captions) == expected).all()
+    assert (load_tokenizers(open_model(single_file).tokenizers)(captions) == expected).all()
     assert isinstance(expected, np.ndarray)
     (one / "vocab.json").unlink()
     assert line_of(single_file, tokenizer=one).startswith(f"model.tokenizer = {one}: holds no tokenizer")
@@ -325,7 +329,8 @@ def test_a_model_in_the_hubs_cache(model_folder: Path, tmp_path: Path, monkeypat
     _cache(tmp_path, "someone/small-xl", model_folder)
     check_model("someone/small-xl")
     assert find_source("someone/small-xl").kind == "folder"
-    assert (load_tokenizers("someone/small-xl")(["the cat"]) == load_tokenizers(model_folder)(["the cat"])).all()
+    ours, theirs = (load_tokenizers(open_model(model).tokenizers) for model in ("someone/small-xl", model_folder))
+    assert (ours(["the cat"]) == theirs(["the cat"])).all()
     next(tmp_path.rglob("text_encoder/model.safetensors")).unlink()
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):  # what is not whole is loaded again
         check_model("someone/small-xl")

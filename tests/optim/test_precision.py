@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from trainer.errors import UserError
-from trainer.model.load import load_text_encoders, load_unet
+from trainer.model.load_weights import load_text_encoders, load_unet
+from trainer.model_files.run_model import open_model
 from trainer.optim.precision import require_arithmetic, require_bf16, set_fp32_arithmetic
 
 
@@ -43,7 +44,7 @@ def test_what_a_card_computes_is_allowed() -> None:
 
 
 def test_attention_is_pytorchs_own(model_folder: Path) -> None:
-    unet = load_unet(model_folder, torch.float32, "cpu")
+    unet = load_unet(open_model(model_folder), torch.float32, "cpu")
     assert {type(processor).__name__ for processor in unet.attn_processors.values()} == {"AttnProcessor2_0"}
-    encoders = load_text_encoders(model_folder, torch.float32, "cpu")
+    encoders = load_text_encoders(open_model(model_folder), torch.float32, "cpu")
     assert {e.config._attn_implementation for e in (encoders.one, encoders.two)} == {"sdpa"}

@@ -18,13 +18,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from trainer.errors import UserError
 from trainer.model.conditioning import time_ids, unet_inputs
-from trainer.model.load import load_text_encoders, load_unet, load_vae
+from trainer.model.load_weights import load_text_encoders, load_unet, load_vae
 from trainer.model.text import TextEncoders
 from trainer.model_files.components import Part, PartTensor
 from trainer.model_files.header import read_header
 from trainer.model_files.key_map import COMPONENTS
 from trainer.model_files.model_source import find_source, open_part
 from trainer.model_files.presets import preset
+from trainer.model_files.run_model import open_model
 from trainer.publish.write_model import Precision, file_metadata, plan_single_file, write_folder, write_single_file
 from trainer.tiny.tiny_model import write_tiny_model
 
@@ -80,7 +81,8 @@ def open_with_diffusers(path: Path, config: Path) -> StableDiffusionXLPipeline:
 
 def test_diffusers_opens_the_file_with_the_outputs_of_our_loader(tiny: Path, exported: Path) -> None:
     theirs = open_with_diffusers(exported, tiny)
-    unet, encoders = load_unet(tiny, torch.float32, "cpu"), load_text_encoders(tiny, torch.float32, "cpu")
+    model, again = open_model(tiny), open_model(exported)
+    unet, encoders = load_unet(model, torch.float32, "cpu"), load_text_encoders(model, torch.float32, "cpu")
     input_ids = torch.randint(0, 49405, (2, 2, 1, 77))
     input_ids[..., 20:] = 49407
     latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([3, 900])
@@ -89,14 +91,17 @@ def test_diffusers_opens_the_file_with_the_outputs_of_our_loader(tiny: Path, exp
         for of_unet, of_encoders in (
             (unet, encoders),
             (theirs.unet.eval(), TextEncoders(theirs.text_encoder.eval(), theirs.text_encoder_2.eval())),
-            (load_unet(exported, torch.float32, "cpu"), load_text_encoders(exported, torch.float32, "cpu")),
+            (
+                load_unet(open_model(exported), torch.float32, "cpu"),
+                load_text_encoders(open_model(exported), torch.float32, "cpu"),
+            ),
         ):
             text = of_encoders.encode(input_ids)
             sizes = time_ids((64, 64), (0, 0), (64, 64), 2)
             outputs.append((text.hidden, text.pooled, of_unet(**unet_inputs(latents, timesteps, text, sizes))[0]))
     for ours, others, again in zip(*outputs, strict=True):
         assert torch.equal(ours, others) and torch.equal(ours, again)
-    assert_same_model(theirs.vae, load_vae(tiny, None, torch.float32, "cpu"))
+    assert_same_model(theirs.vae, load_vae(open_model(tiny), torch.float32, "cpu"))
 
 
 def test_folder_to_file_to_folder_to_file_bit_for_bit(model_folder: Path, tmp_path: Path) -> None:
@@ -123,7 +128,7 @@ def test_values_of_half_precision_files_survive(model_folder: Path, tmp_path: Pa
     folder = export_folder(half, tmp_path / "folder", model_folder)
     assert data_of(export(folder, tmp_path / "again.safetensors")) == data_of(half)
     wanted = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
-    found = dict(load_unet(half, torch.float16, "cpu").named_parameters())
+    found = dict(load_unet(open_model(half), torch.float16, "cpu").named_parameters())
     assert all(torch.equal(found[name], tensor.half()) for name, tensor in wanted.items())
 
 

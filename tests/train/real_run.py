@@ -9,12 +9,19 @@ import torch
 
 from trainer.config.schema import Config
 from trainer.data.loader import Batch
+from trainer.model_files.run_model import RunModel, open_model
 from trainer.parallel.comm import Comm
 from trainer.train import loop
 from trainer.train.state import TrainState
 from trainer.train.step import StepResult, train_step
 
 ALONE = Comm(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
+
+
+def model_of(config: Config) -> RunModel:
+    """The run's model, opened as its worker does."""
+    model = config.model
+    return open_model(model.path, model.vae, model.tokenizer, model.text_projection)
 
 
 def run_config(model: Path, prepared: Path, run_dir: Path, data: dict | None = None, **train: int) -> Config:
@@ -57,5 +64,5 @@ def watched_run(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", step)
-        watched.state = loop.train(config, ALONE, lambda: len(watched.results) + 1 == stop_after)
+        watched.state = loop.train(config, model_of(config), ALONE, lambda: len(watched.results) + 1 == stop_after)
     return watched

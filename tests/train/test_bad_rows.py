@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.data.small_set import write_small_set
-from tests.train.real_run import ALONE, run_config, watched_run
+from tests.train.real_run import ALONE, model_of, run_config, watched_run
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.data.loader import BatchReader, Request
@@ -19,11 +19,10 @@ from trainer.data.sampler import Position, planned_steps
 from trainer.data.store import snapshot
 from trainer.data.store.snapshot import RowProblem
 from trainer.errors import UserError
-from trainer.evaluate.scoring import Scorer
 from trainer.model.text import load_tokenizers
 from trainer.train import bad_rows
 from trainer.train.bad_rows import BAD_FILE, BadRows, forget_bad_rows_after, record_bad_rows
-from trainer.train.build import build_run
+from trainer.train.build import build_run, make_scorer
 from trainer.train.step import batch_losses
 
 SQUARE, TALL = Bucket(64, 64), Bucket(128, 64)
@@ -54,16 +53,16 @@ def test_a_flipped_bit_costs_its_row_alone(tmp_path: Path, model_folder: Path) -
     assert [{key: line[key] for key in expected[0]} for line in _lines(tmp_path / "run")] == expected
 
     whole = write_small_set(tmp_path / "whole", {SQUARE: 12, TALL: 4})
-    ours = build_run(config, ALONE).parts.strategy.parameters  # as saved at the end
+    ours = build_run(config, model_of(config), ALONE).parts.strategy.parameters  # as saved at the end
     for name, weights in _trained_by_hand(run_config(model_folder, whole, tmp_path / "by hand", steps=8)).items():
         torch.testing.assert_close(ours[name], weights, rtol=0, atol=1e-6)
 
 
 def _trained_by_hand(config: Config) -> dict[str, torch.nn.Parameter]:
-    run = build_run(config, ALONE)
+    run = build_run(config, model_of(config), ALONE)
     parameters = run.parts.strategy.parameters
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.optimizer.lr, weight_decay=0.01)
-    reader = BatchReader(run.prepared, "train", config.run.seed, load_tokenizers(config.model.path))
+    reader = BatchReader(run.prepared, "train", config.run.seed, load_tokenizers(model_of(config).tokenizers))
     rows_per_bucket = run.prepared.rows_per_bucket("train")
     for rows, _ in planned_steps(rows_per_bucket, config.run.seed, Position.start(len(rows_per_bucket), 4)):
         batch = reader.read(Request(rows.epoch, rows.bucket, rows.ids, rows.weights))
@@ -171,7 +170,7 @@ def test_validation_tells_what_it_leaves_out(
     (root / "snapshots/000001.json").write_text(text.replace('"train","train"', '"train","validation"'))
     _flip(root / "64x64-5.safetensors", 4096)
     config = run_config(model_folder, root, tmp_path / "run", steps=1)
-    run = build_run(config, ALONE)
-    result = Scorer(config, ALONE, run.parts.denoiser, run.prepared).validate()
+    run = build_run(config, model_of(config), ALONE)
+    result = make_scorer(config, model_of(config), ALONE, run.parts.denoiser, run.prepared).validate()
     assert result.num_images == 0
     assert "validation leaves out 64x64-5.safetensors: row 0: checksum mismatch in the latents" in caplog.text

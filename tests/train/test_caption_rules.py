@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.real_run import model_of
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.captions import PLAIN, CaptionRules, caption_record
+from trainer.data.prepare.settings import PrepareSettings
 from trainer.errors import UserError
 from trainer.train.caption_rules import caption_rules, describe_captions, require_captions, survey_of
 from trainer.train.prepare_worker import prepare_settings
@@ -29,6 +31,10 @@ optimizer: {{lr: 1e-3}}
     return path
 
 
+def _settings(config: Config) -> PrepareSettings:
+    return prepare_settings(config, model_of(config))
+
+
 def _load(path: Path, *overrides: str) -> Config:
     return load_config(path, overrides)
 
@@ -44,15 +50,15 @@ def test_rules_are_those_of_the_configuration(config_file: Path) -> None:
 
 
 def test_cached_text_is_of_one_set_of_rules(config_file: Path) -> None:
-    plain = prepare_settings(_load(config_file, "captions.prefix=a photo"))
-    cached = prepare_settings(_load(config_file, "captions.prefix=a photo", "data.cache_text=true"))
+    plain = _settings(_load(config_file, "captions.prefix=a photo"))
+    cached = _settings(_load(config_file, "captions.prefix=a photo", "data.cache_text=true"))
     assert "captions" not in plain.to_json() and cached.to_json()["captions"] == {"prefix": "a photo"}
 
 
 def test_what_is_shown(config_file: Path) -> None:
     config = _load(config_file, "captions.shuffle_tags=true")
     survey = survey_of(config, _records(["cat, the, a, b", "the cat " * 80, ""]))
-    lines = describe_captions(config, survey)
+    lines = describe_captions(config, model_of(config), survey)
     assert lines[0] == "captions as they will be trained, in the first two epochs:"
     assert lines[1] == "  photos/0" and lines[4] == "  photos/1"
     for line in lines[2:4]:
@@ -61,8 +67,8 @@ def test_what_is_shown(config_file: Path) -> None:
     assert lines[5].startswith("     160 tokens: the cat the cat") and lines[5].endswith("...") and len(lines[5]) < 440
     assert lines[7:] == ["  of 3 sampled: 1 without text, 1 longer than the 75 tokens that are used"]
     no_tags = survey_of(config, [("photos/0", caption_record("a\tcat").decode())])
-    assert describe_captions(config, no_tags)[-1].startswith("  none of them has tags")
-    assert describe_captions(config, no_tags)[2].endswith(" tokens: a cat")
+    assert describe_captions(config, model_of(config), no_tags)[-1].startswith("  none of them has tags")
+    assert describe_captions(config, model_of(config), no_tags)[2].endswith(" tokens: a cat")
 
 
 def test_too_many_empty_texts_are_refused_in_one_line(config_file: Path) -> None:

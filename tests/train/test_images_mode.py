@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.data.photographs import write_crops
-from tests.train.real_run import ALONE, run_config, watched_run
+from tests.train.real_run import ALONE, model_of, run_config, watched_run
 from trainer.config.schema import Config
 from trainer.data.augment import NOT_AUGMENTED, Augmentation
 from trainer.data.loader import Batch, BatchReader, Request, open_loader
@@ -17,9 +17,10 @@ from trainer.data.prepare.stages import commit, is_current, plan_prepare
 from trainer.data.sampler import Position
 from trainer.data.store.snapshot import PreparedSet
 from trainer.model.latents import encoded_batches
-from trainer.model.load import load_vae
+from trainer.model.load_weights import load_vae
 from trainer.model.text import load_tokenizers
 from trainer.model.vae import ImageEncoder
+from trainer.model_files.run_model import open_model
 from trainer.train.eval_worker import evaluate_weights
 from trainer.train.prepare_worker import encode_share, needs_workers, note_references, prepare_settings
 
@@ -38,10 +39,10 @@ def configured(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> 
         prepared = root / data.get("mode", "latents")
         settings = {"sources": [{"path": str(root / "photos")}], "buckets": BUCKETS, "validation_fraction": 0.15}
         config = run_config(model_folder, prepared, root / run, {**settings, **data}, **train)
-        if not is_current(prepare_settings(config)):
-            plan_prepare(prepare_settings(config), show_progress=False)
+        if not is_current(prepare_settings(config, model_of(config))):
+            plan_prepare(prepare_settings(config, model_of(config)), show_progress=False)
             assert needs_workers(config) == (config.data.mode == "latents")
-            encode_share(config) if config.data.mode == "latents" else note_references(config)
+            encode_share(config, model_of(config)) if config.data.mode == "latents" else note_references(config)
             commit(prepared)
         return config
 
@@ -50,7 +51,9 @@ def configured(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> 
 
 def _reader(config: Config, split: str = "train", augmentation: Augmentation = NOT_AUGMENTED) -> BatchReader:
     prepared = PreparedSet.open(config.data.prepared)
-    return BatchReader(prepared, split, config.run.seed, load_tokenizers(config.model.path), augmentation)
+    return BatchReader(
+        prepared, split, config.run.seed, load_tokenizers(open_model(config.model.path).tokenizers), augmentation
+    )
 
 
 def _all_batches(reader: BatchReader, epoch: int = 0) -> list[Batch]:
@@ -63,7 +66,7 @@ def _all_batches(reader: BatchReader, epoch: int = 0) -> list[Batch]:
 
 def test_without_augmentation_the_latents_are_the_stored_ones(configured: Configured) -> None:
     latents, images = configured("a", {}), configured("b", {"mode": "images"})
-    vae = load_vae(images.model.path, None, torch.float32, "cpu")
+    vae = load_vae(open_model(images.model.path), torch.float32, "cpu")
     for split in ("train", "validation"):
         stored = _all_batches(_reader(latents, split))
         encoded = [*encoded_batches(ImageEncoder(vae, 4), _all_batches(_reader(images, split)))]
@@ -137,7 +140,7 @@ def test_damaged_images_cost_their_rows(configured: Configured, tmp_path: Path, 
     write_crops(tmp_path / "photos", 12)
     data = {"mode": "images", "sources": [{"path": str(tmp_path / "photos")}], "buckets": BUCKETS}
     config = run_config(model_folder, tmp_path / "prepared", tmp_path / "run", data, steps=6)
-    plan_prepare(prepare_settings(config), show_progress=False)
+    plan_prepare(prepare_settings(config, model_of(config)), show_progress=False)
     note_references(config)
     assert commit(config.data.prepared).images == 12
     cut, gone, other = (tmp_path / f"photos/crop-0-{i:03d}.jpg" for i in (1, 5, 7))
@@ -163,7 +166,8 @@ def test_validation_and_samples(configured: Configured, tmp_path: Path) -> None:
     for config, name in ((latents, "latents"), (images, "images")):
         (tmp_path / name).mkdir()
         settings = config.samples.model_copy(update={"count": 2, "steps": 1})
-        evaluate_weights(config.model_copy(update={"samples": settings}), ALONE, config.model.path, tmp_path / name)
+        judged = config.model_copy(update={"samples": settings})
+        evaluate_weights(judged, model_of(judged), ALONE, config.model.path, tmp_path / name)
     ours, theirs = ((tmp_path / name / "validation.json").read_text() for name in ("images", "latents"))
     assert _loss(ours) == pytest.approx(_loss(theirs), rel=2e-3)
     assert (tmp_path / "images/samples.png").is_file()

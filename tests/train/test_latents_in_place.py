@@ -8,17 +8,21 @@ import numpy as np
 import pytest
 
 from tests.data.kohya_files import entry, kohya_npz, write_files, write_metadata
-from tests.train.real_run import Watched, run_config, watched_run
+from tests.train.real_run import Watched, model_of, run_config, watched_run
 from trainer.cli.start_workers import prepare
 from trainer.config.schema import Config
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.stages import commit, plan_repack
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
-from trainer.model_files.folder import read_config
+from trainer.model_files.diffusers_folder import read_config
 from trainer.train import prepare_worker as preparation
 
 BUCKETS = [(64, 64), (64, 128)]
+
+
+def _prepare(config: Config, **options: bool) -> int:
+    return prepare(config, model_of(config), **options)
 
 
 def _config(tmp_path: Path, model_folder: Path, run_dir: str) -> Config:
@@ -42,9 +46,9 @@ def test_in_place_and_repacked_give_the_same_run(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write(tmp_path, 9)
-    monkeypatch.setattr(preparation, "encode_share", lambda config: pytest.fail("a worker was started"))
+    monkeypatch.setattr(preparation, "encode_share", lambda *_: pytest.fail("a worker was started"))
     config = _config(tmp_path, model_folder, "in-place")
-    assert prepare(config) == 0
+    assert _prepare(config) == 0
     in_place = watched_run(config)
     assert Counter(chain(*in_place.keys)) == Counter({f"meta/d/{i}": 2 for i in range(9)})
     plan_repack(tmp_path / "prepared")
@@ -64,7 +68,7 @@ def test_it_is_read_from_any_current_directory(
     monkeypatch.chdir(tmp_path)
     source = {"type": "kohya_json", "path": "meta.json", "latents": "latents"}
     config = run_config(model_folder.absolute(), tmp_path / "prepared", tmp_path / "run", data={"sources": [source]})
-    assert prepare(config) == 0
+    assert _prepare(config) == 0
     monkeypatch.chdir("/")
     prepared = PreparedSet.open(tmp_path / "prepared")
     assert all(prepared.read("train", bucket, np.arange(2)).ok.all() for bucket in range(2))
@@ -72,7 +76,7 @@ def test_it_is_read_from_any_current_directory(
 
 def test_scaling_is_that_of_the_models_vae(tmp_path: Path, model_folder: Path) -> None:
     _write(tmp_path, 2)
-    assert prepare(_config(tmp_path, model_folder, "run")) == 0
+    assert _prepare(_config(tmp_path, model_folder, "run")) == 0
     prepared = PreparedSet.open(tmp_path / "prepared")
     assert prepared.scaling_factor == read_config(model_folder / "vae")["scaling_factor"]
     (shard,) = (tmp_path / "prepared").rglob("*64x64*.safetensors")

@@ -15,7 +15,8 @@ from trainer.data.store.snapshot import RowProblem
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
 from trainer.model.denoiser import Denoiser, TrainedModel
-from trainer.model.load import load_unet
+from trainer.model.load_weights import load_unet
+from trainer.model_files.run_model import open_model
 from trainer.optim.optimizers import make_optimizer
 from trainer.parallel.comm import Comm
 from trainer.parallel.strategy import Sharing, Strategy
@@ -26,7 +27,7 @@ ALONE = Comm(0, 1, 0, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def denoiser(model_folder: Path) -> Denoiser:
-    model = TrainedModel(load_unet(model_folder, torch.float32, "cpu"))
+    model = TrainedModel(load_unet(open_model(model_folder), torch.float32, "cpu"))
     return Denoiser(model, epsilon_objective(scaled_linear()), None, None, 0.13025)
 
 

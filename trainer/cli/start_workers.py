@@ -25,6 +25,7 @@ from trainer.data.prepare.stages import (
     progress,
 )
 from trainer.errors import UserError
+from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
 from trainer.parallel.launch import run_workers
 from trainer.parallel.worker import MEMORY_ATTEMPT
@@ -87,19 +88,19 @@ def worker_count(config: Config) -> int:
     return int(joined["WORLD_SIZE"]) if joined else choose_workers(config.launch.workers, detect_gpus())[0]
 
 
-def ensure_prepared(config: Config) -> int:
+def ensure_prepared(config: Config, model: RunModel) -> int:
     """Prepare the data set if it is not there yet; returns an exit code. New images are not looked for."""
-    return 0 if is_current(prepare_settings(config)) else prepare(config)
+    return 0 if is_current(prepare_settings(config, model)) else prepare(config, model)
 
 
-def await_prepared(config: Config) -> None:
+def await_prepared(config: Config, model: RunModel) -> None:
     """Wait until another process has prepared the data set."""
-    settings = prepare_settings(config)
+    settings = prepare_settings(config, model)
     while not is_current(settings):
         time.sleep(_POLL_S)
 
 
-def prepare(config: Config, repack: bool = False, limit: int | None = None) -> int:
+def prepare(config: Config, model: RunModel, repack: bool = False, limit: int | None = None) -> int:
     """Find new images, encode them on all workers, and make them part of the data set; returns an exit code.
 
     Args:
@@ -108,11 +109,11 @@ def prepare(config: Config, repack: bool = False, limit: int | None = None) -> i
     """
     prepared = config.data.prepared
     print(f"preparing {prepared}")
-    counts = plan_prepare(prepare_settings(config), limit=limit)
+    counts = plan_prepare(prepare_settings(config, model), limit=limit)
     for line in describe_plan(counts):
         print(line)
     captions = survey_of(config, planned_records(prepared))
-    for line in describe_captions(config, captions):
+    for line in describe_captions(config, model, captions):
         print(line)
     if counts.pending_rows:
         try:

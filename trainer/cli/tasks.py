@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.config.load import load_config
 from trainer.config.schema import Config
+from trainer.model_files.run_model import RunModel, open_model
 from trainer.parallel.worker import run_worker
 
 
@@ -28,26 +29,33 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
         # for what is finished is on the disk and the rest is done anew.
         from trainer.train.prepare_worker import encode_share
 
-        encode_share(config)
+        encode_share(config, _model_of(config))
         return
     from trainer.measure.progress import open_log
     from trainer.optim.precision import set_fp32_arithmetic
     from trainer.parallel.comm import close, init_comm
 
-    comm = init_comm()
+    comm, model = init_comm(), _model_of(config)
     set_fp32_arithmetic(config.train.precision)
     with open_log(config.run.dir, comm.rank):
         if task == "train":
             from trainer.train.loop import train
 
-            train(config, comm, stop_requested)
+            train(config, model, comm, stop_requested)
         elif task == "bench":
             from trainer.train.bench_worker import bench
 
-            bench(config, comm, options["steps"], options["warmup"], options["prepared"], Path(options["result"]))
+            bench(
+                config, model, comm, options["steps"], options["warmup"], options["prepared"], Path(options["result"])
+            )
         else:
             from trainer.train import eval_worker as judge
 
             judge_by = {"evaluate": judge.evaluate_weights, "sample": judge.sample_weights}[task]
-            judge_by(config, comm, Path(options["weights"]), Path(options["out_dir"]))
+            judge_by(config, model, comm, Path(options["weights"]), Path(options["out_dir"]))
     close(comm)
+
+
+def _model_of(config: Config) -> RunModel:
+    model = config.model
+    return open_model(model.path, model.vae, model.tokenizer, model.text_projection)

@@ -12,9 +12,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
-from trainer.config.schema import Config
+from trainer.config.schema import SamplesConfig, ValidationConfig
 from trainer.data.buckets import Bucket
-from trainer.data.captions import compose
+from trainer.data.captions import CaptionRules, compose
 from trainer.data.loader import Batch, BatchReader
 from trainer.data.sampler import pick_rows
 from trainer.data.store.snapshot import PreparedSet
@@ -24,12 +24,8 @@ from trainer.evaluate.validation import ValidationLoss, validation_batches, vali
 from trainer.measure.telemetry import MetricsWriter
 from trainer.model.denoiser import Denoiser
 from trainer.model.latents import encoded_batches
-from trainer.model.load import load_vae
 from trainer.model.text import CaptionTokenizer, TextEncoders
-from trainer.optim.precision import DTYPES
 from trainer.parallel.comm import Comm, barrier
-from trainer.train.build import load_frozen_text_encoders
-from trainer.train.caption_rules import caption_rules, caption_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -49,45 +45,59 @@ class Scorer:
     """Scores `denoiser` on the run's data; what only this needs is loaded when first used.
 
     Attributes:
+        captions: the run's rules without what is random in them.
+        seed: of the run.
+        images_per_pass: of validation, on each worker.
+        resolution_px: side of a sample of which nothing else is said.
+        folder: where samples of the run go.
+        cached_text: the prepared data hold what the text encoders give.
         gathered: around forward passes that workers run each by itself.
     """
 
-    config: Config
     comm: Comm
     denoiser: Denoiser
     prepared: PreparedSet
+    validation: ValidationConfig
+    samples: SamplesConfig
+    captions: CaptionRules
+    seed: int
+    images_per_pass: int
+    resolution_px: int
+    folder: Path
+    cached_text: bool
+    load_tokenizer: Callable[[], CaptionTokenizer]
+    load_text_encoders: Callable[[], TextEncoders]
+    load_vae: Callable[[], AutoencoderKL]
     gathered: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @cached_property
-    def _tokenizers(self) -> CaptionTokenizer:
-        return caption_tokenizer(self.config)
+    def _tokenizer(self) -> CaptionTokenizer:
+        return self.load_tokenizer()
 
     @cached_property
     def _text_encoders(self) -> TextEncoders:
-        return self.denoiser.text_encoders or load_frozen_text_encoders(self.config, self.comm.device)
+        return self.denoiser.text_encoders or self.load_text_encoders()
 
     def score_when_due(self, step: int, metrics: MetricsWriter | None, *, at_end: bool) -> None:
         """What `validation.every_steps` and `samples.every_steps` ask for at this step."""
-        every = self.config.validation.every_steps
+        every = self.validation.every_steps
         if every and (at_end or step % every == 0):
             with self.gathered():
                 result = self.validate()
             _log.info("step %d  validation loss %.4f (%d images)", step, result.loss, result.num_images)
             if metrics:
                 metrics.validation(step, result.loss, result.at_timestep)
-        every = self.config.samples.every_steps
+        every = self.samples.every_steps
         if every and step and (at_end or step % every == 0):
             with self.gathered():
-                grid = self.draw(self.config.run.dir / "samples" / f"step-{step:08d}", f"step {step:,}")
+                grid = self.draw(self.folder / f"step-{step:08d}", f"step {step:,}")
             _log.info("step %d  samples: %s", step, grid)
 
     def validate(self) -> ValidationLoss:
         """The loss on the held-out images; every worker takes its share."""
-        tokenizers = None if self.config.data.cache_text else self._tokenizers
-        rules = caption_rules(self.config).as_settled()
-        reader = BatchReader(self.prepared, "validation", self.config.run.seed, tokenizers, captions=rules)
-        settings = self.config.validation
-        batches = validation_batches(reader, settings.max_images, self.config.train.batch_size_per_gpu, self.comm)
+        tokenizer, settings = None if self.cached_text else self._tokenizer, self.validation
+        reader = BatchReader(self.prepared, "validation", self.seed, tokenizer, captions=self.captions)
+        batches = validation_batches(reader, settings.max_images, self.images_per_pass, self.comm)
         encoded = encoded_batches(self.denoiser.image_encoder, batches)
         return validation_loss(self.denoiser, _with_warnings(encoded), settings.timesteps, self.comm)
 
@@ -96,7 +106,7 @@ class Scorer:
 
         Every worker draws its share. Returns the path of the grid.
         """
-        comm, settings = self.comm, self.config.samples
+        comm, settings = self.comm, self.samples
         pictures = self._pictures()
         folder.mkdir(parents=True, exist_ok=True)
         vae = self._vae()
@@ -106,7 +116,7 @@ class Scorer:
                 unet=self.denoiser.unet,
                 vae=vae,
                 text_encoders=self._text_encoders,
-                tokenizer=self._tokenizers,
+                tokenizer=self._tokenizer,
                 prompts=[picture.prompt],
                 negative_prompt=settings.negative_prompt,
                 width_px=picture.bucket.width_px,
@@ -136,17 +146,14 @@ class Scorer:
     def _vae(self) -> AutoencoderKL:
         if self.denoiser.image_encoder:
             return self.denoiser.image_encoder.vae
-        model = self.config.model
-        return load_vae(model.path, model.vae, DTYPES[model.vae_precision], self.comm.device)
+        return self.load_vae()
 
     def _pictures(self) -> list[Picture]:
-        settings = self.config.samples
-        side = self.config.data.buckets.resolution
+        settings, side = self.samples, self.resolution_px
         if settings.prompts:
             bucket = Bucket(settings.height_px or side, settings.width_px or side)
             return [Picture(prompt, bucket, None) for prompt in settings.prompts]
         pictures = []
-        rules = caption_rules(self.config).as_settled()
         buckets = self.prepared.buckets("train")
         for bucket_index, row in pick_rows(self.prepared.rows_per_bucket("train"), settings.count):
             rows = self.prepared.read("train", bucket_index, np.array([row]))
@@ -154,7 +161,7 @@ class Scorer:
             bucket = Bucket(settings.height_px or of_row.height_px, settings.width_px or of_row.width_px)
             if rows.ok[0]:
                 latents, pixels = (None if stack is None else stack[0] for stack in (rows.latents, rows.pixels))
-                pictures.append(Picture(compose(rows.captions[0], rules, 0, 0), bucket, latents, pixels))
+                pictures.append(Picture(compose(rows.captions[0], self.captions, 0, 0), bucket, latents, pixels))
         return pictures
 
 

@@ -10,15 +10,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from trainer.config.schema import Config
-from trainer.data.buckets import Bucket
-from trainer.measure.batch_sizes import arithmetic_of, batch_factors
-from trainer.memory.holdings import Kernels
-from trainer.memory.run_plan import CUDA_CONTEXT, Setting, make_budget, memory_plan, require_fit
+from trainer.memory.planned_run import PlannedRun
+from trainer.memory.run_plan import CUDA_CONTEXT, Setting, memory_plan, require_fit
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import offloaded_activations, repeated_blocks
 from trainer.model.trainable import lay_out_model
@@ -33,18 +30,6 @@ _log = logging.getLogger(__name__)
 _CARD_STEP = 128 * 2**20
 # Of the memory that was planned for the attempt before: what an attempt after a failure may use.
 _LESS = 0.93
-
-
-class BucketedData(Protocol):
-    """What the plan has to know of the data."""
-
-    def buckets(self, split: str) -> list[Bucket]:
-        """Those that have rows."""
-        ...
-
-    def rows_per_bucket(self, split: str) -> list[int]:
-        """Rows of each of them."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -72,9 +57,9 @@ class MemoryChoice:
     fullest: tuple[int, int, int] = (0, 0, 0)
     passes: int = 1
 
-    def sharing(self, config: Config) -> Sharing:
-        """With the dtypes that follow from the configuration."""
-        precision = precision_of(config.train.precision)
+    def sharing(self, precision_name: str) -> Sharing:
+        """With the dtypes that follow from `train.precision`."""
+        precision = precision_of(precision_name)
         narrow = precision.compute if self.kind in ("zero2", "zero3") and precision.autocast else None
         return Sharing(self.kind, narrow, narrow, self.exchange_every_pass, self.passes)
 
@@ -88,19 +73,17 @@ def memory_attempt() -> int:
     return int(os.environ.get(MEMORY_ATTEMPT, "0"))
 
 
-def choose_memory(config: Config, comm: Comm, data: BucketedData) -> MemoryChoice:
+def choose_memory(run: PlannedRun, comm: Comm, setting: Setting) -> MemoryChoice:
     """Rank 0 decides, for all. On the CPU, where nothing limits the memory, there is nothing to plan.
 
     Raises:
         UserError: nothing fits.
     """
     attempt = memory_attempt()
-    card = smallest_card(comm)
     chosen: dict[str, Any] | None = None
     if comm.rank == 0:
-        memory = config.memory
-        unlimited = comm.device.type == "cpu" and memory.budget == "auto" and not attempt
-        chosen = asdict(_unplanned(config, comm, data) if unlimited else _planned(config, comm, data, card, attempt))
+        unlimited = comm.device.type == "cpu" and run.budget == "auto" and not attempt
+        chosen = asdict(_unplanned(run, setting) if unlimited else _planned(run, setting, attempt))
     agreed = broadcast_object(comm, chosen)
     assert agreed is not None
     choice = MemoryChoice(**{**agreed, "recompute": tuple(agreed["recompute"]), "fullest": tuple(agreed["fullest"])})
@@ -109,28 +92,27 @@ def choose_memory(config: Config, comm: Comm, data: BucketedData) -> MemoryChoic
     return choice
 
 
-def _unplanned(config: Config, comm: Comm, data: BucketedData) -> MemoryChoice:
-    memory = config.memory
-    kind: StrategyKind = "ddp" if memory.strategy == "auto" else memory.strategy
+def _unplanned(run: PlannedRun, setting: Setting) -> MemoryChoice:
+    kind: StrategyKind = "ddp" if run.strategy == "auto" else run.strategy
     blocks: tuple[str, ...] = ()
-    if memory.recompute == "all":
-        blocks = tuple(repeated_blocks(lay_out_model(config)))
+    if run.recompute == "all":
+        weights = precision_of(run.precision).weights
+        blocks = tuple(repeated_blocks(lay_out_model(run.model, run.trainable, weights, run.chunk_join)))
     return MemoryChoice(
-        kind if comm.world > 1 else "single",
+        kind if setting.workers > 1 else "single",
         recompute=blocks,
-        offloads=memory.offload_activations is True,
-        passes=arithmetic_of(config, comm.world, data.buckets("train"), data.rows_per_bucket("train")).accumulation,
+        offloads=run.offload_activations is True,
+        passes=setting.accumulation,
     )
 
 
-def _planned(config: Config, comm: Comm, data: BucketedData, card: int | None, attempt: int) -> MemoryChoice:
-    setting = run_setting(config, comm, data, card)
-    plan = memory_plan(config, setting)
+def _planned(run: PlannedRun, setting: Setting, attempt: int) -> MemoryChoice:
+    plan = memory_plan(run, setting)
     for _ in range(attempt):
         if plan.chosen is not None:
             less = round(plan.chosen.needed * _LESS)
             budget = replace(setting.budget, total=less, given="less than what was planned before, and did not fit")
-            plan = memory_plan(config, replace(setting, budget=budget))
+            plan = memory_plan(run, replace(setting, budget=budget))
     require_fit(plan)
     for line in plan.describe():
         _log.info("%s", line)
@@ -165,21 +147,6 @@ def smallest_card(comm: Comm) -> int | None:
         mine -= mine % _CARD_STEP
     found = [size for size in gather_objects(comm, mine) if size is not None]
     return min(found, default=None)
-
-
-def run_setting(config: Config, comm: Comm, data: BucketedData, card: int | None) -> Setting:
-    """What the plan hangs on, in this process's place; `card` as `smallest_card` found it."""
-    kernels: Kernels = "cuda" if comm.device.type == "cuda" else "cpu"
-    buckets = data.buckets("train")
-    factors = batch_factors(config, buckets)
-    return Setting(
-        kernels=kernels,
-        workers=comm.world,
-        workers_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        accumulation=arithmetic_of(config, comm.world, buckets, data.rows_per_bucket("train")).accumulation,
-        buckets=tuple((b, config.train.batch_size_per_gpu * f) for b, f in zip(buckets, factors, strict=True)),
-        budget=make_budget(config, kernels, card, comm.world),
-    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,17 +4,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.schema import Config
-from trainer.data.buckets import Bucket, make_buckets
+from trainer.data.buckets import Bucket
 from trainer.errors import UserError
-from trainer.measure.batch_sizes import batch_factors
 from trainer.memory.choice import (
     CARD_FLOPS,
     GIB,
@@ -28,9 +26,9 @@ from trainer.memory.choice import (
     smallest,
 )
 from trainer.memory.holdings import Holding, Kernels, StrategyName
+from trainer.memory.planned_run import PlannedRun
 from trainer.memory.report import MemoryPlan, RungReport
 from trainer.memory.strategy_peak import parameter_sizes, wire_bytes
-from trainer.model_files.model_source import component_config, find_source, vae_source
 
 if TYPE_CHECKING:
     from trainer.memory.trace import Trace
@@ -66,39 +64,8 @@ class Setting:
     budget: Budget
 
 
-def make_setting(
-    config: Config,
-    kernels: Kernels,
-    card_bytes: int | None,
-    workers: int,
-    workers_here: int,
-    buckets: Sequence[Bucket] = (),
-) -> Setting:
-    """What the plan hangs on beside the configuration.
-
-    Args:
-        card_bytes: memory of the smallest card; None: not known.
-        buckets: that hold images; none: the data are not prepared yet, and may be of any shape.
-    """
-    rules = config.data.buckets
-    shapes = tuple(buckets) or make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)
-    train = config.train
-    at_once = workers * train.batch_size_per_gpu
-    passes = train.gradient_accumulation_steps or -(-(train.global_batch_size or at_once) // at_once)
-    batches = [factor * train.batch_size_per_gpu for factor in batch_factors(config, shapes)]
-    return Setting(
-        kernels=kernels,
-        workers=workers,
-        workers_here=workers_here,
-        accumulation=passes,
-        buckets=tuple(zip(shapes, batches, strict=True)),
-        budget=make_budget(config, kernels, card_bytes, workers),
-    )
-
-
-def make_budget(config: Config, kernels: Kernels, card_bytes: int | None, workers: int) -> Budget:
-    """What `memory.budget` says, or the card's memory but for a little; on the CPU nothing limits it by default."""
-    wish = config.memory.budget
+def make_budget(wish: str, kernels: Kernels, card_bytes: int | None, workers: int) -> Budget:
+    """What `memory.budget` (`wish`) says, or the card's memory but for a little; nothing limits the CPU by default."""
     total, given = None, ""
     if wish != "auto":
         total, given = parse_size(wish), "memory.budget"
@@ -111,18 +78,18 @@ def make_budget(config: Config, kernels: Kernels, card_bytes: int | None, worker
     return Budget(total, CUDA_CONTEXT, NCCL_BUFFERS if workers > 1 else 0, MARGIN_SHARE, given)
 
 
-def memory_plan(config: Config, setting: Setting, cache: Path | None = None) -> MemoryPlan:
+def memory_plan(run: PlannedRun, setting: Setting, cache: Path | None = None) -> MemoryPlan:
     """The plan, from `cache` if it was made before.
 
     Args:
         cache: folder of plans by what they hang on; default: `sdxl-train/plans` in the user's cache.
     """
     folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl-train" / "plans"
-    file = folder / f"{_digest(config, setting)}.json"
+    file = folder / f"{_digest(run, setting)}.json"
     try:
         return MemoryPlan.from_json(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError):
-        plan = _worked_out(config, setting)
+        plan = _worked_out(run, setting)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial_file = file.with_name(f"{file.name}.{os.getpid()}")
@@ -149,13 +116,10 @@ def require_fit(plan: MemoryPlan) -> None:
     raise UserError(f"memory: {need}{change}")
 
 
-def _digest(config: Config, setting: Setting) -> str:
+def _digest(run: PlannedRun, setting: Setting) -> str:
     """Of all that the plan hangs on: settings, shapes of the model, code that counts, versions."""
-    source = find_source(config.model.path)
     parts: list[Any] = [
-        config.model_dump(mode="json", exclude=dict.fromkeys(("run", "launch", "lr_schedule", "log"), True)),
-        [component_config(source, name) for name in ("unet", "text_encoder", "text_encoder_2")],
-        component_config(vae_source(config.model.path, config.model.vae), "vae"),
+        run.values(),
         repr(setting),
         [version(name) for name in ("torch", "diffusers", "transformers")],
     ]
@@ -166,8 +130,8 @@ def _digest(config: Config, setting: Setting) -> str:
     return digest.hexdigest()[:32]
 
 
-def _worked_out(config: Config, setting: Setting) -> MemoryPlan:
-    traced, held, choice = _chosen(config, setting)
+def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
+    traced, held, choice = _chosen(run, setting)
     chosen = choice.chosen or smallest(choice.looked_at)
     holding = chosen.holding
     trace = traced.trace(holding.strategy, chosen.recomputed, chosen.offloads)
@@ -175,7 +139,7 @@ def _worked_out(config: Config, setting: Setting) -> MemoryPlan:
     batch = traced.shape.batch
     again = traced.recomputed_flops(holding.strategy, chosen.recomputed)
     per_image = (plain.forward_flops // batch, (plain.flops - plain.forward_flops) // batch, again // batch)
-    checkpoint = _checkpoint_bytes(config, trace)
+    checkpoint = _checkpoint_bytes(run, trace)
     bucket = traced.shape.bucket
     return MemoryPlan(
         kernels=setting.kernels,
@@ -187,16 +151,16 @@ def _worked_out(config: Config, setting: Setting) -> MemoryPlan:
         looked_at=tuple(RungReport.of(rung, setting.budget) for rung in choice.looked_at),
         num_blocks=held,
         recompute=traced.blocks(holding.strategy)[: chosen.recomputed] if choice.chosen else (),
-        advice=() if choice.chosen else tuple(_advice(config, setting)),
+        advice=() if choice.chosen else tuple(_advice(run, setting)),
         wire_bytes=wire_bytes(trace, holding),
         flops_per_image=per_image,
-        host_bytes=_host_bytes(config, setting, chosen.peak.total, trace.saved_bytes if chosen.offloads else 0),
+        host_bytes=_host_bytes(run, setting, chosen.peak.total, trace.saved_bytes if chosen.offloads else 0),
         checkpoint_bytes=checkpoint,
-        disk_bytes=checkpoint * (config.checkpoint.keep + 1),
+        disk_bytes=checkpoint * run.checkpoints,
     )
 
 
-def _chosen(config: Config, setting: Setting, *, only_whether: bool = False) -> "tuple[TracedRun, int, Choice]":
+def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) -> "tuple[TracedRun, int, Choice]":
     """The traces, the number of blocks, and what was chosen of them.
 
     Args:
@@ -206,12 +170,12 @@ def _chosen(config: Config, setting: Setting, *, only_whether: bool = False) -> 
 
     bucket, batch = max(setting.buckets, key=fullness)
     shape = Shape(bucket, batch)
-    traced = TracedRun(config, shape, setting.kernels)
+    traced = TracedRun(run, shape, setting.kernels)
     first: StrategyName = "single" if setting.workers == 1 else "zero2"
-    first = "ddp" if config.memory.strategy == "ddp" and setting.workers > 1 else first
+    first = "ddp" if run.strategy == "ddp" and setting.workers > 1 else first
     trace = traced.trace(first)
-    encoding, beside = peaks_beside(config, traced, first)
-    frozen = frozen_bytes(config)
+    encoding, beside = peaks_beside(run, traced, first)
+    frozen = frozen_bytes(run)
     ways = {
         label: replace(
             holding,
@@ -220,12 +184,12 @@ def _chosen(config: Config, setting: Setting, *, only_whether: bool = False) -> 
             between_steps=beside,
             between_steps_gathered=frozenset(beside),
         )
-        for label, holding in holdings(config, trace, setting.workers, setting.accumulation, setting.kernels).items()
+        for label, holding in holdings(run, trace, setting.workers, setting.accumulation, setting.kernels).items()
     }
     num_blocks, first_strategy = len(trace.blocks()), next(iter(ways.values())).strategy
-    fewest = num_blocks if config.memory.recompute == "all" else 0
-    most = 0 if config.memory.recompute == "none" else num_blocks
-    offload = config.memory.offload_activations
+    fewest = num_blocks if run.recompute == "all" else 0
+    most = 0 if run.recompute == "none" else num_blocks
+    offload = run.offload_activations
     if setting.budget.total is None:  # nothing is planned then, see `choose_memory`
         ways = dict([*ways.items()][:1])
     if only_whether:
@@ -266,67 +230,61 @@ def _extra_s(traced: "TracedRun", holding: Holding, recomputed: int, offloads: b
     return again + wire + moved
 
 
-def _advice(config: Config, setting: Setting) -> Iterator[str]:
+def _advice(run: PlannedRun, setting: Setting) -> Iterator[str]:
     """The smallest change that makes the run fit, if one is known."""
-    for text, changed in _changes(config, setting):
-        _, _, choice = _chosen(changed, _batch_of(changed, config, setting), only_whether=True)
+    for text, changed in _changes(run, setting):
+        _, _, choice = _chosen(changed, _batch_of(changed, run, setting), only_whether=True)
         if choice.chosen is not None:
             yield text
             return
 
 
-def _changes(config: Config, setting: Setting) -> Iterator[tuple[str, Config]]:
-    if config.memory.recompute == "none" or config.memory.offload_activations is False:
-        recompute, offload = config.memory.recompute == "none", config.memory.offload_activations is False
-        if recompute:
-            yield "memory.recompute: auto", _changed(config, "memory", {"recompute": "auto"})
-        if offload:
-            yield "memory.offload_activations: auto", _changed(config, "memory", {"offload_activations": "auto"})
-        if recompute and offload:
-            freed = {"recompute": "auto", "offload_activations": "auto"}
-            yield "memory.recompute: auto and memory.offload_activations: auto", _changed(config, "memory", freed)
-    if config.memory.strategy != "auto" and setting.workers > 1:
-        yield "memory.strategy: auto", _changed(config, "memory", {"strategy": "auto"})
-    batch = config.train.batch_size_per_gpu
+def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRun]]:
+    recompute, offload = run.recompute == "none", run.offload_activations is False
+    if recompute:
+        yield "memory.recompute: auto", replace(run, recompute="auto")
+    if offload:
+        yield "memory.offload_activations: auto", replace(run, offload_activations="auto")
+    if recompute and offload:
+        freed = replace(run, recompute="auto", offload_activations="auto")
+        yield "memory.recompute: auto and memory.offload_activations: auto", freed
+    if run.strategy != "auto" and setting.workers > 1:
+        yield "memory.strategy: auto", replace(run, strategy="auto")
+    batch = run.batch_size
     if batch > 1:
         smaller = batch // 2
-        yield f"train.batch_size_per_gpu: {smaller}", _changed(config, "train", {"batch_size_per_gpu": smaller})
+        yield f"train.batch_size_per_gpu: {smaller}", replace(run, batch_size=smaller)
         if smaller > 1:
-            yield "train.batch_size_per_gpu: 1", _changed(config, "train", {"batch_size_per_gpu": 1})
-    eight_bit = _changed(config, "optimizer", {"kind": "adamw_8bit"})
-    if config.optimizer.kind != "adamw_8bit":
-        yield "optimizer.kind: adamw_8bit", eight_bit
-    if config.train.precision in ("bf16", "fp32"):
-        stochastic = _changed(eight_bit, "train", {"precision": "bf16_stochastic"})
+            yield "train.batch_size_per_gpu: 1", replace(run, batch_size=1)
+    if not run.eight_bit:
+        yield "optimizer.kind: adamw_8bit", replace(run, eight_bit=True)
+    if run.precision in ("bf16", "fp32"):
+        stochastic = replace(run, eight_bit=True, precision="bf16_stochastic")
         yield "train.precision: bf16_stochastic and optimizer.kind: adamw_8bit", stochastic
-        least = _changed(stochastic, "train", {"batch_size_per_gpu": 1})
+        least = replace(stochastic, batch_size=1)
         if batch > 1:
             yield "train.precision: bf16_stochastic, optimizer.kind: adamw_8bit and train.batch_size_per_gpu: 1", least
 
 
-def _changed(config: Config, section: str, values: dict[str, Any]) -> Config:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
-
-
-def _batch_of(changed: Config, config: Config, setting: Setting) -> Setting:
+def _batch_of(changed: PlannedRun, run: PlannedRun, setting: Setting) -> Setting:
     """The setting with as many images in a pass as `changed` says."""
-    old, new = config.train.batch_size_per_gpu, changed.train.batch_size_per_gpu
+    old, new = run.batch_size, changed.batch_size
     if old == new:
         return setting
     buckets = tuple((bucket, max(1, batch * new // old)) for bucket, batch in setting.buckets)
     return replace(setting, buckets=buckets, accumulation=-(-setting.accumulation * old // new))
 
 
-def _checkpoint_bytes(config: Config, trace: Any) -> int:
+def _checkpoint_bytes(run: PlannedRun, trace: Any) -> int:
     from trainer.memory.traced_run import optimizer_bytes
     from trainer.optim.precision import precision_of
 
     parts = {name.split(".", 1)[0] for name in trace.trains}
     numel = sum(math.prod(shape) for name, shape in trace.shapes.items() if name.split(".", 1)[0] in parts)
-    return numel * precision_of(config.train.precision).weights.itemsize + optimizer_bytes(config, trace)
+    return numel * precision_of(run.precision).weights.itemsize + optimizer_bytes(run, trace)
 
 
-def _host_bytes(config: Config, setting: Setting, peak_bytes: int, offloaded: int) -> int:
+def _host_bytes(run: PlannedRun, setting: Setting, peak_bytes: int, offloaded: int) -> int:
     pinned = offloaded * _PINNED_SHARE if setting.kernels == "cuda" else offloaded
-    each = round(_WORKER_RAM[setting.kernels] + config.data.workers * _DATA_WORKER_RAM + pinned)
+    each = round(_WORKER_RAM[setting.kernels] + run.data_workers * _DATA_WORKER_RAM + pinned)
     return setting.workers_here * (each + (peak_bytes if setting.kernels == "cpu" else 0))

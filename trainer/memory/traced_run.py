@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.memory.holdings import Holding, Kernels, Peak, StrategyName
+from trainer.memory.planned_run import PlannedRun
 from trainer.memory.strategy_peak import strategy_peak
 from trainer.memory.trace import Block, Trace, trace_pass, trace_peak
 from trainer.model.denoiser import TrainedModel
-from trainer.model.load import empty_text_encoders, empty_vae
+from trainer.model.load_weights import empty_text_encoders, empty_vae
 from trainer.model.recompute import (
     apply_recompute,
     embeddings,
@@ -30,7 +30,7 @@ from trainer.optim.adamw import CHUNK_ELEMENTS
 from trainer.optim.eight_bit import blocks_per_row, takes_8_bits
 from trainer.optim.precision import DTYPES, precision_of
 
-TOKENS_PER_CHUNK, POSITIONS_PER_CHUNK = 75, 77
+POSITIONS_PER_CHUNK = 77
 _SCRATCH_BYTES = 40  # of the optimizer, for each element of a chunk
 
 
@@ -55,8 +55,8 @@ class _Way:
 class TracedRun:
     """The run's passes, each traced when it is first asked for."""
 
-    def __init__(self, config: Config, shape: Shape, kernels: Kernels) -> None:
-        self._config, self.shape = config, shape
+    def __init__(self, run: PlannedRun, shape: Shape, kernels: Kernels) -> None:
+        self._run, self.shape = run, shape
         self.kernels: Kernels = kernels
         self._traces: dict[_Way, Trace] = {}
         self._order: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ class TracedRun:
         return sum(blocks[name].flops for name in self.blocks(strategy)[:recomputed])
 
     def _way(self, strategy: StrategyName, recomputed: int, offloads: bool) -> _Way:
-        precision = precision_of(self._config.train.precision)
+        precision = precision_of(self._run.precision)
         gathers = strategy in ("zero2", "zero3")
         return _Way(
             dtype=precision.compute if gathers else precision.weights,
@@ -101,15 +101,13 @@ class TracedRun:
 
     def _model(self, way: _Way, blocks: tuple[str, ...]) -> tuple[TrainedModel, Callable[[], Tensor], list[Tensor]]:
         """The model, its pass, and the weights of frozen models that run within the pass."""
-        config, frozen = self._config, None
-        model = lay_out_model(config).to(way.dtype).train()
-        if model.text_encoders is not None:
-            model.text_encoders = replace(model.text_encoders, join=config.captions.chunks)
-        elif not config.data.cache_text:
-            frozen = frozen_text_encoders(config)
+        run, frozen = self._run, None
+        model = lay_out_model(run.model, run.trainable, way.dtype, run.chunk_join).train()
+        if model.text_encoders is None and not run.cache_text:
+            frozen = frozen_text_encoders(run)
         apply_recompute(model, blocks)
         held = [] if frozen is None else _tensors(frozen.one, frozen.two)
-        return model, _loss(config, model, frozen, self.shape, way), held
+        return model, _loss(run, model, frozen, self.shape, way), held
 
     def peak_without_gradients(self, strategy: StrategyName) -> int:
         """The most that a forward pass keeps alive beside the weights."""
@@ -132,33 +130,33 @@ def _tensors(*modules: nn.Module) -> list[Tensor]:
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
-def frozen_text_encoders(config: Config) -> TextEncoders:
+def frozen_text_encoders(run: PlannedRun) -> TextEncoders:
     """The frozen text encoders, without memory."""
-    encoders = empty_text_encoders(config.model.path)
+    encoders = empty_text_encoders(run.model, run.chunk_join)
     for module in (encoders.one, encoders.two):
-        module.to(dtype=DTYPES[config.model.text_encoder_precision])  # pyright: ignore[reportCallIssue]
+        module.to(dtype=DTYPES[run.text_encoder_precision])  # pyright: ignore[reportCallIssue]
         module.requires_grad_(False).eval()
-    return replace(encoders, join=config.captions.chunks)
+    return encoders
 
 
 def _loss(
-    config: Config, model: TrainedModel, frozen: TextEncoders | None, shape: Shape, way: _Way
+    run: PlannedRun, model: TrainedModel, frozen: TextEncoders | None, shape: Shape, way: _Way
 ) -> Callable[[], Tensor]:
     """The step's loss of one micro-batch; `trainer.model.denoiser.image_losses` with its noise left out."""
-    chunks, batch = config.captions.max_tokens // TOKENS_PER_CHUNK, shape.batch
+    batch = shape.batch
     unet = dict(model.unet.config)
     pooled_width = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
     latents_shape = (batch, unet["in_channels"], shape.bucket.height_px // 8, shape.bucket.width_px // 8)
 
     def text() -> dict[str, Tensor]:
-        ids = torch.empty(batch, 2, chunks, POSITIONS_PER_CHUNK, dtype=torch.int64, device="meta")
+        ids = torch.empty(batch, 2, run.chunks, POSITIONS_PER_CHUNK, dtype=torch.int64, device="meta")
         if model.text_encoders is not None:
             return {"input_ids": ids}
         if frozen is not None:
             with torch.no_grad():
                 found = frozen.encode(ids)
             return {"text_hidden": found.hidden, "text_pooled": found.pooled}
-        positions = text_positions(chunks, config.captions.chunks)
+        positions = text_positions(run.chunks, run.chunk_join)
         return {
             "text_hidden": torch.empty(batch, positions, unet["cross_attention_dim"], device="meta"),
             "text_pooled": torch.empty(batch, pooled_width, device="meta"),
@@ -177,12 +175,12 @@ def _loss(
     return loss
 
 
-def holdings(config: Config, trace: Trace, workers: int, accumulation: int, kernels: Kernels) -> dict[str, Holding]:
+def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, kernels: Kernels) -> dict[str, Holding]:
     """The strategies that the configuration allows, by their description."""
-    precision, wish = precision_of(config.train.precision), config.memory.strategy
-    state = optimizer_bytes(config, trace)
+    precision, wish = precision_of(run.precision), run.strategy
+    state = optimizer_bytes(run, trace)
     trained = sum(math.prod(trace.shapes[name]) for name in trace.trains)
-    fused = precision.weights == torch.float32 and config.optimizer.kind == "adamw"
+    fused = precision.weights == torch.float32 and not run.eight_bit
     largest = max(math.prod(shape) for shape in trace.shapes.values())
 
     def holding(strategy: StrategyName, each_pass: bool = True) -> Holding:
@@ -213,44 +211,43 @@ def holdings(config: Config, trace: Trace, workers: int, accumulation: int, kern
     return {label: each for label, each in found.items() if wish in ("auto", each.strategy)}
 
 
-def optimizer_bytes(config: Config, trace: Trace) -> int:
+def optimizer_bytes(run: PlannedRun, trace: Trace) -> int:
     """State of the optimizer for the whole model, on however many workers it lies."""
-    weights = precision_of(config.train.precision).weights
+    weights = precision_of(run.precision).weights
     total = 0
     for name in trace.trains:
         shape = trace.shapes[name]
         numel = math.prod(shape)
-        if config.optimizer.kind == "adamw_8bit" and takes_8_bits(shape):
+        if run.eight_bit and takes_8_bits(shape):
             total += 2 * (numel + 4 * shape[0] * blocks_per_row(shape))
         else:
             total += 8 * numel
-        if config.train.precision == "bf16_kahan":
+        if run.precision == "bf16_kahan":
             total += numel * weights.itemsize
     return total
 
 
-def peaks_beside(config: Config, run: TracedRun, strategy: StrategyName) -> tuple[int, dict[str, int]]:
+def peaks_beside(run: PlannedRun, traced: TracedRun, strategy: StrategyName) -> tuple[int, dict[str, int]]:
     """What encoding the images of a pass takes beside the VAE, and what is done between steps, by its name."""
     encoding, between = 0, dict[str, int]()
-    dtype, images, shape = DTYPES[config.model.vae_precision], config.data.mode == "images", run.shape
-    if config.validation.every_steps:
-        between["validation"] = run.peak_without_gradients(strategy)
-    if not images and not config.samples.every_steps:
+    dtype, images, shape = DTYPES[run.vae_precision], run.holds_images, traced.shape
+    if run.validates:
+        between["validation"] = traced.peak_without_gradients(strategy)
+    if not images and run.sample_px is None:
         return encoding, between
-    vae = empty_vae(config.model.path, config.model.vae)
+    vae = empty_vae(run.model)
     nn.Module.to(vae, dtype=dtype)  # not diffusers' own, which warns of what it does not do here
     vae.requires_grad_(False).eval()
     held = _tensors(vae)
     with torch.no_grad():
         if images:
-            size = (config.data.vae_batch_size, 3, shape.bucket.height_px, shape.bucket.width_px)
-            encoding = trace_peak(partial(_run, vae.encode, size, dtype), held, run.kernels)
-        if config.samples.every_steps:
-            side = config.data.buckets.resolution
-            height, width = config.samples.height_px or side, config.samples.width_px or side
+            size = (run.vae_batch_size, 3, shape.bucket.height_px, shape.bucket.width_px)
+            encoding = trace_peak(partial(_run, vae.encode, size, dtype), held, traced.kernels)
+        if run.sample_px is not None:
+            height, width = run.sample_px
             size = (1, vae.config["latent_channels"], height // 8, width // 8)
             own = 0 if images else sum(tensor.nbytes for tensor in held)
-            between["samples"] = trace_peak(partial(_run, vae.decode, size, dtype), held, run.kernels) + own
+            between["samples"] = trace_peak(partial(_run, vae.decode, size, dtype), held, traced.kernels) + own
     return encoding, between
 
 
@@ -258,14 +255,14 @@ def _run(function: Callable[[Any], object], size: tuple[int, ...], dtype: torch.
     return function(torch.empty(size, dtype=dtype, device="meta"))
 
 
-def frozen_bytes(config: Config) -> int:
+def frozen_bytes(run: PlannedRun) -> int:
     """Weights of the frozen models that lie beside the trained one."""
     total = 0
-    needs_text = not config.data.cache_text or config.samples.every_steps > 0
-    if needs_text and not (config.trainable.text_encoder_1.train or config.trainable.text_encoder_2.train):
-        encoders = frozen_text_encoders(config)
+    needs_text = not run.cache_text or run.sample_px is not None
+    if needs_text and not run.text_encoders_train:
+        encoders = frozen_text_encoders(run)
         total += sum(tensor.nbytes for tensor in _tensors(encoders.one, encoders.two))
-    if config.data.mode == "images":
-        vae = empty_vae(config.model.path, config.model.vae)
-        total += sum(p.numel() for p in vae.parameters()) * DTYPES[config.model.vae_precision].itemsize
+    if run.holds_images:
+        vae = empty_vae(run.model)
+        total += sum(p.numel() for p in vae.parameters()) * DTYPES[run.vae_precision].itemsize
     return total

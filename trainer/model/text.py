@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from trainer.model_files.tokenizer_files import find_tokenizers
-
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
-_CHUNK_LENGTH = 77
+TOKENS_PER_CHUNK = 75  # of a caption; each chunk has a start and an end besides
+_CHUNK_LENGTH = TOKENS_PER_CHUNK + 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,17 +80,16 @@ class CaptionTokenizer:
         return pieces + [tokenizer.encode("")] * missing if missing else pieces
 
 
-def load_tokenizers(model: Path | str, tokenizer: Path | None = None) -> CaptionTokenizer:
-    """The tokenizers of a model that `check_model` accepts.
+def load_tokenizers(folders: tuple[Path, Path | None], chunks: int = 1) -> CaptionTokenizer:
+    """A model's two tokenizers.
 
     Args:
-        model: `model.path`; tokenizer: `model.tokenizer`.
-    Raises:
-        UserError: there are none; see `trainer.model_files.tokenizer_files`.
+        folders: `RunModel.tokenizers`.
+        chunks: how many each caption gets.
     """
     from transformers import CLIPTokenizer
 
-    folder_one, folder_two = find_tokenizers(model, tokenizer)
+    folder_one, folder_two = folders
     one = CLIPTokenizer.from_pretrained(folder_one, local_files_only=True, model_max_length=_CHUNK_LENGTH)
     # SDXL's second tokenizer pads with OpenCLIP's id 0, which is "!", and has all else in common with the first.
     own: dict[str, Any] = {} if folder_two else {"pad_token": "!"}
@@ -106,6 +104,7 @@ def load_tokenizers(model: Path | str, tokenizer: Path | None = None) -> Caption
         _fixed_length(two),
         two_differs_at=two.pad_token if alike and specials <= {two.pad_token} else None,
         pad_id_two=two.pad_token_id,
+        chunks=chunks,
     )
 
 

@@ -2,26 +2,32 @@
 
 from collections.abc import Collection
 
+import torch
 from torch import nn
 
-from trainer.config.schema import Config, TextEncoderPart
+from trainer.config.schema import TextEncoderPart, TrainableConfig
 from trainer.config.spelling import nearest
 from trainer.errors import UserError
 from trainer.model.denoiser import TrainedModel
 from trainer.model.freeze import frozen_names, never_used, original_unet_names
-from trainer.model.load import empty_text_encoders, empty_unet
-from trainer.optim.precision import precision_of
+from trainer.model.load_weights import empty_text_encoders, empty_unet
+from trainer.model.text import ChunkJoin
+from trainer.model_files.run_model import RunModel
 
 
-def lay_out_model(config: Config) -> TrainedModel:
-    """What trains, on the meta device, in the dtype its weights are held in; what is frozen asks for no gradients.
+def lay_out_model(
+    model_files: RunModel, parts: TrainableConfig, dtype: torch.dtype, join: ChunkJoin = "a1111"
+) -> TrainedModel:
+    """What trains, on the meta device, its weights in `dtype`; what is frozen asks for no gradients.
 
+    Args:
+        join: how the chunks of a long caption are put together.
     Raises:
         UserError: a name in `trainable` means nothing, or nothing is left to train.
     """
-    path, parts = config.model.path, config.trainable
-    encoders = empty_text_encoders(path) if text_encoders_train(config) else None
-    model = TrainedModel(empty_unet(path), encoders)
+    texts = parts.text_encoder_1.train or parts.text_encoder_2.train
+    encoders = empty_text_encoders(model_files, join) if texts else None
+    model = TrainedModel(empty_unet(model_files), encoders)
     model.requires_grad_(False)
     _thaw(model.unet, "unet", parts.unet, original_unet_names(dict(model.unet.config)))
     if encoders:
@@ -29,12 +35,7 @@ def lay_out_model(config: Config) -> TrainedModel:
         unused = never_used(one, encoders.one.config.num_hidden_layers)
         _thaw(encoders.one, "text_encoder_1", parts.text_encoder_1, {}, unused)
         _thaw(encoders.two, "text_encoder_2", parts.text_encoder_2, {})
-    return model.to(precision_of(config.train.precision).weights)
-
-
-def text_encoders_train(config: Config) -> bool:
-    """Whether any of them does."""
-    return config.trainable.text_encoder_1.train or config.trainable.text_encoder_2.train
+    return model.to(dtype)
 
 
 def _thaw(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.errors import UserError
-from trainer.model_files.folder import WEIGHTS_STEMS
+from trainer.model_files.diffusers_folder import WEIGHTS_STEMS
 
 _SMALL = re.compile(
     r"model_index\.json|scheduler/scheduler_config\.json|(unet|vae|text_encoder|text_encoder_2)/config\.json"
@@ -60,7 +60,7 @@ def download_model(hub_id: str) -> Path:
 def needed_files(names: Iterable[str]) -> list[str]:
     """Of a repository's files, those that training needs: of each component's weights one form, in safetensors.
 
-    The form without a variant name is preferred to fp16 and bf16, as `trainer.model_files.folder.weight_files` does.
+    The form without a variant name is preferred to fp16 and bf16, as `weight_files` does.
     """
     names = sorted(names)
     chosen = [name for name in names if _SMALL.fullmatch(name)]

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 
 from trainer.errors import UserError
-from trainer.model_files import folder as model_folder
+from trainer.model_files import diffusers_folder as model_folder
 from trainer.model_files.components import Part, PartTensor, TextProjection, name_in_module, told_config
 from trainer.model_files.header import Header, HeaderFault, TensorEntry, read_header
 from trainer.model_files.hub import cached_model
@@ -42,6 +43,23 @@ class ModelSource:
     path: Path
     kind: Literal["folder", "file", "pickle"]
 
+    @cached_property
+    def header(self) -> Header:
+        """Names, dtypes and shapes of a file or pickle, read when they are first asked for.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        if self.kind == "pickle":
+            from trainer.model_files.pickle_file import pickle_header
+
+            return pickle_header(self.path)
+        try:
+            return read_header(self.path)
+        except HeaderFault as fault:
+            mend = f"; {fault.mend}" if fault.mend else ""
+            raise UserError(f"{self.path}: is {fault.description}{mend}") from None
+
 
 def find_source(model: ModelPath) -> ModelSource:
     """What `model.path` or `model.vae` names; of a hub id, the folder in the hub's cache.
@@ -64,33 +82,11 @@ def find_source(model: ModelPath) -> ModelSource:
     return ModelSource(model, "file" if start[8:] == b"{" else "pickle")
 
 
-def vae_source(model: ModelPath, vae: Path | None) -> ModelSource:
-    """Where the VAE is read from: `vae` (`model.vae`) if it is given, else the model."""
-    return find_source(model if vae is None else vae)
-
-
-def source_header(source: ModelSource) -> Header:
-    """Names, dtypes and shapes of a file or pickle.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    if source.kind == "pickle":
-        from trainer.model_files.pickle_file import pickle_header
-
-        return pickle_header(source.path)
-    try:
-        return read_header(source.path)
-    except HeaderFault as fault:
-        mend = f"; {fault.mend}" if fault.mend else ""
-        raise UserError(f"{source.path}: is {fault.description}{mend}") from None
-
-
 def component_config(source: ModelSource, component: str) -> dict[str, Any]:
     """The configuration of one of `COMPONENTS`: a single file's own, or SDXL's."""
     if source.kind == "folder":
         return model_folder.read_config(component_folder(source, component))
-    return file_config(source_header(source) if source.kind == "file" else None, component)
+    return file_config(source.header if source.kind == "file" else None, component)
 
 
 def file_config(header: Header | None, component: str) -> dict[str, Any]:
@@ -154,7 +150,7 @@ def open_part(source: ModelSource, component: str, text_projection: TextProjecti
     """
     if source.kind == "folder":
         return open_folder_part(component, component_folder(source, component))
-    header = source_header(source)
+    header = source.header
     try:
         config = file_config(header, component)
     except ValueError as error:
@@ -187,7 +183,7 @@ def open_folder_part(component: str, folder: Path) -> Part:
     wanted = {name for entry in single_file_keys({component: config}) for name in entry.names}
     tensors: dict[str, PartTensor] = {}
     for file in model_folder.weight_files(folder):
-        header = source_header(ModelSource(file, "file"))
+        header = ModelSource(file, "file").header
         for stored_name, entry in header.tensors.items():
             if not stored_name.endswith("position_ids"):
                 tensors[name_in_module(stored_name, wanted) or stored_name] = _part_tensor(file, entry)
@@ -259,7 +255,7 @@ def count_weights(source: ModelSource, component: str) -> int:
     """Number of weights of a component, from headers."""
     if source.kind == "folder":
         return model_folder.count_weights(component_folder(source, component))
-    tensors = source_header(source)
+    tensors = source.header
     keys = file_keys(tensors, component)
     return sum(math.prod(tensors.tensors[key.file_name].shape) for key in keys if key.file_name in tensors.tensors)
 
@@ -271,7 +267,7 @@ def weights_fingerprint(source: ModelSource, component: str, text_projection: Te
     """
     if source.kind == "folder":
         return model_folder.weights_fingerprint(component_folder(source, component))
-    header = source_header(source)
+    header = source.header
     digest = model_folder.config_digest(file_config(header, component))
     keys = sorted(file_keys(header, component, text_projection), key=lambda key: key.names)
     keys = [key for key in keys if key.file_name in header.tensors]

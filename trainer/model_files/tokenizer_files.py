@@ -5,16 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.errors import UserError
-from trainer.model_files.model_source import ModelPath, ModelSource, find_source
+from trainer.model_files.model_source import ModelSource
 
 _CLIP = "openai/clip-vit-large-patch14"
 # Where the hub's cache may have CLIP's vocabulary: repository, folder in it.
 _CACHED = ((_CLIP, ""), ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer/"))
-
-
-def find_tokenizers(model: ModelPath, tokenizer: Path | None) -> tuple[Path, Path | None]:
-    """The folders of both tokenizers of `model.path` and `model.tokenizer`; see `tokenizer_folders`."""
-    return tokenizer_folders(find_source(model), tokenizer)
 
 
 def tokenizer_folders(source: ModelSource, tokenizer: Path | None) -> tuple[Path, Path | None]:

@@ -20,8 +20,6 @@ from trainer.model_files.model_source import (
     find_source,
     open_folder_part,
     open_part,
-    source_header,
-    vae_source,
 )
 from trainer.model_files.modelspec import told_prediction_type
 from trainer.model_files.presets import preset
@@ -72,7 +70,7 @@ def open_source(
             if given:
                 raise UserError(f"{option}: has no effect; {place} is no checkpoint of a run")
         source = _sdxl(place)
-        metadata = source_header(source).metadata if source.kind == "file" else {}
+        metadata = source.header.metadata if source.kind == "file" else {}
         text_projection = _file_projection(place, source, metadata, text_projection)
         return Source(model_parts(place, vae, text_projection), source, metadata=metadata)
     if text_projection == "kohya" and not model:
@@ -155,7 +153,7 @@ def model_parts(
     source = find_source(model)
     parts = {}
     for name in COMPONENTS:
-        of = vae_source(model, vae) if name == "vae" else source
+        of = find_source(vae) if name == "vae" and vae else source
         parts[name] = require_whole(open_part(of, name, text_projection))
     return parts
 
@@ -174,7 +172,7 @@ def prediction_of(source: Source, wished: str | None, wished_ztsnr: bool) -> tup
 
 def _told_prediction(base: ModelSource) -> tuple[str, bool]:
     if base.kind != "folder":
-        header = source_header(base)
+        header = base.header
         marked = "v_prediction" if "v_pred" in header.tensors else None
         return marked or told_prediction_type(header.metadata) or "epsilon", "ztsnr" in header.tensors
     scheduler = _read_scheduler(base)

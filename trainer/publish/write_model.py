@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.errors import UserError
 from trainer.model_files.clip_tokenizer import END_TOKEN, write_clip_tokenizer
 from trainer.model_files.components import CONFIGS_KEY, Part, TextProjection, differing_configs
-from trainer.model_files.folder import WEIGHTS_STEMS
+from trainer.model_files.diffusers_folder import WEIGHTS_STEMS
 from trainer.model_files.key_map import LOGIT_SCALE, POSITION_IDS, KeyEntry, single_file_keys
 from trainer.model_files.modelspec import HASH_KEY
 from trainer.model_files.presets import preset

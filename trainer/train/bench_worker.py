@@ -19,26 +19,28 @@ from trainer.data.buckets import Bucket, make_buckets
 from trainer.data.loader import Batch
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import OutOfMemory
-from trainer.measure.batch_sizes import arithmetic_of, batch_factors
 from trainer.measure.bench_report import BenchRow
 from trainer.measure.card_peak import card_peak
 from trainer.measure.phases import PhaseClock, exposed_s
-from trainer.memory.run_choice import MemoryChoice, choose_memory, is_out_of_memory, run_setting, smallest_card
-from trainer.memory.run_plan import fullness, memory_plan
+from trainer.memory.planned_run import PlannedRun
+from trainer.memory.run_choice import MemoryChoice, choose_memory, is_out_of_memory, smallest_card
+from trainer.memory.run_plan import Setting, fullness, memory_plan
 from trainer.model.compiled import compilations
 from trainer.model.latents import encoded_batches
-from trainer.model.text import text_positions
-from trainer.model_files.model_source import component_config, find_source, vae_source
+from trainer.model.text import TOKENS_PER_CHUNK, text_positions
+from trainer.model_files.run_model import RunModel
 from trainer.optim.precision import precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, barrier, gather_objects, sum_floats
 from trainer.parallel.strategy import Strategy
-from trainer.train.build import Run, build_parts
+from trainer.train.arithmetic import arithmetic_of, batch_factors
+from trainer.train.build import Run, build_parts, worker_setting
 from trainer.train.loop import open_training_loader, starting_state
+from trainer.train.memory_inputs import planned_run
 from trainer.train.step import StepParts, train_step
 
 _log = logging.getLogger(__name__)
 _PROFILED_STEPS = 2
-_TOKENS, _POSITIONS = 75, 77
+_POSITIONS = TOKENS_PER_CHUNK + 2
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class SyntheticData:
     scaling_factor: float
     text_shape: tuple[int, int, int] | None
     holds_images: bool
+    chunks: int
+    words: int
 
     def buckets(self, split: str) -> list[Bucket]:
         """The one bucket."""
@@ -88,18 +92,19 @@ class TimedStrategy(Strategy):
         super().backward(loss)
 
 
-def bench(config: Config, comm: Comm, steps: int, warmup: int, prepared: bool, result: Path) -> None:
+def bench(config: Config, model: RunModel, comm: Comm, steps: int, warmup: int, prepared: bool, result: Path) -> None:
     """Measure, and let rank 0 write the row to `result`.
 
     Args:
         steps, warmup: optimizer steps that count, and before them.
         prepared: the data are there: the wait for the real loader is measured as well.
     """
-    data = synthetic_data(config, PreparedSet.open(config.data.prepared) if prepared else None)
+    data = synthetic_data(config, model, PreparedSet.open(config.data.prepared) if prepared else None)
     begin = time.perf_counter()
     require_arithmetic(config.train.precision, comm.device)
-    card, choice = smallest_card(comm), choose_memory(config, comm, data)
-    parts = build_parts(config, comm, data, choice)
+    planned, setting = planned_run(config, model), worker_setting(config, comm, data, smallest_card(comm))
+    choice = choose_memory(planned, comm, setting)
+    parts = build_parts(config, model, comm, data, choice)
     _log.info("built in %.0f s", time.perf_counter() - begin)
     clock = PhaseClock(comm.device)
     timed = TimedStrategy.of(parts.strategy, clock)
@@ -111,45 +116,43 @@ def bench(config: Config, comm: Comm, steps: int, warmup: int, prepared: bool, r
             raise
         raise OutOfMemory("a step did not fit, though it was planned to") from error
     if prepared:
-        wait_s = _loader_wait_s(config, parts, PreparedSet.open(config.data.prepared), steps, warmup)
+        wait_s = _loader_wait_s(config, model, parts, PreparedSet.open(config.data.prepared), steps, warmup)
         row = replace(row, split={**(row.split or {}), "data": wait_s})
     peak = card_peak(comm.device, precision_of(config.train.precision).compute)
     row = replace(row, peak_flops=_mean(comm, peak.flops_per_s), peak_source=peak.source, compilations=compilations())
     if comm.rank == 0:
-        result.write_text(json.dumps(asdict(_with_plan(config, comm, data, card, choice, row))), encoding="utf-8")
+        result.write_text(json.dumps(asdict(_with_plan(planned, setting, choice, row))), encoding="utf-8")
 
 
-def synthetic_data(config: Config, prepared: PreparedSet | None) -> SyntheticData:
+def synthetic_data(config: Config, model: RunModel, prepared: PreparedSet | None) -> SyntheticData:
     """The largest bucket of the prepared data, or of those that the configuration allows."""
-    rules, source = config.data.buckets, find_source(config.model.path)
+    rules = config.data.buckets
     if prepared is None:
         buckets = make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)
     else:
         buckets = prepared.buckets("train")
     largest = max(zip(buckets, batch_factors(config, buckets), strict=True), key=fullness)[0]
-    unet = component_config(source, "unet")
+    unet = model.config("unet")
     pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-    positions = text_positions(config.captions.max_tokens // _TOKENS, config.captions.chunks)
+    positions = text_positions(config.captions.max_tokens // TOKENS_PER_CHUNK, config.captions.chunks)
     return SyntheticData(
         bucket=largest,
-        scaling_factor=component_config(vae_source(config.model.path, config.model.vae), "vae")["scaling_factor"],
+        scaling_factor=model.config("vae")["scaling_factor"],
         text_shape=(positions, unet["cross_attention_dim"], pooled) if config.data.cache_text else None,
         holds_images=config.data.mode == "images",
+        chunks=config.captions.max_tokens // TOKENS_PER_CHUNK,
+        words=min(model.config(name)["vocab_size"] for name in ("text_encoder", "text_encoder_2")),
     )
 
 
-def synthetic_batch(
-    config: Config, data: SyntheticData, channels: int, images: int, seed: int, pin_memory: bool = False
-) -> Batch:
+def synthetic_batch(data: SyntheticData, channels: int, images: int, seed: int, pin_memory: bool = False) -> Batch:
     """Random latents, or pixels, and texts of the full length.
 
     Args:
         pin_memory: in page-locked memory, as the loader's batches are on CUDA, so that copies wait for nothing there.
     """
     draw = torch.Generator().manual_seed(seed)
-    chunks, height, width = config.captions.max_tokens // _TOKENS, data.bucket.height_px, data.bucket.width_px
-    source, text = find_source(config.model.path), data.text_shape
-    words = min(component_config(source, name)["vocab_size"] for name in ("text_encoder", "text_encoder_2"))
+    height, width, text = data.bucket.height_px, data.bucket.width_px, data.text_shape
     latents = pixels = vae_seeds = None
     if data.holds_images:
         pixels = torch.randint(256, (images, 3, height, width), generator=draw, dtype=torch.uint8)
@@ -160,7 +163,7 @@ def synthetic_batch(
         latents=latents,
         pixels=pixels,
         vae_seeds=vae_seeds,
-        input_ids=None if text else torch.randint(words, (images, 2, chunks, _POSITIONS), generator=draw),
+        input_ids=None if text else torch.randint(data.words, (images, 2, data.chunks, _POSITIONS), generator=draw),
         text_hidden=torch.randn(images, *text[:2], generator=draw).half() if text else None,
         pooled=torch.randn(images, text[2], generator=draw).half() if text else None,
         time_ids=torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).repeat(images, 1),
@@ -182,7 +185,7 @@ def _measured(config: Config, parts: StepParts, data: SyntheticData, steps: int,
     images = config.train.batch_size_per_gpu * factor
     channels = parts.denoiser.unet.config["in_channels"]
     seeds, pin = [number * comm.world + comm.rank for number in range(passes)], comm.device.type == "cuda"
-    batches = [synthetic_batch(config, data, channels, images, seed, pin) for seed in seeds]
+    batches = [synthetic_batch(data, channels, images, seed, pin) for seed in seeds]
     images_per_step = images * passes * comm.world
     norms: list[float] = []
 
@@ -252,14 +255,16 @@ def _exposed(
     return None, "on the CPU, zero2 and zero3: not measured, for without exchange there are no weights to compute with"
 
 
-def _loader_wait_s(config: Config, parts: StepParts, prepared: PreparedSet, steps: int, warmup: int) -> float:
+def _loader_wait_s(
+    config: Config, model: RunModel, parts: StepParts, prepared: PreparedSet, steps: int, warmup: int
+) -> float:
     """Seconds that a real step waits for its batch, mean over the workers."""
     comm, buckets = parts.comm, prepared.buckets("train")
     arithmetic = arithmetic_of(config, comm.world, buckets, prepared.rows_per_bucket("train"))
     run = Run(parts, None, prepared)
     state = starting_state(config, run, arithmetic.images_per_step)
     waited_before = 0.0
-    with open_training_loader(config, comm, run, state, arithmetic.accumulation) as loader:
+    with open_training_loader(config, model, comm, run, state, arithmetic.accumulation) as loader:
         for step in range(warmup + steps):
             if step == warmup:
                 waited_before = loader.wait_s
@@ -269,13 +274,11 @@ def _loader_wait_s(config: Config, parts: StepParts, prepared: PreparedSet, step
         return _mean(comm, (loader.wait_s - waited_before) / steps)
 
 
-def _with_plan(
-    config: Config, comm: Comm, data: SyntheticData, card: int | None, choice: MemoryChoice, row: BenchRow
-) -> BenchRow:
+def _with_plan(run: PlannedRun, setting: Setting, choice: MemoryChoice, row: BenchRow) -> BenchRow:
     """What the plan says of this run: operations and memory; and what was chosen."""
-    plan = memory_plan(config, run_setting(config, comm, data, card))
+    plan = memory_plan(run, setting)
     forward, backward, again = plan.flops_per_image
-    on_card, notes, planned = comm.device.type == "cuda", row.notes, None
+    on_card, notes, planned = setting.kernels == "cuda", row.notes, None
     if not on_card:
         notes = (*notes, "RSS is a whole process on the host, libraries included; a plan counts tensors alone")
     elif plan.chosen and choice.needed == plan.chosen.needed:

@@ -1,33 +1,41 @@
 """Builds the parts of a run from its configuration, and puts a checkpoint's state into them."""
 
 import logging
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from trainer.checkpoint.run_dir import RESOLVED_CONFIG, find_damage, newest_checkpoint, read_state
 from trainer.checkpoint.write import OPTIMIZER, read_tensors
 from trainer.config.schema import Config
+from trainer.data.buckets import Bucket
 from trainer.data.store.snapshot import SPLITS, PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
 from trainer.diffusion.objective import epsilon_objective
 from trainer.diffusion.schedule import scaled_linear
 from trainer.errors import UserError
-from trainer.memory.run_choice import MemoryChoice, choose_memory, memory_attempt
+from trainer.evaluate.scoring import Scorer
+from trainer.memory.run_choice import MemoryChoice, choose_memory, memory_attempt, smallest_card
+from trainer.memory.run_plan import Setting
 from trainer.model.channels_last import prefer_channels_last
 from trainer.model.compiled import compile_blocks
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
-from trainer.model.load import load_text_encoders, load_vae, read_weights
+from trainer.model.load_weights import load_text_encoders, load_vae, read_weights
 from trainer.model.recompute import apply_recompute, embeddings, gathered_units
 from trainer.model.text import TextEncoders
 from trainer.model.trainable import lay_out_model
 from trainer.model.vae import ImageEncoder
 from trainer.model_files.components import Part
-from trainer.model_files.model_source import find_source, open_folder_part, open_part
+from trainer.model_files.model_source import open_folder_part
+from trainer.model_files.run_model import RunModel
 from trainer.optim.adamw import Rounding
 from trainer.optim.adamw_chunk import Update, compiled_update
 from trainer.optim.optimizers import is_fused, load_optimizer_tensors, make_optimizer
@@ -35,7 +43,10 @@ from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, broadcast_object, gather_objects
 from trainer.parallel.sharding import copy_share, materialize
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
+from trainer.train.arithmetic import arithmetic_of
+from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.dry_run import dry_run
+from trainer.train.memory_inputs import make_setting, planned_run
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts
 
@@ -56,6 +67,18 @@ class Run:
     parts: StepParts
     state: TrainState | None
     prepared: PreparedSet
+
+
+class BucketedData(Protocol):
+    """What the memory plan has to know of the data."""
+
+    def buckets(self, split: str) -> list[Bucket]:
+        """Those that have rows."""
+        ...
+
+    def rows_per_bucket(self, split: str) -> list[int]:
+        """Rows of each of them."""
+        ...
 
 
 class StoredData(Protocol):
@@ -99,7 +122,7 @@ def _wished_checkpoint(config: Config) -> Path | None:
     return Path(wish)
 
 
-def build_run(config: Config, comm: Comm) -> Run:
+def build_run(config: Config, model: RunModel, comm: Comm) -> Run:
     """Load model, data and training state, and share the model among the workers."""
     require_arithmetic(config.train.precision, comm.device)
     checkpoint = find_resume_point(config, comm)
@@ -111,27 +134,33 @@ def build_run(config: Config, comm: Comm) -> Run:
     name = state.snapshot if state and within_epoch else newest_snapshot(config.data.prepared, comm)
     prepared = PreparedSet.open(config.data.prepared, name)
     _check_shards(prepared, config.data.max_bad_fraction)
-    choice = choose_memory(config, comm, prepared)
-    return Run(build_parts(config, comm, prepared, choice, checkpoint), state, prepared)
+    setting = worker_setting(config, comm, prepared, smallest_card(comm))
+    choice = choose_memory(planned_run(config, model), comm, setting)
+    return Run(build_parts(config, model, comm, prepared, choice, checkpoint), state, prepared)
 
 
 def build_parts(
-    config: Config, comm: Comm, data: StoredData, choice: MemoryChoice, checkpoint: Path | None = None
+    config: Config,
+    model_files: RunModel,
+    comm: Comm,
+    data: StoredData,
+    choice: MemoryChoice,
+    checkpoint: Path | None = None,
 ) -> StepParts:
     """The model, shared among the workers, and its optimizer; as they were in the checkpoint if one is given.
 
     Raises:
         OutOfMemory: a step on the largest bucket does not fit.
     """
-    model, sharing = lay_out_model(config), choice.sharing(config)
+    model, sharing = _laid_out(config, model_files), choice.sharing(config.train.precision)
     if config.train.channels_last:
         prefer_channels_last(model.unet)
     if config.train.compile == "blocks":
         _log.info("%d kinds of blocks are compiled in the first steps", compile_blocks(model))
     apply_recompute(model, choice.recompute)
-    fill = partial(fill_model, config, checkpoint)
+    fill = partial(fill_model, model_files, checkpoint)
     strategy = make_strategy(model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill)
-    denoiser = make_denoiser(config, model.train(), data, comm.device, sharing)
+    denoiser = make_denoiser(config, model_files, model.train(), data, comm.device, sharing)
     optimizer = optimizer_for(config, strategy, comm)
     clip, around = config.train.max_grad_norm, choice.around_forward(model)
     parts = StepParts(comm, strategy, optimizer, denoiser, clip, around)
@@ -193,7 +222,7 @@ def _agreed_update(config: Config, strategy: Strategy, comm: Comm, rounding: Rou
     return update if all(gather_objects(comm, update is not None)) else None
 
 
-def fill_model(config: Config, checkpoint: Path | None, model: nn.Module) -> None:
+def fill_model(model_files: RunModel, checkpoint: Path | None, model: nn.Module) -> None:
     """Put weights into a model that has memory, or into this worker's shares of it.
 
     What a checkpoint holds comes from there, the rest from the run's model.
@@ -204,36 +233,42 @@ def fill_model(config: Config, checkpoint: Path | None, model: nn.Module) -> Non
         modules |= {"text_encoder": model.text_encoders.one, "text_encoder_2": model.text_encoders.two}
     for name, module in modules.items():
         parameters = dict(module.named_parameters())
-        read_weights(module, component_part(config, checkpoint, name), lambda n, t, p=parameters: copy_share(p[n], t))
+        read_weights(
+            module, component_part(model_files, checkpoint, name), lambda n, t, p=parameters: copy_share(p[n], t)
+        )
 
 
-def component_part(config: Config, checkpoint: Path | None, name: str) -> Part:
+def component_part(model_files: RunModel, checkpoint: Path | None, name: str) -> Part:
     """A component's weights as they are now: in the checkpoint if it trains, else in the run's model."""
     if checkpoint is not None and (checkpoint / name).is_dir():
         return open_folder_part(name, checkpoint / name)
-    return open_part(find_source(config.model.path), name, config.model.text_projection)
+    return model_files.part(name)
 
 
-def load_denoiser(config: Config, weights: Path, prepared: PreparedSet, device: torch.device) -> Denoiser:
+def load_denoiser(
+    config: Config, model_files: RunModel, weights: Path, prepared: PreparedSet, device: torch.device
+) -> Denoiser:
     """The weights of a checkpoint on one worker, and what its loss needs, as the configuration says."""
-    model = lay_out_model(config).requires_grad_(False)
+    model = _laid_out(config, model_files).requires_grad_(False)
     materialize(model, device)
-    fill_model(config, weights, model)
-    return make_denoiser(config, model.eval(), prepared, device, Sharing("single"))
+    fill_model(model_files, weights, model)
+    return make_denoiser(config, model_files, model.eval(), prepared, device, Sharing("single"))
 
 
 def make_denoiser(
-    config: Config, model: TrainedModel, data: StoredData, device: torch.device, sharing: Sharing
+    config: Config,
+    model_files: RunModel,
+    model: TrainedModel,
+    data: StoredData,
+    device: torch.device,
+    sharing: Sharing,
 ) -> Denoiser:
     """The model together with what its loss needs."""
-    settings, encoders, image_encoder = config.model, None, None
+    encoders, image_encoder = None, None
     if not config.data.cache_text and model.text_encoders is None:
-        encoders = load_frozen_text_encoders(config, device)
-    if model.text_encoders is not None:
-        model.text_encoders = replace(model.text_encoders, join=config.captions.chunks)
+        encoders = frozen_text_encoders(config, model_files, device)
     if data.holds_images:
-        vae = load_vae(settings.path, settings.vae, DTYPES[settings.vae_precision], device)
-        image_encoder = ImageEncoder(vae, config.data.vae_batch_size)
+        image_encoder = ImageEncoder(frozen_vae(config, model_files, device), config.data.vae_batch_size)
     precision = precision_of(config.train.precision)
     return Denoiser(
         model=model,
@@ -246,11 +281,56 @@ def make_denoiser(
     )
 
 
-def load_frozen_text_encoders(config: Config, device: torch.device) -> TextEncoders:
+def frozen_text_encoders(config: Config, model_files: RunModel, device: torch.device) -> TextEncoders:
     """The run's text encoders as they are in its model."""
-    precision = DTYPES[config.model.text_encoder_precision]
-    encoders = load_text_encoders(config.model.path, precision, device, config.model.text_projection)
-    return replace(encoders, join=config.captions.chunks)
+    dtype = DTYPES[config.model.text_encoder_precision]
+    return load_text_encoders(model_files, dtype, device, config.captions.chunks)
+
+
+def frozen_vae(config: Config, model_files: RunModel, device: torch.device) -> AutoencoderKL:
+    """The run's VAE."""
+    return load_vae(model_files, DTYPES[config.model.vae_precision], device)
+
+
+def make_scorer(
+    config: Config,
+    model_files: RunModel,
+    comm: Comm,
+    denoiser: Denoiser,
+    prepared: PreparedSet,
+    gathered: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Scorer:
+    """What validates and draws; the text encoders, the VAE and the tokenizers are loaded when it first needs them."""
+    return Scorer(
+        comm=comm,
+        denoiser=denoiser,
+        prepared=prepared,
+        validation=config.validation,
+        samples=config.samples,
+        captions=caption_rules(config).as_settled(),
+        seed=config.run.seed,
+        images_per_pass=config.train.batch_size_per_gpu,
+        resolution_px=config.data.buckets.resolution,
+        folder=config.run.dir / "samples",
+        cached_text=config.data.cache_text,
+        load_tokenizer=partial(caption_tokenizer, config, model_files),
+        load_text_encoders=partial(frozen_text_encoders, config, model_files, comm.device),
+        load_vae=partial(frozen_vae, config, model_files, comm.device),
+        gathered=gathered,
+    )
+
+
+def _laid_out(config: Config, model_files: RunModel) -> TrainedModel:
+    weights = precision_of(config.train.precision).weights
+    return lay_out_model(model_files, config.trainable, weights, config.captions.chunks)
+
+
+def worker_setting(config: Config, comm: Comm, data: BucketedData, card: int | None) -> Setting:
+    """What the memory plan hangs on beside the run, in this process's place; `card` as `smallest_card` found it."""
+    buckets, here = data.buckets("train"), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    passes = arithmetic_of(config, comm.world, buckets, data.rows_per_bucket("train")).accumulation
+    kernels = "cuda" if comm.device.type == "cuda" else "cpu"
+    return make_setting(config, kernels, card, comm.world, here, buckets, passes)
 
 
 def _throw_away_loss(denoiser: Denoiser, device: torch.device, images: int, model: nn.Module) -> Tensor:

@@ -4,14 +4,14 @@ Imports no torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from trainer.config.schema import Config
 from trainer.data.captions import CaptionRules
 from trainer.data.prepare.caption_survey import CaptionSurvey, sampled_records, survey_captions
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
-from trainer.model.text import CaptionTokenizer, load_tokenizers
+from trainer.model.text import TOKENS_PER_CHUNK, CaptionTokenizer, load_tokenizers
+from trainer.model_files.run_model import RunModel
 
 _EXAMPLES = 5
 _LONGEST = 400
@@ -22,10 +22,9 @@ def caption_rules(config: Config) -> CaptionRules:
     return CaptionRules(**config.captions.model_dump(exclude={"max_empty_fraction", "max_tokens", "chunks"}))
 
 
-def caption_tokenizer(config: Config) -> CaptionTokenizer:
+def caption_tokenizer(config: Config, model: RunModel) -> CaptionTokenizer:
     """The model's tokenizers, set to as many chunks as `captions.max_tokens` takes."""
-    tokenizer = load_tokenizers(config.model.path, config.model.tokenizer)
-    return replace(tokenizer, chunks=config.captions.max_tokens // tokenizer.max_tokens)
+    return load_tokenizers(model.tokenizers, config.captions.max_tokens // TOKENS_PER_CHUNK)
 
 
 def survey_of(config: Config, records: Sequence[tuple[str, str]]) -> CaptionSurvey:
@@ -33,9 +32,9 @@ def survey_of(config: Config, records: Sequence[tuple[str, str]]) -> CaptionSurv
     return survey_captions(records, caption_rules(config), config.run.seed, _EXAMPLES)
 
 
-def describe_captions(config: Config, survey: CaptionSurvey) -> list[str]:
+def describe_captions(config: Config, model: RunModel, survey: CaptionSurvey) -> list[str]:
     """Examples with their tokens, and what is remarkable in the sample."""
-    tokenizer = caption_tokenizer(config)
+    tokenizer = caption_tokenizer(config, model)
     count_tokens = tokenizer.count_tokens
     random = caption_rules(config).is_random
     lines = [f"captions as they will be trained{', in the first two epochs' if random else ''}:"]

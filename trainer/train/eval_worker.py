@@ -9,18 +9,19 @@ from trainer.data.store.snapshot import PreparedSet
 from trainer.evaluate.pictures import loss_curve_png
 from trainer.evaluate.scoring import Scorer
 from trainer.measure.telemetry import read_metrics
+from trainer.model_files.run_model import RunModel
 from trainer.parallel.comm import Comm
-from trainer.train.build import load_denoiser
+from trainer.train.build import load_denoiser, make_scorer
 
 _log = logging.getLogger(__name__)
 
 
-def evaluate_weights(config: Config, comm: Comm, weights: Path, out_dir: Path) -> None:
+def evaluate_weights(config: Config, model: RunModel, comm: Comm, weights: Path, out_dir: Path) -> None:
     """Validation loss, loss curve and sample grid of the UNet in `weights`, written into `out_dir`.
 
     Without held-out images there is no validation loss; the log says so.
     """
-    scorer = _scorer(config, comm, weights)
+    scorer = _scorer(config, model, comm, weights)
     if sum(scorer.prepared.rows_per_bucket("validation")):
         result = scorer.validate()
         _log.info("validation loss %.5f over %d images", result.loss, result.num_images)
@@ -43,11 +44,12 @@ def evaluate_weights(config: Config, comm: Comm, weights: Path, out_dir: Path) -
         _log.info("loss curve: %s", out_dir / "loss.png")
 
 
-def sample_weights(config: Config, comm: Comm, weights: Path, out_dir: Path) -> None:
+def sample_weights(config: Config, model: RunModel, comm: Comm, weights: Path, out_dir: Path) -> None:
     """A sample grid of the UNet in `weights`, and its single images, written into `out_dir`."""
-    _log.info("samples: %s", _scorer(config, comm, weights).draw(out_dir / "samples", weights.name))
+    _log.info("samples: %s", _scorer(config, model, comm, weights).draw(out_dir / "samples", weights.name))
 
 
-def _scorer(config: Config, comm: Comm, weights: Path) -> Scorer:
+def _scorer(config: Config, model: RunModel, comm: Comm, weights: Path) -> Scorer:
     prepared = PreparedSet.open(config.data.prepared)
-    return Scorer(config, comm, load_denoiser(config, weights, prepared, comm.device), prepared)
+    denoiser = load_denoiser(config, model, weights, prepared, comm.device)
+    return make_scorer(config, model, comm, denoiser, prepared)

@@ -17,19 +17,19 @@ from trainer.data.sampler import EpochPlan, Position, epochs_done, steps_per_epo
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.evaluate.pictures import loss_curve_png
-from trainer.evaluate.scoring import Scorer
-from trainer.measure.batch_sizes import arithmetic_of, batch_factors
 from trainer.measure.progress import ProgressLine
 from trainer.measure.run_arithmetic import RunArithmetic
 from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
 from trainer.model.latents import encoded_batches
+from trainer.model_files.run_model import RunModel
 from trainer.optim.loss_scale import LossScale
 from trainer.optim.lr_schedule import lr_at
 from trainer.optim.optimizers import first_lr
 from trainer.parallel.comm import Comm, barrier, broadcast_object
 from trainer.publish.during_training import Exports
+from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
-from trainer.train.build import Run, build_run, newest_snapshot
+from trainer.train.build import Run, build_run, make_scorer, newest_snapshot
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.checkpoint_contents import checkpoint_files
 from trainer.train.state import TrainState
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 _MOST_UNUSABLE = 30  # in a row; fp16 begins with a few
 
 
-def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> TrainState:
+def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[[], bool]) -> TrainState:
     """Train to the configured end, or until asked to stop; both end with a checkpoint.
 
     Args:
@@ -48,7 +48,7 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
     Returns:
         Where the run stands.
     """
-    run = build_run(config, comm)
+    run = build_run(config, model, comm)
     state, arithmetic = _place_in_data(config, run)
     _announce(config, run, arithmetic, state)
     bad, limit, unusable = BadRows(), config.data.max_bad_fraction, 0
@@ -58,10 +58,10 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
             bad = forget_bad_rows_after(config.run.dir, state.step)
             outputs = _Outputs.open(stack, config, state, arithmetic.total_steps, fresh=run.state is None)
         exports = stack.enter_context(Exports(config)) if comm.rank == 0 else None
-        scorer = Scorer(config, comm, run.parts.denoiser, run.prepared, run.parts.strategy.gathered)
+        scorer = make_scorer(config, model, comm, run.parts.denoiser, run.prepared, run.parts.strategy.gathered)
         if run.state is None:
             scorer.score_when_due(0, outputs and outputs.metrics, at_end=False)
-        loader = stack.enter_context(open_training_loader(config, comm, run, state, arithmetic.accumulation))
+        loader = stack.enter_context(open_training_loader(config, model, comm, run, state, arithmetic.accumulation))
         done = state.step >= arithmetic.total_steps
         while not done:
             begin, waited_before = time.perf_counter(), loader.wait_s
@@ -97,7 +97,7 @@ def train(config: Config, comm: Comm, stop_requested: Callable[[], bool]) -> Tra
                     state, arithmetic = _place_in_data(config, run)
                     scorer = replace(scorer, prepared=newer)
                     loader = stack.enter_context(
-                        open_training_loader(config, comm, run, state, arithmetic.accumulation)
+                        open_training_loader(config, model, comm, run, state, arithmetic.accumulation)
                     )
                     if outputs:
                         outputs.progress.set_total_steps(arithmetic.total_steps)
@@ -183,9 +183,11 @@ def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainSta
     return state.step + this_epoch + epochs_after_this * per_epoch
 
 
-def open_training_loader(config: Config, comm: Comm, run: Run, state: TrainState, accumulation: int) -> Loader:
+def open_training_loader(
+    config: Config, model: RunModel, comm: Comm, run: Run, state: TrainState, accumulation: int
+) -> Loader:
     """This worker's batches from where the run stands."""
-    tokenizers = None if config.data.cache_text else caption_tokenizer(config)
+    tokenizers = None if config.data.cache_text else caption_tokenizer(config, model)
     augmentation = Augmentation(config.data.augment.flip_probability, config.data.augment.random_crop)
     return open_loader(
         BatchReader(run.prepared, "train", config.run.seed, tokenizers, augmentation, caption_rules(config)),

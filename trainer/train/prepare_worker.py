@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,23 @@ from trainer.data.buckets import BucketRules
 from trainer.data.prepare.encode import encode_shards, pending_payloads, write_references
 from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.sources.listing import SOURCE_TYPES, Source
-from trainer.model_files.model_source import component_config, find_source, vae_source, weights_fingerprint
+from trainer.model_files.run_model import RunModel
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 
 _WRITERS = 8
 
 
-def prepare_settings(config: Config) -> PrepareSettings:
+def prepare_settings(config: Config, model: RunModel) -> PrepareSettings:
     """What decides the prepared data set; reads the weights of the VAE (and of cached text encoders) once."""
-    model, buckets = config.model, config.data.buckets
+    buckets = config.data.buckets
     # A set of images is the same for every VAE: each run encodes with its own.
     vae_fingerprint, scaling_factor, encoders = "of the run", 1.0, None
     if config.data.mode == "latents":
-        vae = vae_source(model.path, model.vae)
-        vae_fingerprint = f"{weights_fingerprint(vae, 'vae')} {model.vae_precision}"
-        scaling_factor = component_config(vae, "vae").get("scaling_factor", 0.18215)
+        vae_fingerprint = f"{model.fingerprint('vae')} {config.model.vae_precision}"
+        scaling_factor = model.config("vae").get("scaling_factor", 0.18215)
     if config.data.cache_text:
-        source, form = find_source(model.path), model.text_projection
-        parts = [weights_fingerprint(source, name, form) for name in ("text_encoder", "text_encoder_2")]
-        encoders = f"{' '.join(parts)} {model.text_encoder_precision}"
+        parts = [model.fingerprint(name) for name in ("text_encoder", "text_encoder_2")]
+        encoders = f"{' '.join(parts)} {config.model.text_encoder_precision}"
     return PrepareSettings(
         prepared=config.data.prepared,
         sources=tuple(map(_source, config.data.sources)),
@@ -77,22 +74,21 @@ def note_references(config: Config) -> None:
     write_references(config.data.prepared, min(_WRITERS, len(os.sched_getaffinity(0))))
 
 
-def encode_share(config: Config) -> None:
+def encode_share(config: Config, model: RunModel) -> None:
     """Encode shards beside the other workers until none is left, without a process group: none waits for another."""
     import numpy as np
     import torch
 
     from trainer.data.captions import compose
-    from trainer.model.load import load_text_encoders, load_vae
+    from trainer.model.load_weights import load_text_encoders, load_vae
     from trainer.model.vae import ImageEncoder
     from trainer.optim.precision import DTYPES
     from trainer.parallel.comm import init_device
 
     device = init_device()
-    model = config.model
     encode: Callable[..., np.ndarray] | None = None
     if "encode" in pending_payloads(config.data.prepared):
-        vae = load_vae(model.path, model.vae, DTYPES[model.vae_precision], device)
+        vae = load_vae(model, DTYPES[config.model.vae_precision], device)
 
         def encode_images(pixels: np.ndarray, draw_seeds: np.ndarray) -> np.ndarray:
             encoder = ImageEncoder(vae, len(pixels))
@@ -101,9 +97,9 @@ def encode_share(config: Config) -> None:
         encode = encode_images
     encode_text: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None
     if config.data.cache_text:
-        encoders = load_text_encoders(model.path, DTYPES[model.text_encoder_precision], device, model.text_projection)
-        encoders = replace(encoders, join=config.captions.chunks)
-        tokenize = caption_tokenizer(config)
+        dtype = DTYPES[config.model.text_encoder_precision]
+        encoders = load_text_encoders(model, dtype, device, config.captions.chunks)
+        tokenize = caption_tokenizer(config, model)
 
         rules = caption_rules(config)  # not random, or the configuration would have been refused
 

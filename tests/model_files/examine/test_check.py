@@ -32,7 +32,7 @@ def test_a_whole_model_passes_without_torch(model_folder: Path) -> None:
 import sys
 from pathlib import Path
 from trainer.model_files.examine.check import check_model
-from trainer.model_files.folder import weights_fingerprint
+from trainer.model_files.diffusers_folder import weights_fingerprint
 check_model(Path({str(model_folder)!r}))
 check_model(Path({str(model_folder)!r}), Path({str(model_folder / "vae")!r}))
 weights_fingerprint(Path({str(model_folder / "vae")!r}))

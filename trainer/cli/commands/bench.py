@@ -12,12 +12,13 @@ from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
-from trainer.cli.arguments import add_config_arguments, read_config
+from trainer.cli.arguments import add_config_arguments, read_run
 from trainer.cli.start_workers import start_workers
 from trainer.config.schema import Config
 from trainer.data.prepare.stages import is_current
 from trainer.errors import UserError
 from trainer.measure.bench_report import BENCH_FILE, BenchReport, BenchRow, row_from_json
+from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
 from trainer.parallel.failure import first_cause, read_failure
 from trainer.train.prepare_worker import prepare_settings
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--compile", action="store_true", help="each combination with `train.compile: blocks` as well")
     parser.add_argument("--out", type=Path, help=f"the JSON file (default: {BENCH_FILE} in run.dir)")
     arguments = parser.parse_intermixed_args(argv)
-    config = read_config(arguments.config, arguments.overrides)
+    config, model = read_run(arguments.config, arguments.overrides)
     if joined_environment(os.environ):
         raise UserError("bench starts its own workers: run it without torchrun or srun")
     gpus = detect_gpus()
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"{len(ways)} ways to train with {workers} workers on {report.device}, {steps} each")
     for number, way in enumerate(ways, 1):
         print(f"{number}/{len(ways)}: {_label(way, workers)}", flush=True)
-        row, stopped = _run(way, config.run.dir / "bench", workers, arguments)
+        row, stopped = _run(way, model, config.run.dir / "bench", workers, arguments)
         if stopped:
             return stopped
         report = replace(report, rows=(*report.rows, row))
@@ -86,7 +87,9 @@ def _ways(config: Config, arguments: argparse.Namespace, workers: int) -> Iterat
         yield config.model_copy(update={"train": train, "memory": memory})
 
 
-def _run(way: Config, folder: Path, workers: int, arguments: argparse.Namespace) -> tuple[BenchRow, int]:
+def _run(
+    way: Config, model: RunModel, folder: Path, workers: int, arguments: argparse.Namespace
+) -> tuple[BenchRow, int]:
     """The row of one way, and 128 + signal if a person stopped it."""
     shutil.rmtree(folder, ignore_errors=True)
     # Nothing of the run itself is touched.
@@ -94,7 +97,7 @@ def _run(way: Config, folder: Path, workers: int, arguments: argparse.Namespace)
     options = {
         "steps": arguments.steps,
         "warmup": arguments.warmup,
-        "prepared": is_current(prepare_settings(way)),
+        "prepared": is_current(prepare_settings(way, model)),
         "result": str(folder / _RESULT),
     }
     code = start_workers("bench", way, folder, options, stop_notice="ending")

@@ -13,7 +13,8 @@ from trainer.data.prepare.stats import BAD_FILE, BucketCounts, Sample, bucket_co
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.evaluate.data_chart import DataChart, data_chart_png
-from trainer.model_files.model_source import ModelPath
+from trainer.model_files.model_source import ModelPath, find_source
+from trainer.model_files.tokenizer_files import tokenizer_folders
 from trainer.train.caption_rules import caption_rules
 
 _SHOWN_REASONS = 12
@@ -78,7 +79,7 @@ def _lengths(model: ModelPath | None, tokenizer: Path | None) -> tuple[Lengths, 
         return lambda texts: [len(text) for text in texts], "characters (give --model to count tokens)", None
     from trainer.model.text import load_tokenizers
 
-    return load_tokenizers(model, tokenizer).count_tokens, "CLIP tokens", _USED_TOKENS
+    return load_tokenizers(tokenizer_folders(find_source(model), tokenizer)).count_tokens, "CLIP tokens", _USED_TOKENS
 
 
 def _sample(prepared: PreparedSet, count: int, rules: CaptionRules) -> Sample:

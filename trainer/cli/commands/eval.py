@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.cli.arguments import read_config
+from trainer.cli.arguments import read_run
 from trainer.cli.run_target import find_target
 from trainer.cli.start_workers import start_workers
 
@@ -22,5 +22,5 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config_path, checkpoint = find_target(arguments.target)
     out_dir = (arguments.out or config_path.parent / "eval" / checkpoint.name).absolute()
-    config = read_config(config_path, arguments.overrides)
+    config, _ = read_run(config_path, arguments.overrides)
     return start_workers("evaluate", config, out_dir, {"weights": str(checkpoint), "out_dir": str(out_dir)})

@@ -9,20 +9,21 @@ import os
 from collections.abc import Sequence
 
 from trainer.checkpoint.run_dir import list_checkpoints
-from trainer.cli.arguments import add_config_arguments, read_config
+from trainer.cli.arguments import add_config_arguments, read_run
 from trainer.cli.start_workers import worker_count
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
 from trainer.data.prepare.caption_survey import CaptionSurvey, sampled_records
 from trainer.data.prepare.stages import is_current
 from trainer.data.store.snapshot import PreparedSet
-from trainer.measure.batch_sizes import arithmetic_of
 from trainer.measure.card_memory import card_bytes
 from trainer.memory.report import MemoryPlan, measured_speed, run_time
-from trainer.memory.run_plan import make_setting, memory_plan, require_fit
-from trainer.model_files.model_source import count_weights, find_source
+from trainer.memory.run_plan import memory_plan, require_fit
+from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
+from trainer.train.arithmetic import arithmetic_of
 from trainer.train.caption_rules import describe_captions, require_captions, survey_of
+from trainer.train.memory_inputs import make_setting, planned_run
 from trainer.train.prepare_worker import prepare_settings
 
 
@@ -36,42 +37,43 @@ def main(argv: Sequence[str]) -> int:
     add_config_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the memory plan alone, as JSON")
     arguments = parser.parse_intermixed_args(argv)
-    config = read_config(arguments.config, arguments.overrides)
+    config, model = read_run(arguments.config, arguments.overrides)
     if arguments.json:
-        plan = _memory_plan(config)
+        plan = _memory_plan(config, model)
         print(json.dumps(plan.to_json(), indent=2))
         require_fit(plan)
         return 0
     print(to_yaml(config))
-    _print_model(config)
-    captions = _print_data(config)
+    _print_model(config, model)
+    captions = _print_data(config, model)
     existing = list_checkpoints(config.run.dir)
     print(f"run directory {config.run.dir}: {f'goes on from {existing[-1].name}' if existing else 'starts fresh'}")
-    plan = _memory_plan(config)
-    _print_memory(config, plan)
+    plan = _memory_plan(config, model)
+    _print_memory(config, model, plan)
     if captions:
         require_captions(config, captions)
     require_fit(plan)
     return 0
 
 
-def _memory_plan(config: Config) -> MemoryPlan:
+def _memory_plan(config: Config, model: RunModel) -> MemoryPlan:
     """Of a run on this host's cards; on the CPU, of a run on cards where `memory.budget` says how large they are."""
     gpus = detect_gpus()
     kernels = "cuda" if gpus or config.memory.budget != "auto" else "cpu"
     joined = joined_environment(os.environ)
     here = int(joined["LOCAL_WORLD_SIZE"]) if joined else choose_workers(config.launch.workers, gpus)[0]
     buckets = []
-    if is_current(prepare_settings(config)):
+    if is_current(prepare_settings(config, model)):
         buckets = PreparedSet.open(config.data.prepared).buckets("train")
     cards = card_bytes(gpus) if gpus else None
-    return memory_plan(config, make_setting(config, kernels, cards, worker_count(config), here, buckets))
+    setting = make_setting(config, kernels, cards, worker_count(config), here, buckets)
+    return memory_plan(planned_run(config, model), setting)
 
 
-def _print_memory(config: Config, plan: MemoryPlan) -> None:
+def _print_memory(config: Config, model: RunModel, plan: MemoryPlan) -> None:
     for line in plan.describe():
         print(line)
-    if plan.kernels == "cpu" or not is_current(prepare_settings(config)):
+    if plan.kernels == "cpu" or not is_current(prepare_settings(config, model)):
         return
     prepared = PreparedSet.open(config.data.prepared)
     buckets, rows = prepared.buckets("train"), prepared.rows_per_bucket("train")
@@ -83,10 +85,10 @@ def _print_memory(config: Config, plan: MemoryPlan) -> None:
     print(f"the run takes {run_time(plan, arithmetic.total_images, speed)}")
 
 
-def _print_model(config: Config) -> None:
-    source, trained, frozen = find_source(config.model.path), [], []
+def _print_model(config: Config, model: RunModel) -> None:
+    trained, frozen = list[str](), list[str]()
     for key, component in (("unet", "unet"), ("text_encoder_1", "text_encoder"), ("text_encoder_2", "text_encoder_2")):
-        part, count = getattr(config.trainable, key), count_weights(source, component)
+        part, count = getattr(config.trainable, key), model.count_weights(component)
         but = f" but for {', '.join(part.freeze)}" if part.freeze else ""
         if part.train:
             trained.append(f"{key} ({count:,} weights{but})")
@@ -96,9 +98,9 @@ def _print_model(config: Config) -> None:
     print(f"frozen: {', '.join([*frozen, 'vae'])}")
 
 
-def _print_data(config: Config) -> CaptionSurvey | None:
+def _print_data(config: Config, model: RunModel) -> CaptionSurvey | None:
     """Returns what was found of the captions, where the data are prepared."""
-    if not is_current(prepare_settings(config)):
+    if not is_current(prepare_settings(config, model)):
         print(f"data: {config.data.prepared} is not prepared yet; `sdxl-train prepare` does it, or the first start")
         return None
     prepared = PreparedSet.open(config.data.prepared)
@@ -109,6 +111,6 @@ def _print_data(config: Config) -> CaptionSurvey | None:
         print(f"  {bucket.width_px:>12} x {bucket.height_px:<8} {count:>12,}")
     arithmetic = arithmetic_of(config, worker_count(config), prepared.buckets("train"), rows)
     captions = survey_of(config, sampled_records(prepared))
-    for line in (*arithmetic.describe(), *describe_captions(config, captions)):
+    for line in (*arithmetic.describe(), *describe_captions(config, model, captions)):
         print(line)
     return captions

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from trainer.cli.arguments import add_config_arguments, read_config
+from trainer.cli.arguments import add_config_arguments, read_run
 from trainer.cli.start_workers import prepare
 
 
@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
         "--limit", type=_count, metavar="N", help="look at no more than the first N images that each source lists"
     )
     arguments = parser.parse_intermixed_args(argv)
-    return prepare(read_config(arguments.config, arguments.overrides), arguments.repack, arguments.limit)
+    config, model = read_run(arguments.config, arguments.overrides)
+    return prepare(config, model, arguments.repack, arguments.limit)
 
 
 def _count(text: str) -> int:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.cli.arguments import read_config
+from trainer.cli.arguments import read_run
 from trainer.cli.run_target import find_target
 from trainer.cli.start_workers import start_workers
 from trainer.config.schema import SamplesConfig
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config_path, checkpoint = find_target(arguments.target)
     out_dir = (arguments.out or config_path.parent / "sample" / checkpoint.name).absolute()
-    config = read_config(config_path, arguments.overrides)
+    config, _ = read_run(config_path, arguments.overrides)
     if arguments.prompt:
         # The run's count is of captions, which are not drawn now.
         count = SamplesConfig.model_fields["count"].default

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.checkpoint.run_dir import list_checkpoints, only_writer
-from trainer.cli.arguments import add_config_arguments, read_config
+from trainer.cli.arguments import add_config_arguments, read_run
 from trainer.cli.start_workers import await_prepared, ensure_prepared, start_workers, write_resolved
 from trainer.config.schema import Config
 from trainer.errors import UserError
+from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import detect_gpus, joined_environment
 from trainer.parallel.launch import allocator_settings
 from trainer.train.caption_rules import check_captions
@@ -28,32 +29,32 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_intermixed_args(argv)
     overrides = [*arguments.overrides, *([f"run.resume={arguments.resume}"] if arguments.resume else [])]
-    config = read_config(arguments.config, overrides)
+    config, model = read_run(arguments.config, overrides)
     _check_resume(config)
     joined = joined_environment(os.environ)
     if joined is not None:
-        return _join(config, joined)
+        return _join(config, model, joined)
     with only_writer(config.run.dir):
-        code = ensure_prepared(config)
+        code = ensure_prepared(config, model)
         if code:
             return code
         check_captions(config)
         return start_workers("train", config, config.run.dir, {})
 
 
-def _join(config: Config, joined: dict[str, str]) -> int:
+def _join(config: Config, model: RunModel, joined: dict[str, str]) -> int:
     """Be one worker of a job that torchrun or SLURM has started; its rank 0 prepares the data for all."""
     from trainer.cli.tasks import run_task
     from trainer.parallel.worker import run_worker
 
     if joined["RANK"] == "0":
-        code = ensure_prepared(config)
+        code = ensure_prepared(config, model)
         if code:
             return code
         check_captions(config)
         write_resolved(config, config.run.dir)
     else:
-        await_prepared(config)
+        await_prepared(config, model)
     os.environ.update(joined | allocator_settings(os.environ, gpu=bool(detect_gpus())))
     run_worker(lambda stop_requested: run_task("train", config, {}, stop_requested))
     return 0

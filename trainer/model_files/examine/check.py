@@ -13,8 +13,8 @@ from typing import Any
 
 from trainer.errors import UserError
 from trainer.model_files.components import PROJECTION_KEY, TextProjection
+from trainer.model_files.diffusers_folder import WEIGHTS_STEMS, weight_files
 from trainer.model_files.examine.identify import WANTED, Identity, classify, identify, wrong_model_line
-from trainer.model_files.folder import WEIGHTS_STEMS, weight_files
 from trainer.model_files.header import Header, header_fault
 from trainer.model_files.hub import cached_model, download_model
 from trainer.model_files.key_map import COMPONENTS, TEXT_PROJECTION, UNET_PREFIX
@@ -26,8 +26,8 @@ from trainer.model_files.model_source import (
     file_config,
     file_keys,
     find_source,
-    source_header,
 )
+from trainer.model_files.run_model import RunModel
 from trainer.model_files.tokenizer_files import tokenizer_folders
 
 LAYOUT = "SDXL in diffusers' folder layout (unet/, vae/, text_encoder/, text_encoder_2/)"
@@ -45,8 +45,8 @@ def check_model(
     vae: Path | None = None,
     tokenizer: Path | None = None,
     text_projection: TextProjection = "correct",
-) -> None:
-    """Refuses anything but a complete SDXL model that this trainer can train; downloads it where it is a hub id.
+) -> RunModel:
+    """Opens a complete SDXL model that this trainer can train; refuses anything else. A hub id is downloaded.
 
     Takes milliseconds where the model lies here.
 
@@ -60,19 +60,22 @@ def check_model(
     """
     if isinstance(model, str):
         model = _hub_folder(model, vae, tokenizer)
-    configs, problems = _problems(model, vae is None, text_projection)
+    source, configs, problems = _problems(model, vae is None, text_projection)
+    opened = RunModel(source, source, tokenizer, text_projection)
     if vae is not None:
-        config, found = _check_vae(vae)
+        vae_source, config, found = _check_vae(vae)
+        opened = replace(opened, vae_source=vae_source or source)
         configs |= {"vae": config} if config else {}
         problems += found
     try:
-        tokenizer_folders(find_source(model), tokenizer)
+        _ = opened.tokenizers
     except UserError as error:
         problems += error.lines
     if "unet" in configs:
         problems += _check_fit(configs)
     if problems:
         raise UserError(*problems)
+    return opened
 
 
 def _hub_folder(hub_id: str, vae: Path | None, tokenizer: Path | None) -> Path:
@@ -89,16 +92,17 @@ def _hub_folder(hub_id: str, vae: Path | None, tokenizer: Path | None) -> Path:
 
 def _problems(
     path: Path, needs_vae: bool, text_projection: TextProjection
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Configurations of the components that were found, and what is wrong with the model."""
+) -> tuple[ModelSource, dict[str, dict[str, Any]], list[str]]:
+    """The model opened, configurations of the components that were found, and what is wrong with them."""
     found = identify(path)
     if found.kind == "pickle" and path.is_file():
-        found = classify(source_header(ModelSource(path, "pickle")))
+        found = classify(ModelSource(path, "pickle").header)
     # A model of another kind lacks parts by its nature: its one line says more than the list of them.
     if found.kind != "sdxl" and (found.is_readable or not path.is_dir()):
         raise UserError(wrong_model_line("model.path", path, found))
     if not path.is_dir():
-        return _file_problems(path, found, needs_vae, text_projection)
+        source = find_source(path)
+        return source, *_file_problems(source, found, needs_vae, text_projection)
     if not (path / "unet").is_dir():
         raise UserError(wrong_model_line("model.path", path, found))
     configs, problems = _folder_problems(path, needs_vae)
@@ -107,7 +111,7 @@ def _problems(
             "model.text_projection = kohya: has no effect on a folder, where the matrix has one meaning; "
             "use it with the single file of a kohya run"
         )
-    return configs, problems
+    return ModelSource(path, "folder"), configs, problems
 
 
 def _folder_problems(path: Path, needs_vae: bool) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -166,15 +170,15 @@ def _check_scheduler(path: Path) -> list[str]:
 
 
 def _file_problems(
-    path: Path, found: Identity, needs_vae: bool, text_projection: TextProjection
+    source: ModelSource, found: Identity, needs_vae: bool, text_projection: TextProjection
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    missing = [name for name in COMPONENTS if name not in found.parts]
+    path, missing = source.path, [name for name in COMPONENTS if name not in found.parts]
     if missing == ["vae"]:
         if needs_vae:
             raise UserError(f"model.path: {path} is {found.description}; give one by model.vae")
     elif missing:
         raise UserError(wrong_model_line("model.path", path, found))
-    header = source_header(find_source(path))
+    header = source.header
     try:
         configs = {name: file_config(header, name) for name in COMPONENTS if name != "vae" or needs_vae}
     except ValueError as error:
@@ -231,22 +235,22 @@ def _check_projection(path: Path, header: Header, text_projection: TextProjectio
     return [f"model.text_projection = kohya: has no effect on {path}, which holds the matrix as {own}, not transposed"]
 
 
-def _check_vae(vae: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def _check_vae(vae: Path) -> tuple[ModelSource | None, dict[str, Any] | None, list[str]]:
     found = identify(vae)
     if found.kind == "pickle" and vae.is_file():
-        found = classify(source_header(ModelSource(vae, "pickle")))
+        found = classify(ModelSource(vae, "pickle").header)
     if vae.is_dir():
         folder = component_folder(ModelSource(vae, "folder"), "vae")
         if folder == vae and found.kind != "vae" and found.is_readable:
-            return None, [wrong_model_line("model.vae", vae, found, _WANTED_VAE)]
-        return _check_component("model.vae", folder, "vae")
+            return None, None, [wrong_model_line("model.vae", vae, found, _WANTED_VAE)]
+        return ModelSource(vae, "folder"), *_check_component("model.vae", folder, "vae")
     if "vae" not in found.parts:
-        return None, [wrong_model_line("model.vae", vae, found, _WANTED_VAE)]
-    header = source_header(find_source(vae))
+        return None, None, [wrong_model_line("model.vae", vae, found, _WANTED_VAE)]
+    source = find_source(vae)
     try:
-        return file_config(header, "vae"), _check_names("model.vae", vae, header, "vae")
+        return source, file_config(source.header, "vae"), _check_names("model.vae", vae, source.header, "vae")
     except ValueError as error:
-        return None, [f"model.vae: {vae}: {_BAD_CONFIGS}: {error}"]
+        return None, None, [f"model.vae: {vae}: {_BAD_CONFIGS}: {error}"]
 
 
 def _check_fit(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:

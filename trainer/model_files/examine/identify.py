@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.model_files.diffusers_folder import read_json
 from trainer.model_files.examine.adapter_kinds import adapter
-from trainer.model_files.folder import read_json
 from trainer.model_files.header import Header, HeaderFault, header_fault, read_header
 
 SDXL = "an SDXL base model"

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.model_files.diffusers_folder import read_json
 from trainer.model_files.examine.identify import Identity
 from trainer.model_files.examine.stored_tensors import StoredFile
-from trainer.model_files.folder import read_json
 from trainer.model_files.modelspec import PREFIX, told_prediction_type
 
 MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")

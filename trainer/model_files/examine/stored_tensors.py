@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.model_files.components import CONFIGS_KEY, name_in_module, told_config
+from trainer.model_files.diffusers_folder import read_json, weight_files
 from trainer.model_files.examine.identify import Identity, identify
-from trainer.model_files.folder import read_json, weight_files
 from trainer.model_files.header import Header, read_header
 from trainer.model_files.key_map import COMPONENTS, PREFIXES, UNET_PREFIX, KeyEntry, block_of, single_file_keys
 from trainer.model_files.presets import preset

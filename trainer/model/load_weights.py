@@ -7,20 +7,12 @@ beside the model itself there is at most one tensor more. Importing this module 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import UserError
-from trainer.model.text import TextEncoders
-from trainer.model_files.components import Part, TextProjection
-from trainer.model_files.model_source import (
-    ModelPath,
-    ModelSource,
-    component_config,
-    find_source,
-    open_part,
-    vae_source,
-)
+from trainer.model.text import ChunkJoin, TextEncoders
+from trainer.model_files.components import Part
+from trainer.model_files.run_model import RunModel
 
 if TYPE_CHECKING:
     import torch
@@ -28,83 +20,77 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
-def load_unet(model: ModelPath, dtype: torch.dtype, device: torch.device | str) -> UNet2DConditionModel:
-    """The UNet of a model or checkpoint, in evaluation mode, its parameters asking for gradients.
+def load_unet(model: RunModel, dtype: torch.dtype, device: torch.device | str) -> UNet2DConditionModel:
+    """The UNet, in evaluation mode, its parameters asking for gradients.
 
     Raises:
         UserError: the weights do not fit the configuration.
     """
     unet = empty_unet(model)
-    _fill(unet, open_part(find_source(model), "unet"), dtype, device)
+    _fill(unet, model.part("unet"), dtype, device)
     return unet.eval()
 
 
-def empty_unet(model: ModelPath) -> UNet2DConditionModel:
+def empty_unet(model: RunModel) -> UNet2DConditionModel:
     """The UNet without its weights: on the meta device, to be given memory and filled by `read_weights`."""
     from accelerate import init_empty_weights
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    config = component_config(find_source(model), "unet")
     with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(config)
+        unet = UNet2DConditionModel.from_config(model.config("unet"))
     assert isinstance(unet, UNet2DConditionModel)
     return unet
 
 
-def load_vae(
-    model: ModelPath, vae_override: Path | None, dtype: torch.dtype, device: torch.device | str
-) -> AutoencoderKL:
-    """The frozen VAE of a model, or that of `vae_override` (a VAE's folder or file, or a model's) if it is given.
+def load_vae(model: RunModel, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:
+    """The frozen VAE.
 
     Raises:
         UserError: the weights do not fit the configuration.
     """
-    vae = empty_vae(model, vae_override)
-    _fill(vae, open_part(vae_source(model, vae_override), "vae"), dtype, device)
+    vae = empty_vae(model)
+    _fill(vae, model.part("vae"), dtype, device)
     return vae.requires_grad_(False).eval()
 
 
-def empty_vae(model: ModelPath, vae_override: Path | None) -> AutoencoderKL:
+def empty_vae(model: RunModel) -> AutoencoderKL:
     """The VAE without its weights: on the meta device."""
     from accelerate import init_empty_weights
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     with init_empty_weights():
-        vae = AutoencoderKL.from_config(component_config(vae_source(model, vae_override), "vae"))
+        vae = AutoencoderKL.from_config(model.config("vae"))
     assert isinstance(vae, AutoencoderKL)
     return vae
 
 
 def load_text_encoders(
-    model: ModelPath,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    text_projection: TextProjection = "correct",
+    model: RunModel, dtype: torch.dtype, device: torch.device | str, join: ChunkJoin = "a1111"
 ) -> TextEncoders:
     """Both text encoders, frozen.
 
     Args:
-        text_projection: `model.text_projection`; heeded where a single file holds the matrix of x @ P.
+        join: how the chunks of a long caption are put together.
     Raises:
         UserError: the weights do not fit the configuration.
     """
-    encoders, source = empty_text_encoders(model), find_source(model)
+    encoders = empty_text_encoders(model, join)
     for module, name in ((encoders.one, "text_encoder"), (encoders.two, "text_encoder_2")):
-        _fill(module, open_part(source, name, text_projection), dtype, device)
+        _fill(module, model.part(name), dtype, device)
         module.requires_grad_(False).eval()
     return encoders
 
 
-def empty_text_encoders(model: ModelPath) -> TextEncoders:
+def empty_text_encoders(model: RunModel, join: ChunkJoin = "a1111") -> TextEncoders:
     """Both text encoders without their weights: on the meta device, to be given memory and filled."""
     from accelerate import init_empty_weights
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    source = find_source(model)
     with init_empty_weights():
         return TextEncoders(
-            CLIPTextModel(CLIPTextConfig.from_dict(component_config(source, "text_encoder"))),
-            CLIPTextModelWithProjection(CLIPTextConfig.from_dict(component_config(source, "text_encoder_2"))),
+            CLIPTextModel(CLIPTextConfig.from_dict(model.config("text_encoder"))),
+            CLIPTextModelWithProjection(CLIPTextConfig.from_dict(model.config("text_encoder_2"))),
+            join,
         )
 
 
@@ -130,7 +116,7 @@ def read_weights(model: torch.nn.Module, part: Part, place: Callable[[str, torch
     One tensor is in memory at a time, on the CPU and in the dtype of the file.
 
     Args:
-        part: from `trainer.model_files.model_source.open_part`.
+        part: from `RunModel.part`, or a checkpoint's.
     Raises:
         UserError: a tensor is missing, has another shape, or is none of the model's.
     """
@@ -149,15 +135,3 @@ def read_weights(model: torch.nn.Module, part: Part, place: Callable[[str, torch
             raise UserError(f"{part.origin}: the {part.component}'s {name} has shape {shapes}")
     for name, stored in part.tensors.items():
         place(name, stored.read())
-
-
-__all__ = [
-    "ModelPath",
-    "ModelSource",
-    "empty_text_encoders",
-    "empty_unet",
-    "load_text_encoders",
-    "load_unet",
-    "load_vae",
-    "read_weights",
-]

@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from trainer.model_files.folder import weights_fingerprint
+from trainer.model_files.diffusers_folder import weights_fingerprint
 
 
 def _set(file: Path, **values: Any) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.data.photographs import coffee
-from tests.train.real_run import run_config, watched_run
+from tests.train.real_run import model_of, run_config, watched_run
 from trainer.data.buckets import Bucket
 from trainer.data.prepare.stages import commit, plan_prepare
-from trainer.measure.batch_sizes import MOST_BATCHES, batch_factors
+from trainer.train.arithmetic import MOST_BATCHES, batch_factors
 from trainer.train.prepare_worker import encode_share, note_references, prepare_settings
 
 BUCKETS = {"resolution": 128, "min_px": 64, "max_px": 256, "step_px": 64, "no_upscale": True}
@@ -36,8 +36,8 @@ def test_a_run_with_larger_batches_of_small_images(tmp_path: Path, model_folder:
     data = {"sources": [{"path": str(tmp_path / "photos")}], "buckets": BUCKETS, "mode": mode, "workers": workers}
     settings = {"steps": None, "epochs": 2, "batch_size_per_gpu": 2, "batch_by_area": True}
     config = run_config(model_folder, tmp_path / "prepared", tmp_path / "run", data, **settings)
-    plan_prepare(prepare_settings(config), show_progress=False)
-    encode_share(config) if mode == "latents" else note_references(config)
+    plan_prepare(prepare_settings(config, model_of(config)), show_progress=False)
+    encode_share(config, model_of(config)) if mode == "latents" else note_references(config)
     commit(tmp_path / "prepared")
     first = watched_run(config, stop_after=4)
     second = watched_run(config.model_copy(update={"train": config.train.model_copy(update={"batch_by_area": False})}))

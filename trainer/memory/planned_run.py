@@ -1,0 +1,59 @@
+"""What a run's memory hangs on, as plain values: made once from its configuration, and changed to look for advice."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainer.config.schema import TrainableConfig
+from trainer.model_files.run_model import RunModel
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run as its memory plan sees it.
+
+    Attributes:
+        trainable: which weights train.
+        precision: `train.precision`; `vae_precision`, `text_encoder_precision`: of what is frozen.
+        eight_bit: moments of 8 bits.
+        batch_size: images in a pass of one worker.
+        chunks, chunk_join: of a caption: how many pieces of 75 tokens, and how they are put together.
+        cache_text: captions are not encoded while training.
+        holds_images: the data are images, and the VAE encodes `vae_batch_size` of them at a time.
+        validates: there is validation between steps.
+        sample_px: height and width of the samples that are drawn between steps; None: none are drawn.
+        budget, strategy, recompute, offload_activations: wishes, as in the configuration's `memory`.
+        data_workers: reader processes of each worker.
+        checkpoints: how many the disk holds at once.
+    """
+
+    model: RunModel
+    trainable: TrainableConfig
+    precision: str
+    vae_precision: str
+    text_encoder_precision: str
+    eight_bit: bool
+    batch_size: int
+    chunks: int
+    chunk_join: Literal["a1111", "kohya"]
+    cache_text: bool
+    holds_images: bool
+    vae_batch_size: int
+    validates: bool
+    sample_px: tuple[int, int] | None
+    budget: str
+    strategy: Literal["auto", "ddp", "zero2", "zero3"]
+    recompute: Literal["auto", "none", "all"]
+    offload_activations: Literal["auto"] | bool
+    data_workers: int
+    checkpoints: int
+
+    @property
+    def text_encoders_train(self) -> bool:
+        """Whether any of them does."""
+        return self.trainable.text_encoder_1.train or self.trainable.text_encoder_2.train
+
+    def values(self) -> dict[str, Any]:
+        """All of it as plain values, the model by its components' configurations."""
+        own = {name: value for name, value in vars(self).items() if name not in ("model", "trainable")}
+        configs = {name: self.model.config(name) for name in ("unet", "text_encoder", "text_encoder_2", "vae")}
+        return own | {"trainable": self.trainable.model_dump(mode="json"), "configs": configs}

@@ -1,0 +1,70 @@
+"""From a configuration to what its memory plan is made of; imports no torch."""
+
+from collections.abc import Sequence
+
+from trainer.config.schema import Config
+from trainer.data.buckets import Bucket, make_buckets
+from trainer.memory.holdings import Kernels
+from trainer.memory.planned_run import PlannedRun
+from trainer.memory.run_plan import Setting, make_budget
+from trainer.model.text import TOKENS_PER_CHUNK
+from trainer.model_files.run_model import RunModel
+from trainer.train.arithmetic import batch_factors
+
+
+def planned_run(config: Config, model: RunModel) -> PlannedRun:
+    """What the run's memory hangs on."""
+    samples, side = config.samples, config.data.buckets.resolution
+    return PlannedRun(
+        model=model,
+        trainable=config.trainable,
+        precision=config.train.precision,
+        vae_precision=config.model.vae_precision,
+        text_encoder_precision=config.model.text_encoder_precision,
+        eight_bit=config.optimizer.kind == "adamw_8bit",
+        batch_size=config.train.batch_size_per_gpu,
+        chunks=config.captions.max_tokens // TOKENS_PER_CHUNK,
+        chunk_join=config.captions.chunks,
+        cache_text=config.data.cache_text,
+        holds_images=config.data.mode == "images",
+        vae_batch_size=config.data.vae_batch_size,
+        validates=config.validation.every_steps > 0,
+        sample_px=(samples.height_px or side, samples.width_px or side) if samples.every_steps else None,
+        budget=config.memory.budget,
+        strategy=config.memory.strategy,
+        recompute=config.memory.recompute,
+        offload_activations=config.memory.offload_activations,
+        data_workers=config.data.workers,
+        checkpoints=config.checkpoint.keep + 1,
+    )
+
+
+def make_setting(
+    config: Config,
+    kernels: Kernels,
+    card_bytes: int | None,
+    workers: int,
+    workers_here: int,
+    buckets: Sequence[Bucket] = (),
+    accumulation: int | None = None,
+) -> Setting:
+    """What the plan hangs on beside the run.
+
+    Args:
+        card_bytes: memory of the smallest card; None: not known.
+        buckets: that hold images; none: the data are not prepared yet, and may be of any shape.
+        accumulation: passes of a usual step, where the data say it; None: as the configuration says.
+    """
+    rules, train = config.data.buckets, config.train
+    shapes = tuple(buckets) or make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)
+    at_once = workers * train.batch_size_per_gpu
+    passes = train.gradient_accumulation_steps or -(-(train.global_batch_size or at_once) // at_once)
+    batches = [factor * train.batch_size_per_gpu for factor in batch_factors(config, shapes)]
+    return Setting(
+        kernels=kernels,
+        workers=workers,
+        workers_here=workers_here,
+        accumulation=accumulation or passes,
+        buckets=tuple(zip(shapes, batches, strict=True)),
+        budget=make_budget(config.memory.budget, kernels, card_bytes, workers),
+    )
