@@ -17,7 +17,8 @@ from trainer.model_files.tokenizer_files import find_tokenizers
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 
 _CHUNK_LENGTH = 77
@@ -89,7 +90,7 @@ def load_tokenizers(model: Path | str, tokenizer: Path | None = None) -> Caption
     Raises:
         UserError: there are none; see `trainer.model_files.tokenizer_files`.
     """
-    from transformers import CLIPTokenizer
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     folder_one, folder_two = find_tokenizers(model, tokenizer)
     one = CLIPTokenizer.from_pretrained(folder_one, local_files_only=True, model_max_length=_CHUNK_LENGTH)
