@@ -10,6 +10,8 @@ from torch import Tensor
 
 from trainer.data.reader_processes import ReaderProcesses
 
+pytestmark = pytest.mark.e2e
+
 
 def _numbered(buffer: Tensor, request: int) -> tuple[int, int]:
     """Later requests are answered sooner."""

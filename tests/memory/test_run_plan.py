@@ -55,6 +55,7 @@ def test_a_small_model_in_a_small_budget(model_folder: Path, tmp_path: Path) -> 
     assert again == wide and list(tmp_path.iterdir()) == [kept]
 
 
+@pytest.mark.e2e
 def test_what_cannot_fit_is_refused_with_what_would(model_folder: Path, tmp_path: Path) -> None:
     config = make_config(model_folder, memory={"budget": "700MiB"}, train={"batch_size_per_gpu": 16})
     plan = memory_plan(config, setting(config, 1, SQUARE), tmp_path)

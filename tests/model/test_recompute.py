@@ -69,6 +69,7 @@ def test_offloaded(plain: dict[str, Tensor], recomputed: bool, monkeypatch: pyte
     assert all(torch.equal(found[name], gradient) for name, gradient in plain.items())
 
 
+@pytest.mark.e2e
 def test_gathered_weights_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model that is spread over four workers, the same bytes move as of a plain one."""
     moved: list[int] = []

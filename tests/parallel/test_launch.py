@@ -111,6 +111,7 @@ def test_gpu_workers_allocate_in_segments_that_grow_unless_told_otherwise(
     assert {name: value for name, value in place.items() if name.endswith("_ALLOC_CONF")} == expected
 
 
+@pytest.mark.e2e
 def test_two_launches_at_once_keep_apart(tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
@@ -148,6 +149,7 @@ def test_cause_is_shown_not_its_echo(tmp_path: Path) -> None:
     assert (result.failure.rank, result.failure.kind) == (1, "error")
 
 
+@pytest.mark.e2e
 def test_segfault_is_named(tmp_path: Path) -> None:
     result = run("segfault", tmp_path)
     assert result.exit_code == 1
@@ -156,6 +158,7 @@ def test_segfault_is_named(tmp_path: Path) -> None:
     assert "in segfault" in result.failure.message(), "faulthandler's stack, from the log"
 
 
+@pytest.mark.e2e
 def test_kill_is_named_with_a_hint_and_the_end_of_the_log(tmp_path: Path) -> None:
     (tmp_path / "rank-1.log").write_text("an earlier attempt\n", encoding="utf-8")
     result = run("killed", tmp_path)
@@ -167,6 +170,7 @@ def test_kill_is_named_with_a_hint_and_the_end_of_the_log(tmp_path: Path) -> Non
     assert "earlier attempt" not in message
 
 
+@pytest.mark.e2e
 def test_deaf_workers_and_their_children_are_killed_after_the_grace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +189,7 @@ def test_command_that_cannot_start(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_lets_workers_save(tmp_path: Path, number: signal.Signals) -> None:
     with parent("steps", tmp_path, 2) as process:
@@ -196,6 +201,7 @@ def test_signal_lets_workers_save(tmp_path: Path, number: signal.Signals) -> Non
     assert (tmp_path / "saved-1").exists()
 
 
+@pytest.mark.e2e
 def test_second_signal_kills(tmp_path: Path) -> None:
     with parent("deaf", tmp_path, 2) as process:
         process.send_signal(signal.SIGINT)
@@ -207,6 +213,7 @@ def test_second_signal_kills(tmp_path: Path) -> None:
     assert alive(worker_and_child_pids(tmp_path, 2)) == []
 
 
+@pytest.mark.e2e
 def test_killing_the_parent_leaves_no_orphan(tmp_path: Path) -> None:
     with parent("deaf", tmp_path, 2) as process:
         pids = worker_and_child_pids(tmp_path, 2)
@@ -215,6 +222,7 @@ def test_killing_the_parent_leaves_no_orphan(tmp_path: Path) -> None:
         until(lambda: alive(pids) == [], 2)
 
 
+@pytest.mark.e2e
 def test_workers_end_with_the_parent_even_without_the_sentinel(tmp_path: Path) -> None:
     with parent("deaf", tmp_path, 2) as process:
         pids = worker_and_child_pids(tmp_path, 2)

@@ -78,6 +78,7 @@ def open_with_diffusers(path: Path, config: Path) -> StableDiffusionXLPipeline:
         return StableDiffusionXLPipeline.from_single_file(path, config=str(config), local_files_only=True)
 
 
+@pytest.mark.e2e
 def test_diffusers_opens_the_file_with_the_outputs_of_our_loader(tiny: Path, exported: Path) -> None:
     theirs = open_with_diffusers(exported, tiny)
     unet, encoders = load_unet(tiny, torch.float32, "cpu"), load_text_encoders(tiny, torch.float32, "cpu")
