@@ -26,6 +26,7 @@ from trainer.keyed import draw_seed
 
 TALL, SQUARE, WIDE = Bucket(128, 64), Bucket(64, 64), Bucket(64, 128)
 SEED = 7
+LONG_S = 120  # for what takes a moment, on a machine that has other work
 ONE_READER = pytest.param(1, marks=pytest.mark.e2e)
 
 
@@ -248,7 +249,7 @@ def test_an_error_while_reading_reaches_the_caller(prepared: PreparedSet, worker
     reader = BatchReader(prepared, "train", SEED, failing_tokens)
     with _open(reader, Position.start(3, 3), workers) as loader, pytest.raises(ArithmeticError, match="for 3 captions"):
         list(next(loader).batches)
-    _wait_until(lambda: len(_readers_and_server()) <= 1, 3)
+    _wait_until(lambda: len(_readers_and_server()) <= 1)
 
 
 def test_micro_batches_cannot_be_left_out(prepared: PreparedSet) -> None:
@@ -282,8 +283,8 @@ def test_signals_to_the_group_leave_the_readers_at_work(prepared: PreparedSet) -
             subprocess.run(["kill", f"-{number}", *(str(process.pid) for process in processes)], check=True)
         for _ in range(20):
             list(next(loader).batches)
-        assert all(process.is_running() for process in processes)
-    _wait_until(lambda: len(_readers_and_server()) == 1, 5)
+        assert [process.pid for process in _readers_and_server()] == [process.pid for process in processes]
+    _wait_until(lambda: [process.pid for process in _readers_and_server()] == [processes[0].pid])
 
 
 @pytest.mark.e2e
@@ -318,14 +319,14 @@ def test_readers_end_with_their_parent(prepared: PreparedSet) -> None:
         readers[ending] = int(reader)
     parents["kill"].kill()
     for parent in parents.values():
-        error = parent.communicate(timeout=20)[1]
+        error = parent.communicate(timeout=LONG_S)[1]
     assert "ArithmeticError: while batches are under way" in error
     assert [parent.returncode for parent in parents.values()] == [-signal.SIGKILL, 1]
-    _wait_until(lambda: not any(psutil.pid_exists(reader) for reader in readers.values()), 5)
+    _wait_until(lambda: not any(psutil.pid_exists(reader) for reader in readers.values()))
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LONG_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
