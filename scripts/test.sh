@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole check: format, lint, types, tests. `scripts/test.sh -m "not e2e and not slow" -n auto` is the quick part;
+# The whole check: format, lint, types, tests. `scripts/test.sh -m "not e2e and not slow" -n 2` is the quick part;
 # other arguments go to pytest.
 source "$(dirname "$0")/venv.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -45,6 +45,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.e2e
 def test_a_small_model_in_a_small_budget(model_folder: Path, tmp_path: Path) -> None:
     config = make_config(model_folder, memory={"budget": "2GiB"})
     wide = memory_plan(config, setting(config, 4, Bucket(256, 256)), tmp_path)

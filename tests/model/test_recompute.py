@@ -58,7 +58,7 @@ def test_recomputed(plain: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[name], gradient) for name, gradient in plain.items())
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", [pytest.param(False, marks=pytest.mark.e2e), True])
 def test_offloaded(plain: dict[str, Tensor], recomputed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute, "_OFFLOADED_BYTES", 256)
     model = tiny()

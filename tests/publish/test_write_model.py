@@ -128,7 +128,8 @@ def test_values_of_half_precision_files_survive(model_folder: Path, tmp_path: Pa
     assert all(torch.equal(found[name], tensor.half()) for name, tensor in wanted.items())
 
 
-def test_the_hash_in_the_metadata_is_that_of_the_data(exported: Path) -> None:
+def test_the_hash_in_the_metadata_is_that_of_the_data(model_folder: Path, tmp_path: Path) -> None:
+    exported = export(model_folder, tmp_path / "exported.safetensors")
     metadata = read_header(exported).metadata
     assert metadata["modelspec.hash_sha256"] == "0x" + hashlib.sha256(data_of(exported)).hexdigest()
     assert json.loads(metadata["sdxl_train.configs"]).keys() == set(COMPONENTS)

@@ -136,6 +136,7 @@ def test_worker_processes_read_the_same_batches(configured: Configured, workers:
             assert torch.equal(ours.pixels, theirs.pixels) and torch.equal(ours.vae_seeds, theirs.vae_seeds)
 
 
+@pytest.mark.e2e
 def test_damaged_images_cost_their_rows(configured: Configured, tmp_path: Path, model_folder: Path) -> None:
     write_crops(tmp_path / "photos", 12)
     data = {"mode": "images", "sources": [{"path": str(tmp_path / "photos")}], "buckets": BUCKETS}

@@ -145,7 +145,7 @@ def test_two_workers_one_killed(photos: Path, tmp_path: Path) -> None:
             assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
         time.sleep(0.05)
         first.kill()
-        assert second.wait(timeout=60) == 0
+        assert second.wait(timeout=600) == 0
     commit(split)
     assert _finished_bytes(split) == _finished_bytes(whole)
 

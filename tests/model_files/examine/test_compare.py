@@ -157,6 +157,7 @@ def test_the_command_and_its_chart(single: Tensors, tmp_path: Path, capsys: pyte
     assert told["total"]["changed"] > 0
 
 
+@pytest.mark.e2e
 def test_equal_models_and_models_of_other_kinds_are_drawn(tmp_path: Path) -> None:
     lora = {f"lora_unet_a_{n}.lora_up.weight": torch.full((4, 4), 1.0) for n in range(3)}
     a = saved(tmp_path / "a.safetensors", lora)
