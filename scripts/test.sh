@@ -1,11 +1,27 @@
 #!/usr/bin/env bash
-# The whole check: format, lint, types, tests. `scripts/test.sh -m "not e2e and not slow" -n auto` is the quick part;
-# other arguments go to pytest.
+# The whole check: format, lint, types, tests. `scripts/test.sh -m "not e2e and not slow"` is the quick part, a minute
+# on two cores; other arguments go to pytest as well.
 source "$(dirname "$0")/venv.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+unset PYTHONDONTWRITEBYTECODE # otherwise every process compiles its modules anew, pytest its rewritten ones
 ruff format --check .
 ruff check .
-pyright
-if [ $# -gt 0 ]; then exec pytest "$@"; fi
-pytest -m "not e2e and not slow" --numprocesses auto --dist worksteal
-pytest -m "e2e and not slow" --numprocesses 2 --dist loadfile
+
+# Types are checked on one core while the tests run.
+types=$(mktemp)
+pyright >"$types" 2>&1 &
+checker=$!
+trap 'kill "$checker" 2>/dev/null || true; rm -f "$types"' EXIT
+tests=0
+run() { pytest "$@" || tests=$?; }
+if [ $# -eq 0 ]; then
+    run -m "not e2e and not slow" --numprocesses auto --dist loadfile
+    if [ "$tests" -eq 0 ]; then run -m "e2e and not slow" --numprocesses 2 --dist loadfile; fi
+elif [ "$1" = -m ]; then # a choice from all tests
+    run --numprocesses auto --dist loadfile "$@"
+else
+    run "$@"
+fi
+wait "$checker" || { cat "$types"; exit 1; }
+cat "$types"
+exit "$tests"

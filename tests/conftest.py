@@ -1,5 +1,6 @@
 """A small SDXL folder as diffusers writes it: random weights, and a tokenizer of single bytes and a few merges."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+gc.disable()  # while the libraries are imported, which leaves little garbage and a million objects
 
 _NVIDIA_SMI = """#!/bin/sh
 case "$1" in
@@ -20,6 +22,12 @@ case "$1" in
     echo 'GPU-cccc3333, [N/A]' ;;
 esac
 """
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected again, without a look at what was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 def _byte_symbols() -> list[str]:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.e2e
 def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"SDXL_TRAIN_PYTHON": sys.executable}
-    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=1500)
 
 
 def config_in(folder: Path, model: Path, **memory: str) -> Path:

@@ -373,7 +373,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
         + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 8)}]\n" for i in range(20)),
         "more than 20000 values, with aliases followed",
     ),
-    "too many values": (added("a: [" + "1," * 50_000 + "]"), "c.yaml:13: more than 20000 values"),
+    "too many values": (added("a: [" + "1," * 20_001 + "]"), "c.yaml:13: more than 20000 values"),
     "too large a file": (b"#" * 600_000, "c.yaml: larger than 512 KiB"),
     "control character": (changed("runs/x", "runs/\x1b[31mx"), "c.yaml:2: not valid YAML: the character U+001B is not"),
     "half a character": (changed("runs/x", r'"\ud800"'), "c.yaml:2: `run.dir`: holds half a character"),

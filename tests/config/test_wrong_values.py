@@ -73,6 +73,7 @@ samples:
     ]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("key", [dotted(key) for key in all_keys()])
 def test_no_wrong_value_of_any_key_shows_the_words_of_a_library(mistakes: Mistakes, key: str) -> None:
     rejected = 0

@@ -143,7 +143,7 @@ def shown_on_a_terminal(run_dir: Path, columns: int) -> list[str]:
         run_steps(progress, clock, range(11, 31))
         _log.info("checkpoint written: %s", "x" * 40)
         run_steps(progress, clock, range(31, 41))
-    thread.join(timeout=10)
+    thread.join(timeout=120)
     os.close(reader)
     return [line.split("\r")[-1] for line in b"".join(received).decode().replace("\r\n", "\n").split("\n")]
 

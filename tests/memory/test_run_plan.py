@@ -52,6 +52,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.e2e
 def test_a_small_model_in_a_small_budget(model_folder: Path, tmp_path: Path) -> None:
     config = make_config(model_folder, memory={"budget": "2GiB"})
     wide = memory_plan(planned(config), setting(config, 4, Bucket(256, 256)), tmp_path)
@@ -62,6 +63,7 @@ def test_a_small_model_in_a_small_budget(model_folder: Path, tmp_path: Path) -> 
     assert again == wide and list(tmp_path.iterdir()) == [kept]
 
 
+@pytest.mark.e2e
 def test_what_cannot_fit_is_refused_with_what_would(model_folder: Path, tmp_path: Path) -> None:
     config = make_config(model_folder, memory={"budget": "700MiB"}, train={"batch_size_per_gpu": 16})
     plan = memory_plan(planned(config), setting(config, 1, SQUARE), tmp_path)

@@ -23,6 +23,7 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("accumulation", "recompute"), [(1, False), pytest.param(2, True, marks=SLOW)])
 def test_one_worker(accumulation: int, recompute: bool) -> None:
     """Also after another measurement, whose memory was freed when nobody counted."""
@@ -33,6 +34,7 @@ def test_one_worker(accumulation: int, recompute: bool) -> None:
     assert plan(case).total == pytest.approx(measure(case, 0), rel=0.02)
 
 
+@pytest.mark.e2e
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("accumulation", "recompute", "each_pass"),
@@ -44,6 +46,7 @@ def test_zero2(accumulation: int, recompute: bool, each_pass: bool) -> None:
     assert plan(case).total == pytest.approx(measure(case, 0), rel=0.05)
 
 
+@pytest.mark.e2e
 def test_ddp_with_accumulation_holds_gradients_once() -> None:
     """As one of one worker, whose wrapper holds what those of four hold."""
     case = Case("mini", "ddp", 4, 2, True, side_px=128)
@@ -54,6 +57,7 @@ def test_ddp_with_accumulation_holds_gradients_once() -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.e2e
 @pytest.mark.usefixtures("alone")
 def test_zero3() -> None:
     case = Case("mini", "zero3", 4, 1, True, compute="bf16", side_px=128)

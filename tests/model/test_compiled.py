@@ -63,6 +63,7 @@ def loss_and_gradients(unet: nn.Module, shape: tuple[int, int, int], autocast: b
     return [loss.detach(), *gradients]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("recompute", "autocast"), [(False, False), (True, True)])
 def test_the_same_steps_from_few_compilations(recompute: bool, autocast: bool) -> None:
     plain, unet = small_unet(), small_unet()
@@ -79,6 +80,7 @@ def test_the_same_steps_from_few_compilations(recompute: bool, autocast: bool) -
     assert compilations() - before <= 2 * kinds
 
 
+@pytest.mark.e2e
 def test_ddp_does_not_cut_blocks_into_pieces() -> None:
     """Buckets smaller than a block; each kind is still compiled as a whole, once."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -93,6 +95,7 @@ def test_ddp_does_not_cut_blocks_into_pieces() -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.e2e
 def test_more_compilations_than_expected_are_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

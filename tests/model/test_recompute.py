@@ -58,7 +58,7 @@ def test_recomputed(plain: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[name], gradient) for name, gradient in plain.items())
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", [pytest.param(False, marks=pytest.mark.e2e), True])
 def test_offloaded(plain: dict[str, Tensor], recomputed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute, "_OFFLOADED_BYTES", 256)
     model = tiny()
@@ -69,6 +69,7 @@ def test_offloaded(plain: dict[str, Tensor], recomputed: bool, monkeypatch: pyte
     assert all(torch.equal(found[name], gradient) for name, gradient in plain.items())
 
 
+@pytest.mark.e2e
 def test_gathered_weights_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model that is spread over four workers, the same bytes move as of a plain one."""
     moved: list[int] = []

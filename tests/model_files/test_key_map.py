@@ -68,7 +68,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "tiny", "small"])
+@pytest.mark.parametrize("kind", [pytest.param("sdxl", marks=pytest.mark.e2e), "tiny", "small"])
 def test_names_and_shapes_are_those_that_diffusers_expects(kind: str, model_folder: Path, tiny_sdxl: Path) -> None:
     if kind == "sdxl":
         configs = {name: preset(name) for name in COMPONENTS}

@@ -129,6 +129,7 @@ def test_outputs_are_those_of_diffusers_from_single_file(model_folder: Path, sin
         assert_equal(module.state_dict(), other.state_dict())
 
 
+@pytest.mark.e2e
 def test_every_form_of_the_text_projection(single_file: Path, model_folder: Path, tmp_path: Path) -> None:
     right = states(model_folder)["text_encoder_2.text_projection.weight"]
     assert not torch.equal(right, right.T)
@@ -204,6 +205,7 @@ class Hostile:
         return (Path.touch, (self.file,))
 
 
+@pytest.mark.e2e
 def test_pickled_checkpoints(single_file: Path, model_folder: Path, tmp_path: Path) -> None:
     tensors = load_file(single_file)
     checkpoint, victim = tmp_path / "small.ckpt", tmp_path / "victim"

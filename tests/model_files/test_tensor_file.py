@@ -98,6 +98,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.e2e
 def test_a_killed_writer_leaves_no_file_of_that_name(tmp_path: Path) -> None:
     script = """
         import sys, time, torch

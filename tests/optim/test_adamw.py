@@ -18,6 +18,7 @@ from trainer.optim.eight_bit import dynamic_map
 from trainer.optim.optimizers import load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+E2E = pytest.mark.e2e
 Named = dict[str, nn.Parameter]
 
 
@@ -152,7 +153,7 @@ def train(network: nn.Sequential, optimizer: torch.optim.Optimizer, steps: int) 
     return losses
 
 
-@pytest.mark.parametrize("rounding", [None, "stochastic", "kahan"])
+@pytest.mark.parametrize("rounding", [None, pytest.param("stochastic", marks=E2E), pytest.param("kahan", marks=E2E)])
 def test_8_bit_moments_train_as_fp32_ones(rounding: Rounding | None) -> None:
     exact, other = small_network(), small_network(torch.bfloat16 if rounding else torch.float32)
     start = torch.cat([p.detach().float().flatten() for p in other.parameters()])
@@ -218,6 +219,7 @@ def test_gradients_leave_one_by_one() -> None:
     assert_equal(weights, {name: p.detach() for name, p in named.items()})
 
 
+@pytest.mark.e2e
 def test_a_step_takes_few_megabytes(threads: Callable[[int], None]) -> None:
     """60M weights: 120 MB in bf16, 240 MB in fp32."""
     clear = Path("/proc/self/clear_refs")

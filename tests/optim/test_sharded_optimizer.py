@@ -3,7 +3,7 @@
 To the bit, but for torch's fused AdamW, which computes the last few elements of each tensor in another order.
 """
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tests.worker_group import run_group
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sharded_optimizer_script import KINDS, Weights, dtype_of, load_weights, run
@@ -28,13 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file(run(kind, Weights(dtype_of(kind)), None, range(6)), folder / f"{kind}-whole-6.safetensors")
     script = Path(__file__).parent / "sharded_optimizer_script.py"
     commands = [[sys.executable, str(script), str(folder), str(rank), str(WORLD)] for rank in range(WORLD)]
-    workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        errors = [worker.communicate(timeout=240)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * WORLD, "\n".join(errors)
+    run_group(commands, [os.environ] * WORLD, folder)
     return folder
 
 

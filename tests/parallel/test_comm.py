@@ -37,6 +37,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     PartialState._reset_state()
 
 
+@pytest.mark.e2e
 def test_three_workers_exchange(tmp_path: Path) -> None:
     argv = [sys.executable, str(HERE / "worker_script.py"), "collectives", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "PYTHONWARNINGS": "error::UserWarning"}

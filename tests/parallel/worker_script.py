@@ -31,6 +31,7 @@ def await_files(*names: str) -> None:
 
 
 def steps(stop_requested: StopRequested) -> None:
+    stop_requested()  # from here on, a stop signal is a wish; before, it would end the worker
     ready()
     while not stop_requested():
         time.sleep(0.01)
@@ -105,7 +106,7 @@ def collectives(stop_requested: StopRequested) -> None:
 
     from trainer.parallel import comm
 
-    here = comm.init_comm(timeout_s=60)
+    here = comm.init_comm(timeout_s=600)
     comm.barrier(here)
     ready(
         {

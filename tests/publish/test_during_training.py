@@ -16,6 +16,8 @@ from trainer.data.buckets import Bucket
 from trainer.errors import UserError
 from trainer.model_files.header import read_header
 
+pytestmark = pytest.mark.e2e
+
 RIGHT = Path(__file__).parent.parent / "config" / "right.yaml"
 
 

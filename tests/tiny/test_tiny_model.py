@@ -42,6 +42,7 @@ def _pixels(path: Path) -> np.ndarray:
         return np.array(image)
 
 
+@pytest.mark.e2e
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers
 def test_diffusers_draws_with_the_tiny_model(tiny_folder: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
@@ -55,6 +56,7 @@ def test_diffusers_draws_with_the_tiny_model(tiny_folder: Path) -> None:
     assert image.size == (64, 64)
 
 
+@pytest.mark.e2e
 def test_the_tiny_model_passes_our_own_check(tiny_folder: Path) -> None:
     check_model(tiny_folder)
 
@@ -102,6 +104,7 @@ def test_photographs_are_many_varied_and_captioned(photo_folder: Path) -> None:
         assert list(photo_folder.glob(f"{photo.name}-*.jpg"))
 
 
+@pytest.mark.e2e
 def test_a_few_steps_improve_the_vae_and_repeat_exactly(images: list[np.ndarray]) -> None:
     one = images[:1]
     before = reconstruction_psnr(make_tiny_vae(0), one)
@@ -112,6 +115,7 @@ def test_a_few_steps_improve_the_vae_and_repeat_exactly(images: list[np.ndarray]
     assert all(torch.equal(weight, again[name]) for name, weight in vae.state_dict().items())
 
 
+@pytest.mark.e2e
 def test_scaled_latents_have_unit_covariance_and_decode_as_before(images: list[np.ndarray]) -> None:
     vae = train_tiny_vae(images, 0, seed=0, show_progress=False)
     assert abs(reconstruction_psnr(vae, images) - reconstruction_psnr(make_tiny_vae(0), images)) < 1e-3
@@ -123,6 +127,7 @@ def test_scaled_latents_have_unit_covariance_and_decode_as_before(images: list[n
     torch.testing.assert_close(torch.cov(latents), torch.eye(4), atol=1e-3, rtol=0)
 
 
+@pytest.mark.e2e
 def test_the_command_makes_only_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

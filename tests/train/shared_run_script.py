@@ -93,7 +93,7 @@ def batch_of(numbers: list[int], with_text: bool) -> Batch:
 
 def main() -> None:
     folder, steps, *runs = sys.argv[1:]
-    comm = init_comm(timeout_s=120)
+    comm = init_comm(timeout_s=1200)
     for name in runs:
         kind, precision, accumulation = name.split(":")
         run(comm, kind, precision, int(accumulation), int(steps), Path(folder) / f"{name}.safetensors")

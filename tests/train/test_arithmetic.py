@@ -23,6 +23,7 @@ def test_whole_batches_that_fit_in_the_area(tmp_path: Path) -> None:
     assert batch_factors(run_config(tmp_path, tmp_path, tmp_path), buckets) == [1] * 6
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("mode", ["latents", "images"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_with_larger_batches_of_small_images(tmp_path: Path, model_folder: Path, mode: str, workers: int) -> None:

@@ -39,6 +39,7 @@ def _lines(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / BAD_FILE).read_text().splitlines()]
 
 
+@pytest.mark.e2e
 def test_a_flipped_bit_costs_its_row_alone(tmp_path: Path, model_folder: Path) -> None:
     """The weights are those of a training in which that row has weight 0, computed here by hand."""
     root = write_small_set(tmp_path / "prepared", {SQUARE: 12, TALL: 4})
@@ -76,6 +77,7 @@ def _trained_by_hand(config: Config) -> dict[str, torch.nn.Parameter]:
     raise AssertionError
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("break_it", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:5000])])
 def test_a_shard_that_is_lost_while_running_costs_its_rows(
     tmp_path: Path, model_folder: Path, break_it: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
@@ -92,6 +94,7 @@ def test_a_shard_that_is_lost_while_running_costs_its_rows(
     assert all(math.isfinite(result.grad_norm) for result in run.results)
 
 
+@pytest.mark.e2e
 def test_too_many_bad_rows_end_the_run_with_a_checkpoint(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +111,7 @@ def test_too_many_bad_rows_end_the_run_with_a_checkpoint(
     assert len(run.results) == 4
 
 
+@pytest.mark.e2e
 def test_a_missing_shard_is_refused_at_the_start_unless_so_much_may_be_bad(
     tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -143,6 +147,7 @@ def test_lines_of_steps_that_are_done_again_are_removed(tmp_path: Path) -> None:
     assert forget_bad_rows_after(tmp_path / "fresh", 0) == BadRows()
 
 
+@pytest.mark.e2e
 def test_many_workers_write_whole_lines(tmp_path: Path) -> None:
     with ProcessPoolExecutor(4) as pool:
         list(pool.map(_record_many, [(tmp_path, rank) for rank in range(4)]))

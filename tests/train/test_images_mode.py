@@ -79,6 +79,7 @@ def test_without_augmentation_the_latents_are_the_stored_ones(configured: Config
             torch.testing.assert_close(ours.latents, theirs.latents.float(), rtol=5e-4, atol=1e-5)
 
 
+@pytest.mark.e2e
 def test_the_run_is_the_same_run(configured: Configured) -> None:
     by_latents = watched_run(configured("c", {}, steps=12))
     by_images = watched_run(configured("d", {"mode": "images"}, steps=12))
@@ -87,6 +88,7 @@ def test_the_run_is_the_same_run(configured: Configured) -> None:
     assert losses == pytest.approx([result.loss for result in by_latents.results], rel=2e-3)
 
 
+@pytest.mark.e2e
 def test_augmented_visits_differ_and_a_resumed_run_repeats_them(configured: Configured) -> None:
     straight = watched_run(configured("e", AUGMENTED, steps=10))
     stopped = configured("f", AUGMENTED, steps=10)
@@ -119,6 +121,7 @@ def test_sizes_and_pixels_of_augmented_visits(configured: Configured) -> None:
     assert max(len(seen) for seen in places.values()) >= 6
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_read_the_same_batches(configured: Configured, workers: int) -> None:
     config = configured("i", AUGMENTED)
@@ -136,6 +139,7 @@ def test_worker_processes_read_the_same_batches(configured: Configured, workers:
             assert torch.equal(ours.pixels, theirs.pixels) and torch.equal(ours.vae_seeds, theirs.vae_seeds)
 
 
+@pytest.mark.e2e
 def test_damaged_images_cost_their_rows(configured: Configured, tmp_path: Path, model_folder: Path) -> None:
     write_crops(tmp_path / "photos", 12)
     data = {"mode": "images", "sources": [{"path": str(tmp_path / "photos")}], "buckets": BUCKETS}
@@ -161,6 +165,7 @@ def test_damaged_images_cost_their_rows(configured: Configured, tmp_path: Path, 
     assert sum(result.bad_rows for result in watched.results) >= 3
 
 
+@pytest.mark.e2e
 def test_validation_and_samples(configured: Configured, tmp_path: Path) -> None:
     latents, images = configured("j", {}), configured("k", {"mode": "images"})
     for config, name in ((latents, "latents"), (images, "images")):

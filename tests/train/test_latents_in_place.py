@@ -42,6 +42,7 @@ def _told(run: Watched) -> list[tuple[float, float]]:
     return [(float(result.loss), float(result.grad_norm)) for result in run.results]
 
 
+@pytest.mark.e2e
 def test_in_place_and_repacked_give_the_same_run(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

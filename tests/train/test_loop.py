@@ -10,6 +10,8 @@ from tests.train.real_run import Watched, run_config, watched_run
 from trainer.data.buckets import Bucket
 from trainer.data.store.snapshot_file import read_snapshot
 
+pytestmark = pytest.mark.e2e
+
 SQUARE, WIDE, TALL = Bucket(64, 64), Bucket(64, 128), Bucket(128, 64)
 
 

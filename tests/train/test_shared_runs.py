@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from tests.worker_group import run_group
 
 SCRIPT = Path(__file__).parent / "shared_run_script.py"
 QUICK = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero2+:fp32:3", "zero3:fp32:1", "zero2:bf16:3")
@@ -24,19 +25,9 @@ def run(folder: Path, world: int, steps: int, *names: str) -> Path:
         port = free.getsockname()[1]
     env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu"}
-    arguments = [sys.executable, str(SCRIPT), str(folder), str(steps), *names]
-    workers = [
-        subprocess.Popen(arguments, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
-        for rank in range(world)
-    ]
-    try:
-        for worker in workers:
-            _, told = worker.communicate(timeout=280 if steps == QUICK_STEPS else 7200)
-            assert worker.returncode == 0, told.decode()
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+    command = [sys.executable, str(SCRIPT), str(folder), str(steps), *names]
+    environments = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    run_group([command] * world, environments, folder)
     return folder
 
 

@@ -79,6 +79,7 @@ def assert_same_step(
     assert torch.cat([m.flatten() for m in moved]).quantile(0.99) < 1e-5
 
 
+@pytest.mark.e2e
 def test_one_batch_is_learnt_by_heart(denoiser: Denoiser) -> None:
     parts = make_parts(denoiser, max_grad_norm=1.0)
     batch = make_batch(range(4))

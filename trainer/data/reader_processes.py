@@ -10,7 +10,6 @@ Readers leave SIGINT and SIGTERM to the training process, so that it can finish 
 
 import atexit
 import mmap
-import multiprocessing
 import os
 import queue
 import signal
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import forkserver, reduction, resource_tracker
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -28,9 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.data.fork_server import fork_server, hold_signals
+
 Fill = Callable[[Tensor, Any], Any]
 """(buffer uint8 [slot_bytes], request) -> a small value that tells what was put into the buffer."""
-_HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _ALIGN = 64
 _END_S = 5.0
 """How long a reader that was told to end is waited for."""
@@ -42,15 +42,7 @@ def start_reader_server() -> None:
 
     Calling it before the model is loaded hides the server's imports.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-    resource_tracker.ensure_running()  # first, because it unblocks the signals that are blocked below
-    # A blocked signal stays blocked in what is started: from their first instruction on, neither the server nor
-    # its forks can be ended by a Ctrl-C or a SIGTERM that was sent to the whole process group.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_SIGNALS)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    fork_server(_PRELOAD)
 
 
 class _Slots:
@@ -175,7 +167,7 @@ class ReaderProcesses:
 
 
 def _start(fill: Fill, slots: _Slots, number: int) -> _Reader:
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server(_PRELOAD)
     ours, theirs = context.Pipe()
     process = context.Process(target=_read, args=(fill, slots, theirs), name=f"data-reader-{number}", daemon=True)
     process.start()
@@ -191,8 +183,8 @@ def _ending(exitcode: int | None) -> str:
 
 def _read(fill: Fill, slots: _Slots, connection: Connection) -> None:
     """The life of a reader: answer requests (slot, request) with (None, result) or (traceback, error)."""
-    # Done by the fork server, unless something else in the training process had started it before.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_SIGNALS)
+    # Done by the fork server, unless a library had started one before.
+    hold_signals()
     torch.set_num_threads(1)
     buffers = slots.tensor()
     os.close(slots.fd)

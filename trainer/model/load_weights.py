@@ -84,7 +84,8 @@ def load_text_encoders(
 def empty_text_encoders(model: RunModel, join: ChunkJoin = "a1111") -> TextEncoders:
     """Both text encoders without their weights: on the meta device, to be given memory and filled."""
     from accelerate import init_empty_weights
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
     with init_empty_weights():
         return TextEncoders(

@@ -15,7 +15,8 @@ from tokenizers import Encoding, Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 
 TOKENS_PER_CHUNK = 75  # of a caption; each chunk has a start and an end besides
@@ -87,7 +88,7 @@ def load_tokenizers(folders: tuple[Path, Path | None], chunks: int = 1) -> Capti
         folders: `RunModel.tokenizers`.
         chunks: how many each caption gets.
     """
-    from transformers import CLIPTokenizer
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     folder_one, folder_two = folders
     one = CLIPTokenizer.from_pretrained(folder_one, local_files_only=True, model_max_length=_CHUNK_LENGTH)

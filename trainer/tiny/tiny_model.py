@@ -16,7 +16,7 @@ from trainer.model_files.clip_tokenizer import END_TOKEN, write_clip_tokenizer
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 _TEXT_WIDTH_ONE, _TEXT_WIDTH_TWO, _POOLED_WIDTH = 64, 96, 80
 _VOCABULARY_SIZE = 49408
@@ -138,7 +138,8 @@ def _make_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     positions small, and attention has three times its share: captions of one subject come out alike.
     """
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
     one = CLIPTextModel(CLIPTextConfig(**_TEXT_ONE))
     two = CLIPTextModelWithProjection(CLIPTextConfig(**_TEXT_TWO))

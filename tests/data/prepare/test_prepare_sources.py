@@ -5,7 +5,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,6 +47,8 @@ def _images(count: int, seed: int) -> list[Image]:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Image], tuple]:
     """By key all good images of four sources, and the sources; each holds one bad image beside them."""
     root = tmp_path_factory.mktemp("sources")
+    import datasets  # takes a second, and only this test needs it
+
     datasets.disable_progress_bars()
     write_crops(root / "photos", 9)
     (root / "photos/bad.jpg").write_bytes(b"no image")

@@ -111,6 +111,7 @@ def test_latents_are_those_of_the_image(photos: Path, tmp_path: Path) -> None:
             assert caption_text(rows.captions[i]) == (stem.read_text(encoding="utf-8") if stem.exists() else "")
 
 
+@pytest.mark.e2e
 def test_killed_at_any_moment(photos: Path, tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     _prepare(settings_for(whole, photos, validation_fraction=0.2))
@@ -130,6 +131,7 @@ def test_killed_at_any_moment(photos: Path, tmp_path: Path) -> None:
     assert _finished_bytes(torn) == _finished_bytes(whole)
 
 
+@pytest.mark.e2e
 def test_two_workers_one_killed(photos: Path, tmp_path: Path) -> None:
     whole, split = tmp_path / "whole", tmp_path / "split"
     _prepare(settings_for(whole, photos))
@@ -143,7 +145,7 @@ def test_two_workers_one_killed(photos: Path, tmp_path: Path) -> None:
             assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
         time.sleep(0.05)
         first.kill()
-        assert second.wait(timeout=60) == 0
+        assert second.wait(timeout=600) == 0
     commit(split)
     assert _finished_bytes(split) == _finished_bytes(whole)
 

@@ -56,6 +56,7 @@ def test_a_sample_is_spread_evenly_and_says_so(tmp_path: Path) -> None:
     assert _sampled(root, 100).unreadable == 5
 
 
+@pytest.mark.e2e
 def test_the_size_of_an_image_is_not_guessed_from_its_latents(tmp_path: Path) -> None:
     write_files(tmp_path / "latents", {f"{i}.npz": kohya_npz(i, (64, 64)) for i in range(3)})
     entries = {"0": entry(0, (64, 64)), "1": entry(1, (64, 64), image_size=[300, 200]), "2": entry(2, (64, 64))}
@@ -73,6 +74,7 @@ def test_the_size_of_an_image_is_not_guessed_from_its_latents(tmp_path: Path) ->
         assert (tmp_path / "chart.png").stat().st_size > 10_000
 
 
+@pytest.mark.e2e
 def test_lengths_are_tokens_where_a_config_names_the_model(
     tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

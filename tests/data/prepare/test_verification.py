@@ -37,6 +37,7 @@ def _flip(file: Path, offset: int, bit: int = 0) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.e2e
 def test_a_whole_set_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_small_set(tmp_path / "prepared", {SQUARE: 8, TALL: 6}, repeats=3)
     (root / VERIFY_BAD).write_text("of an earlier time\n")
@@ -46,6 +47,7 @@ def test_a_whole_set_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (root / VERIFY_BAD).exists()
 
 
+@pytest.mark.e2e
 def test_every_damage_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_small_set(tmp_path / "prepared", {SQUARE: 20, TALL: 6}, repeats=2)
     _flip(root / "64x64-0.safetensors", 4096 + 3 * ROW_BYTES)
@@ -90,6 +92,7 @@ def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
     assert _verified(broken).damages == len(rows.problems)
 
 
+@pytest.mark.e2e
 def test_damage_of_the_list_of_what_was_left_out_costs_no_image(tmp_path: Path) -> None:
     head = ShardHead(TALL, "train", 1, 0.13025, "xxh3:00")
     latents = np.zeros((2, *head.latent_shape), dtype=np.float16)
@@ -108,6 +111,7 @@ def test_damage_of_the_list_of_what_was_left_out_costs_no_image(tmp_path: Path) 
     assert found.first == (Damage("0.safetensors", -1, -1, 0, "checksum mismatch in excluded_bytes"),)
 
 
+@pytest.mark.e2e
 def test_latents_used_where_they_lie_are_read_too(tmp_path: Path) -> None:
     files = {f"{i:02d}.npz": kohya_npz(i) for i in range(20)}
     write_files(tmp_path / "latents", files)
@@ -139,6 +143,7 @@ def _die(shard: ShardSummary) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.e2e
 def test_a_killed_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_small_set(tmp_path / "prepared", {SQUARE: 8})
     monkeypatch.setattr("trainer.data.prepare.verification._verify_shard", _die)

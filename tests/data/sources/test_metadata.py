@@ -91,6 +91,7 @@ def test_a_byte_order_mark_and_lists(tmp_path: Path) -> None:
     assert json.loads(found.caption) == {"caption": "one\ntwo", "tags": "x, y"}
 
 
+@pytest.mark.e2e
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "meta.json"
     with path.open("w") as file:

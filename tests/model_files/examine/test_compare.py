@@ -129,6 +129,7 @@ def test_what_one_lacks_and_what_is_not_finite(single: Tensors, tmp_path: Path) 
     assert (found.total.not_finite, found.total.changed) == (3, 0)
 
 
+@pytest.mark.e2e
 def test_a_transposed_projection_is_told(single: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = single | {TEXT_PROJECTION: single[TEXT_PROJECTION].T}
     paths = [saved(tmp_path / f"{n}.safetensors", tensors) for n, tensors in enumerate((single, other))]
@@ -137,6 +138,7 @@ def test_a_transposed_projection_is_told(single: Tensors, tmp_path: Path, capsys
     assert "warning: B's text projection is transposed against A's" in capsys.readouterr().out
 
 
+@pytest.mark.e2e
 def test_the_command_and_its_chart(single: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tuned(single, lambda name: "attn" in name)
     a, b = saved(tmp_path / "base.safetensors", single), saved(tmp_path / "tuned.safetensors", other)
@@ -155,6 +157,7 @@ def test_the_command_and_its_chart(single: Tensors, tmp_path: Path, capsys: pyte
     assert told["total"]["changed"] > 0
 
 
+@pytest.mark.e2e
 def test_equal_models_and_models_of_other_kinds_are_drawn(tmp_path: Path) -> None:
     lora = {f"lora_unet_a_{n}.lora_up.weight": torch.full((4, 4), 1.0) for n in range(3)}
     a = saved(tmp_path / "a.safetensors", lora)

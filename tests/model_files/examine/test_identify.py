@@ -267,6 +267,7 @@ def test_hostile_headers_are_one_line(name: str, tmp_path: Path) -> None:
     assert found.description.isprintable()
 
 
+@pytest.mark.e2e
 def test_hostile_headers_take_little_memory(tmp_path: Path) -> None:
     """Of addresses 700 MB at most, for a header of 100 MB and for the worst of 32 MiB."""
     script = (
@@ -281,7 +282,7 @@ def test_hostile_headers_take_little_memory(tmp_path: Path) -> None:
         paths.append(tmp_path / f"{number}.safetensors")
         paths[-1].write_bytes(_with_header(header))
     command = [sys.executable, "-c", script, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.stdout.split() == ["damaged"] * 4, done.stderr[-500:]
 
 

@@ -7,7 +7,6 @@ Any number of workers do this at once; they share nothing but the file system. E
 """
 
 import fcntl
-import multiprocessing
 import os
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.fork_server import fork_server, take_signals
 from trainer.data.images import BadImage, load_pixels, pillow_rules
 from trainer.data.prepare import catalog
 from trainer.data.prepare.catalog import BadRow, CatalogRow, Payload, PlannedShard
@@ -114,7 +114,7 @@ def write_references(prepared: Path, processes: int) -> None:
     if processes < 2 or rows < _ROWS_WORTH_A_PROCESS:
         encode_shards(prepared, 0, 1, encode=None)
         return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(processes, fork_server(), take_signals) as pool:
         try:
             for done in [pool.submit(encode_shards, prepared, rank, processes, None) for rank in range(processes)]:
                 done.result()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.data.fork_server import fork_server, take_signals
 from trainer.data.prepare.settings import replace_file
 from trainer.data.store.shards import ShardError, read_info
 from trainer.data.store.snapshot import SPLITS, PreparedSet, RowProblem, ShardSummary
@@ -64,7 +64,7 @@ def verify(prepared: PreparedSet, processes: int, report: Report, first: int = 2
 
     Writes `verify-bad.jsonl` into the prepared folder, or removes it where nothing is damaged.
     """
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     counts = context.Array(c_int64, 3)
     shards = [shard for split in SPLITS for shard in prepared.shards(split)]
     lines: list[str] = []
@@ -100,6 +100,7 @@ def _begin(prepared: PreparedSet, counts: Any) -> None:
     global _here
     _here = prepared, counts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets the shards under way end
+    take_signals()
 
 
 def _verify_shard(shard: ShardSummary) -> list[Damage]:
