@@ -35,8 +35,10 @@ from trainer.train.prepare_worker import needs_workers, note_references, prepare
 _POLL_S = 1.0
 _MEMORY_ATTEMPTS = 8
 _TASKS_WITH_A_PLAN = ("train", "bench")  # which plan with less when they are started again
-# Not `-m`: each reader process of a worker would import that module once more, as its main module.
-_WORKER = "from trainer.cli.tasks import main; main()"
+# Not `-m`: each reader process of a worker would import that module once more, as its main module. The first place of
+# the path is the current directory's, where a folder of somebody else's may be called `trainer`.
+_OURS = str(Path(__file__).parents[2])
+_WORKER = f"import sys; sys.path[0] = {_OURS!r}; from trainer.cli.tasks import main; main()"
 
 
 def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str, object], **launch: str) -> int:

@@ -33,7 +33,7 @@ def load_unet(model: RunModel, dtype: torch.dtype, device: torch.device | str) -
 
 def empty_unet(model: RunModel) -> UNet2DConditionModel:
     """The UNet without its weights: on the meta device, to be given memory and filled by `read_weights`."""
-    from accelerate import init_empty_weights
+    from accelerate.big_modeling import init_empty_weights
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     with init_empty_weights():
@@ -55,7 +55,7 @@ def load_vae(model: RunModel, dtype: torch.dtype, device: torch.device | str) ->
 
 def empty_vae(model: RunModel) -> AutoencoderKL:
     """The VAE without its weights: on the meta device."""
-    from accelerate import init_empty_weights
+    from accelerate.big_modeling import init_empty_weights
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     with init_empty_weights():
@@ -83,7 +83,7 @@ def load_text_encoders(
 
 def empty_text_encoders(model: RunModel, join: ChunkJoin = "a1111") -> TextEncoders:
     """Both text encoders without their weights: on the meta device, to be given memory and filled."""
-    from accelerate import init_empty_weights
+    from accelerate.big_modeling import init_empty_weights
     from transformers.models.clip.configuration_clip import CLIPTextConfig
     from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 

@@ -5,11 +5,16 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from tqdm import tqdm
-
+from trainer.cli.publish_arguments import (
+    add_description_arguments,
+    add_out_arguments,
+    add_weights_arguments,
+    common_wishes,
+    write_with_bar,
+)
 from trainer.errors import UserError
 from trainer.model_files.modelspec import Description
-from trainer.publish.plan_export import PreparedExport, Wish, prepare_export
+from trainer.publish.plan_export import Wish, prepare_export
 
 _EXAMPLES = """\
 examples:
@@ -22,7 +27,6 @@ examples:
 
 what publishing a model takes: docs/publish.md
 """
-_DTYPES = ("fp16", "bf16", "fp32", "same")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,23 +41,17 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     _refuse_idle_options(arguments)
     wish = Wish(
-        out=arguments.out,
+        **common_wishes(arguments),
         layout=arguments.layout,
-        dtype=arguments.dtype,
-        vae_dtype=arguments.vae_dtype,
         weights=arguments.weights,
         model=arguments.model,
-        vae=arguments.vae,
         text_projection="kohya" if arguments.kohya_compat else "correct",
         source_projection="kohya" if arguments.from_kohya else "correct",
         tokenizer=arguments.tokenizer,
         prediction_type=arguments.prediction_type,
         ztsnr=arguments.ztsnr,
-        description=told_description(arguments),
-        thumbnail=arguments.thumbnail,
         with_thumbnail=not arguments.no_thumbnail,
         with_config=not arguments.no_config,
-        overwrite=arguments.overwrite,
     )
     prepared = prepare_export(arguments.source, wish)
     write_with_bar(prepared, wish.out)
@@ -70,21 +68,6 @@ def _refuse_idle_options(arguments: argparse.Namespace) -> None:
             raise UserError(f"{option}: has no effect with --layout {arguments.layout}")
 
 
-def write_with_bar(prepared: PreparedExport, out: Path) -> None:
-    """Write, showing how many GB are done."""
-    with tqdm(
-        desc="writing", total=prepared.total_bytes, unit="B", unit_scale=True, disable=None, dynamic_ncols=True
-    ) as bar:
-
-        def show(count: int) -> None:
-            bar.update(count)
-
-        prepared.write(show)
-    for note in prepared.notes:
-        print(note)
-    print(f"wrote {out} ({prepared.total_bytes / 1e9:,.2f} GB)")
-
-
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
@@ -92,15 +75,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="a checkpoint, a run directory (its newest checkpoint), a diffusers folder or a .safetensors file",
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the file or folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    add_out_arguments(parser, "the file or folder to write")
     parser.add_argument("--layout", choices=("single-file", "diffusers"), default="single-file")
     what = parser.add_argument_group("weights")
-    what.add_argument("--dtype", choices=_DTYPES, default="fp16", help="same: as they are stored (default: fp16)")
-    what.add_argument(
-        "--vae-dtype", choices=_DTYPES, help="of the VAE, whose original overflows when run in fp16 (default: --dtype)"
-    )
-    what.add_argument("--vae", type=Path, metavar="VAE", help="a VAE folder or file in place of the model's")
+    add_weights_arguments(what, "same")
     what.add_argument("--weights", choices=("live", "ema"), default="live", help="ema: the moving average")
     what.add_argument(
         "--model", type=Path, help="where the parts that were not trained come from (default: the run's model)"
@@ -123,20 +101,3 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_description_arguments(parser)
     parser.add_argument("--no-thumbnail", action="store_true")
     parser.add_argument("--no-config", action="store_true", help="leave the run's configuration out")
-
-
-def add_description_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a person says about a model."""
-    words = parser.add_argument_group("metadata")
-    words.add_argument("--title", help="default: the file's name")
-    for name in ("author", "description", "license"):
-        words.add_argument(f"--{name}")
-    words.add_argument("--tags", help="separated by commas")
-    words.add_argument("--usage-hint", help="a short line, such as trigger words")
-    words.add_argument("--trigger-phrase")
-    words.add_argument("--thumbnail", type=Path, metavar="IMAGE", help="default: the run's newest samples, if any")
-
-
-def told_description(arguments: argparse.Namespace) -> Description:
-    """What `add_description_arguments` read."""
-    return Description(**{field.name: getattr(arguments, field.name, None) for field in fields(Description)})

@@ -5,7 +5,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.cli.commands.export import add_description_arguments, told_description, write_with_bar
+from trainer.cli.publish_arguments import (
+    add_description_arguments,
+    add_out_arguments,
+    add_weights_arguments,
+    common_wishes,
+    write_with_bar,
+)
 from trainer.errors import UserError
 from trainer.publish.plan_export import Wish, prepare_merge
 
@@ -37,22 +43,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--block", action="append", default=[], metavar="PATTERN=SHARE", help="B's share of some blocks; repeatable"
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16")
-    parser.add_argument("--vae-dtype", choices=("fp16", "bf16", "fp32"), help="default: --dtype")
-    parser.add_argument("--vae", type=Path, metavar="VAE", help="a VAE folder or file in place of A's")
+    add_out_arguments(parser, "the file to write")
+    add_weights_arguments(parser.add_argument_group("weights"))
     add_description_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
-    wish = Wish(
-        out=arguments.out,
-        dtype=arguments.dtype,
-        vae_dtype=arguments.vae_dtype,
-        vae=arguments.vae,
-        description=told_description(arguments),
-        thumbnail=arguments.thumbnail,
-        overwrite=arguments.overwrite,
-    )
+    wish = Wish(**common_wishes(arguments))
     alpha, blocks = _share("--alpha", arguments.alpha), [_block(text) for text in arguments.block]
     write_with_bar(prepare_merge(arguments.a, arguments.b, alpha, blocks, wish), wish.out)
     return 0

@@ -2,8 +2,11 @@
 
 import glob
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
+from trainer.data.captions import caption_record
 from trainer.errors import UserError
 
 _WILDCARDS = ("*", "?", "[")
@@ -38,4 +41,61 @@ def text_of(value: object, joint: str = ", ") -> str:
         return value.strip()
     if isinstance(value, list):
         return joint.join(stripped for part in value if isinstance(part, str) and (stripped := part.strip()))
+    return ""
+
+
+class TableColumns(Protocol):
+    """What sources that are tables say of their columns."""
+
+    @property
+    def image_column(self) -> str: ...
+
+    @property
+    def caption_column(self) -> str: ...
+
+    @property
+    def tags_column(self) -> str | None: ...
+
+    @property
+    def key_column(self) -> str | None: ...
+
+
+def text_columns(source: TableColumns, found: Collection[str], place: str) -> list[str]:
+    """The columns that are read beside the image.
+
+    Args:
+        found: columns of the table; place: how a person knows it.
+
+    Raises:
+        UserError: the table lacks a column.
+    """
+    fields = ("image_column", "caption_column", "tags_column", "key_column")
+    named = {field: column for field in fields if (column := getattr(source, field)) is not None}
+    for field, column in named.items():
+        if column not in found:
+            raise UserError(f"data.sources: {field} = {column}: {place} has no such column; it has {', '.join(found)}")
+    return list({column: None for field, column in named.items() if field != "image_column"})
+
+
+def row_key(source: TableColumns, key: str, fields: Mapping[str, Any]) -> str:
+    """A row's key, with the value of the key column behind it."""
+    return f"{key}:{fields[source.key_column]}" if source.key_column else key
+
+
+def row_captions(source: TableColumns, fields: Mapping[str, Any]) -> str:
+    """A row's caption and tags as a caption record."""
+    tags = text_of(fields[source.tags_column]) if source.tags_column else ""
+    return caption_record(text_of(fields[source.caption_column], "\n"), tags).decode()
+
+
+def path_problem(row: int, path: object, image: str = "") -> str:
+    """Why a row that holds no image's bytes has none by its path either; empty: the path may be one.
+
+    Args:
+        image: the column, where it is to be named.
+    """
+    if not isinstance(path, str) or not path:
+        return f"row {row} holds no image{f' ({image})' if image else ''}"
+    if "://" in path.removeprefix("file://"):
+        return f"row {row} names {path}, which is not on this disk"
     return ""

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from trainer.data.captions import caption_record
-from trainer.data.sources.columns import text_of
+from trainer.data.sources.columns import path_problem, row_captions, row_key, text_columns
 from trainer.data.sources.source import SourceItem
 from trainer.errors import UserError
 
@@ -44,7 +43,7 @@ def list_hf(source: HfSource, name: str, ignored: Counter[str]) -> Iterator[Sour
         UserError: it cannot be loaded, lacks a column, or is a part of a data set that is not stored by itself.
     """
     dataset = _load(source)
-    columns = _columns(source, dataset)
+    columns = text_columns(source, dataset.column_names, source.path)
     files = [entry["filename"] for entry in dataset.cache_files]
     row = 0
     for file in files:
@@ -93,21 +92,6 @@ def _load(source: HfSource) -> "datasets.Dataset":
     return loaded
 
 
-def _columns(source: HfSource, dataset: "datasets.Dataset") -> list[str]:
-    """The columns that are read beside the image."""
-    named = {
-        "image_column": source.image_column,
-        "caption_column": source.caption_column,
-        "tags_column": source.tags_column,
-        "key_column": source.key_column,
-    }
-    for field, column in named.items():
-        if column is not None and column not in dataset.column_names:
-            has = ", ".join(dataset.column_names)
-            raise UserError(f"data.sources: {field} = {column}: {source.path} has no such column; it has {has}")
-    return list({column for field, column in named.items() if column is not None and field != "image_column"})
-
-
 def _batches(source: HfSource, file: str) -> Iterator[tuple["pa.RecordBatch", int]]:
     """The record batches of an Arrow file as windows on it, and the memory address of the file's first byte."""
     import pyarrow as pa
@@ -149,23 +133,19 @@ def _cells(source: HfSource, column: "pa.Array", base: int) -> list[_Cell]:
 def _item(
     source: HfSource, key: str, file: str, row: int, fields: dict[str, Any], cell: _Cell, mtime_ns: int
 ) -> SourceItem:
-    if source.key_column:
-        key += f":{fields[source.key_column]}"
-    tags = text_of(fields[source.tags_column]) if source.tags_column else ""
-    caption = caption_record(text_of(fields[source.caption_column], "\n"), tags).decode()
-    if cell.length:
-        return SourceItem(
-            key,
-            file,
-            cell.offset,
-            cell.length,
-            caption=caption,
-            repeats=source.repeats,
-            file_bytes=cell.length,
-            mtime_ns=mtime_ns,
-        )
-    if not cell.path:
-        return SourceItem(key, file, row, problem=f"row {row} holds no image")
-    if "://" in cell.path:
-        return SourceItem(key, file, row, problem=f"row {row} names {cell.path}, which is not on this disk")
-    return SourceItem(key, cell.path, caption=caption, repeats=source.repeats)
+    key = row_key(source, key, fields)
+    if not cell.length and (problem := path_problem(row, cell.path)):
+        return SourceItem(key, file, row, problem=problem)
+    caption = row_captions(source, fields)
+    if not cell.length:
+        return SourceItem(key, str(cell.path).removeprefix("file://"), caption=caption, repeats=source.repeats)
+    return SourceItem(
+        key,
+        file,
+        cell.offset,
+        cell.length,
+        caption=caption,
+        repeats=source.repeats,
+        file_bytes=cell.length,
+        mtime_ns=mtime_ns,
+    )

@@ -13,11 +13,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.captions import caption_record
 from trainer.data.images import BadImage, image_hw
-from trainer.data.sources.columns import files_below, text_of
+from trainer.data.sources.columns import files_below, path_problem, row_captions, row_key, text_columns
 from trainer.data.sources.source import ROW, SourceItem
-from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,7 +54,7 @@ def list_parquet(source: ParquetSource, name: str, ignored: Counter[str]) -> Ite
         try:
             mtime_ns = os.stat(path).st_mtime_ns  # noqa: PTH116 - a string is at hand
             with _open(path) as file:
-                columns = _columns(source, path, file)
+                columns = [source.image_column, *text_columns(source, file.schema_arrow.names, path)]
                 for group, first in enumerate(_group_starts(file)):
                     yield from _items(source, path, prefix, file, columns, group, first, mtime_ns)
         except (pa.ArrowException, OSError) as error:
@@ -165,27 +163,8 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _columns(source: ParquetSource, path: str, file: "pq.ParquetFile") -> list[str]:
-    schema = file.schema_arrow
-    named = {
-        "image_column": source.image_column,
-        "caption_column": source.caption_column,
-        "tags_column": source.tags_column,
-        "key_column": source.key_column,
-    }
-    for field, column in named.items():
-        if column is not None and column not in schema.names:
-            raise UserError(
-                f"data.sources: {field} = {column}: {path} has no such column; it has {', '.join(schema.names)}"
-            )
-    return [column for column in named.values() if column is not None]
-
-
 def _item(source: ParquetSource, path: str, key: str, row: int, fields: dict[str, Any], mtime_ns: int) -> SourceItem:
-    if source.key_column:
-        key += f":{fields[source.key_column]}"
-    tags = text_of(fields[source.tags_column]) if source.tags_column else ""
-    caption = caption_record(text_of(fields[source.caption_column], "\n"), tags).decode()
+    key, caption = row_key(source, key, fields), row_captions(source, fields)
     image = fields[source.image_column]
     column, place = source.image_column, None
     if isinstance(image, dict):
@@ -209,12 +188,10 @@ def _item(source: ParquetSource, path: str, key: str, row: int, fields: dict[str
             mtime_ns=mtime_ns,
             problem=problem,
         )
-    if not isinstance(place, str) or not place:
-        return SourceItem(key, path, row, ROW, problem=f"row {row} holds no image ({column})")
-    if "://" in place.removeprefix("file://"):
-        return SourceItem(key, path, row, ROW, problem=f"row {row} names {place}, which is not on this disk")
+    if problem := path_problem(row, place, column):
+        return SourceItem(key, path, row, ROW, problem=problem)
     folder = source.images or Path(path).parent
-    return SourceItem(key, str(folder / place.removeprefix("file://")), caption=caption, repeats=source.repeats)
+    return SourceItem(key, str(folder / str(place).removeprefix("file://")), caption=caption, repeats=source.repeats)
 
 
 def _images(column: "pa.Array") -> list[bytes | None]:
