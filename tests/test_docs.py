@@ -23,8 +23,17 @@ def test_examples_are_valid(tmp_path: Path, text: str) -> None:
     load_config(tmp_path / "config.yaml", check_paths=False)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/data.md"])
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#]+)", text):
         assert link.startswith("http") or ((ROOT / page).parent / link).exists(), link
+
+
+def test_the_architecture_names_modules_that_are_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:\w+/)+\w+\.py)`", text.partition("### For example")[0]))
+    assert len(named) > 30
+    assert not {name for name in named if not (ROOT / "trainer" / name).is_file() and not name.startswith("tests/")}
+    rooms = {folder.name for folder in (ROOT / "trainer").iterdir() if (folder / "__init__.py").is_file()}
+    assert rooms == set(re.findall(r"^\| `(\w+)/` \|", text, flags=re.MULTILINE))

@@ -1,1 +1,1 @@
-"""What a run costs and how it goes: the plan before it starts, the records while it runs."""
+"""How a run goes and what it costs: steps and images in numbers, time by phase, records, progress."""

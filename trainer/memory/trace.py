@@ -2,7 +2,7 @@
 
 The pass is the real one, of the real modules at their real sizes; only the kernels do nothing. Weights and the
 gradients that have reached them are left out: who holds them, and how often, is the strategy's part
-(`memory_strategy.py`).
+(`strategy_peak.py`).
 """
 
 import itertools
