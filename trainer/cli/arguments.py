@@ -7,6 +7,7 @@ from pathlib import Path
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.model_files.examine.check import check_model
+from trainer.model_files.tokenizer_files import require_whole_captions
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_config(path: Path, overrides: Sequence[str]) -> Config:
     """The checked configuration; the model is looked into as well, without loading it, or fetched from the hub."""
+    require_whole_captions()
     config = load_config(path, overrides)
     model = config.model
     check_model(model.path, model.vae, model.tokenizer, model.text_projection)

@@ -29,6 +29,7 @@ from trainer.model.trainable import lay_out_model
 from trainer.optim.adamw import CHUNK_ELEMENTS
 from trainer.optim.eight_bit import blocks_per_row, takes_8_bits
 from trainer.optim.precision import DTYPES, precision_of
+from trainer.parallel.strategy import copies_gradients_in_batches
 
 TOKENS_PER_CHUNK, POSITIONS_PER_CHUNK = 75, 77
 _SCRATCH_BYTES = 40  # of the optimizer, for each element of a chunk
@@ -197,6 +198,7 @@ def holdings(config: Config, trace: Trace, workers: int, accumulation: int, kern
             optimizer_bytes=state / trained,
             accumulation=accumulation,
             reduce_each_pass=each_pass,
+            batched_copy=copies_gradients_in_batches(),
             pools_by_stream=kernels == "cuda",
             optimizer_temporary_bytes=0 if fused else _SCRATCH_BYTES * min(CHUNK_ELEMENTS[kernels], largest),
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from trainer.model_files.tokenizer_files import find_tokenizers
+from trainer.model_files.tokenizer_files import find_tokenizers, require_whole_captions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,8 +87,9 @@ def load_tokenizers(model: Path | str, tokenizer: Path | None = None) -> Caption
     Args:
         model: `model.path`; tokenizer: `model.tokenizer`.
     Raises:
-        UserError: there are none; see `trainer.model_files.tokenizer_files`.
+        UserError: there are none, or transformers is too old; see `trainer.model_files.tokenizer_files`.
     """
+    require_whole_captions()
     from transformers import CLIPTokenizer
 
     folder_one, folder_two = find_tokenizers(model, tokenizer)

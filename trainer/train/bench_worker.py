@@ -101,22 +101,30 @@ def bench(config: Config, comm: Comm, steps: int, warmup: int, prepared: bool, r
     card, choice = smallest_card(comm), choose_memory(config, comm, data)
     parts = build_parts(config, comm, data, choice)
     _log.info("built in %.0f s", time.perf_counter() - begin)
-    clock = PhaseClock(comm.device)
-    timed = TimedStrategy.of(parts.strategy, clock)
-    parts = replace(parts, strategy=timed)
+    row = measured_row(config, parts, data, steps, warmup)
+    if prepared:
+        wait_s = _loader_wait_s(config, parts, PreparedSet.open(config.data.prepared), steps, warmup)
+        row = replace(row, split={**(row.split or {}), "data": wait_s})
+    if comm.rank == 0:
+        result.write_text(json.dumps(asdict(with_plan(config, comm, data, card, choice, row))), encoding="utf-8")
+
+
+def measured_row(config: Config, parts: StepParts, data: SyntheticData, steps: int, warmup: int) -> BenchRow:
+    """Speed, split of a step and memory of parts that are built; all workers must ask. The weights move.
+
+    Raises:
+        OutOfMemory: a step did not fit.
+    """
+    comm = parts.comm
+    parts = replace(parts, strategy=TimedStrategy.of(parts.strategy, PhaseClock(comm.device)))
     try:
         row = _measured(config, parts, data, steps, warmup)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory("a step did not fit, though it was planned to") from error
-    if prepared:
-        wait_s = _loader_wait_s(config, parts, PreparedSet.open(config.data.prepared), steps, warmup)
-        row = replace(row, split={**(row.split or {}), "data": wait_s})
     peak = card_peak(comm.device, precision_of(config.train.precision).compute)
-    row = replace(row, peak_flops=_mean(comm, peak.flops_per_s), peak_source=peak.source, compilations=compilations())
-    if comm.rank == 0:
-        result.write_text(json.dumps(asdict(_with_plan(config, comm, data, card, choice, row))), encoding="utf-8")
+    return replace(row, peak_flops=_mean(comm, peak.flops_per_s), peak_source=peak.source, compilations=compilations())
 
 
 def synthetic_data(config: Config, prepared: PreparedSet | None) -> SyntheticData:
@@ -269,7 +277,7 @@ def _loader_wait_s(config: Config, parts: StepParts, prepared: PreparedSet, step
         return _mean(comm, (loader.wait_s - waited_before) / steps)
 
 
-def _with_plan(
+def with_plan(
     config: Config, comm: Comm, data: SyntheticData, card: int | None, choice: MemoryChoice, row: BenchRow
 ) -> BenchRow:
     """What the plan says of this run: operations and memory; and what was chosen."""
