@@ -1,9 +1,12 @@
 """What every strategy has in common."""
 
+from inspect import signature
+
 import pytest
 import torch
 from torch import nn
 
+from trainer.parallel import strategy
 from trainer.parallel.strategy import Sharing, Strategy
 
 
@@ -14,3 +17,18 @@ def test_the_norm_of_gradients_is_a_number_of_fp32(dtype: torch.dtype, error: fl
     expected = sum(float(gradient.double().square().sum()) for gradient in gradients) ** 0.5
     norm = Strategy(nn.Identity(), {}, 1, Sharing("single")).grad_norm(gradients)
     assert norm.dtype == torch.float32 and float(norm) == pytest.approx(expected, rel=error)
+
+
+def test_ddp_is_given_what_this_pytorch_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as much on PyTorch 2.11, whose DDP lacks two of the arguments."""
+
+    class Of211(nn.parallel.DistributedDataParallel):
+        def __init__(self, module: nn.Module, broadcast_buffers: bool = True, bucket_cap_mb: int | None = None) -> None:
+            raise NotImplementedError
+
+    known = signature(nn.parallel.DistributedDataParallel).parameters
+    arguments = strategy._newer_ddp_arguments()
+    assert set(arguments) <= set(known) and len(arguments) == 1 + ("batched_grad_copy" in known)
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Of211)
+    assert strategy._newer_ddp_arguments() == {"broadcast_buffers": False}
+    assert not strategy.copies_gradients_in_batches()

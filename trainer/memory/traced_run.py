@@ -29,6 +29,7 @@ from trainer.model.trainable import lay_out_model
 from trainer.optim.adamw import CHUNK_ELEMENTS
 from trainer.optim.eight_bit import blocks_per_row, takes_8_bits
 from trainer.optim.precision import DTYPES, precision_of
+from trainer.parallel.strategy import copies_gradients_in_batches
 
 POSITIONS_PER_CHUNK = 77
 _SCRATCH_BYTES = 40  # of the optimizer, for each element of a chunk
@@ -195,6 +196,7 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
             optimizer_bytes=state / trained,
             accumulation=accumulation,
             reduce_each_pass=each_pass,
+            batched_copy=copies_gradients_in_batches(),
             pools_by_stream=kernels == "cuda",
             optimizer_temporary_bytes=0 if fused else _SCRATCH_BYTES * min(CHUNK_ELEMENTS[kernels], largest),
         )

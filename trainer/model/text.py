@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from trainer.model_files.tokenizer_files import require_whole_captions
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
@@ -87,7 +89,10 @@ def load_tokenizers(folders: tuple[Path, Path | None], chunks: int = 1) -> Capti
     Args:
         folders: `RunModel.tokenizers`.
         chunks: how many each caption gets.
+    Raises:
+        UserError: transformers is too old; see `require_whole_captions`.
     """
+    require_whole_captions()
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     folder_one, folder_two = folders

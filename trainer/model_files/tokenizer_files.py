@@ -1,7 +1,9 @@
-"""Where the files of SDXL's two tokenizers lie; without torch."""
+"""Where the files of SDXL's two tokenizers lie, and whether transformers reads them rightly; without torch."""
 
 from __future__ import annotations
 
+import re
+from importlib.metadata import version
 from pathlib import Path
 
 from trainer.errors import UserError
@@ -10,6 +12,25 @@ from trainer.model_files.model_source import ModelSource
 _CLIP = "openai/clip-vit-large-patch14"
 # Where the hub's cache may have CLIP's vocabulary: repository, folder in it.
 _CACHED = ((_CLIP, ""), ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer/"))
+_OLDEST_TRANSFORMERS = 5, 20
+
+
+def require_whole_captions() -> None:
+    """Refuse a transformers whose CLIP tokenizers cut what a caption has beyond 75 tokens without a word.
+
+    Looks at the installed package's metadata and imports nothing.
+
+    Raises:
+        UserError: it is older than 5.20.
+    """
+    installed = version("transformers")
+    numbers = re.match(r"(\d+)\.(\d+)", installed)
+    if numbers is None or tuple(map(int, numbers.groups())) < _OLDEST_TRANSFORMERS:
+        wanted = ".".join(map(str, _OLDEST_TRANSFORMERS))
+        raise UserError(
+            f"transformers {installed}: cuts captions of more than 75 tokens without an error; "
+            f"run `pip install 'transformers>={wanted}'`"
+        )
 
 
 def tokenizer_folders(source: ModelSource, tokenizer: Path | None) -> tuple[Path, Path | None]:

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from inspect import signature
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -164,10 +165,22 @@ def make_strategy(
             device_ids=[comm.device.index] if comm.device.type == "cuda" else None,
             bucket_cap_mb=BUCKET_MB,
             gradient_as_bucket_view=True,
-            batched_grad_copy=True,
-            forward_sync_buffers=False,  # the same on all workers, for ever
+            **_newer_ddp_arguments(),
         )
     return Strategy(wrapped, parameters, comm.world, sharing, embeddings)
+
+
+def copies_gradients_in_batches() -> bool:
+    """Whether this PyTorch's DDP puts the gradients of a bucket into it all at once, with two kernels: from 2.12 on."""
+    return "batched_grad_copy" in signature(nn.parallel.DistributedDataParallel).parameters
+
+
+def _newer_ddp_arguments() -> dict[str, Any]:
+    """What DDP is given by names that PyTorch 2.11 does not have."""
+    known = signature(nn.parallel.DistributedDataParallel).parameters
+    # Buffers are the same on all workers, for ever.
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {buffers: False} | ({"batched_grad_copy": True} if copies_gradients_in_batches() else {})
 
 
 def warm_up(strategy: Strategy, throw_away_loss: Callable[[nn.Module], Tensor]) -> None:

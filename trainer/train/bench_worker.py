@@ -106,22 +106,30 @@ def bench(config: Config, model: RunModel, comm: Comm, steps: int, warmup: int, 
     choice = choose_memory(planned, comm, setting)
     parts = build_parts(config, model, comm, data, choice)
     _log.info("built in %.0f s", time.perf_counter() - begin)
-    clock = PhaseClock(comm.device)
-    timed = TimedStrategy.of(parts.strategy, clock)
-    parts = replace(parts, strategy=timed)
+    row = measured_row(config, parts, data, steps, warmup)
+    if prepared:
+        wait_s = _loader_wait_s(config, model, parts, PreparedSet.open(config.data.prepared), steps, warmup)
+        row = replace(row, split={**(row.split or {}), "data": wait_s})
+    if comm.rank == 0:
+        result.write_text(json.dumps(asdict(with_plan(planned, setting, choice, row))), encoding="utf-8")
+
+
+def measured_row(config: Config, parts: StepParts, data: SyntheticData, steps: int, warmup: int) -> BenchRow:
+    """Speed, split of a step and memory of parts that are built; all workers must ask. The weights move.
+
+    Raises:
+        OutOfMemory: a step did not fit.
+    """
+    comm = parts.comm
+    parts = replace(parts, strategy=TimedStrategy.of(parts.strategy, PhaseClock(comm.device)))
     try:
         row = _measured(config, parts, data, steps, warmup)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory("a step did not fit, though it was planned to") from error
-    if prepared:
-        wait_s = _loader_wait_s(config, model, parts, PreparedSet.open(config.data.prepared), steps, warmup)
-        row = replace(row, split={**(row.split or {}), "data": wait_s})
     peak = card_peak(comm.device, precision_of(config.train.precision).compute)
-    row = replace(row, peak_flops=_mean(comm, peak.flops_per_s), peak_source=peak.source, compilations=compilations())
-    if comm.rank == 0:
-        result.write_text(json.dumps(asdict(_with_plan(planned, setting, choice, row))), encoding="utf-8")
+    return replace(row, peak_flops=_mean(comm, peak.flops_per_s), peak_source=peak.source, compilations=compilations())
 
 
 def synthetic_data(config: Config, model: RunModel, prepared: PreparedSet | None) -> SyntheticData:
@@ -274,7 +282,7 @@ def _loader_wait_s(
         return _mean(comm, (loader.wait_s - waited_before) / steps)
 
 
-def _with_plan(run: PlannedRun, setting: Setting, choice: MemoryChoice, row: BenchRow) -> BenchRow:
+def with_plan(run: PlannedRun, setting: Setting, choice: MemoryChoice, row: BenchRow) -> BenchRow:
     """What the plan says of this run: operations and memory; and what was chosen."""
     plan = memory_plan(run, setting)
     forward, backward, again = plan.flops_per_image

@@ -104,15 +104,16 @@ def train_step(
         loss_sum += weighted.detach()
         weight_sum += float(batch.weights.sum())
         problems += batch.problems
-    # Before anything waits for the device, which would stand idle while all of this is given to it.
+    # All of this is given to the device before the step's only wait for it, or it would stand idle in between.
     norm = strategy.grad_norm(_gradients(parts))
+    own_loss, scaled_norm = torch.stack([loss_sum, norm.double()]).tolist()
     total_loss, num_images, total_bad, stop = sum_floats(
-        comm, [float(loss_sum), weight_sum, float(len(problems)), float(stop_asked)]
+        comm, [own_loss, weight_sum, float(len(problems)), float(stop_asked)]
     )
     return StepResult(
         loss=total_loss / num_images if num_images else float("nan"),
         num_images=num_images,
-        grad_norm=_update(parts, norm, planned_images, num_images, lr_factor, loss_scale),
+        grad_norm=_update(parts, scaled_norm, planned_images, num_images, lr_factor, loss_scale),
         bad_rows=int(total_bad),
         problems=tuple(problems),
         stop=stop > 0,
@@ -121,7 +122,7 @@ def train_step(
 
 def _update(
     parts: StepParts,
-    scaled_norm: Tensor,
+    scaled_norm: float,
     planned_images: float,
     num_images: float,
     lr_factor: float,
@@ -131,7 +132,7 @@ def _update(
     norm = 0.0
     if num_images > 0:
         factor = planned_images / num_images / loss_scale  # not as planned where a row could not be read
-        norm = float(scaled_norm) * factor
+        norm = scaled_norm * factor
         if math.isfinite(norm):
             if 0 < parts.max_grad_norm < norm:
                 factor *= parts.max_grad_norm / (norm + 1e-6)
