@@ -50,7 +50,7 @@ ALLOWED = {
     "diffusion": set(),
     "config": set(),
     "model_files": set(),
-    "publish": {"checkpoint", "config", "model", "model_files", "train"},
+    "publish": {"checkpoint", "config", "model", "model_files", "optim", "train"},
     "optim": {"config", "data", "parallel"},
     "memory": {"config", "data", "measure", "model", "model_files", "optim", "parallel", "train"},
     "checkpoint": {"model_files"},
