@@ -30,7 +30,7 @@ class EmaMemory:
     swap: int
 
 
-def ema_memory(
+def memory_of_averages(
     shapes: Sequence[Sequence[int]], *, averages: int, shards: int, place: str, weights: torch.dtype, device: str
 ) -> EmaMemory:
     """What averages of parameters of these (whole) shapes take.

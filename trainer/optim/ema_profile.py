@@ -13,6 +13,7 @@ Float64 throughout; no state.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,6 +101,7 @@ def sigma_rel_of(gamma: float) -> float:
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
+@cache
 def gamma_of(sigma_rel: float) -> float:
     """The exponent of a length: the largest root of equation 126 (algorithm 2).
 

@@ -99,10 +99,9 @@ def write_reconstruction(
 
 
 def _weighted_sum(reads: Sequence[Callable[[], Tensor]], weights: Sequence[float]) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
-    for read, weight in zip(reads, weights, strict=True):
-        value = read().double().mul_(weight)
-        total = value if total.ndim == 0 and value.ndim else total.add_(value)
+    total = reads[0]().double().mul_(weights[0])
+    for read, weight in zip(reads[1:], weights[1:], strict=True):
+        total.add_(read().double().mul_(weight))
     return total.float()
 
 
