@@ -1,6 +1,6 @@
 """An average of any length from a run's stored ones, tensor by tensor (Karras et al. 2024, section 3.2)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.model_files.components import PartTensor
-from trainer.model_files.header import Header, HeaderFault, read_header
+from trainer.model_files.header import Header, HeaderFault, TensorEntry, read_header
 from trainer.model_files.tensor_file import TensorSpec, aligned, read_tensor, torch_dtype, write_tensor_file
 from trainer.optim.ema_profile import MAX_SIGMA_REL, ProfileAt, Reconstruction, reconstruction_weights
+
+_PIECE_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def plan_reconstruction(
 def combined_tensors(files: Sequence[Path], weights: Sequence[float]) -> dict[str, PartTensor]:
     """The weighted sum of all files' tensors of each name, in fp32, computed in float64 when it is read.
 
-    A read takes memory for its own tensor alone: its float64 sum and one file's values.
+    A read takes memory for its own tensor alone, and a few MB beside.
 
     Raises:
         UserError: a file is damaged, or has other tensors than the first.
@@ -64,9 +66,9 @@ def combined_tensors(files: Sequence[Path], weights: Sequence[float]) -> dict[st
         _require_same(files[0], headers[0], file, header)
     tensors = {}
     for name, entry in headers[0].tensors.items():
-        reads = [partial(read_tensor, f, header.tensors[name]) for f, header in zip(files, headers, strict=True)]
+        stored = [(file, header.tensors[name]) for file, header in zip(files, headers, strict=True)]
         meta = torch.empty(entry.shape, dtype=torch.float32, device="meta")
-        tensors[name] = PartTensor("F32", meta, partial(_weighted_sum, reads, [float(weight) for weight in weights]))
+        tensors[name] = PartTensor("F32", meta, partial(_weighted_sum, stored, list(weights)))
     return tensors
 
 
@@ -98,11 +100,23 @@ def write_reconstruction(
     return found
 
 
-def _weighted_sum(reads: Sequence[Callable[[], Tensor]], weights: Sequence[float]) -> Tensor:
-    total = reads[0]().double().mul_(weights[0])
-    for read, weight in zip(reads[1:], weights[1:], strict=True):
-        total.add_(read().double().mul_(weight))
-    return total.float()
+def _weighted_sum(stored: Sequence[tuple[Path, TensorEntry]], weights: Sequence[float]) -> Tensor:
+    """Some elements of all files at a time: buffers of the size of a tensor would leave holes in the heap."""
+    first = stored[0][1]
+    result = torch.empty(first.count, dtype=torch.float32)
+    for begin in range(0, first.count, _PIECE_ELEMENTS):
+        piece = result[begin : begin + _PIECE_ELEMENTS]
+        total = torch.zeros(len(piece), dtype=torch.float64)
+        for (file, entry), weight in zip(stored, weights, strict=True):
+            value = read_tensor(file, _some_of(entry, begin, len(piece)))
+            total.add_(value.double(), alpha=weight)
+        piece.copy_(total)
+    return result.view(first.shape)
+
+
+def _some_of(entry: TensorEntry, begin: int, count: int) -> TensorEntry:
+    itemsize = entry.num_bytes // entry.count
+    return TensorEntry(entry.dtype, (count,), entry.begin + begin * itemsize, count * itemsize)
 
 
 def _header(file: Path) -> Header:
