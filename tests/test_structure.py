@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"config", "data", "diffusion", "model_files"},
     "memory": {"config", "data", "measure", "model", "model_files", "optim", "parallel"},
     "evaluate": {"config", "data", "diffusion", "measure", "model", "model_files", "parallel"},
-    "publish": {"checkpoint", "config", "model", "model_files"},
+    "publish": {"checkpoint", "config", "model", "model_files", "optim"},
 }
 ALLOWED["train"] = {*ALLOWED} - {"tiny"}
 ALLOWED["cli"] = {*ALLOWED} - {"diffusion"}

@@ -71,7 +71,7 @@ def write_checkpoint(
     failure: OSError | None = None
     for file in files:
         specs = aligned([TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in file.tensors.items()])
-        wholes = whole_tensors([file.tensors[spec.name] for spec in specs])
+        wholes = whole_tensors(file.tensors[spec.name] for spec in specs)
         if writes and failure is None:
             try:
                 _write_file(temporary, file, specs, wholes)

@@ -1,0 +1,95 @@
+"""Running averages into a checkpoint and back, as the parameters' names and whole tensors have them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from trainer.errors import UserError
+from trainer.optim.ema import Averages, NamedParameters, require_home
+from trainer.optim.ema_pieces import device_of
+from trainer.parallel.local_shard import part_of, whole_of
+from trainer.parallel.sharding import local_tensor
+
+
+def ema_tensors(averages: Averages, average: str, parameters: NamedParameters) -> Mapping[str, Tensor]:
+    """One average by the parameters' names, to be written as a whole; each tensor is made when it is asked for.
+
+    Of a sharded parameter it is a DTensor that is sharded alike, on the parameter's device (a copy, where the average
+    is in the host's memory); all workers have to ask for its whole. Others are the average itself.
+
+    Raises:
+        ValueError: an average is in the model, so that live weights may be in its place.
+    """
+    require_home(averages)
+    if averages.place == "host":  # what was copied there last may still be on its way
+        _wait(parameters)
+    return _Tensors(averages.shards[average], parameters)
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """Not made before they are asked for: copies of all shards would not fit beside the weights."""
+
+    def __init__(self, shards: Mapping[str, Tensor], parameters: NamedParameters) -> None:
+        self._shards, self._parameters = shards, parameters
+
+    def __getitem__(self, name: str) -> Tensor:
+        shard, parameter = self._shards[name], self._parameters[name]
+        if isinstance(parameter, DTensor):
+            shard = shard.to(local_tensor(parameter).device)
+        return whole_of(shard, parameter)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+@torch.no_grad()
+def load_ema_tensors(
+    averages: Averages, average: str, parameters: NamedParameters, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Put back what `ema_tensors` gave, or its wholes, of which this worker's rows are taken.
+
+    What has no tensor stays as it is: a parameter that did not train before is its own average.
+
+    Raises:
+        UserError: a tensor's parameter does not train any more.
+    """
+    require_home(averages)
+    _wait(parameters)
+    shards = averages.shards[average]
+    for name, value in tensors:
+        if name not in parameters:
+            raise UserError(
+                f"trainable: the checkpoint has averaged {name} ({average}), which is to stay as it is now; within a "
+                "run more may train, not less"
+            )
+        shards[name].copy_(part_of(value, parameters[name]))
+
+
+def load_progress(averages: Averages, record: Mapping[str, Any]) -> None:
+    """Go on from where `Averages.to_json` says.
+
+    Raises:
+        UserError: an average of the checkpoint has a profile that the wanted one cannot go on from.
+    """
+    for name, profile in averages.profiles.items():
+        wanted, stored = profile.to_json(), record["profiles"].get(name)
+        lengths = [(each or {}).get("sigma_rel") for each in (wanted, stored)]
+        if stored is None or stored["kind"] != wanted["kind"] or lengths[0] != lengths[1]:
+            raise UserError(
+                f"ema: the checkpoint's average {name} is {stored or 'missing'}, {wanted} is asked for; within a run "
+                "only the decay of a plain average may change"
+            )
+    averages.step, averages.started_at = record["step"], record["started_at"]
+
+
+def _wait(parameters: Mapping[str, Tensor]) -> None:
+    """Until copies to the host's memory have arrived."""
+    device = device_of(parameters)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
