@@ -10,6 +10,10 @@ from trainer.data.buckets import Bucket
 from trainer.memory.run_choice import MemoryChoice
 from trainer.model.compiled import compile_blocks
 from trainer.model_files.run_model import open_model
+from trainer.optim.ema import Place, start_averages, update_averages
+from trainer.optim.ema_contents import ema_tensors
+from trainer.optim.ema_profile import PlainEma, PowerEma
+from trainer.optim.ema_swap import averaged_weights
 from trainer.optim.precision import set_fp32_arithmetic
 from trainer.parallel.comm import Comm
 from trainer.train.bench_worker import SyntheticData, synthetic_batch
@@ -58,3 +62,28 @@ def test_compiled_blocks_compute_the_same(model_folder: Path) -> None:
         latents, times = torch.randn(2, 4, side, 8, device="cuda"), torch.tensor([3, 500], device="cuda")
         found, expected = (m(latents, times, text, added_cond_kwargs=sizes)[0] for m in (unet, plain))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averages_in_host_memory_are_those_on_the_card(dtype: torch.dtype) -> None:
+    """To the bit; an average of the host's goes into the model, and the live weights come back."""
+    found: list[dict[str, torch.Tensor]] = []
+    places: tuple[Place, ...] = ("device", "host")
+    for place in places:
+        torch.manual_seed(0)
+        layers = torch.nn.Sequential(torch.nn.Linear(300, 401), torch.nn.Conv2d(8, 9, 3)).to("cuda", dtype)
+        parameters = dict(layers.named_parameters())
+        averages = start_averages(parameters, {"ema": PlainEma(0.9), "long": PowerEma(0.1)}, place=place)
+        assert averages.shards["ema"]["0.weight"].is_pinned() == (place == "host")
+        for step in range(1, 6):
+            with torch.no_grad():
+                for parameter in parameters.values():
+                    parameter.add_(torch.randn_like(parameter) * 1e-2)
+            update_averages(averages, parameters, step)
+        found.append({name: tensor.cpu().clone() for name, tensor in ema_tensors(averages, "ema", parameters).items()})
+        live = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        with averaged_weights(averages, "ema", parameters):
+            for name, parameter in parameters.items():
+                assert torch.equal(parameter.cpu(), found[-1][name].to(dtype))
+        assert all(torch.equal(parameter, live[name]) for name, parameter in parameters.items())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

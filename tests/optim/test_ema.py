@@ -112,7 +112,8 @@ def test_a_hundred_steps_equal_float64(small_chunks: None, dtype: torch.dtype, p
 def test_place_and_chunks_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         found = []
-        for place, chunk in (("device", 1 << 17), ("host", 1 << 17), ("host", 100), ("device", 100)):
+        cases: list[tuple[Place, int]] = [("device", 1 << 17), ("host", 1 << 17), ("host", 100), ("device", 100)]
+        for place, chunk in cases:
             monkeypatch.setattr(ema_memory, "_CHUNK_ELEMENTS", {"cpu": chunk})
             parameters = make_parameters(dtype)
             averages = start_averages(parameters, PROFILES, place=place)
@@ -127,7 +128,7 @@ def test_kahan_weights_are_averaged_with_what_they_lack(small_chunks: None) -> N
     parameters = {name: p for name, p in make_parameters(torch.bfloat16).items() if name != "none"}
     optimizer = make_optimizer(parameters, OptimizerConfig(lr=1e-6), rounding="kahan")
     averages = start_averages(parameters, PROFILES)
-    trajectory = [wide(parameters)]
+    trajectory, corrections = [wide(parameters)], dict[str, Tensor]()
     for step in range(1, 51):
         for parameter in parameters.values():
             parameter.grad = torch.ones_like(parameter)
@@ -196,10 +197,11 @@ def test_a_step_that_changed_nothing_may_be_left_out() -> None:
             update_averages(averages, parameters, done)
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.fixture(params=[(d, p) for d in (torch.float32, torch.bfloat16) for p in ("device", "host")], ids=str)
 def averaged(request: pytest.FixtureRequest, small_chunks: None) -> Iterator[tuple[Averages, Parameters]]:
-    parameters = make_parameters(request.param)
-    averages = start_averages(parameters, PROFILES)
+    dtype, place = request.param
+    parameters = make_parameters(dtype)
+    averages = start_averages(parameters, PROFILES, place=place)
     run(averages, parameters, range(1, 11))
     yield averages, parameters
 

@@ -1,4 +1,8 @@
-"""An average of any length from a run's stored ones, tensor by tensor (Karras et al. 2024, section 3.2)."""
+"""An average of any length from a run's stored ones, tensor by tensor (Karras et al. 2024, section 3.2).
+
+The paper stores fp16. Its rounding, 2e-4 of a weight, comes out times `Reconstruction.amplification`: where training
+moves weights by no more than a few thousandths, as a fine-tune may, fp32 is worth its bytes.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
