@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_tried_again_with_less(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One worker of two finds no memory in the dry run: both start again, with a tighter plan, and the run goes on."""
-    memory_ends(tmp_path, monkeypatch, "trainer.memory.run_choice", 0)
+    memory_ends(tmp_path, monkeypatch, "trainer.train.dry_run", 0)
     run_dir = tmp_path / "run"
     done = sdxl_train(config_file, f"run.dir={run_dir}", "train.steps=2", "launch.workers=2", "memory.budget=8GiB")
     (failed,) = [line for line in done.stderr.splitlines() if "trying again with less" in line]

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tests.model_files.single_files import write_single_file
-from tests.train.real_run import run_config, watched_run
+from tests.train.real_run import model_of, run_config, watched_run
 from trainer.cli.start_workers import prepare
 from trainer.config.load import load_config, to_yaml
 from trainer.model_files.examine.check import check_model
@@ -35,7 +35,7 @@ def test_the_same_losses_from_a_file_as_from_the_folder(tmp_path: Path, model_fo
         written = tmp_path / "config.yaml"
         written.write_text(to_yaml(config))
         assert load_config(written) == config
-        assert prepare(config) == 0
+        assert prepare(config, model_of(config)) == 0
         losses[model] = [result.loss for result in watched_run(config).results]
     assert len(losses[file]) == 2
     # Last bits hang on where the system puts memory; tests/model_files/test_model_source.py compares the weights.
