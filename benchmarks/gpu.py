@@ -9,18 +9,28 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import date
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- gpu rows: begin -->", "<!-- gpu rows: end -->"
-NOT_MEASURED = "not measured: no GPU here"
-GIB = 2**30
+from benchmarks.gpu_rows import (
+    NOT_MEASURED,
+    ROOT,
+    failure,
+    label,
+    lines_of,
+    product,
+    run,
+    script_rows,
+    table_rows,
+    tell,
+    told,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,13 @@ def main() -> None:
     parser.add_argument("--batch-sizes", default="1,2,4")
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each bench (default: 10)")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="some sections alone")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="the proof in their place: what says most first, on one card of 24 GB or more, nothing begun that would "
+        "not be done in time",
+    )
     arguments = parser.parse_args()
 
     import torch
@@ -61,35 +78,102 @@ def main() -> None:
     docs = arguments.docs or (None if arguments.dry else ROOT / "docs" / "benchmarks.md")
     card = torch.cuda.get_device_name(0) if has_gpu else "CPU, dry run"
     cards = f"{torch.cuda.device_count()} x {card}" if has_gpu else card
-    failed = False
+    begin, device = time.monotonic(), "cuda" if has_gpu else "cpu"
     with tempfile.TemporaryDirectory(prefix="gpu-", dir=arguments.dir) as temporary:
-        bench = prepared(Path(temporary), arguments, "cuda" if has_gpu else "cpu")
-        for name in arguments.only:
-            print(f"== {name}", file=sys.stderr, flush=True)
-            try:
-                for row in SECTIONS[name](bench):
-                    tell(docs, cards, *row)
-            except Exception as error:
-                failed = True
-                tell(docs, cards, name, failure(error))
-    sys.exit(1 if failed else 0)
+        bench, told_to = prepared(Path(temporary), arguments, device), partial(tell, docs, cards)
+        if arguments.minutes:
+            good = prove(bench, begin + 60 * arguments.minutes, told_to)
+        else:
+            finish(writing_model(bench.model))
+            good = sum(not section(name, bench, told_to) for name in arguments.only) == 0
+    sys.exit(0 if good else 1)
 
 
 def prepared(folder: Path, arguments: argparse.Namespace, device: str) -> Bench:
-    """Make the model and its tokenizer."""
+    """Make the tokenizer and the tiny model; one of random weights is still to be written."""
     from trainer.model_files.clip_tokenizer import write_clip_tokenizer
     from trainer.tiny.tiny_model import write_tiny_model
 
-    tokenizer, model = folder / "tokenizer", arguments.model
+    tokenizer, tiny = folder / "tokenizer", folder / "tiny"
     write_clip_tokenizer(tokenizer, "<|endoftext|>")
-    if arguments.dry:
-        model = folder / "tiny"
-        write_tiny_model(model)
-    elif model is None:
-        model = folder / "random.safetensors"
-        run([sys.executable, ROOT / "benchmarks" / "random_model.py", "--out", model])
+    write_tiny_model(tiny)
+    model = tiny if arguments.dry else arguments.model or folder / "random.safetensors"
     steps, batch_sizes = (2, "1") if arguments.dry else (arguments.steps, arguments.batch_sizes)
     return Bench(folder, arguments.dry, model, tokenizer, batch_sizes, steps, device)
+
+
+def writing_model(model: Path) -> subprocess.Popen[bytes] | None:
+    """A process that writes a model of random weights; None where there is a model."""
+    command = [sys.executable, ROOT / "benchmarks" / "random_model.py", "--out", model]
+    return None if model.exists() else subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def finish(writing: subprocess.Popen[bytes] | None) -> None:
+    """Wait for it."""
+    if writing and writing.wait():
+        raise RuntimeError(f"the model of random weights: exit code {writing.returncode}")
+
+
+def section(name: str, bench: Bench, told_to: Callable[[str, str], None]) -> bool:
+    """Tell its rows as they come; whether it went well."""
+    print(f"== {name}", file=sys.stderr, flush=True)
+    try:
+        for row in SECTIONS[name](bench):
+            told_to(*row)
+    except Exception as error:
+        told_to(name, failure(error))
+        return False
+    return True
+
+
+def prove(bench: Bench, deadline: float, told_to: Callable[[str, str], None]) -> bool:
+    """What says most first, and nothing that by its forecast would not end before the deadline.
+
+    Args:
+        deadline: of `time.monotonic`.
+
+    Returns:
+        Whether all that began went well.
+    """
+    writing = writing_model(bench.model)
+    try:
+        good = section("environment", bench, told_to)
+        good &= section("tests", replace(bench, dry=True), told_to)
+        tiny = replace(bench, model=bench.folder / "tiny", dry=True)
+        good &= proof_tasks(tiny, ["agreement"], deadline, told_to)
+        finish(writing)
+    finally:
+        if writing:
+            writing.kill()
+    return proof_tasks(bench, FULL_SIZE_TASKS, deadline, told_to) and good
+
+
+def proof_tasks(bench: Bench, names: Sequence[str], deadline: float, told_to: Callable[[str, str], None]) -> bool:
+    """Tasks of gpu_proof.py, in one process; where that dies, the rest go on in another."""
+    precision = "bf16_stochastic" if bf16_works(bench) else "fp16"
+    lean = {"optimizer": {"lr": 1e-6, "kind": "adamw_8bit"}, "train": {"steps": 1, "precision": precision}}
+    lean["memory"] = {"budget": "23GiB"}
+    good, left = True, list(names)
+    configs = ["--unet", write_config(bench, "unet", lean), "--everything", everything(bench, lean)]
+    while left and (seconds := deadline - time.monotonic()) > 0:
+        options = ["--seconds", f"{seconds:.0f}", *["--dry"] * bench.dry, "--only", *left]
+        left, now = [], "the start of the proof"
+        try:
+            for line in lines_of([sys.executable, "-m", "benchmarks.gpu_proof", *configs, *options], seconds):
+                told_now = json.loads(line)
+                if isinstance(told_now, list):
+                    told_to(*told_now)
+                elif "failed" in told_now:
+                    good = False
+                    told_to(told_now["failed"], told_now["why"])
+                else:
+                    now, left = told_now["begins"], told_now["then"]
+                    print(f"== {now}, about {told_now['forecast_s']:.0f} s", file=sys.stderr, flush=True)
+        except RuntimeError as error:
+            late = time.monotonic() >= deadline
+            good &= late
+            told_to(now, "stopped at the end of the time, after more than its forecast" if late else failure(error))
+    return good
 
 
 def environment(bench: Bench) -> Iterator[tuple[str, str]]:
@@ -165,28 +249,6 @@ def bench_rows(
         yield f"bench: {what}, {label(row)}", row["error"] or told(row, report["precision"])
 
 
-def label(row: dict[str, Any]) -> str:
-    """Which way to train."""
-    return f"{row['workers']} x {row['strategy']}, batch {row['batch_size']}{', compiled' * row['compiled']}"
-
-
-def told(row: dict[str, Any], precision: str) -> str:
-    """A row's figures in a line."""
-    height, width = row["bucket"]
-    parts = [f"{row['images_per_s']:.2f} img/s at {width} x {height} px, {precision}; {row['step_s']:.3f} s a step"]
-    parts[0] += f" ({', '.join(f'{phase} {seconds:.3f}' for phase, seconds in row['split'].items())}"
-    exposed = "not measured" if row["exposed_s"] is None else f"{row['exposed_s']:.3f}"
-    parts[0] += f", communication exposed {exposed})"
-    parts.append("MFU " + (f"{row['mfu']:.1%}" if row["mfu"] else "unknown"))
-    if row["measured_bytes"] is None:
-        parts.append(f"GPU memory {NOT_MEASURED}")
-    else:
-        planned = f"{row['planned_bytes'] / GIB:.2f}" if row["planned_bytes"] else "nothing"
-        measured, reserved = row["measured_bytes"] / GIB, row["reserved_bytes"] / GIB
-        parts.append(f"tensors {measured:.2f} GiB, planned {planned}, reserved {reserved:.2f}")
-    return "; ".join([*parts, f"{row['recomputed']} blocks recomputed", *row["notes"]])
-
-
 def attention(bench: Bench) -> Iterator[tuple[str, str]]:
     """SDPA's backends."""
     yield from script_rows("gpu_kernels.py", "attention", "--device", bench.device, *["--dry"] * bench.dry)
@@ -219,10 +281,10 @@ def optimizer(bench: Bench) -> Iterator[tuple[str, str]]:
         )
         yield "optimizer: adamw, bf16, stochastic", f"{NOT_MEASURED} ({row['bytes']:.2f} bytes a weight on the CPU)"
         return
-    for options, label in (([], "not compiled"), (["--compiled"], "compiled")):
+    for options, how in (([], "not compiled"), (["--compiled"], "compiled")):
         for row in table_rows(lines_of([sys.executable, script, "--device", "cuda", *options])):
             told = f"{row['M weights/s']} million weights/s, {row['bytes/weight']} bytes a weight"
-            yield f"optimizer: {row['moments']}, {row['weights']}, {label}", f"{told}, {row['extra MB']} MB beside"
+            yield f"optimizer: {row['moments']}, {row['weights']}, {how}", f"{told}, {row['extra MB']} MB beside"
 
 
 def full_size(bench: Bench) -> Iterator[tuple[str, str]]:
@@ -235,10 +297,10 @@ def full_size(bench: Bench) -> Iterator[tuple[str, str]]:
         yield f"full size: {row['stage']}", f"{row['wall']}, host RSS {row['peak RSS']}"
 
 
-def everything(bench: Bench) -> Path:
+def everything(bench: Bench, more: dict[str, Any] | None = None) -> Path:
     """The UNet and both text encoders, 225 tokens."""
-    part = {"train": True}
-    return write_config(bench, "everything", {"trainable": {"text_encoder_1": part, "text_encoder_2": part}})
+    trainable = {"text_encoder_1": {"train": True}, "text_encoder_2": {"train": True}}
+    return write_config(bench, "everything", {"trainable": trainable, **(more or {})})
 
 
 def write_config(bench: Bench, name: str, more: dict[str, Any]) -> Path:
@@ -277,81 +339,20 @@ def bf16_works(bench: Bench) -> bool:
     return bench.device == "cpu" or torch.cuda.get_device_capability()[0] >= 8
 
 
-def cell(text: str) -> str:
-    """Text that stays within its cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def failure(error: Exception) -> str:
-    """In a line, why a section ended before its time."""
-    told = str(error).strip().splitlines()
-    return f"failed: {type(error).__name__}{': ' + told[-1] if told else ''}"
-
-
-def tell(docs: Path | None, cards: str, what: str, measured: str) -> None:
-    """Print a row, and add it to the document at once: what comes after it may fail."""
-    line = f"| {date.today()} | {cards} | {cell(what)} | {cell(measured)} |"
-    print(line, flush=True)
-    if docs:
-        add_row(docs, line)
-
-
-def add_row(docs: Path, line: str) -> None:
-    """Put the line before the end marker; the row that says that nothing was measured goes."""
-    text = docs.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    rows, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{docs}: the lines {BEGIN} and {END} are missing")
-    kept = [row for row in rows.splitlines() if row and not row.startswith(f"| - | - | everything | {NOT_MEASURED}")]
-    docs.write_text(f"{before}{begin}\n" + "\n".join([*kept, line]) + f"\n{end}{after}", encoding="utf-8")
-
-
-def product(*arguments: object) -> list[str]:
-    """A command of sdxl-train."""
-    return [sys.executable, "-m", "trainer", *map(str, arguments)]
-
-
-def script_rows(script: str, *arguments: str) -> Iterator[tuple[str, str]]:
-    """The rows of a benchmark beside this one, which prints each as JSON."""
-    for line in lines_of([sys.executable, ROOT / "benchmarks" / script, *arguments]):
-        what, measured = json.loads(line)
-        yield what, measured
-
-
-def table_rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """The rows of a Markdown table, by the names of its columns."""
-    heads: list[str] | None = None
-    for line in lines:
-        if not line.startswith("|"):
-            continue
-        cells = [text.strip() for text in line.strip().removeprefix("|").removesuffix("|").split("|")]
-        if heads is None:
-            heads = cells
-        elif cells[0].strip("-"):
-            yield dict(zip(heads, cells, strict=True))
-
-
-def run(command: Sequence[object]) -> str:
-    """Its standard output."""
-    return "\n".join(lines_of(command)).strip()
-
-
-def lines_of(command: Sequence[object]) -> Iterator[str]:
-    """The lines of its standard output as they come.
-
-    Raises:
-        RuntimeError: it failed, after its last line.
-    """
-    words, environment = list(map(str, command)), {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            yield line.rstrip("\n")
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(words[:3])} ended with exit code {process.returncode}")
-
-
+# Of gpu_proof.py, in the order in which they run.
+FULL_SIZE_TASKS = (
+    "unet-1",
+    "unet-2",
+    "unet-4",
+    "steady-loop",
+    "save",
+    "everything",
+    "8bit-compiled",
+    "8bit-plain",
+    "channels-last-off",
+    "compile",
+    "fsdp2",
+)
 # By name, in the order in which they run.
 SECTIONS = {
     "environment": environment,

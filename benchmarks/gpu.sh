@@ -4,4 +4,4 @@
 #   benchmarks/gpu.sh                  an hour or two, 30 GB of disk; --help lists what may be changed
 #   benchmarks/gpu.sh --dry            the same commands on a tiny model, on any machine, in minutes; nothing is written
 if [ -z "${SDXL_TRAIN_PYTHON:-}" ]; then source "$(dirname "$0")/../scripts/venv.sh"; else cd "$(dirname "$0")/.."; fi
-exec "${SDXL_TRAIN_PYTHON:-python}" benchmarks/gpu.py "$@"
+exec "${SDXL_TRAIN_PYTHON:-python}" -m benchmarks.gpu "$@"

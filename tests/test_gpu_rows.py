@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_rows
 
 ROW: dict[str, Any] = {
     "bucket": [1024, 768],
@@ -45,7 +45,7 @@ def test_a_section_that_fails_keeps_its_rows_and_the_rest_goes_on(
         yield "last", "3 ms"
 
     docs = tmp_path / "docs.md"
-    docs.write_text(f"{gpu.BEGIN}\n{gpu.END}\n", encoding="utf-8")
+    docs.write_text(f"{gpu_rows.BEGIN}\n{gpu_rows.END}\n", encoding="utf-8")
     monkeypatch.setattr(gpu, "SECTIONS", {"one": breaks, "two": breaks_with_words, "three": works})
     monkeypatch.setattr(gpu, "prepared", lambda folder, arguments, device: bench_on(device))
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry", "--docs", str(docs)])
@@ -63,7 +63,7 @@ def test_a_section_that_fails_keeps_its_rows_and_the_rest_goes_on(
 
 
 def test_notes_are_told() -> None:
-    told = gpu.told(ROW, "bf16")
+    told = gpu_rows.told(ROW, "bf16")
     assert told.startswith("0.50 img/s at 768 x 1024 px, bf16; 2.000 s a step")
     assert told.endswith(
         "; 0 of 57 blocks recomputed; what was planned first did not fit; some gradients were not finite"
@@ -72,7 +72,7 @@ def test_notes_are_told() -> None:
 
 def test_rows_of_a_script_that_fails_come_before_its_failure() -> None:
     code = f"import sys; print({json.dumps(['what', '1 ms'])!r}, flush=True); sys.exit(3)"
-    lines = gpu.lines_of([sys.executable, "-c", code])
+    lines = gpu_rows.lines_of([sys.executable, "-c", code])
     assert json.loads(next(lines)) == ["what", "1 ms"]
     with pytest.raises(RuntimeError, match="ended with exit code 3"):
         next(lines)
@@ -80,7 +80,7 @@ def test_rows_of_a_script_that_fails_come_before_its_failure() -> None:
 
 def test_rows_of_a_table_are_by_column() -> None:
     table = ["loading ...", "| stage | wall | |", "|---|---|---|", "| train | 2 s | at most |", "| export | 1 s |  |"]
-    assert list(gpu.table_rows(table)) == [
+    assert list(gpu_rows.table_rows(table)) == [
         {"stage": "train", "wall": "2 s", "": "at most"},
         {"stage": "export", "wall": "1 s", "": ""},
     ]
