@@ -69,6 +69,7 @@ def test_what_cannot_fit_ends_its_row_alone(model_folder: Path, tmp_path: Path) 
     assert "nothing could be measured" in done.stdout
 
 
+@pytest.mark.slow
 def test_gpu_benchmarks_dry(tmp_path: Path) -> None:
     """All sections but the one that runs a part of this suite; rows go between the markers."""
     docs = tmp_path / "docs.md"
@@ -89,6 +90,29 @@ def test_gpu_benchmarks_dry(tmp_path: Path) -> None:
     assert "not measured: no GPU here" in rows and "| - | - |" not in rows
 
 
+def test_the_proof_tells_rows_as_they_come_and_leaves_out_what_takes_too_long(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """Weights stay between batch sizes; FSDP2 in a group of one takes the plain steps; no time, no task."""
+    config = config_in(tmp_path, model_folder, budget="8GiB")
+    command = (sys.executable, "-m", "benchmarks.gpu_proof", "--dry", "--unet", config, "--everything", config)
+    overrides = config.read_text().replace("gradient_accumulation_steps: 2", "gradient_accumulation_steps: 1")
+    config.write_text(overrides.replace("path: images", f"path: {tmp_path / 'images'}"))
+    done = run(*command, "--seconds", 300, "--only", "agreement", "unet-2", "save", "fsdp2")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    begun = [line["begins"] for line in lines if isinstance(line, dict)]
+    assert begun == ["agreement", "unet-2", "save", "fsdp2"]
+    told = {line[0]: line[1] for line in lines if isinstance(line, list)}
+    assert len(told) == 6 and all(measured for measured in told.values())
+    assert "0.0e+00" in told["tiny model in fp32 against fp32 on the CPU, relative L2"]
+    assert re.search(r"differ by at most (0\.0e\+00|\d\.\de-0[6-9]) from single", told["proof: UNet, batch 1, zero2"])
+    done = run(*command, "--seconds", 20, "--only", "compile")
+    ((name, told_now),) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert name == "compile" and told_now.startswith("left out: it would take about 120 s")
+
+
+@pytest.mark.slow
 def test_exactness_compares_losses_and_weights() -> None:
     command = (sys.executable, "benchmarks/gpu_exactness.py", "--device", "cpu", "--workers", 2, "--steps", 1)
     done = run(*command, "--runs", "zero2:fp32:3")

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.e2e
 
 
+@pytest.mark.slow
 def test_data_engine(tmp_path: Path) -> None:
     """Every line of the table, with what must hold at any size."""
     command = [sys.executable, "-W", "error", "benchmarks/data_engine.py", "--dir", str(tmp_path), "--rows", "20000"]

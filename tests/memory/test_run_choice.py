@@ -13,8 +13,7 @@ def test_a_dry_run_changes_nothing(tmp_path: Path, config_file: Path) -> None:  
     """The same bits with and without it, and when recomputed or offloaded."""
     runs = {
         "plain": [],
-        "dry": ["memory.budget=8GiB"],
-        "recomputed": ["memory.budget=8GiB", "memory.recompute=all"],
+        "dry, recomputed": ["memory.budget=8GiB", "memory.recompute=all"],
         "offloaded": ["memory.offload_activations=true"],
     }
     for name, overrides in runs.items():

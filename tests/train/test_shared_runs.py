@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tests.worker_group import run_group
 
 SCRIPT = Path(__file__).parent / "shared_run_script.py"
-QUICK = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero2+:fp32:3", "zero3:fp32:1", "zero2:bf16:3")
-LONG = (*QUICK, "ddp:bf16:1", "zero3:bf16:1")
+QUICK = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero3:fp32:1")
+LONG = (*QUICK, "zero2+:fp32:3", "ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
 QUICK_STEPS, STEPS = 3, 50
 
 
@@ -83,20 +83,23 @@ def test_four_workers_take_fifty_steps_of_one(alone_for_long: Path, four_for_lon
     assert_same_steps(alone_for_long, four_for_long, name)
 
 
-@pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("name", "gathers", "embedding_gathers", "reductions"),
+    ("name", "gathers", "embedding_gathers", "reductions", "runs"),
     [
-        ("zero2:fp32:3", 1, 3, 1),  # weights and gradients once a step; embeddings are freed in each pass
-        ("zero2+:fp32:3", 1, 3, 3),  # gradients in each pass
-        ("zero3:fp32:1", 2, 1, 1),  # forward and backward; backward needs no embeddings
-        ("zero2:bf16:3", 1, 3, 1),
+        # Weights and gradients once a step; embeddings are freed in each pass.
+        pytest.param("zero2:fp32:3", 1, 3, 1, "four", marks=pytest.mark.e2e),
+        pytest.param("zero2:bf16:3", 1, 3, 1, "four_for_long", marks=pytest.mark.slow),
+        # Gradients in each pass.
+        pytest.param("zero2+:fp32:3", 1, 3, 3, "four_for_long", marks=pytest.mark.slow),
+        # Forward and backward; backward needs no embeddings.
+        pytest.param("zero3:fp32:1", 2, 1, 1, "four", marks=pytest.mark.e2e),
     ],
 )
 def test_nothing_but_weights_and_gradients_is_sent(
-    four: Path, name: str, gathers: int, embedding_gathers: int, reductions: int
+    request: pytest.FixtureRequest, name: str, gathers: int, embedding_gathers: int, reductions: int, runs: str
 ) -> None:
     """Every weight's rows are padded to a multiple of the workers."""
+    four: Path = request.getfixturevalue(runs)
     weights = load_file(four / f"{name}.safetensors")
     padded = {n: -(-len(t) // 4) * 4 * t[0].numel() for n, t in weights.items()}
     unused = ("text_encoder_1.encoder.layers.1.", "text_encoder_1.final_layer_norm.")
