@@ -17,11 +17,10 @@ from typing import Literal
 
 import numpy as np
 
+from trainer.config.sources import FolderSource, KohyaJsonSource
 from trainer.data.buckets import Bucket, BucketRules, make_buckets
 from trainer.data.captions import caption_record
 from trainer.data.prepare.settings import PrepareSettings, replace_file
-from trainer.data.sources.folder import FolderSource
-from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.sources.source import WHOLE
 from trainer.data.store.references import Reference
 from trainer.data.store.shards import RowBatch, ShardHead, read_info, write_shard
@@ -185,7 +184,7 @@ def metadata_settings(folder: Path) -> PrepareSettings:
     """To prepare what `write_metadata_file` wrote, the latents used where they lie."""
     return PrepareSettings(
         prepared=folder / "prepared",
-        sources=(KohyaJsonSource(folder / "meta_lat.json", latents=folder / "npz"),),
+        sources=(KohyaJsonSource(type="kohya_json", path=folder / "meta_lat.json", latents=folder / "npz"),),
         buckets=BucketRules(resolution=64, min_px=64, max_px=64, step_px=64),
         vae="",
         scaling_factor=0.13025,
@@ -196,7 +195,7 @@ def photo_settings(photos: Path, prepared: Path) -> PrepareSettings:
     """Small buckets and small shards, so that a short run has many of them to be interrupted in."""
     return PrepareSettings(
         prepared=prepared,
-        sources=(FolderSource(photos, repeats=2),),
+        sources=(FolderSource(path=photos, repeats=2),),
         buckets=BucketRules(resolution=256, min_px=128, max_px=512, step_px=64),
         vae="stand-in",
         scaling_factor=0.13025,

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "measure": set(),
     "parallel": set(),
     "model_files": set(),
-    "data": set(),
+    "data": {"config"},
     "tiny": {"model_files"},
     "checkpoint": {"model_files"},
     "optim": {"config", "parallel"},

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from trainer.config.sources import Source
 from trainer.data.buckets import BucketRules
 from trainer.data.prepare.settings import PrepareSettings
-from trainer.data.sources.listing import Source
 
 
 def latents_of(seed: int, bucket_hw: tuple[int, int] = (64, 128)) -> np.ndarray:

@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
+from trainer.config.sources import FolderSource
 from trainer.data.buckets import BucketRules
 from trainer.data.prepare.settings import PrepareSettings
-from trainer.data.sources.folder import FolderSource
 
 RULES = BucketRules(resolution=128, min_px=64, max_px=256, step_px=64)
 
@@ -38,7 +38,7 @@ def write_crops(folder: Path, count: int, seed: int = 0) -> None:
 def settings_for(prepared: Path, *folders: Path, **changes: object) -> PrepareSettings:
     values = {
         "prepared": prepared,
-        "sources": tuple(FolderSource(folder) for folder in folders),
+        "sources": tuple(FolderSource(path=folder) for folder in folders),
         "buckets": RULES,
         "vae": "xxh3:0123 fp32",
         "scaling_factor": 0.13025,

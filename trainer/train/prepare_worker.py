@@ -3,14 +3,12 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from trainer.config.schema import Config
-from trainer.config.sources import Source as SourceConfig
+from trainer.config.sources import Source
 from trainer.data.buckets import BucketRules
 from trainer.data.prepare.encode import encode_shards, pending_payloads, write_references
 from trainer.data.prepare.settings import PrepareSettings
-from trainer.data.sources.listing import SOURCE_TYPES, Source
 from trainer.model_files.run_model import RunModel
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 
@@ -30,7 +28,7 @@ def prepare_settings(config: Config, model: RunModel) -> PrepareSettings:
         encoders = f"{' '.join(parts)} {config.model.text_encoder_precision}"
     return PrepareSettings(
         prepared=config.data.prepared,
-        sources=tuple(map(_source, config.data.sources)),
+        sources=tuple(map(_absolute, config.data.sources)),
         buckets=BucketRules(
             resolution=buckets.resolution,
             min_px=buckets.min_px,
@@ -52,16 +50,10 @@ def _caption_settings(config: Config) -> dict[str, object]:
     return config.captions.model_dump(exclude_defaults=True, exclude={"max_empty_fraction"})
 
 
-def _source(entry: SourceConfig) -> Source:
-    """The data package's own form of an entry of `data.sources`; the fields are the same.
-
-    Paths are made absolute: what is prepared may refer to files, and is to be read from any current directory.
-    """
-    values: dict[str, Any] = {name: getattr(entry, name) for name in type(entry).model_fields if name != "type"}
-    fields: dict[str, Any] = {
-        name: value.absolute() if isinstance(value, Path) else value for name, value in values.items()
-    }
-    return SOURCE_TYPES[entry.type](**fields)
+def _absolute(source: Source) -> Source:
+    """With absolute paths: what is prepared may refer to files, and is to be read from any current directory."""
+    paths = {name: value.absolute() for name, value in source if isinstance(value, Path)}
+    return source.model_copy(update=paths)
 
 
 def needs_workers(config: Config) -> bool:

@@ -12,16 +12,13 @@ import pytest
 
 from tests.data.photographs import RULES, astronaut, coffee, pooled, settings_for, write_crops
 from tests.data.sources.test_webdataset import write_tar
+from trainer.config.sources import FolderSource, HfSource, ParquetSource, WebdatasetSource
 from trainer.data.buckets import make_buckets, place
 from trainer.data.captions import caption_text
 from trainer.data.images import image_hw, load_pixels
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.prepare.stages import commit, plan_prepare
-from trainer.data.sources.folder import FolderSource
-from trainer.data.sources.hf import HfSource
-from trainer.data.sources.parquet import ParquetSource
-from trainer.data.sources.webdataset import WebdatasetSource
 from trainer.data.store.snapshot import PreparedSet
 from trainer.keyed import draw_seed
 
@@ -75,10 +72,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Image],
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(root / "set", num_shards=2)
     expected |= {f"set/{i:09d}": image for i, image in enumerate(images)}
     return expected, (
-        FolderSource(root / "photos"),
-        WebdatasetSource(root / "tars"),
-        ParquetSource(root / "table.parquet"),
-        HfSource(str(root / "set")),
+        FolderSource(path=root / "photos"),
+        WebdatasetSource(type="webdataset", tars=root / "tars"),
+        ParquetSource(type="parquet", files=root / "table.parquet"),
+        HfSource(type="hf", path=str(root / "set")),
     )
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.data.kohya_files import entry, kohya_npz, settings_of, write_files, write_metadata
+from trainer.config.sources import KohyaJsonSource
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.stages import commit, is_current, plan_prepare
-from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 
@@ -28,7 +28,7 @@ def test_an_entry_that_comes_twice_counts_once(tmp_path: Path) -> None:
     lines = [{"image_path": str(i % 3), "caption": f"line {i}"} for i in range(7)]
     (tmp_path / "meta.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepared = tmp_path / "prepared"
-    settings = settings_of(prepared, KohyaJsonSource(tmp_path / "meta.jsonl", latents))
+    settings = settings_of(prepared, KohyaJsonSource(type="kohya_json", path=tmp_path / "meta.jsonl", latents=latents))
     for new, known in ((3, 0), (0, 3)):
         counts = plan_prepare(settings, show_progress=False).scan
         assert (counts.listed, counts.new, counts.known, counts.bad, counts.removed) == (7, new, known, 4, 0)
@@ -45,12 +45,18 @@ def test_a_look_that_failed_binds_nobody(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text((tmp_path / "meta.json").read_text()[:600])
     prepared = tmp_path / "prepared"
     with pytest.raises(UserError, match="is not valid JSON"):
-        plan_prepare(settings_of(prepared, KohyaJsonSource(tmp_path / "cut.json", latents)), show_progress=False)
-    settings = settings_of(prepared, KohyaJsonSource(tmp_path / "meta.json", latents))
+        plan_prepare(
+            settings_of(prepared, KohyaJsonSource(type="kohya_json", path=tmp_path / "cut.json", latents=latents)),
+            show_progress=False,
+        )
+    settings = settings_of(prepared, KohyaJsonSource(type="kohya_json", path=tmp_path / "meta.json", latents=latents))
     assert not is_current(settings)
     assert plan_prepare(settings, show_progress=False).new_rows == 10
     with pytest.raises(UserError, match="was prepared with"):
-        plan_prepare(settings_of(prepared, KohyaJsonSource(tmp_path / "cut.json", latents)), show_progress=False)
+        plan_prepare(
+            settings_of(prepared, KohyaJsonSource(type="kohya_json", path=tmp_path / "cut.json", latents=latents)),
+            show_progress=False,
+        )
 
 
 def test_a_look_at_a_part_forgets_nothing_of_the_rest(tmp_path: Path) -> None:
@@ -58,7 +64,7 @@ def test_a_look_at_a_part_forgets_nothing_of_the_rest(tmp_path: Path) -> None:
     (latents / "5.npz").write_bytes(b"")
     write_metadata(tmp_path / "meta.json", {str(i): entry(i) for i in range(8)})
     prepared = tmp_path / "prepared"
-    settings = settings_of(prepared, KohyaJsonSource(tmp_path / "meta.json", latents))
+    settings = settings_of(prepared, KohyaJsonSource(type="kohya_json", path=tmp_path / "meta.json", latents=latents))
     plan_prepare(settings, show_progress=False)
     bad = _bad(prepared)
     assert list(bad) == ["meta/5", "meta/6", "meta/7"]

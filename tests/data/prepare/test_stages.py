@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.data.photographs import astronaut, pooled, settings_for, write_crops
+from trainer.config.sources import FolderSource
 from trainer.data.buckets import Bucket, Placement
 from trainer.data.captions import caption_text
 from trainer.data.images import load_pixels
@@ -21,7 +22,6 @@ from trainer.data.prepare.catalog import count_rows, open_catalog
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.prepare.stages import Committed, commit, is_current, plan_prepare, progress
-from trainer.data.sources.folder import FolderSource
 from trainer.data.store.snapshot import PreparedSet, Rows
 from trainer.errors import UserError
 from trainer.keyed import draw_seed
@@ -87,7 +87,7 @@ def test_what_is_found_and_what_is_left_out(photos: Path, tmp_path: Path) -> Non
 
 
 def test_latents_are_those_of_the_image(photos: Path, tmp_path: Path) -> None:
-    settings = replace(settings_for(tmp_path, photos), sources=(FolderSource(photos, repeats=3),))
+    settings = replace(settings_for(tmp_path, photos), sources=(FolderSource(path=photos, repeats=3),))
     _prepare(settings)
     with open_catalog(tmp_path) as connection:
         assert sum(count_rows(connection).values()) == 59
@@ -237,7 +237,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         settings,
         buckets=replace(settings.buckets, resolution=256),
         vae="xxh3:ffff fp32",
-        sources=(FolderSource(tmp_path / "photos", caption_extension=".caption"),),
+        sources=(FolderSource(path=tmp_path / "photos", caption_extension=".caption"),),
     )
     for check in (is_current, plan_prepare):
         with pytest.raises(UserError) as caught:

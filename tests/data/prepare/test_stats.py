@@ -11,12 +11,12 @@ from PIL import Image
 from tests.data.kohya_files import entry, kohya_npz, settings_of, write_files, write_metadata
 from tests.data.small_set import write_small_set
 from trainer.cli.main import main
+from trainer.config.sources import KohyaJsonSource
 from trainer.data.buckets import Bucket
 from trainer.data.captions import PLAIN
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.stages import commit, plan_prepare
 from trainer.data.prepare.stats import Sample, bucket_counts, left_out, sample
-from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.store.snapshot import PreparedSet
 from trainer.evaluate.data_chart import DataChart, data_chart_png
 
@@ -62,7 +62,12 @@ def test_the_size_of_an_image_is_not_guessed_from_its_latents(tmp_path: Path) ->
     entries = {"0": entry(0, (64, 64)), "1": entry(1, (64, 64), image_size=[300, 200]), "2": entry(2, (64, 64))}
     write_metadata(tmp_path / "meta.json", entries)
     root = tmp_path / "prepared"
-    plan_prepare(settings_of(root, KohyaJsonSource(tmp_path / "meta.json", tmp_path / "latents")), show_progress=False)
+    plan_prepare(
+        settings_of(
+            root, KohyaJsonSource(type="kohya_json", path=tmp_path / "meta.json", latents=tmp_path / "latents")
+        ),
+        show_progress=False,
+    )
     encode_shards(root, 0, 1, None)
     commit(root)
     found = _sampled(root, 10)

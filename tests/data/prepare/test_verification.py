@@ -13,11 +13,11 @@ import pytest
 from tests.data.kohya_files import entry, kohya_npz, settings_of, write_files, write_metadata
 from tests.data.small_set import write_small_set
 from trainer.cli.main import main
+from trainer.config.sources import KohyaJsonSource
 from trainer.data.buckets import Bucket
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.stages import commit, plan_prepare
 from trainer.data.prepare.verification import VERIFY_BAD, Damage, Verified, verify
-from trainer.data.sources.kohya import KohyaJsonSource
 from trainer.data.store.shards import RowBatch, ShardHead, read_info, write_shard
 from trainer.data.store.snapshot import PreparedSet, ShardSummary
 from trainer.data.store.snapshot_file import ShardEntry, Snapshot, snapshot_to_json
@@ -116,7 +116,7 @@ def test_latents_used_where_they_lie_are_read_too(tmp_path: Path) -> None:
     files = {f"{i:02d}.npz": kohya_npz(i) for i in range(20)}
     write_files(tmp_path / "latents", files)
     write_metadata(tmp_path / "meta.json", {f"{i:02d}": entry(i) for i in range(20)})
-    source = KohyaJsonSource(tmp_path / "meta.json", latents=tmp_path / "latents")
+    source = KohyaJsonSource(type="kohya_json", path=tmp_path / "meta.json", latents=tmp_path / "latents")
     settings = settings_of(tmp_path / "prepared", source)
     plan_prepare(settings, show_progress=False)
     encode_shards(settings.prepared, 0, 1, encode=None)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from trainer.config.sources import FolderSource
 from trainer.data.captions import caption_text
-from trainer.data.sources.folder import FolderSource, list_folder, read_caption
+from trainer.data.sources.folder import list_folder, read_caption
 from trainer.data.sources.listing import source_names
 from trainer.errors import UserError
 
@@ -18,7 +19,7 @@ def test_lists_images_below_the_folder(tmp_path: Path) -> None:
         (root / name).write_bytes(b"")
     (root / "sub" / "circle").symlink_to(root)
     ignored: Counter[str] = Counter()
-    items = {item.key: item for item in list_folder(FolderSource(root), "photos", ignored)}
+    items = {item.key: item for item in list_folder(FolderSource(path=root), "photos", ignored)}
     assert sorted(items) == ["photos/a", "photos/e.x", "photos/sub/a", "photos/sub/deep/b"]
     assert items["photos/sub/a"].file == str(root / "sub/a.webp")
     assert items["photos/e.x"].caption_path == str(root / "e.x.txt")
@@ -27,7 +28,7 @@ def test_lists_images_below_the_folder(tmp_path: Path) -> None:
 
 def test_names_stay_when_a_source_is_added() -> None:
     paths = ["/x/photos", "/y/photos", "/z/other", "/w/photos"]
-    sources = tuple(FolderSource(Path(path)) for path in paths)
+    sources = tuple(FolderSource(path=Path(path)) for path in paths)
     assert source_names(sources) == ("photos", "photos~2", "other", "photos~3")
     assert source_names(sources[:2]) == source_names(sources)[:2]
 
@@ -47,7 +48,7 @@ def test_caption_files_of_tags(tmp_path: Path) -> None:
         (tmp_path / name).write_text("1girl, solo")
     records = {}
     for kohya in (False, True):
-        source = FolderSource(tmp_path, caption_files_hold="tags", kohya_repeats=kohya)
+        source = FolderSource(path=tmp_path, caption_files_hold="tags", kohya_repeats=kohya)
         items = list_folder(source, "x", Counter())
         records[kohya] = sorted(read_caption(item.caption_path, item.caption) for item in items)
     assert records[False] == ['{"caption":"","tags":"1girl, solo"}', '{"caption":""}']
@@ -56,7 +57,7 @@ def test_caption_files_of_tags(tmp_path: Path) -> None:
 
 def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        list(list_folder(FolderSource(tmp_path / "nope"), "nope", Counter()))
+        list(list_folder(FolderSource(path=tmp_path / "nope"), "nope", Counter()))
 
 
 def test_kohyas_layout(tmp_path: Path) -> None:
@@ -72,7 +73,9 @@ def test_kohyas_layout(tmp_path: Path) -> None:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("a caption")
     ignored: Counter[str] = Counter()
-    items = {item.key: item for item in list_folder(FolderSource(root, kohya_repeats=True, repeats=2), "t", ignored)}
+    items = {
+        item.key: item for item in list_folder(FolderSource(path=root, kohya_repeats=True, repeats=2), "t", ignored)
+    }
     assert {key: item.repeats for key, item in items.items()} == {
         "t/10_sks girl/a": 20,
         "t/10_sks girl/sub/b": 20,

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from tests.data.kohya_files import entry, write_files, write_metadata
-from trainer.data.sources.kohya import KohyaJsonSource, list_kohya_json
+from trainer.config.sources import KohyaJsonSource
+from trainer.data.sources.kohya import list_kohya_json
 from trainer.data.sources.source import SourceItem
 from trainer.errors import UserError
 
 
 def _items(tmp_path: Path, entries: dict[str, Any], **folders: Path) -> dict[str, SourceItem]:
     write_metadata(tmp_path / "meta.json", entries)
-    source = KohyaJsonSource(tmp_path / "meta.json", repeats=2, **folders)
+    source = KohyaJsonSource(type="kohya_json", path=tmp_path / "meta.json", repeats=2, **folders)
     items = list(list_kohya_json(source, "meta", Counter(), tmp_path))
     assert len(items) == len(entries)
     assert [path.name for path in tmp_path.glob("tmp*")] == []

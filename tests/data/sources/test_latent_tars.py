@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.kohya_files import entry, kohya_npz, write_metadata, write_tar
-from trainer.data.sources.latent_tars import LatentTarsSource, list_latent_tars
+from trainer.config.sources import LatentTarsSource
+from trainer.data.sources.latent_tars import list_latent_tars
 from trainer.data.sources.source import SourceItem, read_bytes
 from trainer.errors import UserError
 
@@ -14,7 +15,7 @@ from trainer.errors import UserError
 def _items(tmp_path: Path, keys: list[str]) -> tuple[dict[str, SourceItem], Counter[str]]:
     write_metadata(tmp_path / "meta.json", {key: entry(i) for i, key in enumerate(keys)})
     ignored: Counter[str] = Counter()
-    source = LatentTarsSource(tmp_path / "meta.json", tmp_path / "tars", repeats=3)
+    source = LatentTarsSource(type="latent_tars", metadata=tmp_path / "meta.json", tars=tmp_path / "tars", repeats=3)
     items = list(list_latent_tars(source, "meta", ignored, tmp_path))
     return {item.key.removeprefix("meta/"): item for item in items}, ignored
 
@@ -51,7 +52,7 @@ def test_an_id_that_two_entries_claim_stops_it(tmp_path: Path) -> None:
 def test_an_entry_that_comes_twice_is_left_to_the_scan(tmp_path: Path) -> None:
     write_tar(tmp_path / "tars/0001.tar", {"1.npz": kohya_npz(1)})
     (tmp_path / "meta.json").write_text('{"a/1": {"caption": "one"}, "a/1": {"caption": "two"}}')
-    source = LatentTarsSource(tmp_path / "meta.json", tmp_path / "tars")
+    source = LatentTarsSource(type="latent_tars", metadata=tmp_path / "meta.json", tars=tmp_path / "tars")
     first, second = list_latent_tars(source, "meta", Counter(), tmp_path)
     assert first.key == second.key and (first.file, first.offset) == (second.file, second.offset)
 

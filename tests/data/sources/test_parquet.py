@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from skimage import data
 
+from trainer.config.sources import ParquetSource
 from trainer.data.images import BadImage
-from trainer.data.sources.parquet import CellReader, ParquetSource, list_parquet
+from trainer.data.sources.parquet import CellReader, list_parquet
 from trainer.data.sources.source import ROW, WHOLE, SourceItem
 from trainer.errors import UserError
 
@@ -55,7 +56,9 @@ def test_embedded_images(tmp_path: Path, form: str) -> None:
     path = tmp_path / "sub/a.parquet"
     path.parent.mkdir()
     pq.write_table(pa.table(columns), path, row_group_size=20)
-    source = ParquetSource(tmp_path, caption_column="text", tags_column="labels", key_column="id", repeats=2)
+    source = ParquetSource(
+        type="parquet", files=tmp_path, caption_column="text", tags_column="labels", key_column="id", repeats=2
+    )
     items = _list(source)
     assert [item.key for item in items] == [f"pq/sub/a/{i:09d}:{100 + i}" for i in range(50)]
     assert json.loads(items[3].caption or "") == {"caption": "crop 3", "tags": "a, b"}
@@ -82,7 +85,7 @@ def test_paths_and_holes(tmp_path: Path) -> None:
         {"bytes": b"no image", "path": "x.jpg"},
     ]
     pq.write_table(pa.table({"image": pa.array(rows, form), "caption": ["c"] * 6}), tmp_path / "a.parquet")
-    items = _list(ParquetSource(tmp_path / "a.parquet"))
+    items = _list(ParquetSource(type="parquet", files=tmp_path / "a.parquet"))
     assert [(item.file, item.length) for item in items[:2]] == [(str(tmp_path / "on disk.jpg"), WHOLE)] * 2
     problems = ["", "", "row 2 names https", "row 3 holds no image", "row 4 holds no image", "is not an image"]
     for item, problem in zip(items, problems, strict=True):
@@ -90,7 +93,7 @@ def test_paths_and_holes(tmp_path: Path) -> None:
     paths = pa.table({"path": ["on disk.jpg"], "caption": ["c"]})
     (tmp_path / "elsewhere").mkdir()
     pq.write_table(paths, tmp_path / "elsewhere/b.parquet")
-    (item,) = _list(ParquetSource(tmp_path / "elsewhere", image_column="path", images=tmp_path))
+    (item,) = _list(ParquetSource(type="parquet", files=tmp_path / "elsewhere", image_column="path", images=tmp_path))
     assert item.file == str(tmp_path / "on disk.jpg")
 
 
@@ -99,31 +102,31 @@ def test_what_datasets_writes(tmp_path: Path) -> None:
 
     crops = [Image.open(io.BytesIO(crop)) for crop in _crops(3)]
     datasets.Dataset.from_dict({"image": crops, "caption": ["x", "y", "z"]}).to_parquet(tmp_path / "hf.parquet")
-    items = _list(ParquetSource(tmp_path))
+    items = _list(ParquetSource(type="parquet", files=tmp_path))
     assert [item.original_hw for item in items] == [(50, 60), (52, 63), (54, 66)]
     assert Image.open(io.BytesIO(CellReader().read(items[2].file, 2))).size == (66, 54)
 
 
 def test_missing_columns_and_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no \.parquet file"):
-        _list(ParquetSource(tmp_path))
+        _list(ParquetSource(type="parquet", files=tmp_path))
     pq.write_table(pa.table({"image": _crops(1), "text": ["c"]}), tmp_path / "a.parquet")
     with pytest.raises(
         UserError, match=r"caption_column = caption: .*a.parquet has no such column; it has image, text"
     ):
-        _list(ParquetSource(tmp_path))
+        _list(ParquetSource(type="parquet", files=tmp_path))
 
 
 def test_damage_is_told(tmp_path: Path) -> None:
     crops = _crops(40)
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image": crops, "caption": ["c"] * 40}), path, row_group_size=20, compression="zstd")
-    (place, *_) = {item.file for item in _list(ParquetSource(tmp_path))}
+    (place, *_) = {item.file for item in _list(ParquetSource(type="parquet", files=tmp_path))}
     whole = bytearray(path.read_bytes())
     start = pq.read_metadata(path).row_group(1).column(0).dictionary_page_offset
     whole[start : start + 2000] = bytes(2000)
     path.write_bytes(whole)
-    items = _list(ParquetSource(tmp_path))
+    items = _list(ParquetSource(type="parquet", files=tmp_path))
     assert not any(item.problem for item in items[:20])
     assert len(items) == 21 and items[20].problem.startswith("row group 1, from row 20 on: ")
     reader = CellReader()
@@ -131,7 +134,7 @@ def test_damage_is_told(tmp_path: Path) -> None:
         reader.read(place, 30)
     assert reader.read(place, 5) == crops[5]
     path.write_bytes(b"PAR1 cut")
-    (item,) = _list(ParquetSource(tmp_path))
+    (item,) = _list(ParquetSource(type="parquet", files=tmp_path))
     assert "Parquet" in item.problem
     with pytest.raises(BadImage, match="cannot be read"):
         CellReader().read(place, 5)

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from skimage import data
 
+from trainer.config.sources import WebdatasetSource
 from trainer.data.sources.columns import files_below
 from trainer.data.sources.source import SourceItem, read_bytes
-from trainer.data.sources.webdataset import WebdatasetSource, list_webdataset
+from trainer.data.sources.webdataset import list_webdataset
 from trainer.errors import UserError
 
 
@@ -64,7 +65,7 @@ def test_samples_captions_and_what_is_passed_over(tmp_path: Path) -> None:
         },
     )
     write_tar(tmp_path / "tars/sub/00.tar", {"000.jpg": COFFEE})
-    items, ignored = _list(WebdatasetSource(tmp_path / "tars", repeats=3))
+    items, ignored = _list(WebdatasetSource(type="webdataset", tars=tmp_path / "tars", repeats=3))
     records = {key: json.loads(item.caption or "") for key, item in items.items()}
     captions = {key: {name: text for name, text in record.items() if text} for key, record in records.items()}
     assert captions == {
@@ -91,7 +92,9 @@ def test_samples_captions_and_what_is_passed_over(tmp_path: Path) -> None:
 def test_fields_of_other_names(tmp_path: Path) -> None:
     fields = json.dumps({"prompt": "a cup", "labels": ["cup"], "caption": None}).encode()
     write_tar(tmp_path / "a.tar", {"0.jpg": COFFEE, "0.json": fields})
-    items, _ = _list(WebdatasetSource(tmp_path / "*.tar", caption_field="prompt", tags_field="labels"))
+    items, _ = _list(
+        WebdatasetSource(type="webdataset", tars=tmp_path / "*.tar", caption_field="prompt", tags_field="labels")
+    )
     assert json.loads(items["web/a/0"].caption or "") == {"caption": "a cup", "tags": "cup"}
 
 
@@ -101,7 +104,7 @@ def test_damage_costs_what_it_touches(tmp_path: Path) -> None:
     write_tar(tmp_path / "b.tar", {"0.jpg": ASTRONAUT})
     whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[: whole.rindex(COFFEE) + 1000])
-    items, _ = _list(WebdatasetSource(tmp_path))
+    items, _ = _list(WebdatasetSource(type="webdataset", tars=tmp_path))
     problems = {key: item.problem for key, item in items.items()}
     assert problems.pop("web/a/").startswith("byte ")
     assert problems.pop("web/a/1").startswith("its caption cannot be read")

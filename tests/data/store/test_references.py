@@ -20,14 +20,12 @@ from tests.data.kohya_files import (
     write_metadata,
     write_tar,
 )
+from trainer.config.sources import FolderSource, KohyaJsonSource, LatentTarsSource
 from trainer.data.augment import NOT_AUGMENTED, View, draw_view
 from trainer.data.buckets import Placement
 from trainer.data.prepare.encode import encode_shards, pending_payloads
 from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.prepare.stages import Committed, commit, is_current, plan_prepare, plan_repack
-from trainer.data.sources.folder import FolderSource
-from trainer.data.sources.kohya import KohyaJsonSource
-from trainer.data.sources.latent_tars import LatentTarsSource
 from trainer.data.store.snapshot import PreparedSet, Rows
 
 BUCKETS = [(64, 128), (128, 64)]
@@ -57,7 +55,7 @@ def _source(tmp_path: Path, n: int = 20) -> KohyaJsonSource:
         files[f"{key}.npz"] = npz_bytes(latents=latents_of(i, bucket)) if bare else kohya_npz(i, bucket)
     write_files(latents, files)
     write_metadata(tmp_path / "meta.json", entries)
-    return KohyaJsonSource(tmp_path / "meta.json", latents=latents)
+    return KohyaJsonSource(type="kohya_json", path=tmp_path / "meta.json", latents=latents)
 
 
 def _rows(prepared: PreparedSet, split: str = "train") -> dict[str, dict[str, Any]]:
@@ -101,7 +99,10 @@ def test_members_of_tars_are_read_where_they_lie(tmp_path: Path) -> None:
     members = {path.name: path.read_bytes() for path in sorted((tmp_path / "latents/set").iterdir())}
     write_tar(tmp_path / "tars/0.tar", dict(list(members.items())[:12]))
     write_tar(tmp_path / "tars/1.tar", dict(list(members.items())[12:]))
-    settings = settings_of(tmp_path / "prepared", LatentTarsSource(tmp_path / "meta.json", tmp_path / "tars"))
+    settings = settings_of(
+        tmp_path / "prepared",
+        LatentTarsSource(type="latent_tars", metadata=tmp_path / "meta.json", tars=tmp_path / "tars"),
+    )
     assert _prepare(settings).images == 20
     prepared = PreparedSet.open(settings.prepared)
     _check_rows(_rows(prepared))
@@ -122,7 +123,7 @@ def test_images_and_latents_in_one_set(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for i in range(3):
         Image.new("RGB", (256, 128), (i * 50,) * 3).save(tmp_path / f"photos/{i}.png")
-    settings = settings_of(tmp_path / "prepared", FolderSource(tmp_path / "photos", repeats=2), source)
+    settings = settings_of(tmp_path / "prepared", FolderSource(path=tmp_path / "photos", repeats=2), source)
     plan_prepare(settings, show_progress=False)
     assert pending_payloads(settings.prepared) == {"encode", "npz"}
     encode_shards(settings.prepared, 0, 1, _encode_grey)
@@ -270,7 +271,7 @@ def test_images_where_they_lie(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (80, 170, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photos/a.png")
-    settings = replace(settings_of(tmp_path / "prepared", FolderSource(tmp_path / "photos")), mode="images")
+    settings = replace(settings_of(tmp_path / "prepared", FolderSource(path=tmp_path / "photos")), mode="images")
     plan_prepare(settings, show_progress=False)
     assert pending_payloads(settings.prepared) == {"image"}
     encode_shards(settings.prepared, 0, 1, encode=None)

@@ -3,12 +3,12 @@
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.config.sources import Source
 from trainer.data.buckets import BucketRules
-from trainer.data.sources.listing import SOURCE_TYPES, Source
 from trainer.errors import UserError
 
 SETTINGS_FORMAT = 2
@@ -56,10 +56,8 @@ class PrepareSettings:
 
 
 def _source_to_json(source: Source) -> dict[str, Any]:
-    (name,) = (name for name, kind in SOURCE_TYPES.items() if kind is type(source))
-    values = {field.name: getattr(source, field.name) for field in fields(source)}
-    return {"type": name} | {
-        key: os.path.realpath(value) if isinstance(value, Path) else value for key, value in values.items()
+    return {
+        key: os.path.realpath(value) if isinstance(value, Path) else value for key, value in source.model_dump().items()
     }
 
 

@@ -3,6 +3,8 @@
 With `kohya_repeats` it is kohya's layout: `<repeats>_<words>/image.png`; see `FolderSource`.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -11,29 +13,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from trainer.data.captions import caption_record
 from trainer.data.images import EXTENSIONS
 from trainer.data.sources.source import SourceItem
 from trainer.errors import UserError
 
+if TYPE_CHECKING:
+    from trainer.config.sources import FolderSource
+
 _REPEATS = re.compile(r"(?P<repeats>[1-9]\d{0,8})_(?P<words>.*)")
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """A folder as the configuration names it; the fields are those of a `data.sources` entry.
-
-    With `kohya_repeats`, sub-folders count that are named `<repeats>_<words>`: the words are the caption of images
-    without a caption file, and other sub-folders are passed over.
-    """
-
-    path: Path
-    caption_extension: str = ".txt"
-    caption_files_hold: Literal["caption", "tags"] = "caption"
-    kohya_repeats: bool = False
-    repeats: int = 1
 
 
 def list_folder(source: FolderSource, name: str, ignored: Counter[str]) -> Iterator[SourceItem]:

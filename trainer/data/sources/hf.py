@@ -4,10 +4,11 @@
 and is used where it lies. A data set of the hub is downloaded and converted once, into `datasets`' own cache.
 """
 
+from __future__ import annotations
+
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,19 +22,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-
-@dataclass(frozen=True)
-class HfSource:
-    """A data set as the configuration names it; the fields are those of a `data.sources` entry."""
-
-    path: str
-    subset: str | None = None
-    split: str = "train"
-    image_column: str = "image"
-    caption_column: str = "text"
-    tags_column: str | None = None
-    key_column: str | None = None
-    repeats: int = 1
+    from trainer.config.sources import HfSource
 
 
 def list_hf(source: HfSource, name: str, ignored: Counter[str]) -> Iterator[SourceItem]:
@@ -68,7 +57,7 @@ class _Cell(NamedTuple):
     path: str | None
 
 
-def _load(source: HfSource) -> "datasets.Dataset":
+def _load(source: HfSource) -> datasets.Dataset:
     import datasets
     import datasets.exceptions
 
@@ -92,7 +81,7 @@ def _load(source: HfSource) -> "datasets.Dataset":
     return loaded
 
 
-def _batches(source: HfSource, file: str) -> Iterator[tuple["pa.RecordBatch", int]]:
+def _batches(source: HfSource, file: str) -> Iterator[tuple[pa.RecordBatch, int]]:
     """The record batches of an Arrow file as windows on it, and the memory address of the file's first byte."""
     import pyarrow as pa
 
@@ -104,7 +93,7 @@ def _batches(source: HfSource, file: str) -> Iterator[tuple["pa.RecordBatch", in
                 yield batch, base
 
 
-def _cells(source: HfSource, column: "pa.Array", base: int) -> list[_Cell]:
+def _cells(source: HfSource, column: pa.Array, base: int) -> list[_Cell]:
     """Where the images of a column lie: a struct of bytes and path as `datasets` stores images, bytes, or paths."""
     import pyarrow as pa
 

@@ -5,6 +5,8 @@ lie in `<key>.npz`, or in `<key>_<W>x<H>_sdxl.npz` with the image's size; where 
 Files of flipped latents (`<key>_flip.npz`) are not used.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import sqlite3
@@ -13,27 +15,20 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.data.images import EXTENSIONS
 from trainer.data.sources.metadata import MetadataEntry, read_metadata
 from trainer.data.sources.source import SourceItem
 from trainer.errors import UserError
 
+if TYPE_CHECKING:
+    from trainer.config.sources import KohyaJsonSource
+
 _LONGEST_EXTENSION = max(map(len, EXTENSIONS))
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _SIZED = re.compile(r"(?P<stem>.+)_\d{4,}x\d{4,}_sdxl\.npz")
-
-
-@dataclass(frozen=True)
-class KohyaJsonSource:
-    """The fields are those of a `data.sources` entry; one of `latents` and `images` is given."""
-
-    path: Path
-    latents: Path | None = None
-    images: Path | None = None
-    repeats: int = 1
 
 
 def list_kohya_json(source: KohyaJsonSource, name: str, ignored: Counter[str], scratch: Path) -> Iterator[SourceItem]:

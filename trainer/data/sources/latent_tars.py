@@ -5,6 +5,8 @@ keys is also a folder of tars (`tars/danbooru/0123.tar`), only tars there count.
 one member, nothing is guessed.
 """
 
+from __future__ import annotations
+
 import os
 import sqlite3
 import tempfile
@@ -14,9 +16,9 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.data.sources.kohya import image_stem
 from trainer.data.sources.metadata import MetadataEntry, read_metadata
@@ -25,18 +27,12 @@ from trainer.data.sources.tar_members import BadTar, TarMember, walk_tar
 from trainer.data.sources.webdataset import files_below
 from trainer.errors import UserError
 
+if TYPE_CHECKING:
+    from trainer.config.sources import LatentTarsSource
+
 _THREADS = 4
 _PAGE = 512
 _Found = tuple[int, int, int, int]  # number of the member, number of the tar, offset, length
-
-
-@dataclass(frozen=True)
-class LatentTarsSource:
-    """The fields are those of a `data.sources` entry."""
-
-    metadata: Path
-    tars: Path
-    repeats: int = 1
 
 
 def list_latent_tars(source: LatentTarsSource, name: str, ignored: Counter[str], scratch: Path) -> Iterator[SourceItem]:

@@ -5,25 +5,22 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.data.sources.folder import FolderSource, list_folder
-from trainer.data.sources.hf import HfSource, list_hf
-from trainer.data.sources.kohya import KohyaJsonSource, list_kohya_json
-from trainer.data.sources.latent_tars import LatentTarsSource, list_latent_tars
-from trainer.data.sources.parquet import ParquetSource, list_parquet
+from trainer.config.sources import (
+    FolderSource,
+    HfSource,
+    KohyaJsonSource,
+    LatentTarsSource,
+    ParquetSource,
+    Source,
+    WebdatasetSource,
+)
+from trainer.data.sources.folder import list_folder
+from trainer.data.sources.hf import list_hf
+from trainer.data.sources.kohya import list_kohya_json
+from trainer.data.sources.latent_tars import list_latent_tars
+from trainer.data.sources.parquet import list_parquet
 from trainer.data.sources.source import SourceItem
-from trainer.data.sources.webdataset import WebdatasetSource, list_webdataset
-
-Source = FolderSource | KohyaJsonSource | LatentTarsSource | WebdatasetSource | ParquetSource | HfSource
-
-SOURCE_TYPES: dict[str, type[Source]] = {
-    "folder": FolderSource,
-    "kohya_json": KohyaJsonSource,
-    "latent_tars": LatentTarsSource,
-    "webdataset": WebdatasetSource,
-    "parquet": ParquetSource,
-    "hf": HfSource,
-}
-"""By the `type` of a `data.sources` entry."""
+from trainer.data.sources.webdataset import list_webdataset
 
 
 def source_names(sources: tuple[Source, ...]) -> tuple[str, ...]:

@@ -4,11 +4,12 @@ A row's image is found by its place in the file alone. Parquet can be read only 
 read in the order of their rows (keys sort that way), a few rows at a time.
 """
 
+from __future__ import annotations
+
 import bisect
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,22 +22,11 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from trainer.config.sources import ParquetSource
+
 _ROWS_AT_ONCE = 16
 _READ_BYTES = 1 << 20
 _SPLIT = "::"
-
-
-@dataclass(frozen=True)
-class ParquetSource:
-    """Parquet files as the configuration names them; the fields are those of a `data.sources` entry."""
-
-    files: Path
-    image_column: str = "image"
-    caption_column: str = "caption"
-    tags_column: str | None = None
-    key_column: str | None = None
-    images: Path | None = None
-    repeats: int = 1
 
 
 def list_parquet(source: ParquetSource, name: str, ignored: Counter[str]) -> Iterator[SourceItem]:
@@ -65,7 +55,7 @@ def _items(
     source: ParquetSource,
     path: str,
     prefix: str,
-    file: "pq.ParquetFile",
+    file: pq.ParquetFile,
     columns: list[str],
     group: int,
     row: int,
@@ -145,14 +135,14 @@ class CellReader:
         self._group, self._first_row, self._cells = group, self._group_starts[group], []
 
 
-def _open(path: str) -> "pq.ParquetFile":
+def _open(path: str) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
     # Buffered, because otherwise a whole row group of images would be read at once.
     return pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False)
 
 
-def _group_starts(file: "pq.ParquetFile") -> list[int]:
+def _group_starts(file: pq.ParquetFile) -> list[int]:
     """The first row of each row group."""
     metadata = file.metadata
     rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -194,7 +184,7 @@ def _item(source: ParquetSource, path: str, key: str, row: int, fields: dict[str
     return SourceItem(key, str(folder / str(place).removeprefix("file://")), caption=caption, repeats=source.repeats)
 
 
-def _images(column: "pa.Array") -> list[bytes | None]:
+def _images(column: pa.Array) -> list[bytes | None]:
     import pyarrow as pa
 
     cells = column.flatten()[0] if pa.types.is_struct(column.type) else column

@@ -4,14 +4,14 @@ The files of a sample stand next to each other, as all writers of the format put
 are found by offset; captions, which are small, are read while listing.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.data.captions import caption_record
 from trainer.data.images import EXTENSIONS
@@ -19,21 +19,11 @@ from trainer.data.sources.columns import files_below, text_of
 from trainer.data.sources.source import SourceItem, read_bytes
 from trainer.data.sources.tar_members import BadTar, TarMember, walk_tar
 
+if TYPE_CHECKING:
+    from trainer.config.sources import WebdatasetSource
+
 _CAPTIONS = (".txt", ".caption", ".json")
 _MOST_CAPTION_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class WebdatasetSource:
-    """Tars as the configuration names them; the fields are those of a `data.sources` entry."""
-
-    tars: Path
-    """A folder of `.tar` files, or a pattern."""
-    caption_field: str = "caption"
-    """Field of the `.json` files that holds the caption, where there is no text file."""
-    tags_field: str = "tags"
-    """Field of the `.json` files that holds the tags."""
-    repeats: int = 1
 
 
 def list_webdataset(source: WebdatasetSource, name: str, ignored: Counter[str]) -> Iterator[SourceItem]:
