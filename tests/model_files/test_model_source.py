@@ -24,7 +24,7 @@ from trainer.model_files.model_source import (
     component_tensors,
     count_weights,
     find_source,
-    open_part,
+    open_component,
     weights_fingerprint,
 )
 from trainer.model_files.presets import preset
@@ -249,7 +249,7 @@ def test_wrong_files_are_refused_in_one_line(single_file: Path, model_folder: Pa
     for told in ("{", "[1]", '{"unet": {"a": 1}}', '{"unet": 1}', '{"vae": {"block_out_channels": 3}}'):
         refused("the configurations in its metadata cannot be used", metadata={"sdxl_train.configs": told})
         with pytest.raises(UserError, match="metadata cannot be used"):
-            [open_part(find_source(tmp_path / "wrong.safetensors"), component) for component in ("unet", "vae")]
+            [open_component(find_source(tmp_path / "wrong.safetensors"), component) for component in ("unet", "vae")]
     out = "model.diffusion_model.out.2.weight"
     refused(f"{out} as I8; wanted fp32", lambda ts: ts | {out: ts[out].to(torch.int8)})
     refused("without its second text encoder", lambda ts: {n: t for n, t in ts.items() if "embedders.1" not in n})

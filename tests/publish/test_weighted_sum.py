@@ -7,20 +7,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.errors import UserError
-from trainer.model_files.components import Part
+from trainer.model_files.components import Component
 from trainer.model_files.key_map import COMPONENTS, block_of
-from trainer.model_files.model_source import find_source, open_part
+from trainer.model_files.model_source import find_source, open_component
 from trainer.publish.weighted_sum import merged_parts
 from trainer.publish.write_model import Precision, plan_single_file, write_single_file
 
 FULL = Precision(torch.float32, torch.float32)
 
 
-def parts_of(model: Path) -> dict[str, Part]:
-    return {name: open_part(find_source(model), name) for name in COMPONENTS}
+def parts_of(model: Path) -> dict[str, Component]:
+    return {name: open_component(find_source(model), name) for name in COMPONENTS}
 
 
-def write(path: Path, parts: dict[str, Part]) -> dict[str, torch.Tensor]:
+def write(path: Path, parts: dict[str, Component]) -> dict[str, torch.Tensor]:
     write_single_file(path, plan_single_file(parts, FULL), {})
     return load_file(path)
 
@@ -86,4 +86,4 @@ def test_what_does_not_go_together_is_refused(models: tuple[Path, Path]) -> None
     narrow = dict(b["unet"].tensors)
     narrow["conv_in.weight"] = narrow["conv_in.bias"]
     with pytest.raises(UserError, match=r"conv_in\.weight has shape \[16\].* only models of the same shape"):
-        merged_parts(a, b | {"unet": Part("unet", models[1], b["unet"].config, narrow)}, 0.3)
+        merged_parts(a, b | {"unet": Component("unet", models[1], b["unet"].config, narrow)}, 0.3)

@@ -20,10 +20,10 @@ from trainer.errors import UserError
 from trainer.model.conditioning import time_ids, unet_inputs
 from trainer.model.load_weights import load_text_encoders, load_unet, load_vae
 from trainer.model.text import TextEncoders
-from trainer.model_files.components import Part, PartTensor
+from trainer.model_files.components import Component, ComponentTensor
 from trainer.model_files.header import read_header
 from trainer.model_files.key_map import COMPONENTS
-from trainer.model_files.model_source import find_source, open_part
+from trainer.model_files.model_source import find_source, open_component
 from trainer.model_files.presets import preset
 from trainer.model_files.run_model import open_model
 from trainer.publish.write_model import Precision, file_metadata, plan_single_file, write_folder, write_single_file
@@ -45,8 +45,8 @@ def exported(tiny: Path) -> Path:
     return export(tiny, tiny.parent / "exported.safetensors")
 
 
-def parts_of(model: Path) -> dict[str, Part]:
-    return {name: open_part(find_source(model), name) for name in COMPONENTS}
+def parts_of(model: Path) -> dict[str, Component]:
+    return {name: open_component(find_source(model), name) for name in COMPONENTS}
 
 
 def export(model: Path, out: Path, precision: Precision = SAME, **options: Any) -> Path:
@@ -183,9 +183,9 @@ def test_the_full_size_layout_is_the_published_one() -> None:
     parts = {}
     for name, module in modules.items():
         tensors = {
-            own: PartTensor("F32", tensor, lambda: torch.empty(0)) for own, tensor in module.state_dict().items()
+            own: ComponentTensor("F32", tensor, lambda: torch.empty(0)) for own, tensor in module.state_dict().items()
         }
-        parts[name] = Part(name, Path(), preset(name), tensors)
+        parts[name] = Component(name, Path(), preset(name), tensors)
         used = {own for entry in plan_names(parts[name]) for own in entry}
         assert used == tensors.keys()
     specs = {tensor.spec.name: tensor.spec for tensor in plan_single_file(parts, HALF)}
@@ -224,10 +224,10 @@ def test_the_full_size_layout_is_the_published_one() -> None:
     assert {name: specs[name].shape for name in published} == published
 
 
-def plan_names(part: Part) -> list[tuple[str, ...]]:
+def plan_names(part: Component) -> list[tuple[str, ...]]:
     from trainer.model_files.key_map import single_file_keys
 
-    return [entry.names for entry in single_file_keys({part.component: part.config})]
+    return [entry.names for entry in single_file_keys({part.name: part.config})]
 
 
 _MEASURE = """
@@ -235,14 +235,14 @@ _MEASURE = """
     from pathlib import Path
     import torch
     from trainer.publish.write_model import Precision, file_metadata, plan_single_file, write_single_file
-    from trainer.model_files.model_source import find_source, open_part
+    from trainer.model_files.model_source import find_source, open_component
 
     def peak():
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
     model, out = Path(sys.argv[1]), Path(sys.argv[2])
-    parts = {"unet": open_part(find_source(model), "unet")}
+    parts = {"unet": open_component(find_source(model), "unet")}
     before = peak()
     write_single_file(out, plan_single_file(parts, Precision(torch.float16, None)), file_metadata(parts))
     print(before, peak())

@@ -1,4 +1,4 @@
-"""What FSDP2 holds while a pass runs, mark by mark; no torch. Part of `strategy_peak.py`."""
+"""What FSDP2 holds while a pass runs, mark by mark; no torch. Component of `strategy_peak.py`."""
 
 from collections.abc import Collection, Mapping, Sequence
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from trainer.errors import UserError
 from trainer.model.text import ChunkJoin, TextEncoders
-from trainer.model_files.components import Part
+from trainer.model_files.components import Component
 from trainer.model_files.run_model import RunModel
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def empty_text_encoders(model: RunModel, join: ChunkJoin = "a1111") -> TextEncod
         )
 
 
-def _fill(model: torch.nn.Module, part: Part, dtype: torch.dtype, device: torch.device | str) -> None:
+def _fill(model: torch.nn.Module, part: Component, dtype: torch.dtype, device: torch.device | str) -> None:
     """Fills a model whose parameters have no memory yet; every parameter must be found, in its shape."""
     import torch
 
@@ -111,7 +111,7 @@ def _fill(model: torch.nn.Module, part: Part, dtype: torch.dtype, device: torch.
     model.to(device)  # the buffers that are not saved
 
 
-def read_weights(model: torch.nn.Module, part: Part, place: Callable[[str, torch.Tensor], None]) -> None:
+def read_weights(model: torch.nn.Module, part: Component, place: Callable[[str, torch.Tensor], None]) -> None:
     """Calls `place` with the name of every parameter of `model` and the tensor that `part` holds for it.
 
     One tensor is in memory at a time, on the CPU and in the dtype of the file.
@@ -128,11 +128,11 @@ def read_weights(model: torch.nn.Module, part: Part, place: Callable[[str, torch
     ):
         if names:
             rule = "that its configuration " + ("asks for" if fault == "lack" else "has no place for")
-            raise UserError(f"{part.origin}: the {part.component}'s weights {fault} {len(names)} tensors {rule}, "
+            raise UserError(f"{part.origin}: the {part.name}'s weights {fault} {len(names)} tensors {rule}, "
                             f"such as {names[0]}")  # fmt: skip
     for name, stored in part.tensors.items():
         if stored.meta.shape != wanted[name]:
             shapes = f"{list(stored.meta.shape)}, and its configuration asks for {list(wanted[name])}"
-            raise UserError(f"{part.origin}: the {part.component}'s {name} has shape {shapes}")
+            raise UserError(f"{part.origin}: the {part.name}'s {name} has shape {shapes}")
     for name, stored in part.tensors.items():
         place(name, stored.read())

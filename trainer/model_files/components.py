@@ -24,7 +24,7 @@ PROJECTION_KEY = "sdxl_train.text_projection"  # metadata of an export: a `TextP
 
 
 @dataclass(frozen=True)
-class PartTensor:
+class ComponentTensor:
     """One tensor of a component's module.
 
     Attributes:
@@ -39,13 +39,13 @@ class PartTensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """One component: its configuration, and its tensors by their names in the module."""
 
-    component: str
+    name: str
     origin: Path
     config: dict[str, Any]
-    tensors: Mapping[str, PartTensor]
+    tensors: Mapping[str, ComponentTensor]
 
 
 def told_config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def told_config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
     return config
 
 
-def differing_configs(parts: Mapping[str, Part]) -> dict[str, dict[str, Any]]:
+def differing_configs(parts: Mapping[str, Component]) -> dict[str, dict[str, Any]]:
     """Configurations that are not SDXL's own; a single file must carry them."""
     return {name: part.config for name, part in parts.items() if not _is_sdxl(name, part.config)}
 
@@ -95,17 +95,17 @@ def _is_sdxl(component: str, config: Mapping[str, Any]) -> bool:
     return component.startswith("text") or not any(value and value != _DEFAULTS.get(key) for key, value in more.items())
 
 
-def require_whole(part: Part) -> Part:
+def require_whole(part: Component) -> Component:
     """The part itself.
 
     Raises:
         UserError: tensors are missing that its configuration asks for.
     """
-    entries = single_file_keys({part.component: part.config})
+    entries = single_file_keys({part.name: part.config})
     wanted = [name for entry in entries for name in entry.names]
     missing = [name for name in wanted if name not in part.tensors]
     if missing:
-        count = f"{len(missing):,} of {len(wanted):,} tensors of {part.component}"
+        count = f"{len(missing):,} of {len(wanted):,} tensors of {part.name}"
         raise UserError(f"{part.origin}: lacks {count}, such as {missing[0]}")
     return part
 

@@ -16,7 +16,7 @@ import xxhash
 
 from trainer.errors import UserError
 from trainer.model_files import diffusers_folder as model_folder
-from trainer.model_files.components import Part, PartTensor, TextProjection, name_in_module, told_config
+from trainer.model_files.components import Component, ComponentTensor, TextProjection, name_in_module, told_config
 from trainer.model_files.header import Header, HeaderFault, TensorEntry, read_header
 from trainer.model_files.hub import cached_model
 from trainer.model_files.key_map import PREFIXES, TEXT_PROJECTION, VAE_PREFIX, KeyEntry, single_file_keys
@@ -139,7 +139,7 @@ def _old_names(name: str) -> Iterator[str]:
             yield name.replace(f".{new}.", f".{old}.")
 
 
-def open_part(source: ModelSource, component: str, text_projection: TextProjection = "correct") -> Part:
+def open_component(source: ModelSource, component: str, text_projection: TextProjection = "correct") -> Component:
     """One component: its configuration, and for each tensor of its module how to read it.
 
     Tensors are read one at a time into memory of their own; those of a pickle are views of the mapped file. Tensors
@@ -149,7 +149,7 @@ def open_part(source: ModelSource, component: str, text_projection: TextProjecti
         UserError: the source cannot be read, or has none of the component's tensors.
     """
     if source.kind == "folder":
-        return open_folder_part(component, component_folder(source, component))
+        return open_folder_component(component, component_folder(source, component))
     header = source.header
     try:
         config = file_config(header, component)
@@ -159,10 +159,10 @@ def open_part(source: ModelSource, component: str, text_projection: TextProjecti
     if not keys:
         raise UserError(f"{source.path}: holds no {PREFIXES[component]} tensors")
     reader = _pickle_tensors(source.path) if source.kind == "pickle" else _file_tensors(source.path, header)
-    tensors: dict[str, PartTensor] = {}
+    tensors: dict[str, ComponentTensor] = {}
     for key in keys:
         tensors |= reader(key)
-    return Part(component, source.path, config, tensors)
+    return Component(component, source.path, config, tensors)
 
 
 def component_tensors(
@@ -171,26 +171,26 @@ def component_tensors(
     """The tensors of a component's module with their names there, one at a time, on the CPU, in the file's dtype.
 
     Raises:
-        UserError: as `open_part`.
+        UserError: as `open_component`.
     """
-    for name, tensor in open_part(source, component, text_projection).tensors.items():
+    for name, tensor in open_component(source, component, text_projection).tensors.items():
         yield name, tensor.read()
 
 
-def open_folder_part(component: str, folder: Path) -> Part:
+def open_folder_component(component: str, folder: Path) -> Component:
     """A component in a folder of any name: `config.json` and weights."""
     config = model_folder.read_config(folder)
     wanted = {name for entry in single_file_keys({component: config}) for name in entry.names}
-    tensors: dict[str, PartTensor] = {}
+    tensors: dict[str, ComponentTensor] = {}
     for file in model_folder.weight_files(folder):
         header = ModelSource(file, "file").header
         for stored_name, entry in header.tensors.items():
             if not stored_name.endswith("position_ids"):
                 tensors[name_in_module(stored_name, wanted) or stored_name] = _part_tensor(file, entry)
-    return Part(component, folder, config, tensors)
+    return Component(component, folder, config, tensors)
 
 
-def _part_tensor(file: Path, entry: TensorEntry, key: KeyEntry | None = None) -> PartTensor:
+def _part_tensor(file: Path, entry: TensorEntry, key: KeyEntry | None = None) -> ComponentTensor:
     """One tensor of the module that is read from a range of a file; with a `key`, changed to the module's form."""
     import torch
 
@@ -204,11 +204,11 @@ def _part_tensor(file: Path, entry: TensorEntry, key: KeyEntry | None = None) ->
         meta = changed(torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device="meta"))
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
-    return PartTensor(entry.dtype, meta, lambda: changed(read_tensor(file, entry)))
+    return ComponentTensor(entry.dtype, meta, lambda: changed(read_tensor(file, entry)))
 
 
-def _file_tensors(path: Path, header: Header) -> Callable[[KeyEntry], dict[str, PartTensor]]:
-    def tensors(key: KeyEntry) -> dict[str, PartTensor]:
+def _file_tensors(path: Path, header: Header) -> Callable[[KeyEntry], dict[str, ComponentTensor]]:
+    def tensors(key: KeyEntry) -> dict[str, ComponentTensor]:
         stored, count = header.tensors[key.file_name], len(key.names)
         if count == 1:
             return {key.names[0]: _part_tensor(path, stored, key)}
@@ -224,7 +224,7 @@ def _file_tensors(path: Path, header: Header) -> Callable[[KeyEntry], dict[str, 
     return tensors
 
 
-def _pickle_tensors(path: Path) -> Callable[[KeyEntry], dict[str, PartTensor]]:
+def _pickle_tensors(path: Path) -> Callable[[KeyEntry], dict[str, ComponentTensor]]:
     import torch
 
     from trainer.model_files.pickle_file import read_pickle
@@ -236,13 +236,13 @@ def _pickle_tensors(path: Path) -> Callable[[KeyEntry], dict[str, PartTensor]]:
     def reader(tensor: Tensor) -> Callable[[], Tensor]:
         return lambda: tensor
 
-    def tensors(key: KeyEntry) -> dict[str, PartTensor]:
+    def tensors(key: KeyEntry) -> dict[str, ComponentTensor]:
         try:
             views = from_file(key, stored[key.file_name])
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
         return {
-            name: PartTensor(
+            name: ComponentTensor(
                 dtype_name(view.dtype), torch.empty(view.shape, dtype=view.dtype, device="meta"), reader(view)
             )
             for name, view in views

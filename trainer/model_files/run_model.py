@@ -11,14 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer.model_files.components import Part, TextProjection
+from trainer.model_files.components import Component, TextProjection
 from trainer.model_files.model_source import (
     ModelPath,
     ModelSource,
     component_config,
     count_weights,
     find_source,
-    open_part,
+    open_component,
     weights_fingerprint,
 )
 from trainer.model_files.tokenizer_files import tokenizer_folders
@@ -39,7 +39,7 @@ class RunModel:
     tokenizer: Path | None = None
     text_projection: TextProjection = "correct"
     _configs: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
-    _parts: dict[str, Part] = field(default_factory=dict, repr=False)
+    _parts: dict[str, Component] = field(default_factory=dict, repr=False)
 
     def config(self, component: str) -> dict[str, Any]:
         """The configuration of one of `COMPONENTS`."""
@@ -47,14 +47,14 @@ class RunModel:
             self._configs[component] = component_config(self.source_of(component), component)
         return self._configs[component]
 
-    def part(self, component: str) -> Part:
+    def part(self, component: str) -> Component:
         """One of `COMPONENTS` with its tensors.
 
         Raises:
-            UserError: as `open_part`.
+            UserError: as `open_component`.
         """
         if component not in self._parts:
-            self._parts[component] = open_part(self.source_of(component), component, self.text_projection)
+            self._parts[component] = open_component(self.source_of(component), component, self.text_projection)
         return self._parts[component]
 
     def count_weights(self, component: str) -> int:

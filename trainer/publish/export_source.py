@@ -10,7 +10,7 @@ from trainer.checkpoint.run_dir import MANIFEST, RESOLVED_CONFIG, list_checkpoin
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.errors import UserError
-from trainer.model_files.components import PROJECTION_KEY, Part, TextProjection, require_whole
+from trainer.model_files.components import PROJECTION_KEY, Component, TextProjection, require_whole
 from trainer.model_files.examine.identify import wrong_model_line
 from trainer.model_files.examine.inspection import look
 from trainer.model_files.key_map import COMPONENTS
@@ -18,8 +18,8 @@ from trainer.model_files.model_source import (
     ModelPath,
     ModelSource,
     find_source,
-    open_folder_part,
-    open_part,
+    open_component,
+    open_folder_component,
 )
 from trainer.model_files.modelspec import told_prediction_type
 from trainer.model_files.presets import preset
@@ -37,7 +37,7 @@ class Source:
         metadata: of the single file that is written anew.
     """
 
-    parts: dict[str, Part]
+    parts: dict[str, Component]
     base: ModelSource
     checkpoint: Path | None = None
     config: Config | None = None
@@ -125,7 +125,7 @@ def _checkpoint_at(place: Path) -> Path | None:
     return None
 
 
-def _trained_parts(checkpoint: Path, weights: str) -> dict[str, Part]:
+def _trained_parts(checkpoint: Path, weights: str) -> dict[str, Component]:
     trained = [name for name in COMPONENTS if (checkpoint / name).is_dir()]
     folders = {name: checkpoint / name for name in trained}
     if weights == "ema":
@@ -139,12 +139,12 @@ def _trained_parts(checkpoint: Path, weights: str) -> dict[str, Part]:
             name = file.relative_to(checkpoint).as_posix()
             if entries.get(name) != manifest_entry(file):
                 raise UserError(f"{checkpoint}: {name} is not what was written (checksum); take another checkpoint")
-    return {name: require_whole(open_folder_part(name, folder)) for name, folder in folders.items()}
+    return {name: require_whole(open_folder_component(name, folder)) for name, folder in folders.items()}
 
 
 def model_parts(
     model: ModelPath, vae: Path | None = None, text_projection: TextProjection = "correct"
-) -> dict[str, Part]:
+) -> dict[str, Component]:
     """All components of a model; `vae` (a model, or a VAE alone) replaces its VAE.
 
     Raises:
@@ -154,7 +154,7 @@ def model_parts(
     parts = {}
     for name in COMPONENTS:
         of = find_source(vae) if name == "vae" and vae else source
-        parts[name] = require_whole(open_part(of, name, text_projection))
+        parts[name] = require_whole(open_component(of, name, text_projection))
     return parts
 
 

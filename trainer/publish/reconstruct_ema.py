@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.model_files.components import PartTensor
+from trainer.model_files.components import ComponentTensor
 from trainer.model_files.header import Header, HeaderFault, TensorEntry, read_header
 from trainer.model_files.tensor_file import TensorSpec, aligned, read_tensor, torch_dtype, write_tensor_file
 from trainer.optim.ema_profile import MAX_SIGMA_REL, ProfileAt, Reconstruction, reconstruction_weights
@@ -57,7 +57,7 @@ def plan_reconstruction(
     return used, reconstruction_weights(profiles, ProfileAt(last, sigma_rel))
 
 
-def combined_tensors(files: Sequence[Path], weights: Sequence[float]) -> dict[str, PartTensor]:
+def combined_tensors(files: Sequence[Path], weights: Sequence[float]) -> dict[str, ComponentTensor]:
     """The weighted sum of all files' tensors of each name, in fp32, computed in float64 when it is read.
 
     A read takes memory for its own tensor alone, and a few MB beside.
@@ -72,7 +72,7 @@ def combined_tensors(files: Sequence[Path], weights: Sequence[float]) -> dict[st
     for name, entry in headers[0].tensors.items():
         stored = [(file, header.tensors[name]) for file, header in zip(files, headers, strict=True)]
         meta = torch.empty(entry.shape, dtype=torch.float32, device="meta")
-        tensors[name] = PartTensor("F32", meta, partial(_weighted_sum, stored, list(weights)))
+        tensors[name] = ComponentTensor("F32", meta, partial(_weighted_sum, stored, list(weights)))
     return tensors
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from trainer.errors import UserError
 from trainer.model.freeze import frozen_names
-from trainer.model_files.components import Part, PartTensor
+from trainer.model_files.components import Component, ComponentTensor
 from trainer.model_files.key_map import UNET_PREFIX, KeyEntry, block_of, single_file_keys
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ BlockWeights = Sequence[tuple[str, float]]
 
 
 def merged_parts(
-    first: Mapping[str, Part], second: Mapping[str, Part], alpha: float, blocks: BlockWeights = ()
-) -> dict[str, Part]:
+    first: Mapping[str, Component], second: Mapping[str, Component], alpha: float, blocks: BlockWeights = ()
+) -> dict[str, Component]:
     """Parts whose tensors are first * (1 - share) + second * share, computed in fp32 when they are read.
 
     The VAE is the first model's unless a pattern names it: the mean of two VAEs is none.
@@ -42,7 +42,7 @@ def merged_parts(
             if entry.component == name:
                 for own in entry.names:
                     tensors[own] = _merged(part, second[name], own, shares[entry.file_name])
-        merged[name] = Part(name, part.origin, part.config, tensors)
+        merged[name] = Component(name, part.origin, part.config, tensors)
     return merged
 
 
@@ -67,18 +67,18 @@ def _full_block(entry: KeyEntry) -> str:
     return f"unet.{block}" if entry.component == "unet" else block
 
 
-def _merged(first: Part, second: Part, name: str, share: float) -> PartTensor:
+def _merged(first: Component, second: Component, name: str, share: float) -> ComponentTensor:
     import torch
 
     a, b = first.tensors[name], second.tensors.get(name)
     if b is None or b.meta.shape != a.meta.shape:
         found = f"has shape {list(b.meta.shape)}" if b else "is missing"
         raise UserError(
-            f"{second.origin}: {first.component}'s {name} {found}, and {first.origin} has {list(a.meta.shape)}: "
+            f"{second.origin}: {first.name}'s {name} {found}, and {first.origin} has {list(a.meta.shape)}: "
             "only models of the same shape can be merged"
         )
     meta = torch.empty(a.meta.shape, dtype=torch.float32, device="meta")
-    return PartTensor("F32", meta, partial(_weighted, a.read, b.read, share))
+    return ComponentTensor("F32", meta, partial(_weighted, a.read, b.read, share))
 
 
 def _weighted(first: Callable[[], Tensor], second: Callable[[], Tensor], share: float) -> Tensor:

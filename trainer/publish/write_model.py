@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.model_files.clip_tokenizer import END_TOKEN, write_clip_tokenizer
-from trainer.model_files.components import CONFIGS_KEY, Part, TextProjection, differing_configs
+from trainer.model_files.components import CONFIGS_KEY, Component, TextProjection, differing_configs
 from trainer.model_files.diffusers_folder import WEIGHTS_STEMS
 from trainer.model_files.key_map import LOGIT_SCALE, POSITION_IDS, KeyEntry, single_file_keys
 from trainer.model_files.modelspec import HASH_KEY
@@ -50,7 +50,7 @@ class PlannedTensor:
 
 
 def plan_single_file(
-    parts: Mapping[str, Part],
+    parts: Mapping[str, Component],
     precision: Precision,
     markers: Sequence[str] = (),
     text_projection: TextProjection = "correct",
@@ -74,14 +74,14 @@ def plan_single_file(
     return _in_order(planned)
 
 
-def plan_component(part: Part, precision: Precision) -> list[PlannedTensor]:
+def plan_component(part: Component, precision: Precision) -> list[PlannedTensor]:
     """All tensors of a component's own file in a diffusers folder, in the order of their data.
 
     The first text encoder's names begin with `text_model.` as in published folders: transformers 4 wants it so, and
     transformers 5 takes it.
     """
-    prefix = "text_model." if part.component == "text_encoder" else ""
-    entries = single_file_keys({part.component: part.config})
+    prefix = "text_model." if part.name == "text_encoder" else ""
+    entries = single_file_keys({part.name: part.config})
     own = [KeyEntry(name, entry.component, (name,)) for entry in entries for name in entry.names]
     return _in_order([_planned(entry, part, precision, prefix) for entry in own])
 
@@ -107,7 +107,7 @@ def write_single_file(
     return write_tensor_file(path, specs, _made(planned), metadata, hash_key=HASH_KEY, on_written=on_written)
 
 
-def file_metadata(parts: Mapping[str, Part]) -> dict[str, str]:
+def file_metadata(parts: Mapping[str, Component]) -> dict[str, str]:
     """What a single file must say for its tensors to be read rightly."""
     configs = differing_configs(parts)
     return {"format": "pt"} | ({CONFIGS_KEY: json.dumps(configs)} if configs else {})
@@ -115,7 +115,7 @@ def file_metadata(parts: Mapping[str, Part]) -> dict[str, str]:
 
 def write_folder(
     folder: Path,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, Component],
     precision: Precision,
     scheduler: Mapping[str, Any],
     tokenizers: tuple[Path, Path | None],
@@ -169,9 +169,9 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
         shutil.rmtree(before)
 
 
-def _config_of(part: Part, planned: Sequence[PlannedTensor]) -> dict[str, Any]:
+def _config_of(part: Component, planned: Sequence[PlannedTensor]) -> dict[str, Any]:
     config = {key: value for key, value in part.config.items() if key not in ("_name_or_path", "dtype", "torch_dtype")}
-    if part.component.startswith("text"):
+    if part.name.startswith("text"):
         config["torch_dtype"] = str(planned[0].spec.dtype).removeprefix("torch.")
     return config
 
@@ -217,10 +217,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + more
 
 
-def _planned(entry: KeyEntry, part: Part, precision: Precision, prefix: str = "") -> PlannedTensor:
+def _planned(entry: KeyEntry, part: Component, precision: Precision, prefix: str = "") -> PlannedTensor:
     sources = [part.tensors[name] for name in entry.names]
     like = to_file(entry, [_as_matrix(entry, source.meta) for source in sources])
-    dtype = precision.of(part.component, like.dtype)
+    dtype = precision.of(part.name, like.dtype)
     spec = TensorSpec(prefix + entry.file_name, dtype, tuple(like.shape))
     return PlannedTensor(spec, lambda: to_file(entry, [_as_matrix(entry, source.read()) for source in sources]))
 

@@ -33,8 +33,8 @@ from trainer.model.recompute import apply_recompute, embeddings, gathered_units
 from trainer.model.text import TextEncoders
 from trainer.model.trainable import lay_out_model
 from trainer.model.vae import ImageEncoder
-from trainer.model_files.components import Part
-from trainer.model_files.model_source import open_folder_part
+from trainer.model_files.components import Component
+from trainer.model_files.model_source import open_folder_component
 from trainer.model_files.run_model import RunModel
 from trainer.optim.adamw import Rounding
 from trainer.optim.adamw_chunk import Update, compiled_update
@@ -238,10 +238,10 @@ def fill_model(model_files: RunModel, checkpoint: Path | None, model: nn.Module)
         )
 
 
-def component_part(model_files: RunModel, checkpoint: Path | None, name: str) -> Part:
+def component_part(model_files: RunModel, checkpoint: Path | None, name: str) -> Component:
     """A component's weights as they are now: in the checkpoint if it trains, else in the run's model."""
     if checkpoint is not None and (checkpoint / name).is_dir():
-        return open_folder_part(name, checkpoint / name)
+        return open_folder_component(name, checkpoint / name)
     return model_files.part(name)
 
 
