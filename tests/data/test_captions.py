@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.captions import CaptionRules, caption_record, caption_text, compose
+from trainer.data.captions import CaptionRules, caption_record, compose
 from trainer.keyed import draw_seed
 
 TAGS = [f"tag {i}" for i in range(12)]
@@ -315,4 +315,3 @@ def test_no_text_is_too_odd(caption: str, tags: str, seed: int) -> None:
 def test_records() -> None:
     assert caption_record("ü") == '{"caption":"ü"}'.encode()
     assert json.loads(caption_record("a", "b, c")) == {"caption": "a", "tags": "b, c"}
-    assert caption_text(caption_record("a", "b")) == "a" and caption_text('{"tags":"b"}') == ""

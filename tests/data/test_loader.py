@@ -16,9 +16,10 @@ import psutil
 import pytest
 import torch
 
+from tests.data.records import caption_text
 from tests.data.small_set import byte_tokens, failing_tokens, write_small_set
 from trainer.data.buckets import Bucket
-from trainer.data.captions import CaptionRules, caption_record, caption_text, compose
+from trainer.data.captions import CaptionRules, caption_record, compose
 from trainer.data.loader import Batch, BatchReader, Loader, Request, open_loader, pack, unpack
 from trainer.data.sampler import Position, planned_steps, share, with_global_batch
 from trainer.data.store.snapshot import PreparedSet, RowProblem

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.model_files.single_files import rewrite, single_file_tensors, write_single_file
+from tests.model_files.single_files import component_tensors, rewrite, single_file_tensors, write_single_file
 from trainer.errors import UserError
 from trainer.model.load_weights import load_text_encoders, load_unet, load_vae
 from trainer.model.text import load_tokenizers
@@ -21,7 +21,6 @@ from trainer.model_files.hub import needed_files
 from trainer.model_files.key_map import COMPONENTS, LOGIT_SCALE, POSITION_IDS, TEXT_PROJECTION, VAE_PREFIX
 from trainer.model_files.model_source import (
     component_config,
-    component_tensors,
     count_weights,
     find_source,
     open_component,
@@ -87,14 +86,14 @@ def test_values_survive_in_every_dtype(model_folder: Path, tmp_path: Path, dtype
     file = write_single_file(model_folder, tmp_path / "half.safetensors", dtype, change)
     check_model(file, tokenizer=model_folder)
     for name in COMPONENTS:
-        for key, tensor in component_tensors(find_source(file), name):
+        for key, tensor in component_tensors(find_source(file), name).items():
             assert tensor.dtype == dtype, key
     # Single file, loaded, written as a folder, and as a single file again: the same bits.
     folder = tmp_path / "folder"
     shutil.copytree(model_folder, folder)
     for name in COMPONENTS:
         (weights,) = (folder / name).glob("*.safetensors")
-        tensors = {key: tensor.contiguous() for key, tensor in component_tensors(find_source(file), name)}
+        tensors = {key: tensor.contiguous() for key, tensor in component_tensors(find_source(file), name).items()}
         save_file(tensors, weights)
     again, before = single_file_tensors(folder, dtype), load_file(file)
     assert_equal(before, {name: again[name] for name in before})

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.errors import UserError
 from trainer.model_files.header import read_header
-from trainer.model_files.tensor_file import TensorSpec, aligned, hash_of_data, read_tensor, write_tensor_file
+from trainer.model_files.tensor_file import TensorSpec, aligned, read_tensor, write_tensor_file
 
 TENSORS = {
     "half": torch.randn(3, 5).half(),
@@ -47,7 +47,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
         assert file.metadata() == {"title": "Füchse", "modelspec.hash_sha256": f"0x{digest}"}
     data = (tmp_path / "a.safetensors").read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
-    assert digest == hashlib.sha256(data[start:]).hexdigest() == hash_of_data(tmp_path / "a.safetensors")
+    assert digest == hashlib.sha256(data[start:]).hexdigest()
     assert data[8:10] == b'{"' and start % 8 == 0  # as A1111 and the format's own writer want it
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.model_files.single_files import hash_of_data
 from trainer.checkpoint.run_dir import MANIFEST, manifest_entry
 from trainer.cli.main import main
 from trainer.config.load import load_config, to_yaml
 from trainer.config.yaml_source import parse
 from trainer.model_files.header import read_header
 from trainer.model_files.key_map import TEXT_PROJECTION
-from trainer.model_files.tensor_file import hash_of_data
 
 RIGHT = Path(__file__).parent.parent / "config" / "right.yaml"
 WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}

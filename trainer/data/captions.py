@@ -24,11 +24,6 @@ def caption_record(caption: str = "", tags: str = "") -> bytes:
     return f"{{{fields}}}".encode()
 
 
-def caption_text(record: str | bytes) -> str:
-    """The caption of a stored record, as it was found."""
-    return json.loads(record).get("caption") or ""
-
-
 @dataclass(frozen=True)
 class CaptionRules:
     """How records become texts; the fields are those of the configuration's `captions` section.

@@ -165,18 +165,6 @@ def open_component(source: ModelSource, component: str, text_projection: TextPro
     return Component(component, source.path, config, tensors)
 
 
-def component_tensors(
-    source: ModelSource, component: str, text_projection: TextProjection = "correct"
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a component's module with their names there, one at a time, on the CPU, in the file's dtype.
-
-    Raises:
-        UserError: as `open_component`.
-    """
-    for name, tensor in open_component(source, component, text_projection).tensors.items():
-        yield name, tensor.read()
-
-
 def open_folder_component(component: str, folder: Path) -> Component:
     """A component in a folder of any name: `config.json` and weights."""
     config = model_folder.read_config(folder)

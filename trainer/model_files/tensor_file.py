@@ -170,16 +170,6 @@ def write_tensor_file(
     return digest.hexdigest()
 
 
-def hash_of_data(path: Path) -> str:
-    """SHA-256 of all bytes of a safetensors file after its header, 64 hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
-        while piece := stream.read(_PIECE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     content: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0

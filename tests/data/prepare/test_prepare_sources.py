@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.photographs import RULES, astronaut, coffee, pooled, settings_for, write_crops
+from tests.data.records import caption_text
 from tests.data.sources.test_webdataset import write_tar
 from trainer.config.sources import FolderSource, HfSource, ParquetSource, WebdatasetSource
 from trainer.data.buckets import make_buckets, place
-from trainer.data.captions import caption_text
 from trainer.data.images import image_hw, load_pixels
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.settings import PrepareSettings

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from tests.data.photographs import astronaut, pooled, settings_for, write_crops
+from tests.data.records import caption_text
 from trainer.config.sources import FolderSource
 from trainer.data.buckets import Bucket, Placement
-from trainer.data.captions import caption_text
 from trainer.data.images import load_pixels
 from trainer.data.prepare.catalog import count_rows, open_catalog
 from trainer.data.prepare.encode import encode_shards

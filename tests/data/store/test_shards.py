@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import safetensors
 
+from tests.data.records import caption_text
 from trainer.data.buckets import Bucket
-from trainer.data.captions import caption_record, caption_text
+from trainer.data.captions import caption_record
 from trainer.data.store.shard_reader import OpenShard, read_row
 from trainer.data.store.shards import (
     HEADER_BYTES,

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.data.records import caption_text
 from trainer.data.buckets import Bucket
-from trainer.data.captions import caption_record, caption_text
+from trainer.data.captions import caption_record
 from trainer.data.prepare.settings import replace_file
 from trainer.data.store import snapshot as snapshot_module
 from trainer.data.store.shards import RowBatch, ShardHead, read_info, write_shard

@@ -60,7 +60,6 @@ SECTIONS: tuple[str, ...] = (
     "caption_bytes",
     "excluded_bytes",
 )
-TEXT_SECTIONS = ("text_hidden", "text_pooled", "text_crc32c")
 _DTYPES = {np.dtype("<f2"): "F16", np.dtype("<u8"): "U64", np.dtype("<u4"): "U32", np.dtype("u1"): "U8"}
 
 EncodeText = Callable[[Sequence[str]], tuple[Any, Any]]

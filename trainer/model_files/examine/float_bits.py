@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FP16_MAX = 65504.0
-
 
 @dataclass(frozen=True)
 class FloatFormat:
