@@ -21,8 +21,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from trainer.config.schema import OptimizerConfig
 from trainer.data.loader import Batch
+from trainer.diffusion.noise import Draws
 from trainer.diffusion.objective import epsilon_objective
-from trainer.diffusion.schedule import scaled_linear
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.freeze import never_used
 from trainer.model.recompute import embeddings, gathered_units
@@ -125,7 +125,7 @@ def run(comm: Comm, kind: str, precision_name: str, accumulation: int, steps: in
     sharing = Sharing(kind.rstrip("+"), dtype, dtype, kind.endswith("+"), accumulation)  # type: ignore[arg-type]
     strategy = make_strategy(model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill)
     autocast = None if dtype else precision.autocast
-    objective = epsilon_objective(scaled_linear().to(comm.device))
+    objective = epsilon_objective()
     denoiser = Denoiser(model.train(), objective, None, None, 0.13025, dtype or precision.weights, autocast)
     parts = StepParts(
         comm, strategy, make_optimizer(strategy.parameters, OptimizerConfig(lr=LR)), denoiser, max_grad_norm=1.0
@@ -144,8 +144,8 @@ def throw_away_loss(denoiser: Denoiser, wrapped: nn.Module, with_text: bool, dev
     names = {"input_ids": row.input_ids} if with_text else {"text_hidden": row.text_hidden, "text_pooled": row.pooled}
     text = {name: value if name == "input_ids" else value.float() for name, value in names.items() if value is not None}
     zeros = torch.zeros(1, 4, 8, 8, device=device)
-    timesteps = torch.zeros(1, dtype=torch.int64, device=device)
-    return image_losses(denoiser, wrapped, zeros, zeros, timesteps, text, row.time_ids).mean()
+    mixture = denoiser.objective.mixture(torch.zeros(1, dtype=torch.float64)).to(device)
+    return image_losses(denoiser, wrapped, zeros, Draws(zeros), mixture, text, row.time_ids).mean()
 
 
 def take_step(parts: StepParts, comm: Comm, step: int, accumulation: int, with_text: bool) -> float:

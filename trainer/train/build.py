@@ -19,8 +19,8 @@ from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.data.store.snapshot import SPLITS, PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
-from trainer.diffusion.objective import epsilon_objective
-from trainer.diffusion.schedule import scaled_linear
+from trainer.diffusion.noise import Draws
+from trainer.diffusion.objective import Objective, epsilon_objective
 from trainer.errors import UserError
 from trainer.evaluate.scoring import Scorer
 from trainer.memory.run_choice import MemoryChoice, choose_memory, memory_attempt, smallest_card
@@ -272,7 +272,7 @@ def make_denoiser(
     precision = precision_of(config.train.precision)
     return Denoiser(
         model=model,
-        objective=epsilon_objective(scaled_linear().to(device)),
+        objective=epsilon_objective(),
         frozen_text_encoders=encoders,
         image_encoder=image_encoder,
         scaling_factor=image_encoder.vae.config["scaling_factor"] if image_encoder else data.scaling_factor,
@@ -344,6 +344,7 @@ def _throw_away_loss(denoiser: Denoiser, device: torch.device, images: int, mode
             "text_hidden": torch.zeros(images, 77, config["cross_attention_dim"], device=device),
             "text_pooled": torch.zeros(images, pooled_dim, device=device),
         }
-    timesteps = torch.zeros(images, dtype=torch.int64, device=device)
+    mixture = denoiser.objective.mixture(torch.zeros(images, dtype=torch.float64)).to(device)
     time_ids = torch.zeros(images, 6, device=device)
-    return image_losses(denoiser, model, latents, latents, timesteps, text, time_ids).mean()
+    objective = Objective(denoiser.objective.prediction)
+    return image_losses(denoiser, model, latents, Draws(latents), mixture, text, time_ids, objective).mean()

@@ -67,10 +67,11 @@ def batch_losses(parts: StepParts, batch: Batch) -> Tensor:
     text = text_arguments(denoiser, device, batch.input_ids, batch.text_hidden, batch.pooled)
     assert batch.latents is not None, "images are encoded before they come here"
     latents = batch.latents.to(device, non_blocking=True)
-    noise, timesteps = draw(batch.draw_seeds, latents.shape[1:], denoiser.objective.schedule.num_timesteps, device)
+    uniforms, draws = draw(batch.draw_seeds, latents.shape[1:], device, denoiser.objective.noise)
+    mixture = denoiser.objective.mixture(uniforms).to(device)
     time_ids = batch.time_ids.to(device, non_blocking=True)
     with parts.around_forward():
-        return image_losses(denoiser, parts.strategy.model, latents, noise, timesteps, text, time_ids)
+        return image_losses(denoiser, parts.strategy.model, latents, draws, mixture, text, time_ids)
 
 
 def train_step(
