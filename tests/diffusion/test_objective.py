@@ -8,7 +8,7 @@ from trainer.diffusion.objective import epsilon_objective, mixed_target
 def test_target_and_loss_equal_those_of_the_diffusers_example() -> None:
     objective = epsilon_objective()
     uniforms, draws = draw(torch.arange(6), (4, 8, 6))
-    mixture = objective.mixture(uniforms)
+    mixture = objective.mixture(uniforms, torch.arange(6), 6)
     latents, prediction = torch.randn(2, 6, 4, 8, 6, generator=torch.Generator().manual_seed(5))
     target = mixed_target(mixture, latents, draws.noise)
     assert torch.equal(target, draws.noise)
@@ -21,7 +21,7 @@ def test_target_and_loss_equal_those_of_the_diffusers_example() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loss_is_computed_in_float32(dtype: torch.dtype) -> None:
     objective = epsilon_objective()
-    mixture = objective.mixture(torch.zeros(2, dtype=torch.float64))
+    mixture = objective.prediction.mix(torch.zeros(2, dtype=torch.float64))
     prediction = torch.full((2, 4, 64, 64), 300.0, dtype=dtype)  # its square overflows float16
     loss = objective.losses(prediction, torch.zeros(2, 4, 64, 64), mixture)
     assert loss.dtype == torch.float32

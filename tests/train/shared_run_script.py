@@ -144,7 +144,7 @@ def throw_away_loss(denoiser: Denoiser, wrapped: nn.Module, with_text: bool, dev
     names = {"input_ids": row.input_ids} if with_text else {"text_hidden": row.text_hidden, "text_pooled": row.pooled}
     text = {name: value if name == "input_ids" else value.float() for name, value in names.items() if value is not None}
     zeros = torch.zeros(1, 4, 8, 8, device=device)
-    mixture = denoiser.objective.mixture(torch.zeros(1, dtype=torch.float64)).to(device)
+    mixture = denoiser.objective.prediction.mix(torch.zeros(1, dtype=torch.float64)).to(device)
     return image_losses(denoiser, wrapped, zeros, Draws(zeros), mixture, text, row.time_ids).mean()
 
 

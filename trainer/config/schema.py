@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from trainer.config.objective import ObjectiveConfig
 from trainer.config.sources import Source
 from trainer.config.values import (
     Count,
@@ -296,6 +297,12 @@ class SamplesConfig(Section):
     """Sampler steps (Euler)."""
     guidance_scale: Annotated[float, Field(ge=0)] = 6.0
     """Classifier-free guidance; 1 or less turns it off."""
+    guidance_rescale: Literal["auto"] | Fraction = "auto"
+    """How far the contrast that guidance adds is taken back (Lin et al. 2023). `auto`: 0.7 with zero terminal SNR,
+    which needs it, else 0."""
+    unconditional: Literal["empty_text", "zeros", "both"] = "empty_text"
+    """What guidance leads away from where there is no negative prompt: the empty text, as in A1111 and ComfyUI, or
+    zeros, as in diffusers. `both`: each image twice, one below the other."""
     seed: Seed = 0
     """Seed of the first image's starting noise; the n-th image uses seed + n."""
 
@@ -338,6 +345,8 @@ class Config(Section):
     """What of the model trains, and how fast. The VAE is always frozen."""
     train: TrainConfig = TrainConfig()
     """Length, batch and precision."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is predicted, at which noise levels, and how errors count; see `docs/objectives.md`."""
     optimizer: OptimizerConfig
     """AdamW."""
     lr_schedule: LrScheduleConfig = LrScheduleConfig()

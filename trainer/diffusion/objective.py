@@ -1,7 +1,7 @@
 """The objective of a run: pure functions of tensors, chosen once; nothing is looked up by name in a step.
 
-draws = draw(seeds, shape, device, objective.noise)          the sample's own random numbers
-mixture = objective.mixture(draws.uniforms)                  where in the process, what the network sees and owes
+uniforms, draws = draw(seeds, shape, device, objective.noise)    the samples' own random numbers
+mixture = objective.mixture(uniforms, places, count)             where in the process they are
 noise, input_noise = mixed_noise(draws, latents, objective.noise)
 loss = objective.losses(prediction, mixed_target(mixture, latents, noise), mixture)
 """
@@ -17,7 +17,7 @@ from trainer.diffusion.losses import NO_DELTA, Delta, Loss, squared
 from trainer.diffusion.noise import PLAIN, NoiseRecipe
 from trainer.diffusion.prediction import Mixture, Prediction
 from trainer.diffusion.prediction import epsilon as epsilon_prediction
-from trainer.diffusion.timesteps import EVENLY, Distribution
+from trainer.diffusion.timesteps import EVENLY, Distribution, Spread, independent
 from trainer.diffusion.weighting import Weighting, unweighted
 
 
@@ -28,6 +28,7 @@ class Objective:
     Attributes:
         prediction: how image and noise are mixed, and what the network is asked for.
         distribution: how often each position in the process is trained.
+        spread: how the samples of a step share it.
         weigh: how much each sample counts by its noise level.
         loss: of each element, with `delta` for Huber's.
         noise: what is added to plain noise.
@@ -35,14 +36,15 @@ class Objective:
 
     prediction: Prediction
     distribution: Distribution = EVENLY
+    spread: Spread = independent
     weigh: Weighting = unweighted
     loss: Loss = squared
     delta: Delta = NO_DELTA
     noise: NoiseRecipe = PLAIN
 
-    def mixture(self, uniforms: Tensor) -> Mixture:
-        """Of samples, by their uniform numbers [B] float64; on the CPU."""
-        return self.prediction.mix(self.distribution(uniforms))
+    def mixture(self, uniforms: Tensor, places: Tensor, count: int) -> Mixture:
+        """Of samples, by their uniform numbers [B] float64 and their places in a step of so many; on the CPU."""
+        return self.prediction.mix(self.distribution(self.spread(uniforms, places, count)))
 
     def losses(self, prediction: Tensor, target: Tensor, mixture: Mixture) -> Tensor:
         """Each sample's weighted loss, the mean over its elements: [B, c, h, w] twice -> [B] float32."""

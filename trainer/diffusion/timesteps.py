@@ -9,6 +9,8 @@ from torch import Tensor
 
 Distribution = Callable[[Tensor], Tensor]
 """From uniform numbers [B] float64 in [0, 1) to positions [B] float64 in [0, 1), rising."""
+Spread = Callable[[Tensor, Tensor, int], Tensor]
+"""From uniform numbers, places in the step and its size to uniform numbers."""
 _BINS = 20_000
 
 
@@ -87,15 +89,20 @@ def aligned_with_flow(log_snr: Callable[[Tensor], Tensor], distribution: Distrib
     return positions
 
 
+def independent(uniforms: Tensor, places: Tensor, count: int) -> Tensor:
+    """Each sample's own uniform number."""
+    return uniforms
+
+
 def stratified(uniforms: Tensor, places: Tensor, count: int) -> Tensor:
     """Uniform numbers of which each has its own `count`-th of [0, 1): (place + u) / count.
 
     Args:
         uniforms: [B] float64, of a sample each.
-        places: [B] int64 in range(count), the samples' places in the whole step, over all workers.
+        places: [B] int64, the samples' places in the whole step, over all workers; padding stands behind the samples.
         count: samples in the step.
     """
-    return (places.double() + uniforms) / count
+    return (places % count + uniforms) / count
 
 
 def _edges() -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from trainer.checkpoint.run_dir import MANIFEST, RESOLVED_CONFIG, list_checkpoints, manifest_entry
 from trainer.config.load import load_config
+from trainer.config.objective import ObjectiveConfig
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.model_files.components import PROJECTION_KEY, Component, TextProjection, require_whole
@@ -21,9 +22,9 @@ from trainer.model_files.model_source import (
     open_component,
     open_folder_component,
 )
-from trainer.model_files.modelspec import told_prediction_type
 from trainer.model_files.presets import preset
 from trainer.model_files.tokenizer_files import tokenizer_folders
+from trainer.model_files.told_prediction import told_prediction
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def model_parts(
 
 def prediction_of(source: Source, wished: str | None, wished_ztsnr: bool) -> tuple[str, bool]:
     """(epsilon, v_prediction or flow; zero terminal SNR), as asked for, or as the model says of itself."""
-    told, told_ztsnr = _told_prediction(source.base)
+    told, told_ztsnr = _told_prediction(source)
     prediction = wished or told
     ztsnr = wished_ztsnr or (told_ztsnr and prediction == told)
     if prediction == "v_prediction":
@@ -170,13 +171,13 @@ def prediction_of(source: Source, wished: str | None, wished_ztsnr: bool) -> tup
     return prediction, False  # loaders ignore the marker of zero terminal SNR where it stands alone
 
 
-def _told_prediction(base: ModelSource) -> tuple[str, bool]:
-    if base.kind != "folder":
-        header = base.header
-        marked = "v_prediction" if "v_pred" in header.tensors else None
-        return marked or told_prediction_type(header.metadata) or "epsilon", "ztsnr" in header.tensors
-    scheduler = _read_scheduler(base)
-    return scheduler.get("prediction_type", "epsilon"), bool(scheduler.get("rescale_betas_zero_snr"))
+def _told_prediction(source: Source) -> tuple[str, bool]:
+    """What the run has trained, or what the model says."""
+    told = told_prediction(source.base)
+    wished = source.config.objective if source.config else ObjectiveConfig()
+    kind = told.kind if wished.prediction == "auto" else wished.prediction
+    zero = told.zero_terminal_snr and kind == told.kind
+    return kind, zero if wished.zero_terminal_snr == "auto" else wished.zero_terminal_snr
 
 
 def _read_scheduler(base: ModelSource) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from trainer.data.buckets import Bucket
 from trainer.data.store.snapshot import SPLITS, PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
 from trainer.diffusion.noise import Draws
-from trainer.diffusion.objective import Objective, epsilon_objective
+from trainer.diffusion.objective import Objective
 from trainer.errors import UserError
 from trainer.evaluate.scoring import Scorer
 from trainer.memory.run_choice import MemoryChoice, choose_memory, memory_attempt, smallest_card
@@ -47,6 +47,7 @@ from trainer.train.arithmetic import arithmetic_of
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.dry_run import dry_run
 from trainer.train.memory_inputs import make_setting, planned_run
+from trainer.train.objective import make_objective
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts
 
@@ -272,7 +273,7 @@ def make_denoiser(
     precision = precision_of(config.train.precision)
     return Denoiser(
         model=model,
-        objective=epsilon_objective(),
+        objective=make_objective(config, model_files),
         frozen_text_encoders=encoders,
         image_encoder=image_encoder,
         scaling_factor=image_encoder.vae.config["scaling_factor"] if image_encoder else data.scaling_factor,
@@ -344,7 +345,7 @@ def _throw_away_loss(denoiser: Denoiser, device: torch.device, images: int, mode
             "text_hidden": torch.zeros(images, 77, config["cross_attention_dim"], device=device),
             "text_pooled": torch.zeros(images, pooled_dim, device=device),
         }
-    mixture = denoiser.objective.mixture(torch.zeros(images, dtype=torch.float64)).to(device)
+    mixture = denoiser.objective.prediction.mix(torch.full((images,), 0.5, dtype=torch.float64)).to(device)
     time_ids = torch.zeros(images, 6, device=device)
     objective = Objective(denoiser.objective.prediction)
     return image_losses(denoiser, model, latents, Draws(latents), mixture, text, time_ids, objective).mean()
