@@ -80,6 +80,33 @@ def chosen_prediction(config: ObjectiveConfig, model: RunModel) -> ChosenPredict
     return ChosenPrediction(kind, bool(zero), f"{described}; the model predicts {before} ({told.by}) and is converted")
 
 
+def describe_objective(config: Config, model: RunModel) -> list[str]:
+    """What is trained, and what is not as usual, in lines for people; without torch."""
+    objective = config.objective
+    lines = [f"objective: {chosen_prediction(objective, model).description}"]
+    usual = ObjectiveConfig()
+    options = {
+        name: getattr(objective, name).model_dump(exclude_defaults=True)
+        for name in ("flow", "timesteps", "weighting", "loss", "noise")
+        if getattr(objective, name) != getattr(usual, name)
+    }
+    for name, values in options.items():
+        lines.append(f"  {name}: {', '.join(f'{key} {value}' for key, value in values.items())}")
+    return lines
+
+
+def guidance_warning(config: Config) -> str | None:
+    """Guidance leads away from what the model makes of no text; one that never saw that may not have it right."""
+    captions, samples = config.captions, config.samples
+    never = captions.dropout_rate == 0 and captions.dropout_every_n_epochs == 0
+    if not samples.every_steps or samples.guidance_scale <= 1 or not never:
+        return None
+    return (
+        f"samples.guidance_scale = {samples.guidance_scale:g} with captions.dropout_rate = 0: the model never sees an "
+        "empty caption, and what guidance leads away from drifts; 0.1 is usual"
+    )
+
+
 def make_objective(config: Config, model: RunModel) -> Objective:
     """The run's objective.
 

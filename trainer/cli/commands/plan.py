@@ -24,6 +24,7 @@ from trainer.parallel.environment import choose_workers, detect_gpus, joined_env
 from trainer.train.arithmetic import arithmetic_of
 from trainer.train.caption_rules import describe_captions, require_captions, survey_of
 from trainer.train.memory_inputs import make_setting, planned_run
+from trainer.train.objective import describe_objective, guidance_warning
 from trainer.train.prepare_worker import prepare_settings
 
 
@@ -96,6 +97,10 @@ def _print_model(config: Config, model: RunModel) -> None:
             frozen.append(key)
     print(f"trains: {', '.join(trained)}; precision {config.train.precision}, optimizer {config.optimizer.kind}")
     print(f"frozen: {', '.join([*frozen, 'vae'])}")
+    for line in describe_objective(config, model):
+        print(line)
+    if warning := guidance_warning(config):
+        print(f"warning: {warning}")
 
 
 def _print_data(config: Config, model: RunModel) -> CaptionSurvey | None:
