@@ -10,7 +10,7 @@ import torch
 
 from tests.model_files.single_files import rewrite, write_single_file
 from tests.train.real_run import ALONE, model_of, run_config
-from trainer.config.objective import ObjectiveConfig
+from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.schema import Config, SamplesConfig
 from trainer.data.buckets import Bucket
 from trainer.data.loader import Batch
@@ -19,7 +19,7 @@ from trainer.memory.run_choice import MemoryChoice
 from trainer.model_files.run_model import open_model
 from trainer.train.bench_worker import SyntheticData, synthetic_batch
 from trainer.train.build import build_parts
-from trainer.train.objective import chosen_prediction, describe_objective, guidance_warning, make_objective
+from trainer.train.run_objective import chosen_prediction, describe_objective, guidance_warning, make_objective
 from trainer.train.step import train_step
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")

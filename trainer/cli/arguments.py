@@ -9,7 +9,7 @@ from trainer.config.schema import Config
 from trainer.model_files.examine.check import check_model
 from trainer.model_files.run_model import RunModel
 from trainer.model_files.tokenizer_files import require_whole_captions
-from trainer.train.objective import chosen_prediction
+from trainer.train.run_objective import chosen_prediction
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer.config.clashes import as_key, clash, full, get, is_given
 from trainer.config.fields import Key, Problem, dotted
-from trainer.config.objective_rules import objective_problems
+from trainer.config.rules_objective import objective_problems
 from trainer.config.schema import Config
 from trainer.config.sources import (
     FolderSource,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from trainer.config.objective import ObjectiveConfig
+from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.sources import Source
 from trainer.config.values import (
     Count,

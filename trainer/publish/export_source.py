@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from trainer.checkpoint.run_dir import MANIFEST, RESOLVED_CONFIG, list_checkpoints, manifest_entry
 from trainer.config.load import load_config
-from trainer.config.objective import ObjectiveConfig
+from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.model_files.components import PROJECTION_KEY, Component, TextProjection, require_whole

@@ -47,7 +47,7 @@ from trainer.train.arithmetic import arithmetic_of
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.dry_run import dry_run
 from trainer.train.memory_inputs import make_setting, planned_run
-from trainer.train.objective import make_objective
+from trainer.train.run_objective import make_objective
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts
 

@@ -32,7 +32,7 @@ from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_ro
 from trainer.train.build import Run, build_run, make_scorer, newest_snapshot
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.checkpoint_contents import checkpoint_files
-from trainer.train.objective import describe_objective, guidance_warning
+from trainer.train.run_objective import describe_objective, guidance_warning
 from trainer.train.state import TrainState
 from trainer.train.step import StepResult, train_step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from trainer.config.objective import ObjectiveConfig, TimestepsConfig, WeightingConfig
+from trainer.config.objective_config import ObjectiveConfig, TimestepsConfig, WeightingConfig
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
