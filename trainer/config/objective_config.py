@@ -19,6 +19,11 @@ class FlowConfig(Section):
     and with flow's loss. The model stays one of epsilon or v for the programs that draw with it."""
 
 
+def flow_shift(flow: FlowConfig, resolution_px: int) -> float:
+    """`shift` as a number: by resolution, the ratio of the images' sides (Esser et al. 2024, eq. 23)."""
+    return resolution_px / 256 if flow.shift == "resolution" else flow.shift
+
+
 class TimestepsConfig(Section):
     distribution: Literal["uniform", "logit_normal", "laplace", "beta"] = "uniform"
     """How often each noise level is trained. `logit_normal`: the middle more often (Stable Diffusion 3). `laplace`:

@@ -1,4 +1,4 @@
-"""Options of `objective` that would do nothing, or harm; those that hang on the model are in `train/run_objective.py`."""
+"""Options of `objective` that would do nothing, or harm; what hangs on the model is in `train/run_objective.py`."""
 
 from collections.abc import Iterator
 

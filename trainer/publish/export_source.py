@@ -26,6 +26,16 @@ from trainer.model_files.presets import preset
 from trainer.model_files.tokenizer_files import tokenizer_folders
 from trainer.model_files.told_prediction import told_prediction
 
+# diffusers' own for a network with EDM's preconditioning; the values are those of `diffusion.prediction.edm`.
+_EDM_SCHEDULER = {
+    "_class_name": "EDMEulerScheduler",
+    "prediction_type": "epsilon",
+    "sigma_data": 0.5,
+    "sigma_max": 80.0,
+    "sigma_min": 0.002,
+    "sigma_schedule": "karras",
+}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -190,6 +200,8 @@ def scheduler_of(source: Source, prediction: str, ztsnr: bool) -> dict[str, Any]
     scheduler = _read_scheduler(source.base)
     if prediction == "flow":
         raise UserError("prediction type flow: there is no SDXL folder of that kind; write a single file")
+    if prediction == "edm":
+        return _EDM_SCHEDULER
     scheduler["prediction_type"] = prediction
     if ztsnr:
         # The first step must be at the last timestep, where there is no signal (Lin et al. 2024, section 3.3).

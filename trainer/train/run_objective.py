@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from trainer.config.objective_config import ObjectiveConfig, TimestepsConfig, WeightingConfig
+from trainer.config.objective_config import ObjectiveConfig, TimestepsConfig, WeightingConfig, flow_shift
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 TRAINED = ("epsilon", "v_prediction", "flow", "edm")
 _IN_WORDS = {"epsilon": "epsilon", "v_prediction": "v-prediction", "flow": "rectified flow", "edm": "EDM"}
-_BASE_PX = 256
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def make_objective(config: Config, model: RunModel) -> Objective:
     noise = wished.noise
     return Objective(
         prediction=prediction,
-        distribution=_distribution(wished.timesteps, prediction, wished.flow.aligned, flow_shift(config)),
+        distribution=_distribution(wished.timesteps, prediction, wished.flow.aligned, _shift(config)),
         spread=timesteps.stratified if wished.timesteps.stratified else timesteps.independent,
         weigh=_weighting(wished.weighting, wished.flow.aligned),
         loss=loss[wished.loss.kind],
@@ -147,16 +146,14 @@ def make_prediction(config: Config, model: RunModel) -> Prediction:
     chosen = chosen_prediction(config.objective, model)
     kind = cast("PredictionType", chosen.kind)
     if kind == "flow":
-        return predictions.flow(flow_shift(config))
+        return predictions.flow(_shift(config))
     if kind == "v_prediction":
         return predictions.v_prediction(with_zero_terminal_snr=chosen.zero_terminal_snr)
     return {"epsilon": predictions.epsilon, "edm": predictions.edm}[kind]()
 
 
-def flow_shift(config: Config) -> float:
-    """`objective.flow.shift` as a number: by resolution, the ratio of image sides (Esser et al. 2024, eq. 23)."""
-    shift = config.objective.flow.shift
-    return config.data.buckets.resolution / _BASE_PX if shift == "resolution" else shift
+def _shift(config: Config) -> float:
+    return flow_shift(config.objective.flow, config.data.buckets.resolution)
 
 
 def _distribution(config: TimestepsConfig, prediction: Prediction, aligned: bool, shift: float) -> Distribution:
