@@ -41,6 +41,7 @@ def drawn(models: dict[str, Any], **changes: Any) -> list[np.ndarray]:
         "seeds": SEEDS,
         "device": CPU,
         "prediction": epsilon(),
+        "scaling_factor": 0.13025,
     }
     return [np.asarray(image) for image in sample_images(**(models | settings | changes))]
 

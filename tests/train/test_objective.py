@@ -123,6 +123,25 @@ def test_two_thousand_steps_without_a_nan(precision: str, model_folder: Path, tm
     assert sum(losses[-200:]) < 0.95 * sum(losses[:200])
 
 
+def test_latents_of_another_vae_are_scaled_and_shifted(model_folder: Path, tmp_path: Path) -> None:
+    """As the UNet would see them if they had been stored so, with SDXL's own scale."""
+    usual = config_of(model_folder, tmp_path, {})
+    place = usual.model.model_copy(update={"latent_scale": 0.1406, "latent_shift": -0.4743})
+    other = usual.model_copy(update={"model": place})
+    batch = synthetic_batch(DATA, 4, 4, seed=0)
+    assert batch.latents is not None
+    seen = (batch.latents.float() + 0.4743) * 0.1406
+    found, expected = (
+        build_parts(config, model_of(config), ALONE, DATA, MemoryChoice("single")) for config in (other, usual)
+    )
+    as_stored = Batch(**{**vars(batch), "latents": seen / 0.13025})
+    losses = [
+        train_step(found, [batch], 1, 4.0, 1.0, False).loss,
+        train_step(expected, [as_stored], 1, 4.0, 1.0, False).loss,
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def told(folder: Path, **keys: Any) -> Path:
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))

@@ -55,6 +55,11 @@ class ModelConfig(Section):
     tokenizer: PathField | None = None
     """A folder with CLIP's `vocab.json` and `merges.txt`, or a model folder with tokenizers. Default: those of
     `model.path`; of a single file, which has none, CLIP's in the hub's cache."""
+    latent_scale: Annotated[float, Field(gt=0)] | None = None
+    """What the UNet sees is (latents - `latent_shift`) * `latent_scale`. Default: the VAE's own scaling factor, 0.13025
+    of SDXL's; a UNet that was trained for a VAE with other latents has its own numbers."""
+    latent_shift: float | None = None
+    """Subtracted from the latents before they are scaled. Default: the VAE's own shift factor, 0 of SDXL's."""
     text_projection: Literal["correct", "kohya"] = "correct"
     """How a single file holds the second text encoder's projection: `correct` as SDXL was published, `kohya` as kohya's
     scripts take it, without transposing it; only to go on with a file that was trained by them."""

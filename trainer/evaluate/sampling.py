@@ -34,6 +34,8 @@ def sample_images(
     seeds: Sequence[int],
     device: torch.device,
     prediction: Prediction,
+    scaling_factor: float,
+    latent_shift: float = 0.0,
     guidance_rescale: float = 0.0,
     zeros_for_no_text: bool = False,
     input_dtype: torch.dtype | None = None,
@@ -55,6 +57,7 @@ def sample_images(
         seeds: one for each image, of its starting noise, which is drawn on the CPU.
         device: of the UNet.
         prediction: what the UNet predicts.
+        scaling_factor, latent_shift: what the UNet sees is (latents of the VAE - shift) * factor.
         guidance_rescale: as in `guided`.
         zeros_for_no_text: an empty negative prompt stands for zeros, as in diffusers; else for the empty text, as in
             A1111 and ComfyUI.
@@ -87,7 +90,7 @@ def sample_images(
                 texts = [positive] if negative is None else [negative, positive]
                 model = partial(_predicted, unet, texts, sizes, guidance_scale, guidance_rescale, dtype)
                 latents = denoised(prediction, model, noise, num_steps)
-            images += decoded_images(vae, latents / vae.config["scaling_factor"])
+            images += decoded_images(vae, latents / scaling_factor + latent_shift)
     return images
 
 

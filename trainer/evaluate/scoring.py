@@ -130,6 +130,8 @@ class Scorer:
                 seeds=[settings.seed + index],
                 device=comm.device,
                 prediction=self.denoiser.objective.prediction,
+                scaling_factor=self.denoiser.scaling_factor,
+                latent_shift=self.denoiser.latent_shift,
                 guidance_rescale=self._guidance_rescale,
                 zeros_for_no_text=way == "zeros",
                 input_dtype=self.denoiser.input_dtype,

@@ -70,7 +70,7 @@ class Denoiser:
         objective: what it is trained to predict, and how errors count.
         frozen_text_encoders: where text is encoded and no text encoder trains, else None.
         image_encoder: the frozen VAE, where the data are images; None where they are latents.
-        scaling_factor: latents of the VAE times this are what the UNet sees.
+        scaling_factor, latent_shift: what the UNet sees is (latents of the VAE - shift) * factor.
         input_dtype: of the noisy latents that the model is called with.
         autocast_dtype: arithmetic of the model where its weights have another dtype; None: that of its weights.
     """
@@ -82,6 +82,7 @@ class Denoiser:
     scaling_factor: float
     input_dtype: torch.dtype = torch.float32
     autocast_dtype: torch.dtype | None = None
+    latent_shift: float = 0.0
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -136,7 +137,7 @@ def image_losses(
         objective: in place of the denoiser's.
     """
     objective = objective or denoiser.objective
-    scaled = latents.float() * denoiser.scaling_factor
+    scaled = (latents.float() - denoiser.latent_shift) * denoiser.scaling_factor
     noise, input_noise = mixed_noise(draws, scaled, objective.noise)
     noisy = mixed_input(mixture, scaled, input_noise).to(denoiser.input_dtype)
     dtype = denoiser.autocast_dtype

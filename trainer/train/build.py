@@ -271,12 +271,15 @@ def make_denoiser(
     if data.holds_images:
         image_encoder = ImageEncoder(frozen_vae(config, model_files, device), config.data.vae_batch_size)
     precision = precision_of(config.train.precision)
+    shift = config.model.latent_shift
+    data_scale = image_encoder.vae.config["scaling_factor"] if image_encoder else data.scaling_factor
     return Denoiser(
         model=model,
         objective=make_objective(config, model_files),
         frozen_text_encoders=encoders,
         image_encoder=image_encoder,
-        scaling_factor=image_encoder.vae.config["scaling_factor"] if image_encoder else data.scaling_factor,
+        scaling_factor=config.model.latent_scale or data_scale,
+        latent_shift=shift if shift is not None else (model_files.config("vae").get("shift_factor") or 0.0),
         input_dtype=sharing.compute_dtype or precision.weights,
         autocast_dtype=None if sharing.compute_dtype else precision.autocast,
     )
