@@ -220,6 +220,9 @@ class TrainConfig(Section):
     """Convolutions compute in the memory layout NHWC; `benchmarks/gpu.sh` measures whether it pays."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
+    adaptive_clip: Annotated[float, Field(ge=0)] = 0.0
+    """Before that, the gradient of each row and filter is scaled down to this share of the norm of its weights
+    (adaptive gradient clipping), 0.01 being usual; 0 turns it off. A few wild units then do not slow all others."""
 
 
 class OptimizerConfig(Section):

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +38,7 @@ from trainer.model_files.model_source import open_folder_component
 from trainer.model_files.run_model import RunModel
 from trainer.optim.adamw import Rounding
 from trainer.optim.adamw_chunk import Update, compiled_update
+from trainer.optim.clipping import clip_units
 from trainer.optim.optimizers import is_fused, load_optimizer_tensors, make_optimizer
 from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, broadcast_object, gather_objects
@@ -165,6 +166,9 @@ def build_parts(
     optimizer = optimizer_for(config, strategy, comm)
     clip, around = config.train.max_grad_norm, choice.around_forward(model)
     parts = StepParts(comm, strategy, optimizer, denoiser, clip, around)
+    if config.train.adaptive_clip:
+        clips = partial(clip_units, strategy.parameters.values(), config.train.adaptive_clip)
+        parts = replace(parts, before_norm=clips)
     # torch.compile takes one image for another case than several.
     images = min(config.train.batch_size_per_gpu, 2)
     warm_up(strategy, partial(_throw_away_loss, denoiser, comm.device, images))

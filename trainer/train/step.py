@@ -30,6 +30,7 @@ class StepParts:
 
     Attributes:
         around_forward: what every forward pass runs in.
+        before_norm: what is done to the gradients of the loss times a scale, before their norm is taken.
     """
 
     comm: Comm
@@ -38,6 +39,7 @@ class StepParts:
     denoiser: Denoiser
     max_grad_norm: float
     around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
+    before_norm: Callable[[float], None] = lambda loss_scale: None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def train_step(
         weight_sum += float(batch.weights.sum())
         problems += batch.problems
     # All of this is given to the device before the step's only wait for it, or it would stand idle in between.
+    parts.before_norm(loss_scale)
     norm = strategy.grad_norm(_gradients(parts))
     own_loss, scaled_norm = torch.stack([loss_sum, norm.double()]).tolist()
     total_loss, num_images, total_bad, stop = sum_floats(
