@@ -10,9 +10,12 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel
-
 from trainer.config.fields import Key, Problem, dotted
+from trainer.config.rule_parts import clash as _clash
+from trainer.config.rule_parts import is_given as _is_given
+from trainer.config.rule_parts import key_of as _key
+from trainer.config.rule_parts import value_at as _get
+from trainer.config.rules_ema import ema_rules
 from trainer.config.schema import Config
 from trainer.config.sources import (
     FolderSource,
@@ -42,6 +45,7 @@ def broken_rules(config: Config) -> list[Problem]:
         _captions,
         _trainable,
         _export,
+        ema_rules,
         _validation,
         _samples,
         _written_folders,
@@ -319,47 +323,6 @@ def _bad_source_path(config: Config, key: Key, kind: str) -> Problem | None:
     if kind == "file" and not stat.S_ISREG(mode):
         return Problem((key,), f"{said}: must be a file")
     return None
-
-
-def _clash(config: Config, names: tuple[str, ...], rule: str) -> Problem:
-    """A problem of the keys `names`, which are shown with their values."""
-    said = []
-    for name in names:
-        default = "" if _is_written(config, name) else " (the default)"
-        said.append(f"{name} = {shown(_plain(_get(config, name)))}{default}")
-    return Problem(tuple(map(_key, names)), f"{' with '.join(said)}: {rule}")
-
-
-def _key(name: str) -> Key:
-    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
-
-
-def _get(config: Config, name: str) -> object:
-    value: object = config
-    for part in _key(name):
-        value = value[part] if isinstance(value, list) and isinstance(part, int) else getattr(value, str(part))
-    return value
-
-
-def _is_written(config: Config, name: str) -> bool:
-    at: object = config
-    for part in _key(name):
-        if isinstance(at, BaseModel) and part not in at.model_fields_set:
-            return False
-        at = at[part] if isinstance(at, list) and isinstance(part, int) else getattr(at, str(part))
-    return True
-
-
-def _is_given(config: Config, name: str) -> bool:
-    section, _, field = name.rpartition(".")
-    holder = _get(config, section)
-    if not isinstance(holder, BaseModel) or not _is_written(config, name):
-        return False
-    return getattr(holder, field) != type(holder).model_fields[field].get_default()
-
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _full(path: Path) -> Path:
