@@ -18,6 +18,7 @@ from trainer.data.loader import Batch
 from trainer.data.store.snapshot import RowProblem
 from trainer.diffusion.noise import draw
 from trainer.model.denoiser import Denoiser, image_losses, text_arguments
+from trainer.optim.ema import Averages
 from trainer.optim.optimizers import scale_lr, take_optimizer_step
 from trainer.parallel.comm import Comm, sum_floats
 from trainer.parallel.sharding import local_tensor
@@ -30,6 +31,7 @@ class StepParts:
 
     Attributes:
         around_forward: what every forward pass runs in.
+        averages: of the weights, which follow the steps by `trainer.train.averages.follow`; None: there are none.
     """
 
     comm: Comm
@@ -38,6 +40,7 @@ class StepParts:
     denoiser: Denoiser
     max_grad_norm: float
     around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
+    averages: Averages | None = None
 
 
 @dataclass(frozen=True)
