@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from tests.data.small_set import write_small_set
 from tests.train.real_run import ALONE, model_of, run_config, watched_run
 from trainer.checkpoint.ema_folders import SNAPSHOTS, averages_in
 from trainer.checkpoint.run_dir import MANIFEST, checkpoint_dir, list_checkpoints, read_state
+from trainer.checkpoint.write import WEIGHTS_FILES
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.data.store.snapshot import PreparedSet
@@ -201,6 +203,33 @@ def test_a_step_that_changed_nothing_is_left_out(configured: Callable[..., Confi
         expected = in_float64(trajectory, profile)
         for key, tensor in stored(config, 6, f"unet_{name}").items():
             assert (tensor.double() - expected[key]).norm() <= 1e-6 * expected[key].norm(), (name, key)
+
+
+def test_text_encoders_and_frozen_weights(configured: Callable[..., Config], model_folder: Path) -> None:
+    """An average is a whole component: what is frozen is as it is. What trains later has been its own average."""
+    encoder = {"train": True}
+    frozen = {"text_encoder_1": encoder, "text_encoder_2": encoder, "unet": {"freeze": ["conv_in"]}}
+    config = configured("run", 4, {"averages": [ENTRIES[2]]}, trainable=frozen)
+    watched_run(config)
+    checkpoint = checkpoint_dir(config.run.dir, 4)
+    for folder, file in WEIGHTS_FILES.items():
+        average, live = load_file(checkpoint / f"{folder}_short" / file), load_file(checkpoint / folder / file)
+        assert average.keys() == live.keys()
+        same = {name for name, tensor in average.items() if torch.equal(tensor, live[name])}
+        if folder == "unet":
+            assert {"conv_in.weight", "conv_in.bias"} <= same
+        assert len(same) < 0.5 * len(live), f"{folder}: averages are the weights"
+        assert (checkpoint / f"{folder}_short/config.json").read_text() == (
+            checkpoint / folder / "config.json"
+        ).read_text()
+    found = UNet2DConditionModel.from_pretrained(checkpoint / "unet_short", local_files_only=True)
+    assert torch.equal(found.state_dict()["conv_out.weight"], stored(config, 4, "unet_short")["unet.conv_out.weight"])
+    more = configured("run", 5, {"averages": [ENTRIES[2]]}, trainable=frozen | {"unet": {}})
+    watched_run(more)
+    before, after = stored(more, 4, "unet")["unet.conv_in.bias"], stored(more, 5, "unet")["unet.conv_in.bias"]
+    expected = before.lerp(after, 1 - PROFILES["short"].decay_at(5))
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(stored(more, 5, "unet_short")["unet.conv_in.bias"], expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16_kahan"])
