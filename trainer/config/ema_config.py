@@ -35,6 +35,11 @@ class AverageConfig(Section):
     """Of `kind: power`: standard deviation of the profile as a share of the run so far (Karras' sigma_rel); 0.05 to
     0.10 is usual."""
 
+    def told(self) -> str:
+        """In a few words."""
+        profile = f"decay {self.decay:g}" if self.kind == "plain" else f"length {self.length:g}"
+        return f"{self.name} ({self.kind}, {profile})"
+
 
 class SnapshotsConfig(Section):
     every_steps: Count = 0
@@ -59,3 +64,8 @@ class EmaConfig(Section):
     averages by name, such as `[live, ema]`."""
     snapshots: SnapshotsConfig = SnapshotsConfig()
     """What is kept of power averages on the way, so that one of any length can be computed afterwards."""
+
+    def told(self) -> str:
+        """Which averages are kept, and where, in one line."""
+        place = "in the host's memory" if self.place == "host" else "beside the weights"
+        return f"averages: {', '.join(average.told() for average in self.averages)}, {place}"

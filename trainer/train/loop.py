@@ -247,6 +247,8 @@ def _announce(config: Config, run: Run, arithmetic: RunArithmetic, state: TrainS
         else:
             _log.info("%s: frozen", name)
     _log.info("%s on %s%s", config.train.precision, device.type, f", {strategy.sharing.kind}" * (strategy.world > 1))
+    if config.ema.averages:
+        _log.info("%s", config.ema.told())
     for line in arithmetic.describe(state.step):
         _log.info("%s", line)
 

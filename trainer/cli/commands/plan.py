@@ -96,6 +96,8 @@ def _print_model(config: Config, model: RunModel) -> None:
             frozen.append(key)
     print(f"trains: {', '.join(trained)}; precision {config.train.precision}, optimizer {config.optimizer.kind}")
     print(f"frozen: {', '.join([*frozen, 'vae'])}")
+    if config.ema.averages:
+        print(config.ema.told())
 
 
 def _print_data(config: Config, model: RunModel) -> CaptionSurvey | None:
