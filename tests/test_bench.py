@@ -35,6 +35,7 @@ def config_in(folder: Path, model: Path, **memory: str) -> Path:
         },
         "train": {"steps": 10, "precision": "fp32", "gradient_accumulation_steps": 2},
         "optimizer": {"lr": 1e-6},
+        "ema": {"averages": [{}]},
         "memory": memory,
     }
     path = folder / "c.yaml"

@@ -14,6 +14,9 @@ import psutil
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
+
+from trainer.optim.ema_profile import PlainEma, PowerEma
 
 pytestmark = pytest.mark.e2e
 
@@ -340,3 +343,33 @@ def test_images_mode(tmp_path: Path, config_file: Path) -> None:
     assert (straight / "samples/step-00000012.png").is_file()
     done = sdxl_train("eval", run_dir, "samples.steps=2")
     assert json.loads((run_dir / "eval/step-00000012/validation.json").read_text())["images"] > 0
+
+
+@pytest.mark.slow
+def test_averages_of_four_then_three_workers_that_share_the_weights(
+    tmp_path: Path, config_file: Path, model_folder: Path
+) -> None:
+    """Against float64, from the weights that each step's checkpoint holds; and scored, by those workers and by eval."""
+    run_dir, profiles = tmp_path / "run", {"ema": PlainEma(0.9), "long": PowerEma(0.1)}
+    shared = [config_file, f"run.dir={run_dir}", "memory.strategy=zero2", "train.global_batch_size=12"]
+    shared += ["checkpoint.every_steps=1", "checkpoint.keep=20", "validation.every_steps=8", "ema.score=[live, long]"]
+    shared += ["ema.averages=[{decay: 0.9}, {name: long, kind: power}]", "ema.place=host"]
+    sdxl_train(*shared, "launch.workers=4", "train.steps=4")
+    done = sdxl_train(*shared, "launch.workers=3", "train.steps=8")
+    assert "goes on after step 4, 4 steps to go" in done.stderr and "begins at step" not in done.stderr
+    file = "diffusion_pytorch_model.safetensors"
+    checkpoints = [run_dir / f"checkpoints/step-{step:08d}" for step in range(1, 9)]
+    trajectory = [load_file(folder / "unet" / file) for folder in (model_folder, *checkpoints)]
+    for name, profile in profiles.items():
+        found = load_file(checkpoints[-1] / f"unet_{name}" / file)
+        for key, tensor in found.items():
+            expected = trajectory[0][key].double()
+            for step, weights in enumerate(trajectory[1:], start=1):
+                expected.lerp_(weights[key].double(), 1 - profile.decay_at(step))
+            assert (tensor.double() - expected).norm() <= 1e-6 * expected.norm(), (name, key)
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    scored = {record["kind"]: record["loss"] for record in records if record["step"] == 8}
+    sdxl_train("eval", run_dir, "--weights", "long", "samples.steps=1", "samples.count=1", "launch.workers=1")
+    judged = json.loads((run_dir / "eval/step-00000008-long/validation.json").read_text())
+    assert judged["average"] == "long" and judged["loss"] == pytest.approx(scored["validation_long"], abs=1e-5)
+    assert scored["validation_long"] != scored["validation"]

@@ -12,7 +12,9 @@ from trainer.data.buckets import Bucket
 from trainer.errors import UserError
 from trainer.memory.choice import GIB
 from trainer.memory.planned_run import PlannedRun
+from trainer.memory.report import MemoryPlan
 from trainer.memory.run_plan import Setting, make_budget, memory_plan, require_fit
+from trainer.memory.traced_run import Shape, TracedRun, holdings
 from trainer.model_files.presets import preset
 from trainer.train.memory_inputs import make_setting, planned_run
 
@@ -78,6 +80,39 @@ def test_budgets(model_folder: Path) -> None:
     card = make_budget(config.memory.budget, "cuda", 24 * GIB, 4)
     assert card.total is not None and 23 * GIB < card.total < 24 * GIB and card.buffers > 0
     assert make_budget(config.memory.budget, "cuda", 24 * GIB, 1).buffers == 0
+
+
+@pytest.mark.e2e
+def test_averages_are_counted(model_folder: Path, tmp_path: Path) -> None:
+    """fp32 copies of what trains: on one worker all, spread as the weights are, or in the host's memory."""
+    sections: dict[str, Any] = {"memory": {"budget": "2GiB"}, "train": {"precision": "bf16_stochastic"}}
+    two = {"averages": [{}, {"name": "long", "kind": "power"}], "snapshots": {"every_steps": 5, "dtype": "fp16"}}
+    plain = make_config(model_folder, **sections)
+    weights = model_of(plain).count_weights("unet")
+
+    def plan(workers: int, **ema: Any) -> MemoryPlan:
+        config = make_config(model_folder, ema=ema, **sections)
+        return memory_plan(planned(config), setting(config, workers, Bucket(64, 64)), tmp_path)
+
+    def averages(plan: MemoryPlan, strategy: str) -> int:
+        return min(rung.split["averages"] for rung in plan.looked_at if rung.strategy == strategy)
+
+    without, alone, shared = plan(1), plan(1, **two), plan(4, **two)
+    assert without.chosen and alone.chosen and without.chosen.split["averages"] == 0
+    assert averages(alone, "single") == averages(shared, "ddp") == 2 * 4 * weights
+    assert averages(shared, "zero2") == pytest.approx(2 * weights, rel=0.02)  # rows are not divided evenly
+    assert alone.chosen.needed - without.chosen.needed >= 2 * 4 * weights
+    assert alone.checkpoint_bytes - without.checkpoint_bytes == 2 * 4 * weights
+    assert (alone.snapshot_bytes, without.snapshot_bytes) == (2 * weights, 0)
+    assert "each of the averages' snapshots takes" in "\n".join(alone.describe())
+    on_host = plan(1, **two, place="host")
+    assert averages(on_host, "single") == 0 and on_host.chosen
+    assert on_host.host_bytes - without.host_bytes >= 2 * 4 * weights
+    # bf16 weights wait beside their average while it is scored, and it is exchanged through an fp32 buffer.
+    for score, swap in (("live", 0), ("long", (2 + 4) * weights)):
+        run = planned(make_config(model_folder, ema=two | {"score": [score]}, **sections))
+        trace = TracedRun(run, Shape(Bucket(64, 64), 1), "cuda").trace("single")
+        assert holdings(run, trace, 1, 1, "cuda")["one worker"].average_swap_bytes == swap
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Running averages against float64, their state through files and back, and the model with an average in it."""
 
+import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,15 @@ from torch import Tensor, nn
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import UserError
 from trainer.optim import ema_memory
-from trainer.optim.ema import Averages, Place, kahan_corrections, start_averages, update_averages, update_when_due
+from trainer.optim.ema import (
+    Averages,
+    Place,
+    kahan_corrections,
+    leave_out_step,
+    start_averages,
+    update_averages,
+    update_when_due,
+)
 from trainer.optim.ema_contents import ema_tensors, load_ema_tensors, load_progress
 from trainer.optim.ema_memory import host_tensors, memory_of_averages
 from trainer.optim.ema_pieces import scratch_buffers
@@ -168,7 +178,7 @@ def test_resume_is_exact(tmp_path: Path, place: Place, every: int) -> None:
         mine = ((name.removeprefix(prefix), t) for name, t in stored.items() if name.startswith(prefix))
         load_ema_tensors(others, average, resumed, mine)
     load_progress(others, record)
-    assert (others.step, others.started_at) == (10 // every * every, 0)
+    assert others.step == 10 // every * every and others.to_json() == record
     run(others, resumed, range(11, 21))
     assert_same_bits(tensors_of(others, resumed), tensors_of(averages, parameters))
 
@@ -184,17 +194,46 @@ def test_averages_that_begin_within_a_run_count_from_there() -> None:
         assert torch.allclose(averages.shards[average]["matrix"].double(), expected["matrix"], rtol=0, atol=2e-8)
 
 
-def test_a_step_that_changed_nothing_may_be_left_out() -> None:
-    """As after gradients that were not finite: the next update's decay is that of both steps."""
-    parameters = make_parameters()
-    averages = start_averages(parameters, {"short": PowerEma(0.05)})
-    for step in (1, 2, 4):
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_step_that_changed_nothing_is_no_step_of_the_averages(every: int) -> None:
+    """As after gradients that were not finite. Steps 5, 6 and 11 are left out; 6 would have been an update."""
+    parameters, idle = make_parameters(), (5, 6, 11)
+    averages = start_averages(parameters, PROFILES, update_every=every)
+    trajectory, updated_at = [wide(parameters)], [0]
+    for step in range(1, 13):
+        if step in idle:
+            leave_out_step(averages)
+            continue
         move(parameters, step)
-        update_averages(averages, parameters, step)
-    assert averages.step == 4
-    for done in (4, 3):
+        trajectory.append(wide(parameters))
+        if update_when_due(averages, parameters, step):
+            updated_at.append(len(trajectory) - 1)
+    assert updated_at == (list(range(10)) if every == 1 else [0, 3, 7, 9])
+    assert averages.ages == dict.fromkeys(PROFILES, 9) and averages.step == 12
+    for average, profile in PROFILES.items():
+        expected = trajectory[0]["matrix"]
+        for done, now in itertools.pairwise(updated_at):
+            decay = math.prod(profile.decay_at(each) for each in range(done + 1, now + 1))
+            expected = decay * expected + (1 - decay) * trajectory[now]["matrix"]
+        assert torch.allclose(averages.shards[average]["matrix"].double(), expected, rtol=0, atol=2e-8)
+    for done in (12, 11):
         with pytest.raises(ValueError, match="has been averaged already"):
             update_averages(averages, parameters, done)
+
+
+def test_an_average_may_begin_later_than_the_others() -> None:
+    parameters = make_parameters()
+    averages = start_averages(parameters, PROFILES)
+    run(averages, parameters, range(1, 6))
+    record = averages.to_json()
+    del record["averages"]["long"]
+    others = start_averages(parameters, PROFILES, step=5)
+    load_progress(others, record)
+    assert others.ages == {"ema": 5, "constant": 5, "short": 5, "long": 0}
+    assert others.began_at == {"ema": 0, "constant": 0, "short": 0, "long": 5}
+    trajectory = run(others, parameters, range(6, 15))
+    expected = in_float64(trajectory, PROFILES["long"])["matrix"]
+    assert torch.allclose(others.shards["long"]["matrix"].double(), expected, rtol=0, atol=2e-8)
 
 
 @pytest.fixture(params=[(d, p) for d in (torch.float32, torch.bfloat16) for p in ("device", "host")], ids=str)
@@ -249,8 +288,8 @@ def test_what_cannot_go_on_is_told() -> None:
         load_ema_tensors(averages, "ema", parameters, [("gone", torch.zeros(3))])
     record = averages.to_json()
     load_progress(start_averages(parameters, {"ema": PlainEma(0.99), "short": PowerEma(0.05)}), record)
-    for wrong in ({"ema": PowerEma(0.05)}, {"short": PowerEma(0.06)}, {"other": PlainEma(0.9)}):
-        with pytest.raises(UserError, match=r"^ema: the checkpoint's average"):
+    for wrong in ({"ema": PowerEma(0.05)}, {"short": PowerEma(0.06)}, {"short": PlainEma(0.9)}):
+        with pytest.raises(UserError, match=r"^ema\.averages: the checkpoint's average"):
             load_progress(start_averages(parameters, wrong), record)
 
 

@@ -230,7 +230,7 @@ def test_mistakes_are_one_line_each(
     assert "--tokenizer: has no effect" in refused(capsys, "export", model_folder, "-o", out, "--tokenizer", tmp_path)
     options = ("--layout", "diffusers", "--title", "Foxes")
     assert "--title: has no effect" in refused(capsys, "export", model_folder, "-o", tmp_path / "a", *options)
-    assert "no moving average" in refused(capsys, "export", checkpoint, "-o", out, "--weights", "ema")
+    assert "holds no running average" in refused(capsys, "export", checkpoint, "-o", out, "--weights", "ema")
     assert "zero terminal SNR needs" in refused(capsys, "export", model_folder, "-o", out, "--ztsnr")
     assert "is no checkpoint" in refused(capsys, "export", model_folder, "-o", out, "--model", model_folder)
     assert "wanted PATTERN" in refused(

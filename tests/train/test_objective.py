@@ -83,8 +83,63 @@ def parted(batch: Batch, size: int) -> list[Batch]:
 
 def losses_of(config: Config, steps: int, micro_batch: int = 4) -> list[float]:
     parts = build_parts(config, model_of(config), ALONE, DATA, MemoryChoice("single"))
-    loss = train_step(found, [batch], 1, 4.0, 1.0, False).loss
-    assert loss == pytest.approx(train_step(expected, [as_stored], 1, 4.0, 1.0, False).loss, rel=1e-6)
+    losses = []
+    for step in range(steps):
+        batches = parted(synthetic_batch(DATA, 4, 4, seed=step), micro_batch)
+        losses.append(train_step(parts, batches, len(batches), 4.0, 1.0, False).loss)
+    return losses
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_thirty_steps_are_as_they_were(name: str, model_folder: Path, tmp_path: Path) -> None:
+    """At full precision, on any machine; and in passes of one image the same."""
+    config = config_of(model_folder, tmp_path, OBJECTIVES[name])
+    losses = losses_of(config, 30)
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text(encoding="utf-8"))[name], rel=1e-5)
+    assert losses_of(config, 4, micro_batch=1) == pytest.approx(losses[:4], rel=1e-5)
+
+
+def test_the_golden_losses_are_of_these_objectives() -> None:
+    """What is not listed was never recorded."""
+    assert list(json.loads(GOLDEN.read_text(encoding="utf-8"))) == list(OBJECTIVES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_thousand_steps_without_a_nan(precision: str, model_folder: Path, tmp_path: Path) -> None:
+    """v-prediction, zero terminal SNR and min-SNR 5 on 64 images: the loss falls, and all of it is finite."""
+    objective = {"prediction": "v_prediction", "zero_terminal_snr": True, "weighting": {"kind": "min_snr"}}
+    config = config_of(model_folder, tmp_path, objective, precision=precision)  # type: ignore[arg-type]
+    parts = build_parts(config, model_of(config), ALONE, DATA, MemoryChoice("single"))
+    pool = [synthetic_batch(DATA, 4, 4, seed=seed) for seed in range(16)]
+    losses, norms = [], []
+    for step in range(2000):
+        seeds = torch.arange(4) + 4 * step
+        batch = Batch(**{**vars(pool[step % 16]), "draw_seeds": seeds})
+        result = train_step(parts, [batch], 1, 4.0, 1.0, False)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    assert torch.tensor([losses, norms]).isfinite().all()
+    assert sum(losses[-200:]) < 0.95 * sum(losses[:200])
+
+
+def test_latents_of_another_vae_are_scaled_and_shifted(model_folder: Path, tmp_path: Path) -> None:
+    """As the UNet would see them if they had been stored so, with SDXL's own scale."""
+    usual = config_of(model_folder, tmp_path, {})
+    place = usual.model.model_copy(update={"latent_scale": 0.1406, "latent_shift": -0.4743})
+    other = usual.model_copy(update={"model": place})
+    batch = synthetic_batch(DATA, 4, 4, seed=0)
+    assert batch.latents is not None
+    seen = (batch.latents.float() + 0.4743) * 0.1406
+    found, expected = (
+        build_parts(config, model_of(config), ALONE, DATA, MemoryChoice("single")) for config in (other, usual)
+    )
+    as_stored = Batch(**{**vars(batch), "latents": seen / 0.13025})
+    losses = [
+        train_step(found, [batch], 1, 4.0, 1.0, False).loss,
+        train_step(expected, [as_stored], 1, 4.0, 1.0, False).loss,
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def told(folder: Path, **keys: Any) -> Path:

@@ -13,41 +13,57 @@ import xxhash
 from trainer.errors import UserError
 
 STEP_NAME = re.compile(r"step-(\d{8})")
+_STEP_OF = re.compile(r"step-(\d{8})(-.*)?")  # of weights that were computed from several checkpoints, too
 MANIFEST = "manifest.json"
 RESOLVED_CONFIG = "config.resolved.yaml"  # written when a command starts
 STATE = "training_state/state.json"
+CHECKPOINTS = "checkpoints"
 _PIECE = 8 << 20
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of `step` lies."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+    return run_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
 def checkpoint_step(path: Path) -> int:
     """The step in a checkpoint's folder name."""
-    match = STEP_NAME.fullmatch(path.name)
+    match = _STEP_OF.fullmatch(path.name)
     if match is None:
         raise UserError(f"{path}: not a checkpoint; its folder is named like step-00001000")
     return int(match.group(1))
 
 
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first (by name and manifest only; contents unread)."""
-    found = [p for p in (run_dir / "checkpoints").glob("step-*") if STEP_NAME.fullmatch(p.name)]
+def config_beside(checkpoint: Path) -> Path:
+    """The configuration of a checkpoint's run; of weights that were computed elsewhere, the one they carry."""
+    own = checkpoint / RESOLVED_CONFIG
+    return own if own.is_file() else checkpoint.parent.parent / RESOLVED_CONFIG
+
+
+def list_checkpoints(run_dir: Path, folder: str = CHECKPOINTS) -> list[Path]:
+    """Complete checkpoints of a run, oldest first (by name and manifest only; contents unread).
+
+    Args:
+        folder: in the run's directory, where they are, or what is written as they are.
+    """
+    found = [p for p in (run_dir / folder).glob("step-*") if STEP_NAME.fullmatch(p.name)]
     return sorted(p for p in found if (p / MANIFEST).is_file())
 
 
-def prune_checkpoints(run_dir: Path, keep: int, in_use: Path | None = None) -> None:
+def prune_checkpoints(run_dir: Path, keep: int | None, in_use: Path | None = None, folder: str = CHECKPOINTS) -> None:
     """Delete all but the `keep` newest checkpoints and the one in use, and what interrupted writes left behind."""
-    for old in list_checkpoints(run_dir)[:-keep]:
-        if old == in_use:
-            continue
-        (old / MANIFEST).unlink()  # first, so that a half-deleted checkpoint is never taken for a whole one
-        shutil.rmtree(old)
-    for left_over in (run_dir / "checkpoints").glob("step-*"):
+    for old in list_checkpoints(run_dir, folder)[:-keep] if keep else ():
+        if old != in_use:
+            delete_checkpoint(old)
+    for left_over in (run_dir / folder).glob("step-*"):
         if not (left_over / MANIFEST).is_file() or left_over.suffix == ".tmp":
             shutil.rmtree(left_over, ignore_errors=True)
+
+
+def delete_checkpoint(path: Path) -> None:
+    """The manifest goes first, so that a half-deleted checkpoint is never taken for a whole one."""
+    (path / MANIFEST).unlink()
+    shutil.rmtree(path)
 
 
 def find_damage(path: Path) -> str | None:

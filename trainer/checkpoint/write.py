@@ -3,6 +3,7 @@
     checkpoints/step-00001000/
       unet/config.json, unet/diffusion_pytorch_model.safetensors   weights in diffusers' layout; text_encoder/ and
                                                                    text_encoder_2/ beside it, where they train
+      unet_ema/...                                                 the same of a running average called `ema`
       training_state/optimizer.safetensors, training_state/state.json
       manifest.json                                                size and xxh3-128 of every file above
 
@@ -84,15 +85,16 @@ def write_checkpoint(
     try:
         if failure is not None:
             raise failure
-        _publish(temporary, path, state)
+        publish_folder(temporary, path, state)
     except OSError:
         # At once, for the disk may be full of it: the next checkpoint would find no more room than this one.
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _publish(temporary: Path, path: Path, state: Mapping[str, object]) -> None:
+def publish_folder(temporary: Path, path: Path, state: Mapping[str, object]) -> None:
     """Add state and manifest, and give the folder its name once all of it is on the disk."""
+    (temporary / STATE).parent.mkdir(exist_ok=True)
     (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n")
     written = sorted(p for p in temporary.rglob("*") if p.is_file())
     entries = {p.relative_to(temporary).as_posix(): manifest_entry(p) for p in written}

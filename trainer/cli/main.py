@@ -20,6 +20,7 @@ COMMANDS = {
     "data": "look at a prepared data set: `data stats`",
     "eval": "validation loss and a sample grid of a run or checkpoint",
     "sample": "draw images from a run or checkpoint",
+    "ema": "a running average of another length than the run kept",
     "export": "write a checkpoint as one file or folder that A1111, ComfyUI, diffusers and others open",
     "merge": "the weighted sum of two models, with weights for blocks",
     "schema": "print the configuration's JSON Schema, for editors",

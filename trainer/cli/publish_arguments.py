@@ -31,6 +31,16 @@ def add_weights_arguments(parser: argparse._ArgumentGroup, *more: str) -> None:
     parser.add_argument("--vae", type=Path, metavar="VAE", help="a VAE folder or file in place of the model's")
 
 
+def add_weights_name(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Which of a checkpoint's weights."""
+    parser.add_argument(
+        "--weights",
+        default="live",
+        metavar="NAME",
+        help="live: those that train (default); or one of the run's averages, such as ema",
+    )
+
+
 def add_description_arguments(parser: argparse.ArgumentParser) -> None:
     """What a person says about a model."""
     words = parser.add_argument_group("metadata")

@@ -52,7 +52,8 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
             from trainer.train import eval_worker as judge
 
             judge_by = {"evaluate": judge.evaluate_weights, "sample": judge.sample_weights}[task]
-            judge_by(config, model, comm, Path(options["weights"]), Path(options["out_dir"]))
+            weights, out_dir = Path(options["weights"]), Path(options["out_dir"])
+            judge_by(config, model, comm, weights, options["average"], out_dir)
     close(comm)
 
 

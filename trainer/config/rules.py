@@ -5,12 +5,14 @@ than the default, so that a configuration written out in full can be read again.
 """
 
 import glob
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.clashes import as_key, clash, full, get, is_given
 from trainer.config.fields import Key, Problem, dotted
+from trainer.config.rule_parts import clash, is_given, key_of, value_at
+from trainer.config.rules_ema import ema_rules
 from trainer.config.rules_objective import objective_problems
 from trainer.config.schema import Config
 from trainer.config.sources import (
@@ -41,6 +43,7 @@ def broken_rules(config: Config) -> list[Problem]:
         _captions,
         _trainable,
         _export,
+        ema_rules,
         _validation,
         _samples,
         objective_problems,
@@ -70,7 +73,7 @@ def _length(config: Config) -> Iterator[Problem]:
         yield clash(config, keys, "give only one of them, or set the other to null")
     elif config.train.steps is None and config.train.epochs is None:
         text = "train.steps: missing (how long to train); give `train.steps` or `train.epochs`"
-        yield Problem(tuple(map(as_key, keys)), text)
+        yield Problem(tuple(map(key_of, keys)), text)
 
 
 def _batch(config: Config) -> Iterator[Problem]:
@@ -122,7 +125,7 @@ def _sources(config: Config) -> Iterator[Problem]:
     for i, source in enumerate(config.data.sources):
         at = f"data.sources.{i}"
         names = [name for name, _ in _paths_of(source)]
-        paths = [full(getattr(source, name)) for name in names]
+        paths = [_full(getattr(source, name)) for name in names]
         other = first.setdefault((source.type, *paths), i) if names else i
         if other != i:
             keys = (f"{at}.{names[0]}", f"data.sources.{other}.{names[0]}")
@@ -276,13 +279,13 @@ def _written_folders(config: Config) -> Iterator[Problem]:
     """Samples written inside a source would be read as training images."""
     for key, path in (("run.dir", config.run.dir), ("data.prepared", config.data.prepared)):
         for i, source in enumerate(config.data.sources):
-            if isinstance(source, FolderSource) and full(path).is_relative_to(full(source.path)):
+            if isinstance(source, FolderSource) and _full(path).is_relative_to(_full(source.path)):
                 keys = (key, f"data.sources.{i}.path")
                 yield clash(config, keys, "must not lie in a source, which is searched for images")
 
 
 def _bad_folder(config: Config, key: Key, must_exist: bool) -> Problem | None:
-    path = Path(str(get(config, dotted(key))))
+    path = Path(str(value_at(config, dotted(key))))
     said = f"{dotted(key)} = {shown(str(path))}"
     try:
         if stat.S_ISDIR(path.stat().st_mode):
@@ -296,7 +299,7 @@ def _bad_folder(config: Config, key: Key, must_exist: bool) -> Problem | None:
 
 def _missing(config: Config, key: Key) -> Problem | None:
     """Neither a file nor a folder; what it must hold is looked at elsewhere."""
-    path = Path(str(get(config, dotted(key))))
+    path = Path(str(value_at(config, dotted(key))))
     return None if path.exists() else Problem((key,), f"{dotted(key)} = {shown(str(path))}: no such file or folder"
                                               f"{nearest_path(path)}")  # fmt: skip
 
@@ -305,7 +308,7 @@ def _bad_source_path(config: Config, key: Key, kind: str) -> Problem | None:
     """What is wrong with a path of a source: a `folder`, a `file`, or `files` (a file, a folder or a pattern)."""
     if kind == "folder":
         return _bad_folder(config, key, must_exist=True)
-    path = Path(str(get(config, dotted(key))))
+    path = Path(str(value_at(config, dotted(key))))
     said = f"{dotted(key)} = {shown(str(path))}"
     if kind == "files" and glob.has_magic(str(path)):
         found = next(glob.iglob(str(path), recursive=True), None)  # noqa: PTH207 - the pattern may be absolute
@@ -319,3 +322,7 @@ def _bad_source_path(config: Config, key: Key, kind: str) -> Problem | None:
     if kind == "file" and not stat.S_ISREG(mode):
         return Problem((key,), f"{said}: must be a file")
     return None
+
+
+def _full(path: Path) -> Path:
+    return Path(os.path.realpath(path))

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from trainer.config.clashes import clash, is_given
 from trainer.config.fields import Problem
+from trainer.config.rule_parts import clash, is_given
 from trainer.config.schema import Config
 
 _T, _W, _L, _N = (f"objective.{name}" for name in ("timesteps", "weighting", "loss", "noise"))

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from trainer.config.ema_config import EmaConfig
 from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.sources import Source
 from trainer.config.values import (
@@ -260,6 +261,8 @@ class ExportConfig(Section):
     """Where the files go; default: `exports` in `run.dir`. They are named like `RUN-step-00001000.safetensors`."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Precision of the weights."""
+    weights: str = "live"
+    """`live`: the weights that train, or one of `ema.averages` by its name."""
     keep: PositiveInt | None = None
     """How many of the newest files are kept. Default: all."""
     title: str = ""
@@ -359,6 +362,8 @@ class Config(Section):
     """AdamW."""
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     """The learning rate as a function of the step."""
+    ema: EmaConfig = EmaConfig()
+    """Running averages of the weights; off where `ema.averages` is empty. See `docs/ema.md`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When weights and training state are saved."""
     validation: ValidationConfig = ValidationConfig()

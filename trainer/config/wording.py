@@ -70,6 +70,7 @@ _ALSO_CALLED = {  # words of other trainers
     "lr_scheduler": "lr_schedule.kind",
     "lr_warmup_steps": "lr_schedule.warmup_steps",
     "save_every_n_steps": "checkpoint.every_steps",
+    "ema_decay": "ema.averages.0.decay",
     "sample_every_n_steps": "samples.every_steps",
     "sample_prompts": "samples.prompts",
 }

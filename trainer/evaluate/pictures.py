@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _INK, _CAPTION_INK, _FAINT_INK, _PAPER = "#1f2328", "#3d444d", "#6e7781", "#ffffff"
 _TRAIN, _VALIDATION = "#2f6fb5", "#d1495b"
+_AVERAGES = "#2a9d68", "#8e5bb5", "#c77f1a"  # of the weights; more of them repeat the colours
 _MARGIN_PX, _GAP_PX = 20, 10
 _MAX_POINTS = 4000  # of the raw loss: more cannot be told apart
 
@@ -34,7 +35,8 @@ def loss_curve_png(metrics: Sequence[Mapping[str, Any]], path: Path, title: str)
     percent of its first value, since they differ in size by orders of magnitude.
 
     Args:
-        metrics: records of `metrics.jsonl` (kinds `train` and `validation`); may be empty.
+        metrics: records of `metrics.jsonl` (kinds `train`, `validation`, and `validation_NAME` of an average); may be
+            empty.
         path: the PNG; its folder must exist.
         title: such as the run's name.
     """
@@ -44,7 +46,10 @@ def loss_curve_png(metrics: Sequence[Mapping[str, Any]], path: Path, title: str)
     from matplotlib.ticker import MaxNLocator
 
     train = _column(metrics, "train", "loss")
-    validation = _column(metrics, "validation", "loss")
+    prefix, kinds = "validation_", {record["kind"] for record in metrics}
+    averages = sorted(kind.removeprefix(prefix) for kind in kinds if kind.startswith(prefix))
+    validation = {"validation": _column(metrics, "validation", "loss")}
+    validation |= {f"validation of {name}": _column(metrics, prefix + name, "loss") for name in averages}
     names = {name for record in metrics if record["kind"] == "validation" for name in record}
     timesteps = sorted(int(name.removeprefix("loss_t")) for name in names if name.startswith("loss_t"))
     figure = Figure(figsize=(9, 7.2 if timesteps else 4.8), dpi=120, layout="constrained", facecolor=_PAPER)
@@ -183,7 +188,7 @@ def _smoothed(values: np.ndarray) -> tuple[np.ndarray, int]:
     return (sums[high] - sums[low]) / (high - low), min(2 * half + 1, len(values))
 
 
-def _draw_losses(axes: "Axes", train: np.ndarray, validation: np.ndarray) -> None:
+def _draw_losses(axes: "Axes", train: np.ndarray, validation: Mapping[str, np.ndarray]) -> None:
     limits: list[float] = []
     if len(train):
         thin = train[:: math.ceil(len(train) / _MAX_POINTS)]
@@ -194,10 +199,12 @@ def _draw_losses(axes: "Axes", train: np.ndarray, validation: np.ndarray) -> Non
         axes.plot(train[:, 0], smooth, color=_TRAIN, linewidth=2.0, label=label)
         # A few wild steps must not press everything else flat.
         limits += [*np.quantile(train[:, 1], (0.005, 0.99)), smooth.min(), smooth.max()]
-    if len(validation):
-        label = f"validation{_ends(validation[:, 1])}"
-        axes.plot(validation[:, 0], validation[:, 1], "o-", color=_VALIDATION, linewidth=1.6, markersize=5, label=label)
-        limits += [validation[:, 1].min(), validation[:, 1].max()]
+    for index, (name, column) in enumerate(validation.items()):
+        if len(column):
+            colour = _AVERAGES[(index - 1) % len(_AVERAGES)] if index else _VALIDATION
+            label = f"{name}{_ends(column[:, 1])}"
+            axes.plot(column[:, 0], column[:, 1], "o-", color=colour, linewidth=1.6, markersize=5, label=label)
+            limits += [column[:, 1].min(), column[:, 1].max()]
     if limits:
         low, high = min(limits), max(limits)
         room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0

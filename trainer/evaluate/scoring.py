@@ -1,8 +1,8 @@
 """Validation loss and sample grids: what is done with a UNet now and then, in training and by `eval`."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
+from trainer.config.ema_config import LIVE
 from trainer.config.schema import SamplesConfig, ValidationConfig
 from trainer.data.buckets import Bucket
 from trainer.data.captions import CaptionRules, compose
@@ -53,7 +54,8 @@ class Scorer:
         resolution_px: side of a sample of which nothing else is said.
         folder: where samples of the run go.
         cached_text: the prepared data hold what the text encoders give.
-        gathered: around forward passes that workers run each by itself.
+        weights: what `score_when_due` looks at, by name, each with what puts it into the model for forward passes that
+            workers run each by itself.
     """
 
     comm: Comm
@@ -70,7 +72,7 @@ class Scorer:
     load_tokenizer: Callable[[], CaptionTokenizer]
     load_text_encoders: Callable[[], TextEncoders]
     load_vae: Callable[[], AutoencoderKL]
-    gathered: Callable[[], AbstractContextManager[None]] = nullcontext
+    weights: Mapping[str, Callable[[], AbstractContextManager[None]]]
 
     @cached_property
     def _tokenizer(self) -> CaptionTokenizer:
@@ -83,17 +85,23 @@ class Scorer:
     def score_when_due(self, step: int, metrics: MetricsWriter | None, *, at_end: bool) -> None:
         """What `validation.every_steps` and `samples.every_steps` ask for at this step."""
         every = self.validation.every_steps
-        if every and (at_end or step % every == 0):
-            with self.gathered():
-                result = self.validate()
-            _log.info("step %d  validation loss %.4f (%d images)", step, result.loss, result.num_images)
-            if metrics:
-                metrics.validation(step, result.loss, result.at_timestep)
+        validates = every and (at_end or step % every == 0)
         every = self.samples.every_steps
-        if every and step and (at_end or step % every == 0):
-            with self.gathered():
-                grid = self.draw(self.folder / f"step-{step:08d}", f"step {step:,}")
-            _log.info("step %d  samples: %s", step, grid)
+        draws = every and step and (at_end or step % every == 0)
+        for name, in_model in self.weights.items() if validates or draws else ():
+            with in_model():
+                self._score(step, name, metrics, validates=bool(validates), draws=bool(draws))
+
+    def _score(self, step: int, name: str, metrics: MetricsWriter | None, *, validates: bool, draws: bool) -> None:
+        of = "" if name == LIVE else f" of {name}"
+        if validates:
+            result = self.validate()
+            _log.info("step %d  validation loss%s %.4f (%d images)", step, of, result.loss, result.num_images)
+            if metrics:
+                metrics.validation(step, result.loss, result.at_timestep, "" if name == LIVE else name)
+        if draws:
+            folder = self.folder / (f"step-{step:08d}" + (f"-{name}" if of else ""))
+            _log.info("step %d  samples%s: %s", step, of, self.draw(folder, f"step {step:,}{of}"))
 
     def validate(self) -> ValidationLoss:
         """The loss on the held-out images; every worker takes its share."""

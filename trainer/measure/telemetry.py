@@ -74,9 +74,14 @@ class MetricsWriter:
             },
         )
 
-    def validation(self, step: int, loss: float, loss_at_timestep: Mapping[int, float]) -> None:
-        """Writes a record of kind `validation`: loss, and the loss at each timestep as loss_t100, ..."""
-        self.write("validation", step, {"loss": loss, **{f"loss_t{t}": x for t, x in loss_at_timestep.items()}})
+    def validation(self, step: int, loss: float, loss_at_timestep: Mapping[int, float], average: str = "") -> None:
+        """Writes a record of kind `validation`: loss, and the loss at each timestep as loss_t100, ...
+
+        Args:
+            average: of the weights, that was scored in their place; the kind is `validation_NAME` then.
+        """
+        kind = f"validation_{average}" if average else "validation"
+        self.write(kind, step, {"loss": loss, **{f"loss_t{t}": x for t, x in loss_at_timestep.items()}})
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Writes a record of any kind; its TensorBoard tags are `kind/key`."""

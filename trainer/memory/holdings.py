@@ -7,7 +7,7 @@ from typing import Literal
 
 Kernels = Literal["cuda", "cpu"]
 StrategyName = Literal["single", "ddp", "zero2", "zero3"]
-PARTS = ("weights", "masters", "gradients", "optimizer", "activations", "communication", "frozen")
+PARTS = ("weights", "masters", "gradients", "optimizer", "averages", "activations", "communication", "frozen")
 Split = dict[str, int]
 
 
@@ -51,6 +51,8 @@ class Holding:
         pools_by_stream: memory that FSDP2 frees on streams of its own serves those streams alone, as CUDA's allocator
             has it; so it stays taken all through the step.
         optimizer_temporary_bytes: alive at once within the optimizer's step.
+        average_bytes: running averages of what trains, all through the step.
+        average_update_bytes: alive at once while they are updated; `average_swap_bytes`: while one is in the model.
         frozen_bytes: parts that do not train and lie on the same device, all through the step.
         before_pass_bytes: of work done before each pass, such as the VAE's over the pass's images.
         between_steps: bytes of work done between steps by name, such as the VAE's pass that draws a sample.
@@ -70,6 +72,9 @@ class Holding:
     batched_copy: bool = True
     pools_by_stream: bool = False
     optimizer_temporary_bytes: int = 0
+    average_bytes: int = 0
+    average_update_bytes: int = 0
+    average_swap_bytes: int = 0
     frozen_bytes: int = 0
     before_pass_bytes: int = 0
     between_steps: Mapping[str, int] = field(default_factory=dict)

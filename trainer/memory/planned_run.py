@@ -24,6 +24,9 @@ class PlannedRun:
         budget, strategy, recompute, offload_activations: wishes, as in the configuration's `memory`.
         data_workers: reader processes of each worker.
         checkpoints: how many the disk holds at once.
+        averages: running averages of what trains, and where they are held; `snapshot_averages`: of which snapshots are
+            kept, each element in so many bytes.
+        scores_averages: one of them is put into the model between steps.
     """
 
     model: RunModel
@@ -46,6 +49,11 @@ class PlannedRun:
     offload_activations: Literal["auto"] | bool
     data_workers: int
     checkpoints: int
+    averages: int = 0
+    averages_place: Literal["device", "host"] = "device"
+    scores_averages: bool = False
+    snapshot_averages: int = 0
+    snapshot_bytes: int = 4
 
     @property
     def text_encoders_train(self) -> bool:

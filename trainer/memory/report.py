@@ -70,6 +70,7 @@ class MemoryPlan:
         flops_per_image: forward, backward, recomputed.
         host_bytes: RAM of this host, all workers together.
         checkpoint_bytes: of one checkpoint; `disk_bytes`: of all that are kept, and one being written.
+        snapshot_bytes: of one snapshot of the averages; 0 where none are kept.
     """
 
     kernels: str
@@ -87,6 +88,7 @@ class MemoryPlan:
     host_bytes: int
     checkpoint_bytes: int
     disk_bytes: int
+    snapshot_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -119,6 +121,8 @@ class MemoryPlan:
             f"host RAM about {in_gib(self.host_bytes)} GiB; a checkpoint takes {in_gib(self.checkpoint_bytes)} GiB,"
             f" all that are kept {in_gib(self.disk_bytes)} GiB of disk"
         )
+        if self.snapshot_bytes:
+            lines.append(f"each of the averages' snapshots takes {in_gib(self.snapshot_bytes)} GiB of disk")
         unit, size = ("TFLOP", 1e12) if sum(self.flops_per_image) >= 1e11 else ("GFLOP", 1e9)
         forward, backward, again = (flops / size for flops in self.flops_per_image)
         total = forward + backward + again

@@ -20,6 +20,7 @@ from trainer.memory.choice import (
     Budget,
     Choice,
     Measures,
+    Rung,
     Ways,
     choose,
     parse_size,
@@ -139,7 +140,7 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
     batch = traced.shape.batch
     again = traced.recomputed_flops(holding.strategy, chosen.recomputed)
     per_image = (plain.forward_flops // batch, (plain.flops - plain.forward_flops) // batch, again // batch)
-    checkpoint = _checkpoint_bytes(run, trace)
+    checkpoint, snapshot = _checkpoint_bytes(run, trace), run.snapshot_averages * run.snapshot_bytes * _trained(trace)
     bucket = traced.shape.bucket
     return MemoryPlan(
         kernels=setting.kernels,
@@ -154,9 +155,10 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
         advice=() if choice.chosen else tuple(_advice(run, setting)),
         wire_bytes=wire_bytes(trace, holding),
         flops_per_image=per_image,
-        host_bytes=_host_bytes(run, setting, chosen.peak.total, trace.saved_bytes if chosen.offloads else 0),
+        host_bytes=_host_bytes(run, setting, chosen, trace),
         checkpoint_bytes=checkpoint,
         disk_bytes=checkpoint * run.checkpoints,
+        snapshot_bytes=snapshot,
     )
 
 
@@ -256,6 +258,8 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
         yield f"train.batch_size_per_gpu: {smaller}", replace(run, batch_size=smaller)
         if smaller > 1:
             yield "train.batch_size_per_gpu: 1", replace(run, batch_size=1)
+    if run.averages and run.averages_place == "device":
+        yield "ema.place: host", replace(run, averages_place="host")
     if not run.eight_bit:
         yield "optimizer.kind: adamw_8bit", replace(run, eight_bit=True)
     if run.precision in ("bf16", "fp32"):
@@ -279,12 +283,22 @@ def _checkpoint_bytes(run: PlannedRun, trace: Any) -> int:
     from trainer.memory.traced_run import optimizer_bytes
     from trainer.optim.precision import precision_of
 
+    each = precision_of(run.precision).weights.itemsize + 4 * run.averages
+    return _trained(trace) * each + optimizer_bytes(run, trace)
+
+
+def _trained(trace: "Trace") -> int:
+    """Weights of the components of which anything trains."""
     parts = {name.split(".", 1)[0] for name in trace.trains}
-    numel = sum(math.prod(shape) for name, shape in trace.shapes.items() if name.split(".", 1)[0] in parts)
-    return numel * precision_of(run.precision).weights.itemsize + optimizer_bytes(run, trace)
+    return sum(math.prod(shape) for name, shape in trace.shapes.items() if name.split(".", 1)[0] in parts)
 
 
-def _host_bytes(run: PlannedRun, setting: Setting, peak_bytes: int, offloaded: int) -> int:
+def _host_bytes(run: PlannedRun, setting: Setting, chosen: Rung, trace: "Trace") -> int:
+    from trainer.memory.traced_run import averages_memory
+
+    offloaded = trace.saved_bytes if chosen.offloads else 0
     pinned = offloaded * _PINNED_SHARE if setting.kernels == "cuda" else offloaded
-    each = round(_WORKER_RAM[setting.kernels] + run.data_workers * _DATA_WORKER_RAM + pinned)
-    return setting.workers_here * (each + (peak_bytes if setting.kernels == "cpu" else 0))
+    shards = setting.workers if chosen.holding.strategy in ("zero2", "zero3") else 1
+    averages = averages_memory(run, trace, shards, setting.kernels).host
+    each = round(_WORKER_RAM[setting.kernels] + run.data_workers * _DATA_WORKER_RAM + pinned) + averages
+    return setting.workers_here * (each + (chosen.peak.total if setting.kernels == "cpu" else 0))

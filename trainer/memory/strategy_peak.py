@@ -27,7 +27,7 @@ def strategy_peak(trace: "Trace", holding: Holding) -> Peak:
     """The fullest moment of an optimizer step in steady state; all of its passes are like the traced one."""
     parameters, segments, unit_of = parameter_sizes(trace), trace.segments, trace.unit_of
     ledger = Ledger(dict.fromkeys(PARTS, 0))
-    ledger.held["frozen"] = holding.frozen_bytes
+    ledger.held["frozen"], ledger.held["averages"] = holding.frozen_bytes, holding.average_bytes
     if holding.strategy in ("single", "ddp"):
         accountant: _Accountant = _Replicated(ledger, parameters, holding, gradient_order(segments))
     else:
@@ -49,12 +49,14 @@ def strategy_peak(trace: "Trace", holding: Holding) -> Peak:
         ledger.phase = "optimizer"
         ledger.note(holding.optimizer_temporary_bytes)
         accountant.end_step()
+        ledger.phase = "averages"
+        ledger.note(holding.average_update_bytes)
         for phase, amount in holding.between_steps.items():
             ledger.phase = phase
             changes = accountant.between_steps(phase in holding.between_steps_gathered)
             for part, change in changes.items():
                 ledger.held[part] += change
-            ledger.note(amount)
+            ledger.note(amount + holding.average_swap_bytes)
             for part, change in changes.items():
                 ledger.held[part] -= change
     return ledger.peak

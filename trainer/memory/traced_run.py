@@ -28,6 +28,7 @@ from trainer.model.text import TextEncoders, text_positions
 from trainer.model.trainable import lay_out_model
 from trainer.optim.adamw import CHUNK_ELEMENTS
 from trainer.optim.eight_bit import blocks_per_row, takes_8_bits
+from trainer.optim.ema_memory import EmaMemory, memory_of_averages
 from trainer.optim.precision import DTYPES, precision_of
 from trainer.parallel.strategy import copies_gradients_in_batches
 
@@ -183,10 +184,12 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
     trained = sum(math.prod(trace.shapes[name]) for name in trace.trains)
     fused = precision.weights == torch.float32 and not run.eight_bit
     largest = max(math.prod(shape) for shape in trace.shapes.values())
+    averages = {shards: averages_memory(run, trace, shards, kernels) for shards in {1, workers}}
 
     def holding(strategy: StrategyName, each_pass: bool = True) -> Holding:
         gathers = strategy in ("zero2", "zero3")
         narrow = precision.compute.itemsize if gathers else precision.weights.itemsize
+        average = averages[workers if gathers else 1]
         return Holding(
             strategy=strategy,
             world=workers,
@@ -199,6 +202,9 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
             batched_copy=copies_gradients_in_batches(),
             pools_by_stream=kernels == "cuda",
             optimizer_temporary_bytes=0 if fused else _SCRATCH_BYTES * min(CHUNK_ELEMENTS[kernels], largest),
+            average_bytes=average.device,
+            average_update_bytes=average.update,
+            average_swap_bytes=average.swap if run.scores_averages else 0,
         )
 
     if workers == 1:
@@ -211,6 +217,16 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
         found["zero2"] = holding("zero2")
     found["zero3"] = holding("zero3")
     return {label: each for label, each in found.items() if wish in ("auto", each.strategy)}
+
+
+def averages_memory(run: PlannedRun, trace: Trace, shards: int, kernels: Kernels) -> EmaMemory:
+    """What the run's averages take on a worker that holds one of so many shards of the weights."""
+    if not run.averages:
+        return EmaMemory(0, 0, 0, 0)
+    shapes, weights = [trace.shapes[name] for name in trace.trains], precision_of(run.precision).weights
+    return memory_of_averages(
+        shapes, averages=run.averages, shards=shards, place=run.averages_place, weights=weights, device=kernels
+    )
 
 
 def optimizer_bytes(run: PlannedRun, trace: Trace) -> int:

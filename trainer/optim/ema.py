@@ -28,8 +28,9 @@ class Averages:
         profiles: by name of the average, such as "ema".
         shards: name of the average -> name of the parameter -> fp32, in the shape of this worker's rows of it.
         place: on the device of the weights, or in the host's memory (pinned where the device is a CUDA one).
-        started_at: step of the run from which profiles count.
-        step: of the run, up to which weights have been averaged.
+        began_at: by name of the average, the run's steps that were done when it began.
+        ages: by name of the average, how many steps it holds: its profile's own clock.
+        step: of the run, up to which weights have been averaged; see `leave_out_step`.
         in_chunks: updates take copies of some weights at a time (`kept_in_chunks`).
         update_every: steps between two updates; weights count for the steps up to theirs, so profiles stay.
         lent: name of the average that is in the model at the moment.
@@ -39,15 +40,19 @@ class Averages:
     shards: Mapping[str, Mapping[str, Tensor]] = field(repr=False)
     place: Place
     in_chunks: bool
-    started_at: int
+    began_at: dict[str, int]
+    ages: dict[str, int]
     step: int
     update_every: int = 1
     lent: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint has to hold beside the tensors; `load_progress` takes it."""
-        profiles = {name: profile.to_json() for name, profile in self.profiles.items()}
-        return {"step": self.step, "started_at": self.started_at, "profiles": profiles}
+        averages = {
+            name: {**profile.to_json(), "began_at": self.began_at[name], "steps": self.ages[name]}
+            for name, profile in self.profiles.items()
+        }
+        return {"step": self.step, "averages": averages}
 
 
 @torch.no_grad()
@@ -73,12 +78,33 @@ def start_averages(
             shards[average] = host_tensors({name: weight.shape for name, weight in weights.items()}, device_of(weights))
         else:  # in the weights' own order of memory
             shards[average] = {name: torch.empty_like(w, dtype=torch.float32) for name, w in weights.items()}
-        for name, weight in weights.items():
-            shards[average][name].copy_(weight)
-            if corrections and name in corrections:
-                shards[average][name].add_(corrections[name].to(shards[average][name].device))
     in_chunks = any(kept_in_chunks(place, weight.dtype) for weight in weights.values())
-    return Averages(profiles, shards, place, in_chunks, step, step, update_every)
+    averages = Averages(profiles, shards, place, in_chunks, {}, {}, step, update_every)
+    for average in profiles:
+        begin_average(averages, average, parameters, corrections)
+    return averages
+
+
+@torch.no_grad()
+def begin_average(
+    averages: Averages, average: str, parameters: NamedParameters, corrections: Mapping[str, Tensor] | None = None
+) -> None:
+    """Let one of the averages begin anew, as the weights are after step `averages.step`."""
+    require_home(averages)
+    shards = averages.shards[average]
+    for name, parameter in parameters.items():
+        shards[name].copy_(local_tensor(parameter))
+        if corrections and name in corrections:
+            shards[name].add_(corrections[name].to(shards[name].device))
+    averages.began_at[average], averages.ages[average] = averages.step, 0
+
+
+def leave_out_step(averages: Averages) -> None:
+    """A step of the run changed no weight: it is no step of the averages, or the weights before it would count twice.
+
+    Steps since the last update are told by the difference to `Averages.step`, which therefore moves by one.
+    """
+    averages.step += 1
 
 
 def update_when_due(
@@ -109,13 +135,15 @@ def update_averages(
     require_home(averages)
     if step <= averages.step:
         raise ValueError(f"step {step} has been averaged already, up to {averages.step}")
-    done, now = averages.step - averages.started_at, step - averages.started_at
-    shares = {name: 1 - profile.decay_over(done, now) for name, profile in averages.profiles.items()}
+    ages = {name: age + step - averages.step for name, age in averages.ages.items()}
+    shares = {
+        name: 1 - profile.decay_over(averages.ages[name], ages[name]) for name, profile in averages.profiles.items()
+    }
     if averages.in_chunks:
         _update_in_chunks(averages, parameters, shares, corrections or {})
     else:
         _update_directly(averages, parameters, shares)
-    averages.step = step
+    averages.step, averages.ages = step, ages
 
 
 def _update_directly(averages: Averages, parameters: NamedParameters, shares: Mapping[str, float]) -> None:

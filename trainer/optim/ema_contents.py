@@ -72,20 +72,27 @@ def load_ema_tensors(
 
 
 def load_progress(averages: Averages, record: Mapping[str, Any]) -> None:
-    """Go on from where `Averages.to_json` says.
+    """Go on from where `Averages.to_json` says; averages of which it says nothing stay as they are.
 
     Raises:
         UserError: an average of the checkpoint has a profile that the wanted one cannot go on from.
     """
+    averages.step = record["step"]
     for name, profile in averages.profiles.items():
-        wanted, stored = profile.to_json(), record["profiles"].get(name)
-        lengths = [(each or {}).get("sigma_rel") for each in (wanted, stored)]
-        if stored is None or stored["kind"] != wanted["kind"] or lengths[0] != lengths[1]:
+        stored = record["averages"].get(name)
+        if stored is None:
+            continue
+        wanted = profile.to_json()
+        if stored["kind"] != wanted["kind"] or stored.get("sigma_rel") != wanted.get("sigma_rel"):
             raise UserError(
-                f"ema: the checkpoint's average {name} is {stored or 'missing'}, {wanted} is asked for; within a run "
-                "only the decay of a plain average may change"
+                f"ema.averages: the checkpoint's average {name} is {_told(stored)}, and {_told(wanted)} is asked for; "
+                "within a run only the decay of a plain average may change; give the other one a name of its own"
             )
-    averages.step, averages.started_at = record["step"], record["started_at"]
+        averages.began_at[name], averages.ages[name] = stored["began_at"], stored["steps"]
+
+
+def _told(profile: Mapping[str, Any]) -> str:
+    return profile["kind"] + (f" of length {profile['sigma_rel']:g}" if "sigma_rel" in profile else "")
 
 
 def _wait(parameters: Mapping[str, Tensor]) -> None:

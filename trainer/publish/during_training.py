@@ -75,7 +75,8 @@ class Exports:
         begin = time.perf_counter()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            wish = Wish(out, dtype=settings.dtype, description=description, overwrite=True)
+            dtype, weights = settings.dtype, settings.weights
+            wish = Wish(out, dtype=dtype, weights=weights, description=description, overwrite=True)
             prepare_export(checkpoint, wish, self._config).write(self._go_on)
             if settings.keep:
                 for old in sorted(folder.glob(f"{glob.escape(name)}-step-????????.safetensors"))[: -settings.keep]:

@@ -4,12 +4,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from trainer.checkpoint.run_dir import MANIFEST, RESOLVED_CONFIG, list_checkpoints, manifest_entry
+from trainer.checkpoint.ema_folders import average_folder, averages_in, components_of
+from trainer.checkpoint.run_dir import MANIFEST, config_beside, list_checkpoints, manifest_entry
+from trainer.config.ema_config import LIVE
 from trainer.config.load import load_config
 from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.schema import Config
+from trainer.config.spelling import nearest
 from trainer.errors import UserError
 from trainer.model_files.components import PROJECTION_KEY, Component, TextProjection, require_whole
 from trainer.model_files.examine.identify import wrong_model_line
@@ -59,7 +62,7 @@ def open_source(
     place: Path,
     model: Path | None,
     vae: Path | None,
-    weights: Literal["live", "ema"],
+    weights: str,
     text_projection: TextProjection = "correct",
     config: Config | None = None,
 ) -> Source:
@@ -68,6 +71,7 @@ def open_source(
     Args:
         place: a checkpoint, a run directory (its newest checkpoint), a diffusers folder or a single file.
         model: what the parts that a checkpoint lacks are taken from; None: the model that its run started from.
+        weights: of a checkpoint: `live` for those that train, or an average of them by its name.
         vae: replaces the model's.
         text_projection: how a single file that is no run's model holds it.
         config: of the checkpoint's run; None: as it lies beside it.
@@ -77,7 +81,7 @@ def open_source(
     """
     checkpoint = _checkpoint_at(place)
     if checkpoint is None:
-        for given, option in ((model, "--model"), (weights == "ema", "--weights ema")):
+        for given, option in ((model, "--model"), (weights != LIVE, f"--weights {weights}")):
             if given:
                 raise UserError(f"{option}: has no effect; {place} is no checkpoint of a run")
         source = _sdxl(place)
@@ -86,7 +90,7 @@ def open_source(
         return Source(model_parts(place, vae, text_projection), source, metadata=metadata)
     if text_projection == "kohya" and not model:
         raise UserError("--from-kohya: has no effect; a run knows how its model holds the text projection")
-    run_config = checkpoint.parent.parent / RESOLVED_CONFIG
+    run_config = config_beside(checkpoint)
     if config is None and run_config.is_file():
         config = load_config(run_config, check_paths=False)
     base = model or (config.model.path if config else None)
@@ -136,14 +140,28 @@ def _checkpoint_at(place: Path) -> Path | None:
     return None
 
 
+def require_average(checkpoint: Path, name: str) -> None:
+    """Refuse the name of an average that a checkpoint does not hold; `live` is always there.
+
+    Raises:
+        UserError: with the nearest right spelling, or what there is.
+    """
+    names = [LIVE, *averages_in(checkpoint)]
+    if name in names:
+        return
+    if len(names) == 1:
+        raise UserError(f"--weights {name}: {checkpoint} holds no running average; `ema.averages` makes a run keep one")
+    near = nearest(name, names)
+    mend = f"did you mean `{near}`?" if near else f"it holds {', '.join(names)}"
+    raise UserError(f"--weights {name}: {checkpoint} holds no such average; {mend}")
+
+
 def _trained_parts(checkpoint: Path, weights: str) -> dict[str, Component]:
     trained = [name for name in COMPONENTS if (checkpoint / name).is_dir()]
     folders = {name: checkpoint / name for name in trained}
-    if weights == "ema":
-        averaged = {name: checkpoint / f"{name}_ema" for name in trained if (checkpoint / f"{name}_ema").is_dir()}
-        if not averaged:
-            raise UserError(f"{checkpoint}: holds no moving average of the weights; use --weights live")
-        folders |= averaged
+    if weights != LIVE:
+        require_average(checkpoint, weights)
+        folders |= {name: checkpoint / average_folder(name, weights) for name in components_of(checkpoint, weights)}
     entries = json.loads((checkpoint / MANIFEST).read_text())["files"]
     for folder in folders.values():
         for file in sorted(folder.iterdir()):

@@ -36,7 +36,7 @@ class Wish:
         out: the file, or the folder of the diffusers layout.
         dtype: "same": as it is stored.
         vae_dtype: None: as `dtype`.
-        weights: of a checkpoint: those that train, or their moving average.
+        weights: of a checkpoint: `live` for those that train, or a running average of them by its name.
         model, vae: see `open_source`.
         text_projection: "kohya": for those who go on with kohya's scripts.
         source_projection: "kohya": the single file that is read was saved by them; a run says so itself.
@@ -49,7 +49,7 @@ class Wish:
     layout: Literal["single-file", "diffusers"] = "single-file"
     dtype: Literal["fp16", "bf16", "fp32", "same"] = "fp16"
     vae_dtype: Literal["fp16", "bf16", "fp32", "same"] | None = None
-    weights: Literal["live", "ema"] = "live"
+    weights: str = "live"
     model: Path | None = None
     vae: Path | None = None
     text_projection: TextProjection = "correct"
@@ -224,7 +224,9 @@ def _metadata(source: Source, wish: Wish, prediction: str) -> dict[str, str]:
     if prediction == "flow" and config is not None:
         own["sdxl_train.flow_shift"] = f"{_flow_shift(source):g}"
     if checkpoint is not None:
-        own |= {"sdxl_train.step": str(checkpoint_step(checkpoint)), "sdxl_train.weights": wish.weights}
+        _, _, length = checkpoint.name.partition("-length-")  # computed by `sdxl-train ema`
+        weights = f"average of length {length}" if length else wish.weights
+        own |= {"sdxl_train.step": str(checkpoint_step(checkpoint)), "sdxl_train.weights": weights}
     if config and wish.with_config:
         own[CONFIG_KEY] = dump(without_folders(json.loads(config.model_dump_json())))
     return kept | spec | own
@@ -254,7 +256,8 @@ def _thumbnail(wish: Wish, checkpoint: Path | None) -> str | None:
         return thumbnail_of([wish.thumbnail])
     if checkpoint is None or not wish.with_thumbnail:
         return None
-    folders = sorted((checkpoint.parent.parent / "samples").glob("step-????????"))
-    drawn = [sorted(folder.glob("*.png")) for folder in folders if folder.name <= checkpoint.name]
+    samples, step = checkpoint.parent.parent / "samples", checkpoint_step(checkpoint)
+    own = sorted(samples.glob(f"step-????????-{wish.weights}/")) or sorted(samples.glob("step-????????/"))
+    drawn = [sorted(folder.glob("*.png")) for folder in own if checkpoint_step(folder) <= step]
     newest = next((images for images in reversed(drawn) if images), None)
     return thumbnail_of(newest[:4]) if newest else None

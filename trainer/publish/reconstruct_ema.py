@@ -4,7 +4,7 @@ The paper stores fp16. Its rounding, 2e-4 of a weight, comes out times `Reconstr
 moves weights by no more than a few thousandths, as a fine-tune may, fp32 is worth its bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,12 +84,14 @@ def write_reconstruction(
     step: int | None = None,
     dtype: str = "F32",
     metadata: Mapping[str, str] | None = None,
+    on_written: Callable[[int], None] | None = None,
 ) -> Reconstruction:
     """Write the average of length `sigma_rel` as a safetensors file with the names of the stored ones.
 
     Args:
         step, stored: see `plan_reconstruction`; each file has the same tensors.
         dtype: safetensors' name of the dtype that is written.
+        on_written: told of every tensor's bytes.
 
     Raises:
         UserError: see `plan_reconstruction` and `combined_tensors`.
@@ -100,7 +102,7 @@ def write_reconstruction(
     wanted = torch_dtype(dtype)
     specs = aligned([TensorSpec(name, wanted, tuple(tensor.meta.shape)) for name, tensor in tensors.items()])
     values = (tensors[spec.name].read().to(wanted) for spec in specs)
-    write_tensor_file(out, specs, values, {"format": "pt", **(metadata or {})})
+    write_tensor_file(out, specs, values, {"format": "pt", **(metadata or {})}, on_written=on_written)
     return found
 
 

@@ -33,6 +33,7 @@ from trainer.optim.precision import precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, barrier, gather_objects, sum_floats
 from trainer.parallel.strategy import Strategy
 from trainer.train.arithmetic import arithmetic_of, batch_factors
+from trainer.train.averages import follow
 from trainer.train.build import Run, build_parts, worker_setting
 from trainer.train.loop import open_training_loader, starting_state
 from trainer.train.memory_inputs import planned_run
@@ -196,6 +197,7 @@ def _measured(config: Config, parts: StepParts, data: SyntheticData, steps: int,
     batches = [synthetic_batch(data, channels, images, seed, pin) for seed in seeds]
     images_per_step = images * passes * comm.world
     norms: list[float] = []
+    first_step = parts.averages.step if parts.averages else 0
 
     def run(parts: StepParts, count: int, what: str) -> float:
         """Seconds a step."""
@@ -207,7 +209,9 @@ def _measured(config: Config, parts: StepParts, data: SyntheticData, steps: int,
         for _ in tqdm(range(count), desc=f"  {what}", disable=None if comm.rank == 0 else True, leave=False):
             clock.mark("forward")
             encoded = encoded_batches(parts.denoiser.image_encoder, batches)
-            norms.append(train_step(parts, encoded, passes, float(images_per_step), 1.0, False).grad_norm)
+            result = train_step(parts, encoded, passes, float(images_per_step), 1.0, False)
+            norms.append(result.grad_norm)
+            follow(parts, first_step + len(norms), result)
             clock.mark(None)
         _wait(comm.device)
         return (time.perf_counter() - begin) / count

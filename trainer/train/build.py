@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,10 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
+from trainer.checkpoint.ema_folders import average_folder
 from trainer.checkpoint.run_dir import RESOLVED_CONFIG, find_damage, newest_checkpoint, read_state
 from trainer.checkpoint.write import OPTIMIZER, read_tensors
+from trainer.config.ema_config import LIVE
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.data.store.snapshot import SPLITS, PreparedSet
@@ -45,6 +47,7 @@ from trainer.parallel.comm import Comm, broadcast_object, gather_objects
 from trainer.parallel.sharding import copy_share, materialize
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.train.arithmetic import arithmetic_of
+from trainer.train.averages import averages_of, take_up_averages
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.dry_run import dry_run
 from trainer.train.memory_inputs import make_setting, planned_run
@@ -164,8 +167,8 @@ def build_parts(
     strategy = make_strategy(model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill)
     denoiser = make_denoiser(config, model_files, model.train(), data, comm.device, sharing)
     optimizer = optimizer_for(config, strategy, comm)
-    clip, around = config.train.max_grad_norm, choice.around_forward(model)
-    parts = StepParts(comm, strategy, optimizer, denoiser, clip, around)
+    clip, around, averages = config.train.max_grad_norm, choice.around_forward(model), averages_of(config.ema, strategy)
+    parts = StepParts(comm, strategy, optimizer, denoiser, clip, around, averages=averages)
     if config.train.adaptive_clip:
         clips = partial(clip_units, strategy.parameters.values(), config.train.adaptive_clip)
         parts = replace(parts, before_norm=clips)
@@ -175,6 +178,7 @@ def build_parts(
     dry_run(config, parts, choice)
     if checkpoint is not None:
         load_optimizer_tensors(optimizer, strategy.parameters, read_tensors(checkpoint / OPTIMIZER))
+        take_up_averages(parts, checkpoint)
     return parts
 
 
@@ -227,10 +231,13 @@ def _agreed_update(config: Config, strategy: Strategy, comm: Comm, rounding: Rou
     return update if all(gather_objects(comm, update is not None)) else None
 
 
-def fill_model(model_files: RunModel, checkpoint: Path | None, model: nn.Module) -> None:
+def fill_model(model_files: RunModel, checkpoint: Path | None, model: nn.Module, average: str = LIVE) -> None:
     """Put weights into a model that has memory, or into this worker's shares of it.
 
     What a checkpoint holds comes from there, the rest from the run's model.
+
+    Args:
+        average: name of the one that is taken of what trains; `live`: the weights themselves.
     """
     assert isinstance(model, TrainedModel)
     modules: dict[str, nn.Module] = {"unet": model.unet}
@@ -238,25 +245,29 @@ def fill_model(model_files: RunModel, checkpoint: Path | None, model: nn.Module)
         modules |= {"text_encoder": model.text_encoders.one, "text_encoder_2": model.text_encoders.two}
     for name, module in modules.items():
         parameters = dict(module.named_parameters())
-        read_weights(
-            module, component_part(model_files, checkpoint, name), lambda n, t, p=parameters: copy_share(p[n], t)
-        )
+        part = component_part(model_files, checkpoint, name, average)
+        read_weights(module, part, lambda n, t, p=parameters: copy_share(p[n], t))
 
 
-def component_part(model_files: RunModel, checkpoint: Path | None, name: str) -> Component:
+def component_part(model_files: RunModel, checkpoint: Path | None, name: str, average: str = LIVE) -> Component:
     """A component's weights as they are now: in the checkpoint if it trains, else in the run's model."""
-    if checkpoint is not None and (checkpoint / name).is_dir():
-        return open_folder_component(name, checkpoint / name)
+    folder = name if average == LIVE else average_folder(name, average)
+    if checkpoint is not None and (checkpoint / folder).is_dir():
+        return open_folder_component(name, checkpoint / folder)
     return model_files.part(name)
 
 
 def load_denoiser(
-    config: Config, model_files: RunModel, weights: Path, prepared: PreparedSet, device: torch.device
+    config: Config, model_files: RunModel, weights: Path, average: str, prepared: PreparedSet, device: torch.device
 ) -> Denoiser:
-    """The weights of a checkpoint on one worker, and what its loss needs, as the configuration says."""
+    """The weights of a checkpoint, or one of their averages, on one worker, and what the loss needs.
+
+    Args:
+        average: see `fill_model`.
+    """
     model = _laid_out(config, model_files).requires_grad_(False)
     materialize(model, device)
-    fill_model(model_files, weights, model)
+    fill_model(model_files, weights, model, average)
     return make_denoiser(config, model_files, model.eval(), prepared, device, Sharing("single"))
 
 
@@ -306,7 +317,7 @@ def make_scorer(
     comm: Comm,
     denoiser: Denoiser,
     prepared: PreparedSet,
-    gathered: Callable[[], AbstractContextManager[None]] = nullcontext,
+    weights: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
 ) -> Scorer:
     """What validates and draws; the text encoders, the VAE and the tokenizers are loaded when it first needs them."""
     return Scorer(
@@ -324,7 +335,7 @@ def make_scorer(
         load_tokenizer=partial(caption_tokenizer, config, model_files),
         load_text_encoders=partial(frozen_text_encoders, config, model_files, comm.device),
         load_vae=partial(frozen_vae, config, model_files, comm.device),
-        gathered=gathered,
+        weights=weights or {},
     )
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+from trainer.config.ema_config import LIVE
 from trainer.config.schema import Config
 from trainer.data.store.snapshot import PreparedSet
 from trainer.evaluate.pictures import loss_curve_png
@@ -16,12 +17,15 @@ from trainer.train.build import load_denoiser, make_scorer
 _log = logging.getLogger(__name__)
 
 
-def evaluate_weights(config: Config, model: RunModel, comm: Comm, weights: Path, out_dir: Path) -> None:
+def evaluate_weights(config: Config, model: RunModel, comm: Comm, weights: Path, average: str, out_dir: Path) -> None:
     """Validation loss, loss curve and sample grid of the UNet in `weights`, written into `out_dir`.
 
     Without held-out images there is no validation loss; the log says so.
+
+    Args:
+        average: name of the one that is judged; `live`: the weights that train.
     """
-    scorer = _scorer(config, model, comm, weights)
+    scorer = _scorer(config, model, comm, weights, average)
     if sum(scorer.prepared.rows_per_bucket("validation")):
         result = scorer.validate()
         _log.info("validation loss %.5f over %d images", result.loss, result.num_images)
@@ -30,6 +34,7 @@ def evaluate_weights(config: Config, model: RunModel, comm: Comm, weights: Path,
         if comm.rank == 0:
             record = {
                 "weights": str(weights),
+                "average": None if average == LIVE else average,
                 "loss": result.loss,
                 "loss_at_timestep": result.at_timestep,
                 "images": result.num_images,
@@ -37,19 +42,24 @@ def evaluate_weights(config: Config, model: RunModel, comm: Comm, weights: Path,
             (out_dir / "validation.json").write_text(json.dumps(record, indent=1) + "\n")
     else:
         _log.info("no held-out images (data.validation_fraction = 0): no validation loss")
-    _log.info("samples: %s", scorer.draw(out_dir / "samples", weights.name))
+    _log.info("samples: %s", scorer.draw(out_dir / "samples", _title(weights, average)))
     metrics = read_metrics(config.run.dir)
     if comm.rank == 0 and metrics:
         loss_curve_png(metrics, out_dir / "loss.png", title=config.run.dir.name)
         _log.info("loss curve: %s", out_dir / "loss.png")
 
 
-def sample_weights(config: Config, model: RunModel, comm: Comm, weights: Path, out_dir: Path) -> None:
-    """A sample grid of the UNet in `weights`, and its single images, written into `out_dir`."""
-    _log.info("samples: %s", _scorer(config, model, comm, weights).draw(out_dir / "samples", weights.name))
+def sample_weights(config: Config, model: RunModel, comm: Comm, weights: Path, average: str, out_dir: Path) -> None:
+    """A sample grid of the UNet in `weights`, or of its average, and its single images, written into `out_dir`."""
+    scorer = _scorer(config, model, comm, weights, average)
+    _log.info("samples: %s", scorer.draw(out_dir / "samples", _title(weights, average)))
 
 
-def _scorer(config: Config, model: RunModel, comm: Comm, weights: Path) -> Scorer:
+def _title(weights: Path, average: str) -> str:
+    return weights.name + (f", {average}" if average != LIVE else "")
+
+
+def _scorer(config: Config, model: RunModel, comm: Comm, weights: Path, average: str) -> Scorer:
     prepared = PreparedSet.open(config.data.prepared)
-    denoiser = load_denoiser(config, model, weights, prepared, comm.device)
+    denoiser = load_denoiser(config, model, weights, average, prepared, comm.device)
     return make_scorer(config, model, comm, denoiser, prepared)

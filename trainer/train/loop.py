@@ -28,6 +28,13 @@ from trainer.optim.optimizers import first_lr
 from trainer.parallel.comm import Comm, barrier, broadcast_object
 from trainer.publish.during_training import Exports
 from trainer.train.arithmetic import arithmetic_of, batch_factors
+from trainer.train.averages import (
+    averages_record,
+    follow,
+    forget_snapshots_after,
+    save_snapshot_when_due,
+    scored_weights,
+)
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.build import Run, build_run, make_scorer, newest_snapshot
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
@@ -57,9 +64,11 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
         outputs = None
         if comm.rank == 0:
             bad = forget_bad_rows_after(config.run.dir, state.step)
+            forget_snapshots_after(config.run.dir, state.step)
             outputs = _Outputs.open(stack, config, state, arithmetic.total_steps, fresh=run.state is None)
         exports = stack.enter_context(Exports(config)) if comm.rank == 0 else None
-        scorer = make_scorer(config, model, comm, run.parts.denoiser, run.prepared, run.parts.strategy.gathered)
+        weights = scored_weights(config.ema, run.parts)
+        scorer = make_scorer(config, model, comm, run.parts.denoiser, run.prepared, weights)
         if run.state is None:
             scorer.score_when_due(0, outputs and outputs.metrics, at_end=False)
         loader = stack.enter_context(open_training_loader(config, model, comm, run, state, arithmetic.accumulation))
@@ -74,6 +83,7 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
                 run.parts, encoded, arithmetic.accumulation, batches.weight, lr_factor, stop_requested(), scale
             )
             state, unusable = state_after(state, result, batches.position_after), unusable_after(unusable, result)
+            follow(run.parts, state.step, result)
             record_bad_rows(config.run.dir, state.step, comm.rank, result.problems)
             bad = bad.after(round(result.num_images) + result.bad_rows, result.bad_rows)
             done = state.step >= arithmetic.total_steps or result.stop or bad.too_many(limit)
@@ -83,6 +93,7 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
                 outputs.record(state, result, first_lr(run.parts.optimizer), seconds, waited, epoch, bad.total)
             if done or state.step % config.checkpoint.every_steps == 0:
                 _save(config, comm, run, state, exports and exports.checkpoint, must_succeed=done)
+            save_snapshot_when_due(config.ema, config.run.dir, run.parts, state.step)
             if bad.too_many(limit):
                 barrier(comm)  # the first worker to fail ends the others, and rank 0 may still be saving
                 raise bad.as_error(limit, config.run.dir)
@@ -213,11 +224,9 @@ def _save(config: Config, comm: Comm, run: Run, state: TrainState, in_use: Path 
     if broadcast_object(comm, (path / MANIFEST).is_file()):
         return
     begin = time.perf_counter()
-    strategy = run.parts.strategy
+    record, whole_tensors = state.to_json() | averages_record(run.parts), run.parts.strategy.whole_tensors
     try:
-        write_checkpoint(
-            path, checkpoint_files(run.parts), state.to_json(), strategy.whole_tensors, writes=comm.rank == 0
-        )
+        write_checkpoint(path, checkpoint_files(run.parts), record, whole_tensors, writes=comm.rank == 0)
     except OSError as error:
         if must_succeed:
             raise UserError(f"{path}: the checkpoint could not be written: {error.strerror}") from error
@@ -243,6 +252,8 @@ def _announce(config: Config, model: RunModel, run: Run, arithmetic: RunArithmet
     if warning := guidance_warning(config):
         _log.warning("%s", warning)
     _log.info("%s on %s%s", config.train.precision, device.type, f", {strategy.sharing.kind}" * (strategy.world > 1))
+    if config.ema.averages:
+        _log.info("%s", config.ema.told())
     for line in arithmetic.describe(state.step):
         _log.info("%s", line)
 

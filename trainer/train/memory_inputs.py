@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from trainer.config.ema_config import LIVE
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket, make_buckets
 from trainer.memory.holdings import Kernels
@@ -14,7 +15,7 @@ from trainer.train.arithmetic import batch_factors
 
 def planned_run(config: Config, model: RunModel) -> PlannedRun:
     """What the run's memory hangs on."""
-    samples, side = config.samples, config.data.buckets.resolution
+    samples, side, ema = config.samples, config.data.buckets.resolution, config.ema
     return PlannedRun(
         model=model,
         trainable=config.trainable,
@@ -36,6 +37,11 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
         offload_activations=config.memory.offload_activations,
         data_workers=config.data.workers,
         checkpoints=config.checkpoint.keep + 1,
+        averages=len(ema.averages),
+        averages_place=ema.place,
+        scores_averages=ema.score != [LIVE],
+        snapshot_averages=sum(each.kind == "power" for each in ema.averages) if ema.snapshots.every_steps else 0,
+        snapshot_bytes=4 if ema.snapshots.dtype == "fp32" else 2,
     )
 
 

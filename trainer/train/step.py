@@ -18,6 +18,7 @@ from trainer.data.loader import Batch
 from trainer.data.store.snapshot import RowProblem
 from trainer.diffusion.noise import draw
 from trainer.model.denoiser import Denoiser, image_losses, text_arguments
+from trainer.optim.ema import Averages
 from trainer.optim.optimizers import scale_lr, take_optimizer_step
 from trainer.parallel.comm import Comm, sum_floats
 from trainer.parallel.sharding import local_tensor
@@ -31,6 +32,7 @@ class StepParts:
     Attributes:
         around_forward: what every forward pass runs in.
         before_norm: what is done to the gradients of the loss times a scale, before their norm is taken.
+        averages: of the weights, which follow the steps by `trainer.train.averages.follow`; None: there are none.
     """
 
     comm: Comm
@@ -40,6 +42,7 @@ class StepParts:
     max_grad_norm: float
     around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
     before_norm: Callable[[float], None] = lambda loss_scale: None
+    averages: Averages | None = None
 
 
 @dataclass(frozen=True)

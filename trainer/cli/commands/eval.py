@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.cli.arguments import read_run
+from trainer.cli.publish_arguments import add_weights_name
 from trainer.cli.run_target import find_target
 from trainer.cli.start_workers import start_workers
+from trainer.config.ema_config import LIVE
+from trainer.publish.export_source import require_average
 
 
 def main(argv: Sequence[str]) -> int:
@@ -18,9 +21,13 @@ def main(argv: Sequence[str]) -> int:
         "target", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run (its newest checkpoint) or a checkpoint"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the run's")
-    parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/eval/CHECKPOINT)")
+    parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/eval/CHECKPOINT[-NAME])")
+    add_weights_name(parser)
     arguments = parser.parse_intermixed_args(argv)
     config_path, checkpoint = find_target(arguments.target)
-    out_dir = (arguments.out or config_path.parent / "eval" / checkpoint.name).absolute()
+    require_average(checkpoint, arguments.weights)
+    named = checkpoint.name + (f"-{arguments.weights}" if arguments.weights != LIVE else "")
+    out_dir = (arguments.out or config_path.parent / "eval" / named).absolute()
     config, _ = read_run(config_path, arguments.overrides)
-    return start_workers("evaluate", config, out_dir, {"weights": str(checkpoint), "out_dir": str(out_dir)})
+    options = {"weights": str(checkpoint), "average": arguments.weights, "out_dir": str(out_dir)}
+    return start_workers("evaluate", config, out_dir, options)

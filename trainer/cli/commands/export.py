@@ -9,6 +9,7 @@ from trainer.cli.publish_arguments import (
     add_description_arguments,
     add_out_arguments,
     add_weights_arguments,
+    add_weights_name,
     common_wishes,
     write_with_bar,
 )
@@ -79,7 +80,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", choices=("single-file", "diffusers"), default="single-file")
     what = parser.add_argument_group("weights")
     add_weights_arguments(what, "same")
-    what.add_argument("--weights", choices=("live", "ema"), default="live", help="ema: the moving average")
+    add_weights_name(what)
     what.add_argument(
         "--model", type=Path, help="where the parts that were not trained come from (default: the run's model)"
     )

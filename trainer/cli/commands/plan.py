@@ -101,6 +101,8 @@ def _print_model(config: Config, model: RunModel) -> None:
         print(line)
     if warning := guidance_warning(config):
         print(f"warning: {warning}")
+    if config.ema.averages:
+        print(config.ema.told())
 
 
 def _print_data(config: Config, model: RunModel) -> CaptionSurvey | None:

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.cli.arguments import read_run
+from trainer.cli.publish_arguments import add_weights_name
 from trainer.cli.run_target import find_target
 from trainer.cli.start_workers import start_workers
+from trainer.config.ema_config import LIVE
 from trainer.config.schema import SamplesConfig
+from trainer.publish.export_source import require_average
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,14 +25,18 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the run's")
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
-    parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/sample/CHECKPOINT)")
+    parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/sample/CHECKPOINT[-NAME])")
+    add_weights_name(parser)
     arguments = parser.parse_intermixed_args(argv)
     config_path, checkpoint = find_target(arguments.target)
-    out_dir = (arguments.out or config_path.parent / "sample" / checkpoint.name).absolute()
+    require_average(checkpoint, arguments.weights)
+    named = checkpoint.name + (f"-{arguments.weights}" if arguments.weights != LIVE else "")
+    out_dir = (arguments.out or config_path.parent / "sample" / named).absolute()
     config, _ = read_run(config_path, arguments.overrides)
     if arguments.prompt:
         # The run's count is of captions, which are not drawn now.
         count = SamplesConfig.model_fields["count"].default
         samples = config.samples.model_copy(update={"prompts": arguments.prompt, "count": count})
         config = config.model_copy(update={"samples": samples})
-    return start_workers("sample", config, out_dir, {"weights": str(checkpoint), "out_dir": str(out_dir)})
+    options = {"weights": str(checkpoint), "average": arguments.weights, "out_dir": str(out_dir)}
+    return start_workers("sample", config, out_dir, options)
