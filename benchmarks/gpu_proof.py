@@ -152,7 +152,7 @@ def _steps_of_tiny(bench: Bench, comm: Comm, precision: str) -> tuple[Tensor, Te
 
     weights = list(parts.strategy.parameters.values())
     before = flat(weights)
-    losses = batch_losses(parts, batch)
+    losses = batch_losses(parts, batch, 0, 2.0)
     losses.mean().backward()
     gradients = flat([weight.grad for weight in weights if weight.grad is not None])
     parts.strategy.clear_gradients()

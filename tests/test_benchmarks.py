@@ -28,6 +28,7 @@ def test_data_engine(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_optimizer_speed() -> None:
     """A row for each kind and rounding, with the bytes that each promises."""
     command = [sys.executable, "-W", "error", "benchmarks/optimizer_speed.py", "--weights", "3e6"]

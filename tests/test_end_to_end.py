@@ -217,6 +217,7 @@ def test_too_many_bad_rows_stop_all_workers_with_one_line(tmp_path: Path, config
     assert done.stderr.count("\n") < 30
 
 
+@pytest.mark.slow
 def test_more_workers_take_over_in_mid_epoch(tmp_path: Path, config_file: Path) -> None:
     """2 workers, then 3, whose step is larger: the epoch still sees every image once."""
     run_dir = tmp_path / "run"

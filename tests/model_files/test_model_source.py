@@ -241,8 +241,6 @@ def test_wrong_files_are_refused_in_one_line(single_file: Path, model_folder: Pa
         assert line.startswith(f"model.path: {file}") and words in line, line
 
     unet = "model.diffusion_model."
-    refused("its marker tensors say v-prediction; only epsilon", lambda ts: {**ts, "v_pred": torch.zeros(0)})
-    refused("its metadata say prediction_type v;", metadata={"modelspec.prediction_type": "v"})
     refused("lacks 1 of the unet's", lambda ts: {n: t for n, t in ts.items() if n != f"{unet}out.2.bias"})
     refused("holds 1 tensors that SDXL's UNet has not", lambda ts: {**ts, f"{unet}adapter.weight": torch.zeros(1)})
     for told in ("{", "[1]", '{"unet": {"a": 1}}', '{"unet": 1}', '{"vae": {"block_out_channels": 3}}'):

@@ -136,6 +136,43 @@ def test_markers_vae_and_metadata_of_a_file_written_anew(
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
+@pytest.mark.parametrize("prediction", ["v_prediction", "flow", "edm"])
+def test_what_the_run_trained_is_what_the_file_says(
+    prediction: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the model it started from predicted something else."""
+    resolved = checkpoint.parent.parent / "config.resolved.yaml"
+    values = [f"objective.prediction={prediction}"]
+    values += {"v_prediction": ["objective.zero_terminal_snr=true"], "flow": ["objective.flow.shift=resolution"]}.get(
+        prediction, []
+    )
+    resolved.write_text(to_yaml(load_config(resolved, values, check_paths=False)))
+    out, folder = tmp_path / "out.safetensors", tmp_path / "out"
+    if prediction == "edm":
+        assert "use --layout diffusers" in refused(capsys, "export", checkpoint, "-o", out)
+        run("export", checkpoint, "-o", folder, "--layout", "diffusers")
+        from diffusers import EDMEulerScheduler
+
+        scheduler = EDMEulerScheduler.from_pretrained(folder / "scheduler")
+        assert scheduler.config["sigma_data"] == 0.5 and scheduler.config["prediction_type"] == "epsilon"
+        return
+    run("export", checkpoint, "-o", out)
+    header = read_header(out)
+    markers = {"v_pred", "ztsnr"} & set(header.tensors)
+    if prediction == "flow":
+        assert "ModelSamplingSD3 with shift 3" in capsys.readouterr().out
+        assert header.metadata["sdxl_train.flow_shift"] == "3" and not markers
+        assert header.metadata["modelspec.prediction_type"] == "flow"
+        return
+    assert markers == {"v_pred", "ztsnr"} and header.metadata["modelspec.prediction_type"] == "v"
+    run("export", checkpoint, "-o", folder, "--layout", "diffusers")
+    from diffusers import EulerDiscreteScheduler
+
+    scheduler = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    told = (scheduler.config["prediction_type"], scheduler.config["rescale_betas_zero_snr"])
+    assert told == ("v_prediction", True) and scheduler.config["timestep_spacing"] == "trailing"
+
+
 def test_a_file_that_says_how_its_projection_stands_is_believed(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

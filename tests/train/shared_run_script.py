@@ -1,7 +1,7 @@
 """One worker of runs over a small UNet and two small text encoders, shared in several ways.
 
-Arguments: FOLDER STEPS, then the runs as STRATEGY:PRECISION:ACCUMULATION. Of each, rank 0 saves losses and whole
-weights under that name into FOLDER. The weights of the start and the 12 images of each step are the same for any
+Arguments: FOLDER STEPS, then the runs as STRATEGY:PRECISION:ACCUMULATION[:OBJECTIVE]. Of each, rank 0 saves losses and
+whole weights under that name into FOLDER. The weights of the start and the 12 images of each step are the same for any
 number of workers.
 """
 
@@ -21,8 +21,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from trainer.config.schema import OptimizerConfig
 from trainer.data.loader import Batch
-from trainer.diffusion.objective import epsilon_objective
-from trainer.diffusion.schedule import scaled_linear
+from trainer.diffusion.losses import absolute, huber, snr_delta
+from trainer.diffusion.noise import Draws, NoiseRecipe
+from trainer.diffusion.objective import Objective, epsilon_objective
+from trainer.diffusion.prediction import edm, epsilon, flow, v_prediction
+from trainer.diffusion.timesteps import beta, laplace, logit_normal, stratified
+from trainer.diffusion.weighting import min_snr, p2, soft_min_snr
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.freeze import never_used
 from trainer.model.recompute import embeddings, gathered_units
@@ -37,6 +41,25 @@ from trainer.train.step import StepParts, train_step
 
 IMAGES = 12  # of a step
 LR = 1.5e-6  # a usual one: AdamW turns rounding of a gradient near zero into a step of up to this
+# Between them, what can hang on how a step is cut.
+OBJECTIVES = {
+    "flow": Objective(flow(3.0), logit_normal(0.0, 1.0), stratified, loss=absolute, noise=NoiseRecipe(candidates=3)),
+    "v": Objective(
+        v_prediction(with_zero_terminal_snr=True),
+        laplace(v_prediction().log_snr, 0.0, 1.0),
+        weigh=min_snr(5.0),
+        loss=huber,
+        delta=snr_delta(0.1),
+    ),
+    "noises": Objective(
+        epsilon(),
+        beta(2.0, 1.0, 0.1, 0.9),
+        stratified,
+        p2(1.0, 1.0),
+        noise=NoiseRecipe(offset=0.05, offset_probability=0.5, pyramid_levels=3, perturbation=0.1),
+    ),
+    "edm": Objective(edm(), weigh=soft_min_snr(5.0)),
+}
 _TEXT = {"vocab_size": 64, "max_position_embeddings": 77, "num_attention_heads": 2}
 _TEXT |= {"bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 63}
 
@@ -95,8 +118,9 @@ def main() -> None:
     folder, steps, *runs = sys.argv[1:]
     comm = init_comm(timeout_s=1200)
     for name in runs:
-        kind, precision, accumulation = name.split(":")
-        run(comm, kind, precision, int(accumulation), int(steps), Path(folder) / f"{name}.safetensors")
+        kind, precision, accumulation, *objective = name.split(":")
+        objective = OBJECTIVES[objective[0]] if objective else epsilon_objective()
+        run(comm, kind, precision, int(accumulation), int(steps), Path(folder) / f"{name}.safetensors", objective)
     close(comm)
     end_process()
 
@@ -110,7 +134,9 @@ def start_weights(with_text: bool) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def run(comm: Comm, kind: str, precision_name: str, accumulation: int, steps: int, out: Path) -> None:
+def run(
+    comm: Comm, kind: str, precision_name: str, accumulation: int, steps: int, out: Path, objective: Objective
+) -> None:
     with_text = True
     precision, weights = precision_of(precision_name), start_weights(with_text)
     set_fp32_arithmetic(precision_name)  # on CUDA, convolutions are TF32's otherwise
@@ -125,7 +151,6 @@ def run(comm: Comm, kind: str, precision_name: str, accumulation: int, steps: in
     sharing = Sharing(kind.rstrip("+"), dtype, dtype, kind.endswith("+"), accumulation)  # type: ignore[arg-type]
     strategy = make_strategy(model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill)
     autocast = None if dtype else precision.autocast
-    objective = epsilon_objective(scaled_linear().to(comm.device))
     denoiser = Denoiser(model.train(), objective, None, None, 0.13025, dtype or precision.weights, autocast)
     parts = StepParts(
         comm, strategy, make_optimizer(strategy.parameters, OptimizerConfig(lr=LR)), denoiser, max_grad_norm=1.0
@@ -144,8 +169,8 @@ def throw_away_loss(denoiser: Denoiser, wrapped: nn.Module, with_text: bool, dev
     names = {"input_ids": row.input_ids} if with_text else {"text_hidden": row.text_hidden, "text_pooled": row.pooled}
     text = {name: value if name == "input_ids" else value.float() for name, value in names.items() if value is not None}
     zeros = torch.zeros(1, 4, 8, 8, device=device)
-    timesteps = torch.zeros(1, dtype=torch.int64, device=device)
-    return image_losses(denoiser, wrapped, zeros, zeros, timesteps, text, row.time_ids).mean()
+    mixture = denoiser.objective.prediction.mix(torch.zeros(1, dtype=torch.float64)).to(device)
+    return image_losses(denoiser, wrapped, zeros, Draws(zeros), mixture, text, row.time_ids).mean()
 
 
 def take_step(parts: StepParts, comm: Comm, step: int, accumulation: int, with_text: bool) -> float:

@@ -15,6 +15,8 @@ from tests.worker_group import run_group
 
 SCRIPT = Path(__file__).parent / "shared_run_script.py"
 QUICK = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero3:fp32:1")
+OF_OBJECTIVES = ("ddp:fp32:1:flow", "ddp:fp32:3:v", "zero2:fp32:3:noises", "ddp:fp32:3:edm")
+ALONE = ("single:fp32:1", "single:bf16:1", *(f"single:fp32:1:{name.split(':')[3]}" for name in OF_OBJECTIVES))
 LONG = (*QUICK, "zero2+:fp32:3", "ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
 QUICK_STEPS, STEPS = 3, 50
 
@@ -33,12 +35,12 @@ def run(folder: Path, world: int, steps: int, *names: str) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("alone"), 1, QUICK_STEPS, "single:fp32:1", "single:bf16:1")
+    return run(tmp_path_factory.mktemp("alone"), 1, QUICK_STEPS, *ALONE)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("four"), 4, QUICK_STEPS, *QUICK)
+    return run(tmp_path_factory.mktemp("four"), 4, QUICK_STEPS, *QUICK, *OF_OBJECTIVES)
 
 
 def told_of(folder: Path, name: str, what: str) -> Any:
@@ -52,8 +54,8 @@ def losses_of(folder: Path, name: str) -> list[float]:
 
 def assert_same_steps(alone: Path, four: Path, name: str) -> None:
     """In fp32 the same losses and weights; in bf16 nearly the same losses."""
-    precision = name.split(":")[1]
-    single = f"single:{precision}:1"
+    _, precision, _, *objective = name.split(":")
+    single = ":".join(["single", precision, "1", *objective])
     assert losses_of(four, name) == pytest.approx(losses_of(alone, single), abs=1e-6 if precision == "fp32" else 1e-3)
     if precision == "fp32":
         expected, weights = load_file(alone / f"{single}.safetensors"), load_file(four / f"{name}.safetensors")
@@ -62,7 +64,7 @@ def assert_same_steps(alone: Path, four: Path, name: str) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", QUICK + OF_OBJECTIVES)
 def test_four_workers_take_the_steps_of_one(alone: Path, four: Path, name: str) -> None:
     assert_same_steps(alone, four, name)
 

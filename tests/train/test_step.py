@@ -13,7 +13,6 @@ from trainer.config.schema import OptimizerConfig
 from trainer.data.loader import Batch
 from trainer.data.store.snapshot import RowProblem
 from trainer.diffusion.objective import epsilon_objective
-from trainer.diffusion.schedule import scaled_linear
 from trainer.model.denoiser import Denoiser, TrainedModel
 from trainer.model.load_weights import load_unet
 from trainer.model_files.run_model import open_model
@@ -28,7 +27,7 @@ ALONE = Comm(0, 1, 0, torch.device("cpu"))
 @pytest.fixture(scope="module")
 def denoiser(model_folder: Path) -> Denoiser:
     model = TrainedModel(load_unet(open_model(model_folder), torch.float32, "cpu"))
-    return Denoiser(model, epsilon_objective(scaled_linear()), None, None, 0.13025)
+    return Denoiser(model, epsilon_objective(), None, None, 0.13025)
 
 
 def make_parts(denoiser: Denoiser, lr: float = 1e-3, max_grad_norm: float = 0.0) -> StepParts:

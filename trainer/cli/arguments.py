@@ -9,6 +9,7 @@ from trainer.config.schema import Config
 from trainer.model_files.examine.check import check_model
 from trainer.model_files.run_model import RunModel
 from trainer.model_files.tokenizer_files import require_whole_captions
+from trainer.train.run_objective import chosen_prediction
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,5 +24,7 @@ def read_run(path: Path, overrides: Sequence[str]) -> tuple[Config, RunModel]:
     """The checked configuration, and its model: looked into without loading it, or fetched from the hub."""
     require_whole_captions()
     config = load_config(path, overrides)
-    model = config.model
-    return config, check_model(model.path, model.vae, model.tokenizer, model.text_projection)
+    place = config.model
+    model = check_model(place.path, place.vae, place.tokenizer, place.text_projection)
+    chosen_prediction(config.objective, model)
+    return config, model

@@ -5,17 +5,14 @@ than the default, so that a configuration written out in full can be read again.
 """
 
 import glob
-import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.config.clashes import as_key, clash, full, get, is_given
 from trainer.config.fields import Key, Problem, dotted
-from trainer.config.rule_parts import clash as _clash
-from trainer.config.rule_parts import is_given as _is_given
-from trainer.config.rule_parts import key_of as _key
-from trainer.config.rule_parts import value_at as _get
 from trainer.config.rules_ema import ema_rules
+from trainer.config.rules_objective import objective_problems
 from trainer.config.schema import Config
 from trainer.config.sources import (
     FolderSource,
@@ -48,6 +45,7 @@ def broken_rules(config: Config) -> list[Problem]:
         ema_rules,
         _validation,
         _samples,
+        objective_problems,
         _written_folders,
     )
     return [problem for check in checks for problem in check(config)]
@@ -71,10 +69,10 @@ def bad_paths(config: Config) -> list[Problem]:
 def _length(config: Config) -> Iterator[Problem]:
     keys = ("train.steps", "train.epochs")
     if config.train.steps is not None and config.train.epochs is not None:
-        yield _clash(config, keys, "give only one of them, or set the other to null")
+        yield clash(config, keys, "give only one of them, or set the other to null")
     elif config.train.steps is None and config.train.epochs is None:
         text = "train.steps: missing (how long to train); give `train.steps` or `train.epochs`"
-        yield Problem(tuple(map(_key, keys)), text)
+        yield Problem(tuple(map(as_key, keys)), text)
 
 
 def _batch(config: Config) -> Iterator[Problem]:
@@ -83,42 +81,42 @@ def _batch(config: Config) -> Iterator[Problem]:
         return
     if train.gradient_accumulation_steps is not None:
         keys = ("train.gradient_accumulation_steps", "train.global_batch_size")
-        yield _clash(config, keys, "give only one of them; the accumulation follows from the global batch")
+        yield clash(config, keys, "give only one of them; the accumulation follows from the global batch")
     if train.batch_size_per_gpu > train.global_batch_size:
         keys = ("train.batch_size_per_gpu", "train.global_batch_size")
-        yield _clash(config, keys, "one GPU's batch must not be larger than the global batch")
+        yield clash(config, keys, "one GPU's batch must not be larger than the global batch")
 
 
 def _lr_schedule(config: Config) -> Iterator[Problem]:
     schedule, steps = config.lr_schedule, config.train.steps
-    if schedule.kind == "constant" and _is_given(config, "lr_schedule.final_ratio"):
+    if schedule.kind == "constant" and is_given(config, "lr_schedule.final_ratio"):
         keys = ("lr_schedule.final_ratio", "lr_schedule.kind")
-        yield _clash(config, keys, "has no effect; use `kind: linear` or `kind: cosine`")
+        yield clash(config, keys, "has no effect; use `kind: linear` or `kind: cosine`")
     if steps is not None and schedule.warmup_steps >= steps:
         keys = ("lr_schedule.warmup_steps", "train.steps")
-        yield _clash(config, keys, "the warm-up must be shorter than the run")
+        yield clash(config, keys, "the warm-up must be shorter than the run")
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:
     fused = config.optimizer.kind == "adamw" and not config.train.precision.startswith("bf16_")
-    if fused and _is_given(config, "optimizer.compile"):
+    if fused and is_given(config, "optimizer.compile"):
         keys = ("optimizer.compile", "optimizer.kind", "train.precision")
-        yield _clash(config, keys, "has no effect; PyTorch's own AdamW is fused")
+        yield clash(config, keys, "has no effect; PyTorch's own AdamW is fused")
 
 
 def _buckets(config: Config) -> Iterator[Problem]:
     buckets = config.data.buckets
     step, least, most, side = (f"data.buckets.{name}" for name in ("step_px", "min_px", "max_px", "resolution"))
     if buckets.step_px % PIXELS_PER_LATENT:
-        yield _clash(config, (step,), f"must be a multiple of {PIXELS_PER_LATENT}, the VAE's reduction")
+        yield clash(config, (step,), f"must be a multiple of {PIXELS_PER_LATENT}, the VAE's reduction")
     else:
         for key, pixels in ((side, buckets.resolution), (least, buckets.min_px), (most, buckets.max_px)):
             if pixels % buckets.step_px:
-                yield _clash(config, (key, step), "must be a multiple of the step")
+                yield clash(config, (key, step), "must be a multiple of the step")
     if buckets.min_px > buckets.resolution:
-        yield _clash(config, (least, side), "the shortest side must be at most the resolution")
+        yield clash(config, (least, side), "the shortest side must be at most the resolution")
     if buckets.max_px < buckets.resolution:
-        yield _clash(config, (most, side), "the longest side must be at least the resolution")
+        yield clash(config, (most, side), "the longest side must be at least the resolution")
 
 
 def _sources(config: Config) -> Iterator[Problem]:
@@ -126,20 +124,20 @@ def _sources(config: Config) -> Iterator[Problem]:
     for i, source in enumerate(config.data.sources):
         at = f"data.sources.{i}"
         names = [name for name, _ in _paths_of(source)]
-        paths = [_full(getattr(source, name)) for name in names]
+        paths = [full(getattr(source, name)) for name in names]
         other = first.setdefault((source.type, *paths), i) if names else i
         if other != i:
             keys = (f"{at}.{names[0]}", f"data.sources.{other}.{names[0]}")
-            yield _clash(config, keys, "the same source twice; use `repeats` to see its images more often")
+            yield clash(config, keys, "the same source twice; use `repeats` to see its images more often")
         if isinstance(source, FolderSource):
             if not source.caption_extension.startswith(".") or len(source.caption_extension) < 2:
-                yield _clash(config, (f"{at}.caption_extension",), "must be a dot and an ending, such as .txt")
+                yield clash(config, (f"{at}.caption_extension",), "must be a dot and an ending, such as .txt")
         elif isinstance(source, KohyaJsonSource):
             keys = (f"{at}.latents", f"{at}.images")
             if (source.latents is None) == (source.images is None):
-                yield _clash(config, keys, "give one of them: the folder of the `.npz` files, or that of the images")
+                yield clash(config, keys, "give one of them: the folder of the `.npz` files, or that of the images")
         if config.data.mode == "images" and (isinstance(source, LatentTarsSource) or getattr(source, "latents", None)):
-            yield _clash(config, (f"{at}.type", "data.mode"), "holds latents; use `mode: latents`")
+            yield clash(config, (f"{at}.type", "data.mode"), "holds latents; use `mode: latents`")
 
 
 def _paths_of(source: Source) -> list[tuple[str, str]]:
@@ -160,12 +158,12 @@ def _mode(config: Config) -> Iterator[Problem]:
     if config.data.mode == "images":
         if config.data.cache_text:
             keys = ("data.cache_text", "data.mode")
-            yield _clash(config, keys, "must be false; this mode stores nothing that a model has computed")
+            yield clash(config, keys, "must be false; this mode stores nothing that a model has computed")
         return
     for key in ("data.augment.flip_probability", "data.augment.random_crop"):
         may_be_stored = key.endswith("flip_probability") and _uses_npz(config)
-        if _is_given(config, key) and not may_be_stored:
-            yield _clash(config, (key, "data.mode"), "has no effect on stored latents; use `mode: images`")
+        if is_given(config, key) and not may_be_stored:
+            yield clash(config, (key, "data.mode"), "has no effect on stored latents; use `mode: images`")
 
 
 def _uses_npz(config: Config) -> bool:
@@ -190,20 +188,20 @@ def _captions(config: Config) -> Iterator[Problem]:
         ),
     }
     for key, (works, others, needed) in idle.items():
-        if _is_given(config, key) and not works:
-            yield _clash(config, (key, *others), f"has no effect without `{needed}`")
+        if is_given(config, key) and not works:
+            yield clash(config, (key, *others), f"has no effect without `{needed}`")
     if captions.use == "mix" and captions.caption_probability in (0.0, 1.0):
         field = "caption" if captions.caption_probability else "tags"
-        yield _clash(config, ("captions.caption_probability",), f"mixes nothing; write `use: {field}`")
+        yield clash(config, ("captions.caption_probability",), f"mixes nothing; write `use: {field}`")
     epochs = config.train.epochs
     if epochs is not None and captions.dropout_every_n_epochs > epochs:
-        yield _clash(config, ("captions.dropout_every_n_epochs", "train.epochs"), "has no effect; the run ends before")
+        yield clash(config, ("captions.dropout_every_n_epochs", "train.epochs"), "has no effect; the run ends before")
     if config.data.cache_text:
         for key in ("shuffle_tags", "tag_dropout_rate", "wildcards", "dropout_rate", "dropout_every_n_epochs"):
-            if _is_given(config, f"captions.{key}"):
-                yield _clash(config, ("data.cache_text", f"captions.{key}"), _CACHED_TEXT)
+            if is_given(config, f"captions.{key}"):
+                yield clash(config, ("data.cache_text", f"captions.{key}"), _CACHED_TEXT)
         if captions.use == "mix":
-            yield _clash(config, ("data.cache_text", "captions.use"), _CACHED_TEXT)
+            yield clash(config, ("data.cache_text", "captions.use"), _CACHED_TEXT)
     yield from _fields_of_text(config)
 
 
@@ -215,41 +213,41 @@ def _fields_of_text(config: Config) -> Iterator[Problem]:
     held = {getattr(source, "caption_files_hold", "caption") for source in config.data.sources}
     if held == {"caption"}:
         for name in ("captions.shuffle_tags", "captions.tag_dropout_rate"):
-            if _is_given(config, name):
-                yield _clash(config, (name, key), "has no effect; if the files hold tags, write `tags`")
+            if is_given(config, name):
+                yield clash(config, (name, key), "has no effect; if the files hold tags, write `tags`")
     if len(held) == 1 and config.captions.use in {"tags", "both", "mix"} - (held & {"tags"}):
-        yield _clash(config, ("captions.use", key), "has no effect; no source has both captions and tags")
+        yield clash(config, ("captions.use", key), "has no effect; no source has both captions and tags")
 
 
 def _trainable(config: Config) -> Iterator[Problem]:
     parts = {name: getattr(config.trainable, name) for name in type(config.trainable).model_fields}
     if not any(part.train for part in parts.values()):
-        yield _clash(config, tuple(f"trainable.{name}.train" for name in parts), "nothing trains")
+        yield clash(config, tuple(f"trainable.{name}.train" for name in parts), "nothing trains")
     for name, part in parts.items():
         key = f"trainable.{name}"
         for option in ("lr", "freeze"):
-            if not part.train and _is_given(config, f"{key}.{option}"):
-                yield _clash(config, (f"{key}.{option}", f"{key}.train"), "has no effect on what does not train")
+            if not part.train and is_given(config, f"{key}.{option}"):
+                yield clash(config, (f"{key}.{option}", f"{key}.train"), "has no effect on what does not train")
         if part.train and name != "unet" and config.data.cache_text:
-            yield _clash(config, ("data.cache_text", f"{key}.train"), "must not go together; its outputs change")
+            yield clash(config, ("data.cache_text", f"{key}.train"), "must not go together; its outputs change")
     trained = [name for name in ("text_encoder_1", "text_encoder_2") if parts[name].train]
-    if trained and _is_given(config, "model.text_encoder_precision"):
+    if trained and is_given(config, "model.text_encoder_precision"):
         keys = ("model.text_encoder_precision", f"trainable.{trained[0]}.train")
-        yield _clash(config, keys, "has no effect; with one that trains, both are held in `train.precision`")
-    if config.captions.max_tokens == 75 and _is_given(config, "captions.chunks"):
+        yield clash(config, keys, "has no effect; with one that trains, both are held in `train.precision`")
+    if config.captions.max_tokens == 75 and is_given(config, "captions.chunks"):
         keys = ("captions.chunks", "captions.max_tokens")
-        yield _clash(config, keys, "has no effect; there is one chunk, and nothing to join")
+        yield clash(config, keys, "has no effect; there is one chunk, and nothing to join")
 
 
 def _export(config: Config) -> Iterator[Problem]:
     when = config.checkpoint.export.when
     for name in type(config.checkpoint.export).model_fields:
         key = f"checkpoint.export.{name}"
-        if name != "when" and when == "never" and _is_given(config, key):
-            yield _clash(config, (key, "checkpoint.export.when"), "has no effect; use `when: end` or `checkpoints`")
-    if when == "end" and _is_given(config, "checkpoint.export.keep"):
+        if name != "when" and when == "never" and is_given(config, key):
+            yield clash(config, (key, "checkpoint.export.when"), "has no effect; use `when: end` or `checkpoints`")
+    if when == "end" and is_given(config, "checkpoint.export.keep"):
         keys = ("checkpoint.export.keep", "checkpoint.export.when")
-        yield _clash(config, keys, "has no effect; one file is written")
+        yield clash(config, keys, "has no effect; one file is written")
 
 
 def _validation(config: Config) -> Iterator[Problem]:
@@ -257,36 +255,36 @@ def _validation(config: Config) -> Iterator[Problem]:
     if config.data.validation_fraction > 0:
         return
     if config.validation.every_steps > 0:
-        yield _clash(config, ("validation.every_steps", share), f"no images are held out; set `{share}`, such as 0.02")
+        yield clash(config, ("validation.every_steps", share), f"no images are held out; set `{share}`, such as 0.02")
         return
     for key in ("validation.timesteps", "validation.max_images"):
-        if _is_given(config, key):
-            yield _clash(config, (key, share), "has no effect, because no images are held out")
+        if is_given(config, key):
+            yield clash(config, (key, share), "has no effect, because no images are held out")
 
 
 def _samples(config: Config) -> Iterator[Problem]:
     samples = config.samples
     for key, pixels in (("samples.width_px", samples.width_px), ("samples.height_px", samples.height_px)):
         if pixels is not None and pixels % PIXELS_PER_LATENT:
-            yield _clash(config, (key,), f"must be a multiple of {PIXELS_PER_LATENT}")
-    if samples.prompts and _is_given(config, "samples.count"):
-        yield _clash(config, ("samples.count", "samples.prompts"), "has no effect; each prompt gives one image")
-    if samples.guidance_scale <= 1 and _is_given(config, "samples.negative_prompt"):
+            yield clash(config, (key,), f"must be a multiple of {PIXELS_PER_LATENT}")
+    if samples.prompts and is_given(config, "samples.count"):
+        yield clash(config, ("samples.count", "samples.prompts"), "has no effect; each prompt gives one image")
+    if samples.guidance_scale <= 1 and is_given(config, "samples.negative_prompt"):
         keys = ("samples.negative_prompt", "samples.guidance_scale")
-        yield _clash(config, keys, "has no effect; it needs a guidance above 1")
+        yield clash(config, keys, "has no effect; it needs a guidance above 1")
 
 
 def _written_folders(config: Config) -> Iterator[Problem]:
     """Samples written inside a source would be read as training images."""
     for key, path in (("run.dir", config.run.dir), ("data.prepared", config.data.prepared)):
         for i, source in enumerate(config.data.sources):
-            if isinstance(source, FolderSource) and _full(path).is_relative_to(_full(source.path)):
+            if isinstance(source, FolderSource) and full(path).is_relative_to(full(source.path)):
                 keys = (key, f"data.sources.{i}.path")
-                yield _clash(config, keys, "must not lie in a source, which is searched for images")
+                yield clash(config, keys, "must not lie in a source, which is searched for images")
 
 
 def _bad_folder(config: Config, key: Key, must_exist: bool) -> Problem | None:
-    path = Path(str(_get(config, dotted(key))))
+    path = Path(str(get(config, dotted(key))))
     said = f"{dotted(key)} = {shown(str(path))}"
     try:
         if stat.S_ISDIR(path.stat().st_mode):
@@ -300,7 +298,7 @@ def _bad_folder(config: Config, key: Key, must_exist: bool) -> Problem | None:
 
 def _missing(config: Config, key: Key) -> Problem | None:
     """Neither a file nor a folder; what it must hold is looked at elsewhere."""
-    path = Path(str(_get(config, dotted(key))))
+    path = Path(str(get(config, dotted(key))))
     return None if path.exists() else Problem((key,), f"{dotted(key)} = {shown(str(path))}: no such file or folder"
                                               f"{nearest_path(path)}")  # fmt: skip
 
@@ -309,7 +307,7 @@ def _bad_source_path(config: Config, key: Key, kind: str) -> Problem | None:
     """What is wrong with a path of a source: a `folder`, a `file`, or `files` (a file, a folder or a pattern)."""
     if kind == "folder":
         return _bad_folder(config, key, must_exist=True)
-    path = Path(str(_get(config, dotted(key))))
+    path = Path(str(get(config, dotted(key))))
     said = f"{dotted(key)} = {shown(str(path))}"
     if kind == "files" and glob.has_magic(str(path)):
         found = next(glob.iglob(str(path), recursive=True), None)  # noqa: PTH207 - the pattern may be absolute
@@ -323,7 +321,3 @@ def _bad_source_path(config: Config, key: Key, kind: str) -> Problem | None:
     if kind == "file" and not stat.S_ISREG(mode):
         return Problem((key,), f"{said}: must be a file")
     return None
-
-
-def _full(path: Path) -> Path:
-    return Path(os.path.realpath(path))

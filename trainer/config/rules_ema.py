@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
+from trainer.config.clashes import clash, is_given
 from trainer.config.ema_config import LIVE
 from trainer.config.fields import Problem
-from trainer.config.rule_parts import clash, is_given
 from trainer.config.schema import Config
 from trainer.config.spelling import nearest
 

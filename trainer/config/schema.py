@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from trainer.config.ema_config import EmaConfig
+from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.sources import Source
 from trainer.config.values import (
     Count,
@@ -55,6 +56,11 @@ class ModelConfig(Section):
     tokenizer: PathField | None = None
     """A folder with CLIP's `vocab.json` and `merges.txt`, or a model folder with tokenizers. Default: those of
     `model.path`; of a single file, which has none, CLIP's in the hub's cache."""
+    latent_scale: Annotated[float, Field(gt=0)] | None = None
+    """What the UNet sees is (latents - `latent_shift`) * `latent_scale`. Default: the VAE's own scaling factor, 0.13025
+    of SDXL's; a UNet that was trained for a VAE with other latents has its own numbers."""
+    latent_shift: float | None = None
+    """Subtracted from the latents before they are scaled. Default: the VAE's own shift factor, 0 of SDXL's."""
     text_projection: Literal["correct", "kohya"] = "correct"
     """How a single file holds the second text encoder's projection: `correct` as SDXL was published, `kohya` as kohya's
     scripts take it, without transposing it; only to go on with a file that was trained by them."""
@@ -215,6 +221,9 @@ class TrainConfig(Section):
     """Convolutions compute in the memory layout NHWC; `benchmarks/gpu.sh` measures whether it pays."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
+    adaptive_clip: Annotated[float, Field(ge=0)] = 0.0
+    """Before that, the gradient of each row and filter is scaled down to this share of the norm of its weights
+    (adaptive gradient clipping), 0.01 being usual; 0 turns it off. A few wild units then do not slow all others."""
 
 
 class OptimizerConfig(Section):
@@ -299,6 +308,12 @@ class SamplesConfig(Section):
     """Sampler steps (Euler)."""
     guidance_scale: Annotated[float, Field(ge=0)] = 6.0
     """Classifier-free guidance; 1 or less turns it off."""
+    guidance_rescale: Literal["auto"] | Fraction = "auto"
+    """How far the contrast that guidance adds is taken back (Lin et al. 2023). `auto`: 0.7 with zero terminal SNR,
+    which needs it, else 0."""
+    unconditional: Literal["empty_text", "zeros", "both"] = "empty_text"
+    """What guidance leads away from where there is no negative prompt: the empty text, as in A1111 and ComfyUI, or
+    zeros, as in diffusers. `both`: each image twice, one below the other."""
     seed: Seed = 0
     """Seed of the first image's starting noise; the n-th image uses seed + n."""
 
@@ -341,6 +356,8 @@ class Config(Section):
     """What of the model trains, and how fast. The VAE is always frozen."""
     train: TrainConfig = TrainConfig()
     """Length, batch and precision."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is predicted, at which noise levels, and how errors count; see `docs/objectives.md`."""
     optimizer: OptimizerConfig
     """AdamW."""
     lr_schedule: LrScheduleConfig = LrScheduleConfig()

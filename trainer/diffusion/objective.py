@@ -1,49 +1,77 @@
-"""What the UNet is asked to predict, and the loss of its answer: pure functions of tensors, chosen once per run."""
+"""The objective of a run: pure functions of tensors, chosen once; nothing is looked up by name in a step.
+
+uniforms, draws = draw(seeds, shape, device, objective.noise)    the samples' own random numbers
+mixture = objective.mixture(uniforms, places, count)             where in the process they are
+noise, input_noise = mixed_noise(draws, latents, objective.noise)
+loss = objective.losses(prediction, mixed_target(mixture, latents, noise), mixture)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from trainer.diffusion.schedule import NoiseSchedule
+from trainer.diffusion.losses import NO_DELTA, Delta, Loss, squared
+from trainer.diffusion.noise import PLAIN, NoiseRecipe
+from trainer.diffusion.prediction import Mixture, Prediction
+from trainer.diffusion.prediction import epsilon as epsilon_prediction
+from trainer.diffusion.timesteps import EVENLY, Distribution, Spread, independent
+from trainer.diffusion.weighting import Weighting, unweighted
 
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """A noise schedule and the three functions of a training step. Latents are scaled by the VAE's factor.
+    """What is trained.
 
-    The model's input is `noisy_latents(schedule, latents, noise, timesteps)`, its answer is compared with
-    `target(schedule, latents, noise, timesteps)` by `loss(prediction, target)`, which gives one number per
-    sample. `latents` and `noise` are [B, c, h, w], `timesteps` [B] int64, the loss [B] float32.
+    Attributes:
+        prediction: how image and noise are mixed, and what the network is asked for.
+        distribution: how often each position in the process is trained.
+        spread: how the samples of a step share it.
+        weigh: how much each sample counts by its noise level.
+        loss: of each element, with `delta` for Huber's.
+        noise: what is added to plain noise.
     """
 
-    schedule: NoiseSchedule
-    noisy_latents: Callable[[NoiseSchedule, Tensor, Tensor, Tensor], Tensor]
-    target: Callable[[NoiseSchedule, Tensor, Tensor, Tensor], Tensor]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    prediction: Prediction
+    distribution: Distribution = EVENLY
+    spread: Spread = independent
+    weigh: Weighting = unweighted
+    loss: Loss = squared
+    delta: Delta = NO_DELTA
+    noise: NoiseRecipe = PLAIN
+
+    def mixture(self, uniforms: Tensor, places: Tensor, count: int) -> Mixture:
+        """Of samples, by their uniform numbers [B] float64 and their places in a step of so many; on the CPU."""
+        return self.prediction.mix(self.distribution(self.spread(uniforms, places, count)))
+
+    def losses(self, prediction: Tensor, target: Tensor, mixture: Mixture) -> Tensor:
+        """Each sample's weighted loss, the mean over its elements: [B, c, h, w] twice -> [B] float32."""
+        delta = _on(self.delta(mixture), prediction.device).view(-1, 1, 1, 1)
+        losses = self.loss(prediction, target, delta).flatten(1).mean(dim=1)
+        return losses if self.weigh is unweighted else losses * _on(self.weigh(mixture).float(), prediction.device)
 
 
-def epsilon_objective(schedule: NoiseSchedule) -> Objective:
-    """Predict the noise, mean squared error: the objective of SDXL's base model (DDPM, eq. 14).
-
-    `schedule` must lie on the device of the latents.
-    """
-    return Objective(schedule, add_noise, epsilon_target, mean_squared_error)
+def epsilon_objective() -> Objective:
+    """Predict the noise, mean squared error: the objective of SDXL's base model (DDPM, Ho et al. 2020, eq. 14)."""
+    return Objective(epsilon_prediction())
 
 
-def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """sqrt(alpha_bar_t) * latents + sqrt(1 - alpha_bar_t) * noise (DDPM, eq. 4), in the dtype of `latents`."""
-    alpha_bar = schedule.alphas_cumprod.to(latents.dtype)[timesteps].view(-1, 1, 1, 1)
-    return alpha_bar.sqrt() * latents + (1.0 - alpha_bar).sqrt() * noise
+def mixed_input(mixture: Mixture, latents: Tensor, noise: Tensor) -> Tensor:
+    """What the network sees, [B, c, h, w] float32; all on one device."""
+    return _columns(mixture.input_signal) * latents + _columns(mixture.input_noise) * noise
 
 
-def epsilon_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """The noise itself."""
-    return noise
+def mixed_target(mixture: Mixture, latents: Tensor, noise: Tensor) -> Tensor:
+    """What it is asked for, [B, c, h, w] float32."""
+    return _columns(mixture.target_signal) * latents + _columns(mixture.target_noise) * noise
 
 
-def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over a sample's elements of the squared error, computed in float32: [B, ...] twice -> [B] float32."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+def _columns(numbers: Tensor) -> Tensor:
+    return numbers.view(-1, 1, 1, 1)
+
+
+def _on(numbers: Tensor, device: torch.device) -> Tensor:
+    """A few numbers on the device; a card's caller does not wait for it."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -10,8 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainer.diffusion.noise import standard_normal
-from trainer.diffusion.schedule import scaled_linear
+from trainer.diffusion.prediction import Prediction
 from trainer.errors import UserError
+from trainer.evaluate.samplers import denoised, guided
 from trainer.model.conditioning import time_ids, unet_inputs
 from trainer.model.text import CaptionTokenizer, TextConditioning, TextEncoders
 from trainer.model.vae import decode_latents
@@ -31,6 +33,11 @@ def sample_images(
     guidance_scale: float,
     seeds: Sequence[int],
     device: torch.device,
+    prediction: Prediction,
+    scaling_factor: float,
+    latent_shift: float = 0.0,
+    guidance_rescale: float = 0.0,
+    zeros_for_no_text: bool = False,
     input_dtype: torch.dtype | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> list[Image.Image]:
@@ -38,11 +45,10 @@ def sample_images(
 
     The images are drawn one by one, so that an image hangs on its prompt and its seed alone, and not on
     what else is drawn: each rank may draw `prompts[rank::world]` without a word to the others. Training
-    modes are as before afterwards. An empty negative prompt is encoded as the empty text, as A1111 and
-    ComfyUI do; it is not replaced by zeros.
+    modes are as before afterwards.
 
     Args:
-        unet: the bare model (not DDP's wrapper), on `device`; predicts the noise.
+        unet: the bare model (not DDP's wrapper), on `device`.
         vae, text_encoders: each on any device, in the precision it is held in.
         prompts: one for each image.
         width_px, height_px: of every image; multiples of 8, the VAE's factor.
@@ -50,6 +56,11 @@ def sample_images(
         guidance_scale: of classifier-free guidance (Ho and Salimans 2022); 1 or less turns it off.
         seeds: one for each image, of its starting noise, which is drawn on the CPU.
         device: of the UNet.
+        prediction: what the UNet predicts.
+        scaling_factor, latent_shift: what the UNet sees is (latents of the VAE - shift) * factor.
+        guidance_rescale: as in `guided`.
+        zeros_for_no_text: an empty negative prompt stands for zeros, as in diffusers; else for the empty text, as in
+            A1111 and ComfyUI.
         input_dtype: of the latents that the UNet is called with, as in training; None: the precision of its weights.
         autocast_dtype: arithmetic of the UNet, as in training; None: the precision of its weights.
 
@@ -68,14 +79,18 @@ def sample_images(
         negative = None
         if guidance_scale > 1 and prompts:
             negative = text_encoders.encode(torch.from_numpy(tokenizer([negative_prompt])))
+            if zeros_for_no_text and not negative_prompt:
+                negative = TextConditioning(torch.zeros_like(negative.hidden), torch.zeros_like(negative.pooled))
         for prompt, seed in zip(prompts, seeds, strict=True):
             positive = text_encoders.encode(torch.from_numpy(tokenizer([prompt])))
             shape = (unet.config["in_channels"], height_px // factor, width_px // factor)
             noise = standard_normal(torch.tensor([seed]), shape, device)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
                 dtype = input_dtype or unet.dtype
-                latents = _denoised(unet, noise, positive, negative, sizes, num_steps, guidance_scale, dtype)
-            images += decoded_images(vae, latents / vae.config["scaling_factor"])
+                texts = [positive] if negative is None else [negative, positive]
+                model = partial(_predicted, unet, texts, sizes, guidance_scale, guidance_rescale, dtype)
+                latents = denoised(prediction, model, noise, num_steps)
+            images += decoded_images(vae, latents / scaling_factor + latent_shift)
     return images
 
 
@@ -85,49 +100,27 @@ def decoded_images(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
         return [Image.fromarray(levels.numpy()) for levels in decode_latents(vae, latents)]
 
 
-def _denoised(
+def _predicted(
     unet: UNet2DConditionModel,
-    noise: Tensor,
-    positive: TextConditioning,
-    negative: TextConditioning | None,
+    texts: Sequence[TextConditioning],
     sizes: Tensor,
-    num_steps: int,
     guidance_scale: float,
+    guidance_rescale: float,
     input_dtype: torch.dtype,
+    latents: Tensor,
+    timestep: float,
 ) -> Tensor:
-    """Scaled latents [1, 4, h, w] float32, from noise of that shape; `negative` None: no guidance."""
-    texts = [positive] if negative is None else [negative, positive]
-    hidden = torch.cat([text.hidden for text in texts]).to(noise.device)
-    text = TextConditioning(hidden, torch.cat([text.pooled for text in texts]).to(noise.device))
-    sizes = sizes.expand(len(texts), -1)
-    timesteps, sigmas = euler_steps(num_steps)
-    latents = noise * (sigmas[0] ** 2 + 1) ** 0.5
-    for timestep, sigma, next_sigma in zip(timesteps, sigmas, sigmas[1:], strict=False):
-        model_input = (latents / (sigma**2 + 1) ** 0.5).expand(len(texts), -1, -1, -1).to(input_dtype)
-        at = torch.full((len(texts),), timestep, device=noise.device)
-        predicted = unet(**unet_inputs(model_input, at, text, sizes))[0].float()
-        if negative is not None:
-            unconditional, conditional = predicted.chunk(2)
-            predicted = unconditional + guidance_scale * (conditional - unconditional)
-        latents = latents + (next_sigma - sigma) * predicted
-    return latents
-
-
-def euler_steps(num_steps: int) -> tuple[list[int], list[float]]:
-    """Where SDXL's Euler sampler evaluates the model, and the noise levels that it steps through.
-
-    Euler's method on the probability flow in sigma = sqrt((1 - alphas_cumprod) / alphas_cumprod) (Karras et
-    al. 2022, algorithm 1 without churn), at evenly spaced timesteps whose last is 1, as diffusers' "leading"
-    spacing with an offset of 1.
-
-    Returns:
-        num_steps timesteps, falling, and num_steps + 1 sigmas, the last 0.
-    """
-    schedule = scaled_linear()
-    spacing = schedule.num_timesteps // num_steps
-    timesteps = [spacing * step + 1 for step in reversed(range(num_steps))]
-    sigmas = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod) ** 0.5
-    return timesteps, [*sigmas[timesteps].tolist(), 0.0]
+    """What the UNet predicts of latents [1, 4, h, w], float32: led away from the first text where there are two."""
+    device = latents.device
+    hidden, pooled = (torch.cat(parts).to(device) for parts in zip(*((t.hidden, t.pooled) for t in texts), strict=True))
+    model_input = latents.expand(len(texts), -1, -1, -1).to(input_dtype)
+    at = torch.full((len(texts),), timestep, device=device)
+    inputs = unet_inputs(model_input, at, TextConditioning(hidden, pooled), sizes.expand(len(texts), -1))
+    answers = unet(**inputs)[0].float()
+    if len(texts) == 1:
+        return answers
+    unconditional, conditional = answers.chunk(2)
+    return guided(unconditional, conditional, guidance_scale, guidance_rescale)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Validation loss and sample grids: what is done with a UNet now and then, in training and by `eval`."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,8 @@ from trainer.model.text import CaptionTokenizer, TextEncoders
 from trainer.parallel.comm import Comm, barrier
 
 _log = logging.getLogger(__name__)
+_RESCALE = 0.7  # Lin et al. 2023, section 3.4
+_WAYS = {"empty_text": "the empty text", "zeros": "zeros"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ class Scorer:
         pictures = self._pictures()
         folder.mkdir(parents=True, exist_ok=True)
         vae = self._vae()
-        for index in range(comm.rank, len(pictures), comm.world):
+        ways = ("empty_text", "zeros") if settings.unconditional == "both" else (settings.unconditional,)
+        for number in range(comm.rank, len(pictures) * len(ways), comm.world):
+            index, way = number % len(pictures), ways[number // len(pictures)]
             picture = pictures[index]
             (image,) = sample_images(
                 unet=self.denoiser.unet,
@@ -133,15 +137,23 @@ class Scorer:
                 guidance_scale=settings.guidance_scale,
                 seeds=[settings.seed + index],
                 device=comm.device,
+                prediction=self.denoiser.objective.prediction,
+                scaling_factor=self.denoiser.scaling_factor,
+                latent_shift=self.denoiser.latent_shift,
+                guidance_rescale=self._guidance_rescale,
+                zeros_for_no_text=way == "zeros",
                 input_dtype=self.denoiser.input_dtype,
                 autocast_dtype=self.denoiser.autocast_dtype,
             )
-            image.save(folder / f"{index:02d}.png")
+            image.save(folder / _image_name(index, way, ways))
         barrier(comm)
         grid = folder.with_suffix(".png")
         if comm.rank == 0:
-            drawn = [_read_image(folder / f"{index:02d}.png") for index in range(len(pictures))]
-            rows = [GridRow("generated", drawn, [picture.prompt for picture in pictures])]
+            prompts, rows = [picture.prompt for picture in pictures], []
+            for way in ways:
+                drawn = [_read_image(folder / _image_name(index, way, ways)) for index in range(len(pictures))]
+                against = f", guided away from {_WAYS[way]}" if len(ways) > 1 else ""
+                rows.append(GridRow(f"generated{against}", drawn, prompts))
             data = [torch.from_numpy(picture.latents)[None] for picture in pictures if picture.latents is not None]
             if data:
                 rows.append(GridRow("data, through the VAE", [decoded_images(vae, latents)[0] for latents in data]))
@@ -150,6 +162,13 @@ class Scorer:
                 rows.append(GridRow("data", photos))
             image_grid(rows, grid, title)
         return grid
+
+    @property
+    def _guidance_rescale(self) -> float:
+        wish = self.samples.guidance_rescale
+        if wish == "auto":
+            return _RESCALE if self.denoiser.objective.prediction.zero_terminal_snr else 0.0
+        return wish
 
     def _vae(self) -> AutoencoderKL:
         if self.denoiser.image_encoder:
@@ -179,6 +198,10 @@ def _with_warnings(batches: Iterable[Batch]) -> Iterator[Batch]:
         for problem in batch.problems:
             _log.warning("validation leaves out %s", problem)
         yield batch
+
+
+def _image_name(index: int, way: str, ways: Sequence[str]) -> str:
+    return f"{index:02d}{f'-{way}' if len(ways) > 1 else ''}.png"
 
 
 def _read_image(path: Path) -> Image.Image:

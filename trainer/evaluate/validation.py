@@ -11,7 +11,8 @@ import torch
 
 from trainer.data.loader import Batch, BatchReader, Request
 from trainer.data.sampler import pick_rows
-from trainer.diffusion.noise import standard_normal
+from trainer.diffusion.noise import Draws, standard_normal
+from trainer.diffusion.objective import Objective
 from trainer.keyed import draw_seed
 from trainer.model.denoiser import Denoiser, image_losses, text_arguments
 from trainer.parallel.comm import Comm, sum_floats
@@ -69,7 +70,9 @@ def _loss_sum(denoiser: Denoiser, batch: Batch, timestep: int, device: torch.dev
     latents = batch.latents.to(device)
     seeds = torch.tensor([draw_seed("validation noise", key) for key in batch.keys], dtype=torch.int64)
     noise = standard_normal(seeds, latents.shape[1:], device)
-    timesteps = torch.full((len(latents),), timestep, dtype=torch.int64, device=device)
+    # The plain error of what is predicted: numbers of runs that weight it in other ways can be compared.
+    objective = Objective(denoiser.objective.prediction)
+    mixture = objective.prediction.at_timestep(torch.full((len(latents),), timestep)).to(device)
     time_ids = batch.time_ids.to(device)
-    losses = image_losses(denoiser, denoiser.model, latents, noise, timesteps, text, time_ids)
+    losses = image_losses(denoiser, denoiser.model, latents, Draws(noise), mixture, text, time_ids, objective)
     return float((losses * batch.weights.to(device)).sum())

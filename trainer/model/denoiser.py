@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from trainer.diffusion.objective import Objective
+from trainer.diffusion.noise import Draws, mixed_noise
+from trainer.diffusion.objective import Objective, mixed_input, mixed_target
+from trainer.diffusion.prediction import Mixture
 from trainer.model.conditioning import condition_text, unet_inputs
 from trainer.model.text import TextConditioning, TextEncoders
 from trainer.model.vae import ImageEncoder
@@ -45,7 +47,7 @@ class TrainedModel(nn.Module):
 
         Args:
             noisy_latents: [B, 4, h, w] in the dtype that the UNet computes with, or float32 under autocast.
-            timesteps: [B] int64.
+            timesteps: [B] int64, or float32 of flow matching and EDM.
             time_ids: [B, 6] float32.
             input_ids: [B, 2, chunks, 77] int64.
             text_hidden, text_pooled: [B, positions, D] and [B, P].
@@ -65,10 +67,10 @@ class Denoiser:
 
     Attributes:
         model: the plain module, without a wrapper.
-        objective: its schedule lies on the model's device.
+        objective: what it is trained to predict, and how errors count.
         frozen_text_encoders: where text is encoded and no text encoder trains, else None.
         image_encoder: the frozen VAE, where the data are images; None where they are latents.
-        scaling_factor: latents of the VAE times this are what the UNet sees.
+        scaling_factor, latent_shift: what the UNet sees is (latents of the VAE - shift) * factor.
         input_dtype: of the noisy latents that the model is called with.
         autocast_dtype: arithmetic of the model where its weights have another dtype; None: that of its weights.
     """
@@ -80,6 +82,7 @@ class Denoiser:
     scaling_factor: float
     input_dtype: torch.dtype = torch.float32
     autocast_dtype: torch.dtype | None = None
+    latent_shift: float = 0.0
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -116,25 +119,28 @@ def image_losses(
     denoiser: Denoiser,
     model: nn.Module,
     latents: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
+    draws: Draws,
+    mixture: Mixture,
     text: Mapping[str, Tensor],
     time_ids: Tensor,
+    objective: Objective | None = None,
 ) -> Tensor:
     """The objective's loss of each image, [B] float32; every tensor lies on the model's device.
 
     Args:
         model: what is called: the denoiser's model, or the wrapper that exchanges its gradients or weights.
         latents: [B, 4, h, w] float16 or float32, unscaled.
-        noise: [B, 4, h, w] float32.
-        timesteps: [B] int64.
+        draws: the images' noise.
+        mixture: where in the process they are, its numbers for the network on that device.
         text: from `text_arguments`.
         time_ids: [B, 6] float32.
+        objective: in place of the denoiser's.
     """
-    objective = denoiser.objective
-    scaled = latents.float() * denoiser.scaling_factor
-    noisy = objective.noisy_latents(objective.schedule, scaled, noise, timesteps).to(denoiser.input_dtype)
+    objective = objective or denoiser.objective
+    scaled = (latents.float() - denoiser.latent_shift) * denoiser.scaling_factor
+    noise, input_noise = mixed_noise(draws, scaled, objective.noise)
+    noisy = mixed_input(mixture, scaled, input_noise).to(denoiser.input_dtype)
     dtype = denoiser.autocast_dtype
     with torch.autocast(latents.device.type, dtype, enabled=dtype is not None):
-        prediction = model(noisy, timesteps, time_ids, **text)
-    return objective.loss(prediction, objective.target(objective.schedule, scaled, noise, timesteps))
+        prediction = model(noisy, mixture.timesteps, time_ids, **text)
+    return objective.losses(prediction, mixed_target(mixture, scaled, noise), mixture)

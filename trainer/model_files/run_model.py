@@ -22,6 +22,7 @@ from trainer.model_files.model_source import (
     weights_fingerprint,
 )
 from trainer.model_files.tokenizer_files import tokenizer_folders
+from trainer.model_files.told_prediction import ToldPrediction, told_prediction
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,15 @@ class RunModel:
             UserError: there are none.
         """
         return tokenizer_folders(self.source, self.tokenizer)
+
+    @cached_property
+    def prediction(self) -> ToldPrediction:
+        """What the model says that it predicts.
+
+        Raises:
+            UserError: as `told_prediction`.
+        """
+        return told_prediction(self.source)
 
     def source_of(self, component: str) -> ModelSource:
         """Where a component's files are."""

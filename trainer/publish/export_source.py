@@ -10,6 +10,7 @@ from trainer.checkpoint.ema_folders import average_folder, averages_in, componen
 from trainer.checkpoint.run_dir import MANIFEST, config_beside, list_checkpoints, manifest_entry
 from trainer.config.ema_config import LIVE
 from trainer.config.load import load_config
+from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.schema import Config
 from trainer.config.spelling import nearest
 from trainer.errors import UserError
@@ -24,9 +25,19 @@ from trainer.model_files.model_source import (
     open_component,
     open_folder_component,
 )
-from trainer.model_files.modelspec import told_prediction_type
 from trainer.model_files.presets import preset
 from trainer.model_files.tokenizer_files import tokenizer_folders
+from trainer.model_files.told_prediction import told_prediction
+
+# diffusers' own for a network with EDM's preconditioning; the values are those of `diffusion.prediction.edm`.
+_EDM_SCHEDULER = {
+    "_class_name": "EDMEulerScheduler",
+    "prediction_type": "epsilon",
+    "sigma_data": 0.5,
+    "sigma_max": 80.0,
+    "sigma_min": 0.002,
+    "sigma_schedule": "karras",
+}
 
 
 @dataclass(frozen=True)
@@ -178,7 +189,7 @@ def model_parts(
 
 def prediction_of(source: Source, wished: str | None, wished_ztsnr: bool) -> tuple[str, bool]:
     """(epsilon, v_prediction or flow; zero terminal SNR), as asked for, or as the model says of itself."""
-    told, told_ztsnr = _told_prediction(source.base)
+    told, told_ztsnr = _told_prediction(source)
     prediction = wished or told
     ztsnr = wished_ztsnr or (told_ztsnr and prediction == told)
     if prediction == "v_prediction":
@@ -188,13 +199,13 @@ def prediction_of(source: Source, wished: str | None, wished_ztsnr: bool) -> tup
     return prediction, False  # loaders ignore the marker of zero terminal SNR where it stands alone
 
 
-def _told_prediction(base: ModelSource) -> tuple[str, bool]:
-    if base.kind != "folder":
-        header = base.header
-        marked = "v_prediction" if "v_pred" in header.tensors else None
-        return marked or told_prediction_type(header.metadata) or "epsilon", "ztsnr" in header.tensors
-    scheduler = _read_scheduler(base)
-    return scheduler.get("prediction_type", "epsilon"), bool(scheduler.get("rescale_betas_zero_snr"))
+def _told_prediction(source: Source) -> tuple[str, bool]:
+    """What the run has trained, or what the model says."""
+    told = told_prediction(source.base)
+    wished = source.config.objective if source.config else ObjectiveConfig()
+    kind = told.kind if wished.prediction == "auto" else wished.prediction
+    zero = told.zero_terminal_snr and kind == told.kind
+    return kind, zero if wished.zero_terminal_snr == "auto" else wished.zero_terminal_snr
 
 
 def _read_scheduler(base: ModelSource) -> dict[str, Any]:
@@ -207,6 +218,8 @@ def scheduler_of(source: Source, prediction: str, ztsnr: bool) -> dict[str, Any]
     scheduler = _read_scheduler(source.base)
     if prediction == "flow":
         raise UserError("prediction type flow: there is no SDXL folder of that kind; write a single file")
+    if prediction == "edm":
+        return _EDM_SCHEDULER
     scheduler["prediction_type"] = prediction
     if ztsnr:
         # The first step must be at the last timestep, where there is no signal (Lin et al. 2024, section 3.3).

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trainer import __version__
 from trainer.checkpoint.run_dir import checkpoint_step
+from trainer.config.objective_config import flow_shift
 from trainer.config.schema import Config
 from trainer.config.yaml_source import dump
 from trainer.errors import UserError
@@ -151,12 +152,15 @@ def _prepare_file(
 ) -> PreparedExport:
     from trainer.publish.write_model import file_metadata, plan_single_file, total_bytes, write_single_file
 
+    if prediction == "edm":
+        raise UserError("prediction type edm: no program reads it from a single file of SDXL; use --layout diffusers")
     markers = ("v_pred",) * (prediction == "v_prediction") + ("ztsnr",) * ztsnr
     planned = plan_single_file(source.parts, _precision(wish), markers, wish.text_projection)
     metadata = _metadata(source, wish, prediction) | dict(more or {}) | file_metadata(source.parts)
     notes = [f"marked {' and '.join(markers)}: ComfyUI, A1111 and Forge set themselves to it"] if markers else []
     if prediction == "flow":
-        notes.append("flow has no marker that other tools know: in ComfyUI, add the node ModelSamplingSD3")
+        shift = f" with shift {_flow_shift(source):g}" if source.config else ""
+        notes.append(f"flow has no marker that other tools know: in ComfyUI, add the node ModelSamplingSD3{shift}")
 
     def write(on_written: Callable[[int], None] | None) -> None:
         with _disk_errors(wish.out):
@@ -177,6 +181,11 @@ def _prepare_folder(source: Source, wish: Wish, prediction: str, ztsnr: bool) ->
             write_folder(wish.out, source.parts, precision, scheduler, tokenizers, on_written)
 
     return PreparedExport(total_bytes(planned), (), write)
+
+
+def _flow_shift(source: Source) -> float:
+    assert source.config is not None
+    return flow_shift(source.config.objective.flow, source.config.data.buckets.resolution)
 
 
 @contextmanager
@@ -212,6 +221,8 @@ def _metadata(source: Source, wish: Wish, prediction: str) -> dict[str, str]:
         thumbnail=_thumbnail(wish, checkpoint),
     )
     own = {"sdxl_train.version": __version__, PROJECTION_KEY: wish.text_projection}
+    if prediction == "flow" and config is not None:
+        own["sdxl_train.flow_shift"] = f"{_flow_shift(source):g}"
     if checkpoint is not None:
         _, _, length = checkpoint.name.partition("-length-")  # computed by `sdxl-train ema`
         weights = f"average of length {length}" if length else wish.weights

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -21,8 +21,8 @@ from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.data.store.snapshot import SPLITS, PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
-from trainer.diffusion.objective import epsilon_objective
-from trainer.diffusion.schedule import scaled_linear
+from trainer.diffusion.noise import Draws
+from trainer.diffusion.objective import Objective
 from trainer.errors import UserError
 from trainer.evaluate.scoring import Scorer
 from trainer.memory.run_choice import MemoryChoice, choose_memory, memory_attempt, smallest_card
@@ -40,6 +40,7 @@ from trainer.model_files.model_source import open_folder_component
 from trainer.model_files.run_model import RunModel
 from trainer.optim.adamw import Rounding
 from trainer.optim.adamw_chunk import Update, compiled_update
+from trainer.optim.clipping import clip_units
 from trainer.optim.optimizers import is_fused, load_optimizer_tensors, make_optimizer
 from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, broadcast_object, gather_objects
@@ -50,6 +51,7 @@ from trainer.train.averages import averages_of, take_up_averages
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.dry_run import dry_run
 from trainer.train.memory_inputs import make_setting, planned_run
+from trainer.train.run_objective import make_objective
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts
 
@@ -166,7 +168,10 @@ def build_parts(
     denoiser = make_denoiser(config, model_files, model.train(), data, comm.device, sharing)
     optimizer = optimizer_for(config, strategy, comm)
     clip, around, averages = config.train.max_grad_norm, choice.around_forward(model), averages_of(config.ema, strategy)
-    parts = StepParts(comm, strategy, optimizer, denoiser, clip, around, averages)
+    parts = StepParts(comm, strategy, optimizer, denoiser, clip, around, averages=averages)
+    if config.train.adaptive_clip:
+        clips = partial(clip_units, strategy.parameters.values(), config.train.adaptive_clip)
+        parts = replace(parts, before_norm=clips)
     # torch.compile takes one image for another case than several.
     images = min(config.train.batch_size_per_gpu, 2)
     warm_up(strategy, partial(_throw_away_loss, denoiser, comm.device, images))
@@ -281,12 +286,15 @@ def make_denoiser(
     if data.holds_images:
         image_encoder = ImageEncoder(frozen_vae(config, model_files, device), config.data.vae_batch_size)
     precision = precision_of(config.train.precision)
+    shift = config.model.latent_shift
+    data_scale = image_encoder.vae.config["scaling_factor"] if image_encoder else data.scaling_factor
     return Denoiser(
         model=model,
-        objective=epsilon_objective(scaled_linear().to(device)),
+        objective=make_objective(config, model_files),
         frozen_text_encoders=encoders,
         image_encoder=image_encoder,
-        scaling_factor=image_encoder.vae.config["scaling_factor"] if image_encoder else data.scaling_factor,
+        scaling_factor=config.model.latent_scale or data_scale,
+        latent_shift=shift if shift is not None else (model_files.config("vae").get("shift_factor") or 0.0),
         input_dtype=sharing.compute_dtype or precision.weights,
         autocast_dtype=None if sharing.compute_dtype else precision.autocast,
     )
@@ -355,6 +363,7 @@ def _throw_away_loss(denoiser: Denoiser, device: torch.device, images: int, mode
             "text_hidden": torch.zeros(images, 77, config["cross_attention_dim"], device=device),
             "text_pooled": torch.zeros(images, pooled_dim, device=device),
         }
-    timesteps = torch.zeros(images, dtype=torch.int64, device=device)
+    mixture = denoiser.objective.prediction.mix(torch.full((images,), 0.5, dtype=torch.float64)).to(device)
     time_ids = torch.zeros(images, 6, device=device)
-    return image_losses(denoiser, model, latents, latents, timesteps, text, time_ids).mean()
+    objective = Objective(denoiser.objective.prediction)
+    return image_losses(denoiser, model, latents, Draws(latents), mixture, text, time_ids, objective).mean()

@@ -39,6 +39,7 @@ from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_ro
 from trainer.train.build import Run, build_run, make_scorer, newest_snapshot
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.checkpoint_contents import checkpoint_files
+from trainer.train.run_objective import describe_objective, guidance_warning
 from trainer.train.state import TrainState
 from trainer.train.step import StepResult, train_step
 
@@ -57,7 +58,7 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
     """
     run = build_run(config, model, comm)
     state, arithmetic = _place_in_data(config, run)
-    _announce(config, run, arithmetic, state)
+    _announce(config, model, run, arithmetic, state)
     bad, limit, unusable = BadRows(), config.data.max_bad_fraction, 0
     with ExitStack() as stack:
         outputs = None
@@ -236,7 +237,7 @@ def _save(config: Config, comm: Comm, run: Run, state: TrainState, in_use: Path 
         _log.info("saved %s in %.1f s", path, time.perf_counter() - begin)
 
 
-def _announce(config: Config, run: Run, arithmetic: RunArithmetic, state: TrainState) -> None:
+def _announce(config: Config, model: RunModel, run: Run, arithmetic: RunArithmetic, state: TrainState) -> None:
     strategy, device = run.parts.strategy, run.parts.comm.device
     for name, module in run.parts.denoiser.model.named_children():
         weights = {full: p.numel() for full, p in module.named_parameters(prefix=name)}
@@ -246,6 +247,10 @@ def _announce(config: Config, run: Run, arithmetic: RunArithmetic, state: TrainS
             _log.info("%s: %s %s weights train", name, share, f"{sum(weights.values()):,}")
         else:
             _log.info("%s: frozen", name)
+    for line in describe_objective(config, model):
+        _log.info("%s", line)
+    if warning := guidance_warning(config):
+        _log.warning("%s", warning)
     _log.info("%s on %s%s", config.train.precision, device.type, f", {strategy.sharing.kind}" * (strategy.world > 1))
     if config.ema.averages:
         _log.info("%s", config.ema.told())

@@ -31,6 +31,7 @@ class StepParts:
 
     Attributes:
         around_forward: what every forward pass runs in.
+        before_norm: what is done to the gradients of the loss times a scale, before their norm is taken.
         averages: of the weights, which follow the steps by `trainer.train.averages.follow`; None: there are none.
     """
 
@@ -40,6 +41,7 @@ class StepParts:
     denoiser: Denoiser
     max_grad_norm: float
     around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
+    before_norm: Callable[[float], None] = lambda loss_scale: None
     averages: Averages | None = None
 
 
@@ -64,16 +66,24 @@ class StepResult:
     stop: bool
 
 
-def batch_losses(parts: StepParts, batch: Batch) -> Tensor:
-    """Loss of each image of a micro-batch, fp32 [B], with the graph that leads back to the weights."""
+def batch_losses(parts: StepParts, batch: Batch, index: int, planned_images: float) -> Tensor:
+    """Loss of each image of a micro-batch, fp32 [B], with the graph that leads back to the weights.
+
+    Args:
+        index: of the micro-batch among this worker's.
+        planned_images: of the whole step.
+    """
     device, denoiser = parts.comm.device, parts.denoiser
     text = text_arguments(denoiser, device, batch.input_ids, batch.text_hidden, batch.pooled)
     assert batch.latents is not None, "images are encoded before they come here"
     latents = batch.latents.to(device, non_blocking=True)
-    noise, timesteps = draw(batch.draw_seeds, latents.shape[1:], denoiser.objective.schedule.num_timesteps, device)
+    uniforms, draws = draw(batch.draw_seeds, latents.shape[1:], device, denoiser.objective.noise)
+    # As the sampler deals rows out: rank r of W has every W-th from the r-th on, padding comes last.
+    places = parts.comm.rank + parts.comm.world * torch.arange(len(uniforms) * index, len(uniforms) * (index + 1))
+    mixture = denoiser.objective.mixture(uniforms, places, round(planned_images)).to(device)
     time_ids = batch.time_ids.to(device, non_blocking=True)
     with parts.around_forward():
-        return image_losses(denoiser, parts.strategy.model, latents, noise, timesteps, text, time_ids)
+        return image_losses(denoiser, parts.strategy.model, latents, draws, mixture, text, time_ids)
 
 
 def train_step(
@@ -102,12 +112,13 @@ def train_step(
     for index, batch in enumerate(batches):
         weights = batch.weights.to(comm.device, non_blocking=True)
         with strategy.reduction(last=index == accumulation - 1):
-            weighted = (weights * batch_losses(parts, batch)).sum()
+            weighted = (weights * batch_losses(parts, batch, index, planned_images)).sum()
             strategy.backward(weighted * (loss_scale / planned_images))
         loss_sum += weighted.detach()
         weight_sum += float(batch.weights.sum())
         problems += batch.problems
     # All of this is given to the device before the step's only wait for it, or it would stand idle in between.
+    parts.before_norm(loss_scale)
     norm = strategy.grad_norm(_gradients(parts))
     own_loss, scaled_norm = torch.stack([loss_sum, norm.double()]).tolist()
     total_loss, num_images, total_bad, stop = sum_floats(

@@ -126,13 +126,6 @@ def test_parts_that_do_not_fit_together(copied: Path) -> None:
     assert "is an SDXL inpainting model (9 input channels); wanted SDXL base" in line
 
 
-def test_v_prediction_models_are_refused(copied: Path) -> None:
-    _set(copied / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
-    assert "prediction_type is v_prediction; only epsilon models are trained yet" in _problems(copied)[0]
-    shutil.rmtree(copied / "scheduler")
-    check_model(copied)
-
-
 def test_a_vae_of_ones_own_stands_in(copied: Path, tmp_path: Path) -> None:
     vae = Path(shutil.move(copied / "vae", tmp_path / "own"))
     assert "vae: the folder is missing" in _problems(copied)[0]

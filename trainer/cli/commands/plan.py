@@ -25,6 +25,7 @@ from trainer.train.arithmetic import arithmetic_of
 from trainer.train.caption_rules import describe_captions, require_captions, survey_of
 from trainer.train.memory_inputs import make_setting, planned_run
 from trainer.train.prepare_worker import prepare_settings
+from trainer.train.run_objective import describe_objective, guidance_warning
 
 
 def main(argv: Sequence[str]) -> int:
@@ -98,6 +99,10 @@ def _print_model(config: Config, model: RunModel) -> None:
     print(f"frozen: {', '.join([*frozen, 'vae'])}")
     if config.ema.averages:
         print(config.ema.told())
+    for line in describe_objective(config, model):
+        print(line)
+    if warning := guidance_warning(config):
+        print(f"warning: {warning}")
 
 
 def _print_data(config: Config, model: RunModel) -> CaptionSurvey | None:

@@ -33,11 +33,8 @@ from trainer.model_files.tokenizer_files import tokenizer_folders
 LAYOUT = "SDXL in diffusers' folder layout (unet/, vae/, text_encoder/, text_encoder_2/)"
 _BAD_CONFIGS = "the configurations in its metadata cannot be used"
 _WANTED_VAE = "an SDXL VAE (one .safetensors file or a folder)"
-# Tensors by which a single file says that it does not predict the noise.
-_OTHER_PREDICTIONS = {"v_pred": "v-prediction", "edm_mean": "EDM", "edm_vpred.sigma_max": "EDM v-prediction"}
 # What the weights are in; integers are of quantised models, which keep their scales elsewhere.
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_ONLY_EPSILON = "only epsilon models are trained yet"
 
 
 def check_model(
@@ -122,7 +119,7 @@ def _folder_problems(path: Path, needs_vae: bool) -> tuple[dict[str, dict[str, A
             config, found = _check_component("model.path", path / name, name)
             problems += found
             configs |= {name: config} if config is not None else {}
-    return configs, problems + _check_scheduler(path)
+    return configs, problems
 
 
 def _check_component(place: str, folder: Path, name: str) -> tuple[dict[str, Any] | None, list[str]]:
@@ -158,17 +155,6 @@ def _check_weights(place: str, folder: Path, stem: str) -> list[str]:
     return lines
 
 
-def _check_scheduler(path: Path) -> list[str]:
-    file = path / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        return []
-    try:
-        prediction = json.loads(file.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
-    except (ValueError, AttributeError) as error:
-        return [f"model.path: {file}: cannot be read: {error}"]
-    return [] if prediction == "epsilon" else [f"model.path: {file}: prediction_type is {prediction}; {_ONLY_EPSILON}"]
-
-
 def _file_problems(
     source: ModelSource, found: Identity, needs_vae: bool, text_projection: TextProjection
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -189,7 +175,7 @@ def _file_problems(
         unknown = replace(found, description=description, mend="convert it to a diffusers folder")
         raise UserError(wrong_model_line("model.path", path, unknown))
     problems = [line for name in configs for line in _check_names("model.path", path, header, name)]
-    return configs, problems + _check_markers(path, header) + _check_projection(path, header, text_projection)
+    return configs, problems + _check_projection(path, header, text_projection)
 
 
 def _check_names(place: str, path: Path, header: Header, component: str) -> list[str]:
@@ -210,16 +196,6 @@ def _check_names(place: str, path: Path, header: Header, component: str) -> list
     if unknown:
         return [f"{place}: {path}: holds {len(unknown)} tensors that SDXL's UNet has not, such as {unknown[0]}"]
     return []
-
-
-def _check_markers(path: Path, header: Header) -> list[str]:
-    kind = next((kind for name, kind in _OTHER_PREDICTIONS.items() if name in header.tensors), None)
-    if kind:
-        return [f"model.path: {path}: its marker tensors say {kind}; {_ONLY_EPSILON}"]
-    prediction = header.metadata.get("modelspec.prediction_type", "epsilon")
-    if prediction in ("", "epsilon", "eps"):
-        return []
-    return [f"model.path: {path}: its metadata say prediction_type {prediction[:40]}; {_ONLY_EPSILON}"]
 
 
 def _check_projection(path: Path, header: Header, text_projection: TextProjection) -> list[str]:

@@ -1,0 +1,105 @@
+"""The section `objective`: what the model is trained to predict, where, and how errors count."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trainer.config.values import Flag, Fraction, PositiveInt, Section
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class FlowConfig(Section):
+    shift: Annotated[float, Field(gt=0, le=100)] | Literal["resolution"] = 1.0
+    """r of s' = r s / (1 + (r - 1) s): above 1, more noise, for larger images. `resolution`: the square root of the
+    pixels of `data.buckets.resolution` over 256^2, so 4 at 1024 px."""
+    aligned: Flag = False
+    """Train the flow that follows from a model of epsilon or v (Diff2Flow): its own prediction, at flow's noise levels
+    and with flow's loss. The model stays one of epsilon or v for the programs that draw with it."""
+
+
+def flow_shift(flow: FlowConfig, resolution_px: int) -> float:
+    """`shift` as a number: by resolution, the ratio of the images' sides (Esser et al. 2024, eq. 23)."""
+    return resolution_px / 256 if flow.shift == "resolution" else flow.shift
+
+
+class TimestepsConfig(Section):
+    distribution: Literal["uniform", "logit_normal", "laplace", "beta"] = "uniform"
+    """How often each noise level is trained. `logit_normal`: the middle more often (Stable Diffusion 3). `laplace`:
+    around one log SNR. `beta`: the density of a Beta distribution."""
+    mean: float | None = None
+    """`logit_normal`: mean of the logit, default 0; positive is noisier. `laplace`: the log SNR in the middle,
+    default 0."""
+    std: Positive | None = None
+    """`logit_normal`: its standard deviation, default 1. `laplace`: its scale, default 0.5."""
+    a: Positive | None = None
+    """`beta`: its first parameter, default 1; below the second, less noise is trained more often."""
+    b: Positive | None = None
+    """`beta`: its second parameter, default 1."""
+    min: Annotated[int, Field(ge=0, le=999)] = 0
+    """The lowest timestep that is trained, of 1,000; 0 is the image."""
+    max: Annotated[int, Field(ge=1, le=1000)] = 1000
+    """The first timestep that is not trained any more; 1000 for all."""
+    stratified: Flag = False
+    """Spread the timesteps of a step evenly: of n images, over all workers, each gets its own n-th of the range."""
+
+
+class WeightingConfig(Section):
+    kind: Literal[
+        "none", "min_snr", "soft_min_snr", "debiased", "p2", "like_epsilon", "like_v_prediction", "like_flow"
+    ] = "none"
+    """How much an image counts by its noise level. `min_snr`: no more than `gamma` lets it, against strong weights of
+    nearly clean images. `soft_min_snr`: the same without an edge. `debiased`: 1 / sqrt(SNR) on epsilon. `p2`: less of
+    nearly clean images. `like_...`: as if that had been predicted."""
+    gamma: Positive | None = None
+    """`min_snr`, `soft_min_snr`: default 5. `p2`: the exponent, default 1."""
+    k: Positive | None = None
+    """`p2`: added to the SNR, default 1."""
+
+
+class LossConfig(Section):
+    kind: Literal["l2", "l1", "huber", "smooth_l1"] = "l2"
+    """Of each element of the prediction. `huber` and `smooth_l1`: squared where the error is small against delta,
+    linear beyond, so that a few wild images count less."""
+    delta: Positive | None = None
+    """Huber's delta, default 0.1; with a schedule, its least value."""
+    delta_schedule: Literal["constant", "exponential", "snr"] | None = None
+    """Huber's delta by noise level: the same for all; falling from 1 exponentially with the timestep; or by the SNR,
+    the default."""
+
+
+class NoiseConfig(Section):
+    offset: NotNegative = 0.0
+    """Strength of a shift of whole channels, so that brighter and darker images are learnt; 0.0357 is usual."""
+    offset_probability: Fraction = 1.0
+    """Share of the images that get the shift."""
+    offset_adaptive: NotNegative = 0.0
+    """Added to the strength: this times the absolute mean of the image's channel."""
+    pyramid_levels: Annotated[int, Field(ge=0, le=10)] = 0
+    """Coarser noise is added in up to so many resolutions (multi-resolution noise); 6 to 8 are usual, 0 for none."""
+    pyramid_discount: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """How much weaker each coarser level is."""
+    perturbation: NotNegative = 0.0
+    """Strength of noise that is in the input and not in the target (input perturbation); 0.1 is usual."""
+    candidates: Annotated[PositiveInt, Field(le=64)] = 1
+    """Draw so many noises for each image and take the nearest (immiscible diffusion); 1 for plain noise."""
+
+
+class ObjectiveConfig(Section):
+    prediction: Literal["auto", "epsilon", "v_prediction", "flow", "edm"] = "auto"
+    """What the model is trained to predict. `auto`: what it predicts already, by its marker tensors, scheduler or
+    metadata. Another one converts it, which takes some thousand steps; see docs/objectives.md."""
+    zero_terminal_snr: Literal["auto"] | Flag = "auto"
+    """End the schedule in noise alone, so that very dark and very bright images can be drawn; of v-prediction. `auto`:
+    as the model was trained."""
+    flow: FlowConfig = FlowConfig()
+    """Flow matching."""
+    timesteps: TimestepsConfig = TimestepsConfig()
+    """Where in the process images are trained."""
+    weighting: WeightingConfig = WeightingConfig()
+    """How much each noise level counts."""
+    loss: LossConfig = LossConfig()
+    """Of errors."""
+    noise: NoiseConfig = NoiseConfig()
+    """What is added to plain noise."""
