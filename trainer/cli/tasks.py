@@ -53,7 +53,7 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
 
             judge_by = {"evaluate": judge.evaluate_weights, "sample": judge.sample_weights}[task]
             weights, out_dir = Path(options["weights"]), Path(options["out_dir"])
-            judge_by(config, model, comm, weights, options["average"], out_dir)
+            judge_by(config, model, comm, weights, out_dir, options["average"])
     close(comm)
 
 

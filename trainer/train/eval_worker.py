@@ -17,7 +17,9 @@ from trainer.train.build import load_denoiser, make_scorer
 _log = logging.getLogger(__name__)
 
 
-def evaluate_weights(config: Config, model: RunModel, comm: Comm, weights: Path, average: str, out_dir: Path) -> None:
+def evaluate_weights(
+    config: Config, model: RunModel, comm: Comm, weights: Path, out_dir: Path, average: str = LIVE
+) -> None:
     """Validation loss, loss curve and sample grid of the UNet in `weights`, written into `out_dir`.
 
     Without held-out images there is no validation loss; the log says so.
@@ -49,7 +51,9 @@ def evaluate_weights(config: Config, model: RunModel, comm: Comm, weights: Path,
         _log.info("loss curve: %s", out_dir / "loss.png")
 
 
-def sample_weights(config: Config, model: RunModel, comm: Comm, weights: Path, average: str, out_dir: Path) -> None:
+def sample_weights(
+    config: Config, model: RunModel, comm: Comm, weights: Path, out_dir: Path, average: str = LIVE
+) -> None:
     """A sample grid of the UNet in `weights`, or of its average, and its single images, written into `out_dir`."""
     scorer = _scorer(config, model, comm, weights, average)
     _log.info("samples: %s", scorer.draw(out_dir / "samples", _title(weights, average)))

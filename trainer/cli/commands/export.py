@@ -23,6 +23,8 @@ examples:
       the newest checkpoint of a run as one file with SDXL's original names, in fp16: for A1111, ComfyUI, Forge,
       InvokeAI and diffusers
   sdxl-train export runs/foxes/checkpoints/step-00002000 -o foxes.safetensors --dtype bf16 --vae sdxl-vae-fp16-fix
+  sdxl-train export runs/foxes --weights ema -o foxes-ema.safetensors
+      a running average that the run kept (docs/ema.md)
   sdxl-train export runs/foxes --layout diffusers -o foxes-v1
   sdxl-train export model.safetensors --dtype same --layout diffusers -o model
 
