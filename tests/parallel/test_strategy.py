@@ -15,7 +15,7 @@ def test_the_norm_of_gradients_is_a_number_of_fp32(dtype: torch.dtype, error: fl
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(shape, generator=generator).to(dtype) for shape in [(300, 70), *[(64, 3, 3, 3)] * 9, (7,)]]
     expected = sum(float(gradient.double().square().sum()) for gradient in gradients) ** 0.5
-    norm = Strategy(nn.Identity(), {}, 1, Sharing("single")).grad_norm(gradients)
+    norm = Strategy(nn.Identity(), {}, 1, Sharing("single")).grad_norm(gradients)[0]
     assert norm.dtype == torch.float32 and float(norm) == pytest.approx(expected, rel=error)
 
 

@@ -337,6 +337,8 @@ class MemoryConfig(Section):
 class LogConfig(Section):
     every_steps: PositiveInt = 1
     """Optimizer steps between lines in `metrics.jsonl` and TensorBoard."""
+    block_norms: Flag = False
+    """Also the gradient norm of each block, before clipping: `grad_norm/unet.down_blocks.1`, ..."""
 
 
 class Config(Section):

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +30,7 @@ class StepMetrics:
     images_seen: int  # images of all steps so far
     data_wait_s: float  # part of step_s spent waiting for the batch
     step_s: float  # this step alone, without checkpoints, validation and samples
+    block_norms: Mapping[str, float] = field(default_factory=dict)  # gradient norms by block, before clipping
     bad_rows: int = 0  # rows of all steps so far that could not be read
 
 
@@ -71,7 +72,8 @@ class MetricsWriter:
                 "data_wait_s": metrics.data_wait_s,
                 "step_s": metrics.step_s,
                 "images_seen": metrics.images_seen,
-            },
+            }
+            | {f"grad_norm/{block}": norm for block, norm in metrics.block_norms.items()},
         )
 
     def validation(self, step: int, loss: float, loss_at_timestep: Mapping[int, float], average: str = "") -> None:

@@ -104,17 +104,30 @@ class Strategy:
         """Before the next step: zero them in place, or give their memory back."""
         self.model.zero_grad(set_to_none=not self.sharing.keeps_gradients)
 
-    def grad_norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Global L2 norm of the gradients, a scalar on their device and the same on all workers."""
+    def grad_norm(
+        self, gradients: Sequence[Tensor], blocks: Tensor | None = None, num_blocks: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Global L2 norm of the gradients, a scalar on their device and the same on all workers; and norms by block.
+
+        Args:
+            blocks, num_blocks: the number of each gradient's block, [gradients] int64 below `num_blocks`; None: none.
+
+        Returns:
+            The norm, float32, and those of the blocks, [num_blocks] float64.
+        """
         # Put together in fp32: the norms of bf16 tensors have three digits, their sum should not round again. Norms
         # with fp32 results would take a tenth of a step on the CPU.
         norms = torch._foreach_norm([local_tensor(gradient) for gradient in gradients])  # pyright: ignore[reportPrivateImportUsage]
-        norm = torch.linalg.vector_norm(torch.stack(norms).float())
-        if not self.sharing.is_sharded:
-            return norm
-        squares = norm.double().square()
-        torch.distributed.all_reduce(squares)
-        return squares.sqrt().float()
+        each = torch.stack(norms).float()
+        norm, of_blocks = torch.linalg.vector_norm(each), each.new_zeros(0, dtype=torch.float64)
+        if blocks is not None:
+            of_blocks = each.new_zeros(num_blocks, dtype=torch.float64)
+            of_blocks.index_add_(0, blocks, each.double().square())
+        if self.sharing.is_sharded:
+            squares = torch.cat([norm.double().square().view(1), of_blocks])
+            torch.distributed.all_reduce(squares)
+            norm, of_blocks = squares[0].sqrt().float(), squares[1:]
+        return norm, of_blocks.sqrt()
 
     def gathered(self) -> AbstractContextManager[None]:
         """Around forward passes that workers run each by itself; all must enter."""

@@ -50,6 +50,7 @@ from trainer.train.arithmetic import arithmetic_of
 from trainer.train.averages import averages_of, take_up_averages
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.dry_run import dry_run
+from trainer.train.gradient_blocks import gradient_blocks
 from trainer.train.memory_inputs import make_setting, planned_run
 from trainer.train.run_objective import make_objective
 from trainer.train.state import TrainState
@@ -172,6 +173,8 @@ def build_parts(
     if config.train.adaptive_clip:
         clips = partial(clip_units, strategy.parameters.values(), config.train.adaptive_clip)
         parts = replace(parts, before_norm=clips)
+    if config.log.block_norms:
+        parts = replace(parts, blocks=gradient_blocks(strategy, comm.device))
     # torch.compile takes one image for another case than several.
     images = min(config.train.batch_size_per_gpu, 2)
     warm_up(strategy, partial(_throw_away_loss, denoiser, comm.device, images))

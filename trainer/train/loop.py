@@ -304,6 +304,7 @@ class _Outputs:
             data_wait_s=waited,
             step_s=seconds,
             bad_rows=bad_rows,
+            block_norms=result.block_norms,
         )
         self.progress.update(metrics)
         if state.step % self.log_every == 0:

@@ -6,9 +6,9 @@ workers and micro-batches, nor on padding or unreadable rows (weight 0).
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from trainer.optim.optimizers import scale_lr, take_optimizer_step
 from trainer.parallel.comm import Comm, sum_floats
 from trainer.parallel.sharding import local_tensor
 from trainer.parallel.strategy import Strategy
+from trainer.train.gradient_blocks import GradientBlocks
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class StepParts:
     Attributes:
         around_forward: what every forward pass runs in.
         before_norm: what is done to the gradients of the loss times a scale, before their norm is taken.
+        blocks: of which the gradients' norms are told; None: none.
         averages: of the weights, which follow the steps by `trainer.train.averages.follow`; None: there are none.
     """
 
@@ -42,6 +44,7 @@ class StepParts:
     max_grad_norm: float
     around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
     before_norm: Callable[[float], None] = lambda loss_scale: None
+    blocks: GradientBlocks | None = None
     averages: Averages | None = None
 
 
@@ -56,6 +59,7 @@ class StepResult:
         bad_rows: rows that could not be read, over all workers.
         problems: this worker's among them.
         stop: any worker was asked to stop.
+        block_norms: of the gradients by block, before clipping, where they are wanted.
     """
 
     loss: float
@@ -64,6 +68,7 @@ class StepResult:
     bad_rows: int
     problems: tuple[RowProblem, ...]
     stop: bool
+    block_norms: Mapping[str, float] = field(default_factory=dict)
 
 
 def batch_losses(parts: StepParts, batch: Batch, index: int, planned_images: float) -> Tensor:
@@ -119,8 +124,9 @@ def train_step(
         problems += batch.problems
     # All of this is given to the device before the step's only wait for it, or it would stand idle in between.
     parts.before_norm(loss_scale)
-    norm = strategy.grad_norm(_gradients(parts))
-    own_loss, scaled_norm = torch.stack([loss_sum, norm.double()]).tolist()
+    names = parts.blocks.names if parts.blocks else ()
+    norm, of_blocks = strategy.grad_norm(_gradients(parts), _blocks(parts), len(names))
+    own_loss, scaled_norm, *block_norms = torch.cat([torch.stack([loss_sum, norm.double()]), of_blocks]).tolist()
     total_loss, num_images, total_bad, stop = sum_floats(
         comm, [own_loss, weight_sum, float(len(problems)), float(stop_asked)]
     )
@@ -131,7 +137,14 @@ def train_step(
         bad_rows=int(total_bad),
         problems=tuple(problems),
         stop=stop > 0,
+        block_norms={name: norm / loss_scale for name, norm in zip(names, block_norms, strict=True)},
     )
+
+
+def _blocks(parts: StepParts) -> Tensor | None:
+    """The number of each gradient's block."""
+    present = (parameter.grad is not None for parameter in parts.strategy.parameters.values())
+    return parts.blocks.of(present) if parts.blocks else None
 
 
 def _update(
