@@ -90,7 +90,8 @@ def describe_objective(config: Config, model: RunModel) -> list[str]:
         if getattr(objective, name) != getattr(usual, name)
     }
     for name, values in options.items():
-        lines.append(f"  {name}: {', '.join(f'{key} {value}' for key, value in values.items())}")
+        words = [f"{key} {value}" if key != "kind" else str(value) for key, value in values.items()]
+        lines.append(f"  {name}: {', '.join(words)}")
     return lines
 
 
