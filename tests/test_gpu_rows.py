@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_rows
+from benchmarks import gpu, gpu_proof, gpu_rows
 
 ROW: dict[str, Any] = {
     "bucket": [1024, 768],
@@ -121,3 +121,7 @@ def test_exactness_says_why_it_is_not_measured(monkeypatch: pytest.MonkeyPatch) 
     for device, why in (("cpu", "not measured: no GPU here"), ("cuda", "not measured: one card here")):
         ((what, measured),) = gpu.exactness(bench_on(device))
         assert what.startswith("exactness") and measured.startswith(why)
+
+
+def test_the_proof_asks_for_all_tasks_in_the_order_of_their_worth() -> None:
+    assert ("agreement", *gpu.FULL_SIZE_TASKS) == tuple(gpu_proof.TASKS)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.schema import Config
 
 P, T, W, L, N = "objective", *(f"objective.{name}" for name in ("timesteps", "weighting", "loss", "noise"))
@@ -174,4 +175,4 @@ def test_a_pair_that_does_not_go_together_is_one_line(name: str, mistakes: Calla
     ],
 )
 def test_what_goes_together(overrides: list[str], load: Callable[..., Config]) -> None:
-    load(overrides=overrides)
+    assert load(overrides=overrides).objective != ObjectiveConfig()

@@ -23,7 +23,7 @@ from trainer.config.schema import OptimizerConfig
 from trainer.data.loader import Batch
 from trainer.diffusion.losses import absolute, huber, snr_delta
 from trainer.diffusion.noise import Draws, NoiseRecipe
-from trainer.diffusion.objective import Objective, epsilon_objective
+from trainer.diffusion.objective import Objective
 from trainer.diffusion.prediction import edm, epsilon, flow, v_prediction
 from trainer.diffusion.timesteps import beta, laplace, logit_normal, stratified
 from trainer.diffusion.weighting import min_snr, p2, soft_min_snr
@@ -119,7 +119,7 @@ def main() -> None:
     comm = init_comm(timeout_s=1200)
     for name in runs:
         kind, precision, accumulation, *objective = name.split(":")
-        objective = OBJECTIVES[objective[0]] if objective else epsilon_objective()
+        objective = OBJECTIVES[objective[0]] if objective else Objective(epsilon())
         run(comm, kind, precision, int(accumulation), int(steps), Path(folder) / f"{name}.safetensors", objective)
     close(comm)
     end_process()

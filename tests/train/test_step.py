@@ -12,7 +12,8 @@ from torch import Tensor
 from trainer.config.schema import OptimizerConfig
 from trainer.data.loader import Batch
 from trainer.data.store.snapshot import RowProblem
-from trainer.diffusion.objective import epsilon_objective
+from trainer.diffusion.objective import Objective
+from trainer.diffusion.prediction import epsilon
 from trainer.model.denoiser import Denoiser, TrainedModel
 from trainer.model.load_weights import load_unet
 from trainer.model_files.run_model import open_model
@@ -27,7 +28,7 @@ ALONE = Comm(0, 1, 0, torch.device("cpu"))
 @pytest.fixture(scope="module")
 def denoiser(model_folder: Path) -> Denoiser:
     model = TrainedModel(load_unet(open_model(model_folder), torch.float32, "cpu"))
-    return Denoiser(model, epsilon_objective(), None, None, 0.13025)
+    return Denoiser(model, Objective(epsilon()), None, None, 0.13025)
 
 
 def make_parts(denoiser: Denoiser, lr: float = 1e-3, max_grad_norm: float = 0.0) -> StepParts:

@@ -10,29 +10,31 @@ from torch import Tensor
 
 from trainer.diffusion.prediction import Mixture
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""prediction, target [B, c, h, w] and the delta of Huber's losses [B] to losses of the same shape as the first two."""
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Of prediction, target [B, c, h, w] and the delta of Huber's losses [B, 1, 1, 1], for each element: [B, c, h, w]."""
 Delta = Callable[[Mixture], Tensor]
 """Delta of each sample, [B] float32 on the CPU."""
 
 
-def squared(prediction: Tensor, target: Tensor, delta: Tensor) -> Tensor:
+def squared(prediction: Tensor, target: Tensor, delta: Tensor | None) -> Tensor:
     """L2: (p - t)^2."""
     return (prediction.float() - target.float()).square()
 
 
-def absolute(prediction: Tensor, target: Tensor, delta: Tensor) -> Tensor:
+def absolute(prediction: Tensor, target: Tensor, delta: Tensor | None) -> Tensor:
     """L1: |p - t|."""
     return (prediction.float() - target.float()).abs()
 
 
-def huber(prediction: Tensor, target: Tensor, delta: Tensor) -> Tensor:
+def huber(prediction: Tensor, target: Tensor, delta: Tensor | None) -> Tensor:
     """2 d (sqrt((p - t)^2 + d^2) - d): L2 of small errors, 2 d times L1 of large ones (pseudo-Huber)."""
+    assert delta is not None
     return delta * smooth_l1(prediction, target, delta)
 
 
-def smooth_l1(prediction: Tensor, target: Tensor, delta: Tensor) -> Tensor:
+def smooth_l1(prediction: Tensor, target: Tensor, delta: Tensor | None) -> Tensor:
     """2 (sqrt((p - t)^2 + d^2) - d): L1 of large errors, twice (pseudo-Huber, over d)."""
+    assert delta is not None
     difference = prediction.float() - target.float()
     return 2 * ((difference.square() + delta.square()).sqrt() - delta)
 
@@ -40,10 +42,6 @@ def smooth_l1(prediction: Tensor, target: Tensor, delta: Tensor) -> Tensor:
 def constant_delta(delta: float) -> Delta:
     """The same at all noise levels."""
     return lambda mixture: torch.full_like(mixture.input_signal, delta, device="cpu")
-
-
-NO_DELTA = constant_delta(1.0)
-"""For losses that have none."""
 
 
 def exponential_delta(delta: float) -> Delta:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.diffusion.losses import NO_DELTA, Delta, Loss, squared
+from trainer.diffusion.losses import Delta, Loss, squared
 from trainer.diffusion.noise import PLAIN, NoiseRecipe
 from trainer.diffusion.prediction import Mixture, Prediction
-from trainer.diffusion.prediction import epsilon as epsilon_prediction
 from trainer.diffusion.timesteps import EVENLY, Distribution, Spread, independent
 from trainer.diffusion.weighting import Weighting, unweighted
 
@@ -30,7 +29,7 @@ class Objective:
         distribution: how often each position in the process is trained.
         spread: how the samples of a step share it.
         weigh: how much each sample counts by its noise level.
-        loss: of each element, with `delta` for Huber's.
+        loss: of each element, with `delta` for Huber's alone.
         noise: what is added to plain noise.
     """
 
@@ -39,7 +38,7 @@ class Objective:
     spread: Spread = independent
     weigh: Weighting = unweighted
     loss: Loss = squared
-    delta: Delta = NO_DELTA
+    delta: Delta | None = None
     noise: NoiseRecipe = PLAIN
 
     def mixture(self, uniforms: Tensor, places: Tensor, count: int) -> Mixture:
@@ -48,14 +47,9 @@ class Objective:
 
     def losses(self, prediction: Tensor, target: Tensor, mixture: Mixture) -> Tensor:
         """Each sample's weighted loss, the mean over its elements: [B, c, h, w] twice -> [B] float32."""
-        delta = _on(self.delta(mixture), prediction.device).view(-1, 1, 1, 1)
+        delta = _columns(_on(self.delta(mixture), prediction.device)) if self.delta else None
         losses = self.loss(prediction, target, delta).flatten(1).mean(dim=1)
         return losses if self.weigh is unweighted else losses * _on(self.weigh(mixture).float(), prediction.device)
-
-
-def epsilon_objective() -> Objective:
-    """Predict the noise, mean squared error: the objective of SDXL's base model (DDPM, Ho et al. 2020, eq. 14)."""
-    return Objective(epsilon_prediction())
 
 
 def mixed_input(mixture: Mixture, latents: Tensor, noise: Tensor) -> Tensor:

@@ -191,11 +191,11 @@ def _weighting(config: WeightingConfig, aligned: bool) -> Weighting:
     }[kind]
 
 
-def _delta(config: ObjectiveConfig) -> Delta:
+def _delta(config: ObjectiveConfig) -> Delta | None:
     from trainer.diffusion import losses
 
     if config.loss.kind not in ("huber", "smooth_l1"):
-        return losses.NO_DELTA
+        return None
     delta, schedule = config.loss.delta or 0.1, config.loss.delta_schedule or "snr"
     make = {"constant": losses.constant_delta, "exponential": losses.exponential_delta, "snr": losses.snr_delta}
     return make[schedule](delta)
