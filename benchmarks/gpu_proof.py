@@ -32,7 +32,7 @@ from trainer.memory.run_plan import Setting
 from trainer.model.recompute import apply_recompute, repeated_blocks
 from trainer.model_files.run_model import RunModel, open_model
 from trainer.optim.precision import set_fp32_arithmetic
-from trainer.parallel.comm import Comm
+from trainer.parallel.comm import Comm, keep_group_alive
 from trainer.parallel.strategy import StrategyKind
 from trainer.train.bench_worker import SyntheticData, measured_row, synthetic_batch, synthetic_data, with_plan
 from trainer.train.build import build_parts, worker_setting
@@ -254,6 +254,7 @@ def _group_of_one(device: torch.device) -> Iterator[None]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     with tempfile.NamedTemporaryFile() as file:
         torch.distributed.init_process_group(backend, init_method=f"file://{file.name}", rank=0, world_size=1)
+        keep_group_alive()
         try:
             yield
         finally:

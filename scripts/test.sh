@@ -13,7 +13,7 @@ pyright >"$types" 2>&1 &
 checker=$!
 trap 'kill "$checker" 2>/dev/null || true; rm -f "$types"' EXIT
 tests=0
-run() { pytest "$@" || tests=$?; }
+run() { pytest --max-worker-restart=0 "$@" || tests=$?; } # a worker that was ended is not sent into the same test
 if [ $# -eq 0 ]; then
     run -m "not e2e and not slow" --numprocesses auto --dist loadfile
     if [ "$tests" -eq 0 ]; then run -m "e2e and not slow" --numprocesses 2 --dist loadfile; fi

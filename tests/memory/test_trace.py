@@ -10,6 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.memory_plan import Case, measure, plan
 from trainer.memory.trace import trace_pass, trace_peak
+from trainer.parallel.comm import keep_group_alive
 
 MIB = 2**20
 SLOW = pytest.mark.slow
@@ -51,6 +52,7 @@ def test_ddp_with_accumulation_holds_gradients_once() -> None:
     """As one of one worker, whose wrapper holds what those of four hold."""
     case = Case("mini", "ddp", 4, 2, True, side_px=128)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    keep_group_alive()
     try:
         assert plan(case).total == pytest.approx(measure(case, 0), rel=0.02)
     finally:

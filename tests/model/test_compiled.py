@@ -13,6 +13,7 @@ from trainer.model import compiled
 from trainer.model.channels_last import prefer_channels_last
 from trainer.model.compiled import compilations, compile_blocks
 from trainer.model.recompute import apply_recompute, repeated_blocks
+from trainer.parallel.comm import keep_group_alive
 
 # Of PyTorch's own code, when it looks at what a compiled function is given.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -84,6 +85,7 @@ def test_the_same_steps_from_few_compilations(recompute: bool, autocast: bool) -
 def test_ddp_does_not_cut_blocks_into_pieces() -> None:
     """Buckets smaller than a block; each kind is still compiled as a whole, once."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    keep_group_alive()
     try:
         unet = small_unet()
         before = compilations()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,36 @@ def test_three_workers_exchange(tmp_path: Path) -> None:
         assert note["sums"] == pytest.approx([0.6, 2.0**54], rel=1e-15)
         assert note["gathered"] == [{"rank": r, "keys": "ä" * 1000 * r} for r in range(3)]
         assert note["broadcast"] == {"from": 1}
+
+
+_GROUPS = """
+import torch, torch.distributed as dist
+from torch import nn
+from trainer.parallel.comm import keep_group_alive
+
+def once():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    keep_group_alive()
+    layers = nn.Sequential(*[nn.Linear(32, 32) for _ in range(20)])
+    wrapped = nn.parallel.DistributedDataParallel(layers, bucket_cap_mb=0.001)
+    wrapped(torch.randn(4, 32)).square().mean().backward()
+    dist.destroy_process_group()
+
+torch.set_num_threads(1)
+for _ in range(400):
+    once()
+"""
+
+
+@pytest.mark.slow
+def test_a_group_may_end_before_the_model_that_used_it() -> None:
+    """Gloo's thread still lets go of the last gradients: on busy cores, 11 of 12 hung without `keep_group_alive`."""
+    busy = [subprocess.Popen([sys.executable, "-c", _GROUPS], cwd=HERE.parents[1]) for _ in range(4)]
+    try:
+        assert [process.wait(300) for process in busy] == [0] * 4
+    finally:
+        for process in busy:
+            process.kill()
 
 
 @pytest.mark.usefixtures("alone")

@@ -6,6 +6,7 @@ Objects travel as JSON, never pickled: the sockets know no password.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -145,6 +146,17 @@ def _open_group(rank: int, world: int, device: torch.device, timeout: timedelta)
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
+    keep_group_alive()
+
+
+def keep_group_alive() -> None:
+    """Let the process group's object live as long as the process; call this once the group is open.
+
+    Whoever drops the last reference to a gloo group, such as DDP's reducer, waits for gloo's threads with the
+    interpreter's lock in hand, while one of them that lets go of its last tensor waits for that lock: a deadlock, with
+    torch 2.13 on busy cores within some hundred groups. `destroy_process_group` still ends the connections.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
 
 
 @contextlib.contextmanager
