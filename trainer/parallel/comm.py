@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -195,6 +196,16 @@ def gather_objects(comm: Comm, value: Any) -> list[Any]:
     padded = payload.ljust(max(sizes))
     dist.all_gather(parts, torch.frombuffer(bytearray(padded), dtype=torch.uint8))
     return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+
+def gather_tensors(comm: Comm, tensor: Tensor) -> Tensor:
+    """Every worker's tensor, one after the other by rank along the first axis; all of one shape, on the CPU."""
+    if comm.world == 1:
+        return tensor
+    as_bytes = tensor.contiguous().view(torch.uint8)  # gloo has not every dtype
+    parts = [torch.empty_like(as_bytes) for _ in range(comm.world)]
+    dist.all_gather(parts, as_bytes)
+    return torch.cat(parts).view(tensor.dtype)
 
 
 def broadcast_object(comm: Comm, value: Any = None, source: int = 0) -> Any:

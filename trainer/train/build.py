@@ -52,9 +52,11 @@ from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.dry_run import dry_run
 from trainer.train.gradient_blocks import gradient_blocks
 from trainer.train.memory_inputs import make_setting, planned_run
+from trainer.train.objective_state import take_up_objective
 from trainer.train.run_objective import make_objective
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts
+from trainer.train.step_companions import meeting_of
 
 _log = logging.getLogger(__name__)
 _WEIGHTS_WORTH_COMPILING = 100e6  # of a worker
@@ -169,7 +171,8 @@ def build_parts(
     denoiser = make_denoiser(config, model_files, model.train(), data, comm.device, sharing)
     optimizer = optimizer_for(config, strategy, comm)
     clip, around, averages = config.train.max_grad_norm, choice.around_forward(model), averages_of(config.ema, strategy)
-    parts = StepParts(comm, strategy, optimizer, denoiser, clip, around, averages=averages)
+    meet = meeting_of(denoiser.objective, comm)
+    parts = StepParts(comm, strategy, optimizer, denoiser, clip, around, meet=meet, averages=averages)
     if config.train.adaptive_clip:
         clips = partial(clip_units, strategy.parameters.values(), config.train.adaptive_clip)
         parts = replace(parts, before_norm=clips)
@@ -182,6 +185,7 @@ def build_parts(
     if checkpoint is not None:
         load_optimizer_tensors(optimizer, strategy.parameters, read_tensors(checkpoint / OPTIMIZER))
         take_up_averages(parts, checkpoint)
+        take_up_objective(config.objective, denoiser.objective, checkpoint)
     return parts
 
 

@@ -39,6 +39,7 @@ from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_ro
 from trainer.train.build import Run, build_run, make_scorer, newest_snapshot
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.checkpoint_contents import checkpoint_files
+from trainer.train.objective_state import objective_record
 from trainer.train.run_objective import describe_objective, guidance_warning
 from trainer.train.state import TrainState
 from trainer.train.step import StepResult, train_step
@@ -224,7 +225,9 @@ def _save(config: Config, comm: Comm, run: Run, state: TrainState, in_use: Path 
     if broadcast_object(comm, (path / MANIFEST).is_file()):
         return
     begin = time.perf_counter()
-    record, whole_tensors = state.to_json() | averages_record(run.parts), run.parts.strategy.whole_tensors
+    record = state.to_json() | averages_record(run.parts)
+    record |= objective_record(config.objective, run.parts.denoiser.objective)
+    whole_tensors = run.parts.strategy.whole_tensors
     try:
         write_checkpoint(path, checkpoint_files(run.parts), record, whole_tensors, writes=comm.rank == 0)
     except OSError as error:
