@@ -222,6 +222,28 @@ def broadcast_object(comm: Comm, value: Any = None, source: int = 0) -> Any:
     return json.loads(buffer.numpy().tobytes())
 
 
+class FailedBeside(Exception):
+    """Work beside the training failed on some worker; every worker raises it, so that none waits for another."""
+
+
+@contextlib.contextmanager
+def failing_together(comm: Comm) -> Iterator[None]:
+    """Local work without exchanges; all workers leave it together, and fail if one of them did.
+
+    Raises:
+        FailedBeside: with the reasons of all that failed; the own error is its cause.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    reason = None if own is None else f"{type(own).__name__}: {own}"
+    reasons = [said for said in gather_objects(comm, reason) if said is not None]
+    if reasons:
+        raise FailedBeside("; ".join(dict.fromkeys(reasons))) from own
+
+
 def close(comm: Comm) -> None:
     """Leave together, at the end of a run that went well; a worker that failed just ends."""
     if comm.world > 1:

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.checkpoint.run_dir import MANIFEST, checkpoint_dir, prune_checkpoints
+from trainer.checkpoint.manifest import MANIFEST
+from trainer.checkpoint.run_dir import checkpoint_dir, prune_checkpoints
 from trainer.checkpoint.write import write_checkpoint
 from trainer.config.schema import Config
 from trainer.data.augment import Augmentation
@@ -36,6 +37,7 @@ from trainer.train.averages import (
     scored_weights,
 )
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
+from trainer.train.base_model import RECORD as FROZEN
 from trainer.train.build import Run, build_run, make_scorer, newest_snapshot
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.checkpoint_contents import checkpoint_files
@@ -115,9 +117,16 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
                     if outputs:
                         outputs.progress.set_total_steps(arithmetic.total_steps)
         if outputs:
-            loss_curve_png(read_metrics(config.run.dir), config.run.dir / "loss.png", title=config.run.dir.name)
+            _draw_loss_curve(config.run.dir)
     _announce_end(config, state, arithmetic.total_steps)
     return state
+
+
+def _draw_loss_curve(run_dir: Path) -> None:
+    try:
+        loss_curve_png(read_metrics(run_dir), run_dir / "loss.png", title=run_dir.name)
+    except Exception as error:
+        _log.warning("%s: not drawn: %s", run_dir / "loss.png", error)
 
 
 def state_after(state: TrainState, result: StepResult, position: Position) -> TrainState:
@@ -226,7 +235,7 @@ def _save(config: Config, comm: Comm, run: Run, state: TrainState, in_use: Path 
         return
     begin = time.perf_counter()
     record = state.to_json() | averages_record(run.parts)
-    record |= objective_record(config.objective, run.parts.denoiser.objective)
+    record |= objective_record(config.objective, run.parts.denoiser.objective) | {FROZEN: dict(run.frozen)}
     whole_tensors = run.parts.strategy.whole_tensors
     try:
         write_checkpoint(path, checkpoint_files(run.parts), record, whole_tensors, writes=comm.rank == 0)
