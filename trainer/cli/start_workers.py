@@ -133,6 +133,9 @@ def prepare(config: Config, model: RunModel, repack: bool = False, limit: int | 
         if config.data.augment.flip_probability:
             print("repacked latents are not mirrored: data.augment.flip_probability has no effect on them")
         print("repacked: the files that held the latents are still read by runs that stopped in the middle of an epoch")
+    if done.masks:
+        images, masked, trained = done.masks
+        print(f"masks: {masked:,} of {images:,} images are trained in part, {100 * trained:.3g} % of the area of all")
     left_out = f"; {done.left_out} left out, with the reason in {prepared / 'bad.jsonl'}" if done.left_out else ""
     print(f"prepared {done.images:,} images{left_out}")
     return 0
@@ -156,6 +159,8 @@ def describe_plan(counts: PrepareCounts) -> list[str]:
         lines.append(f"{scan.changed:,} changed and {scan.removed:,} removed ones stay as they were prepared")
     if counts.empty_captions:
         lines.append(f"{counts.empty_captions:,} of {counts.new_rows:,} new images have no caption")
+    if counts.masks is not None and counts.new_rows:
+        lines.append(f"{counts.masks:,} of {counts.new_rows:,} new images have a mask, the others are trained in full")
     if scan.ignored:
         kinds = ", ".join(f"{number:,} x {ending}" for ending, number in scan.ignored.most_common(5))
         lines.append(f"ignored other files: {kinds}")

@@ -3,7 +3,7 @@
 uniforms, draws = draw(seeds, shape, device, objective.noise)    the samples' own random numbers
 mixture = objective.mixture(uniforms, places, count)             where in the process they are
 noise, input_noise = mixed_noise(draws, latents, objective.noise)
-loss = objective.losses(prediction, mixed_target(mixture, latents, noise), mixture)
+loss = objective.losses(prediction, mixed_target(mixture, latents, noise), mixture, masks)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.diffusion.losses import Delta, Loss, squared
+from trainer.diffusion.masking import Mean, plain_mean
 from trainer.diffusion.noise import PLAIN, NoiseRecipe
 from trainer.diffusion.prediction import Mixture, Prediction
 from trainer.diffusion.timesteps import EVENLY, Distribution, Spread, independent
@@ -31,6 +32,7 @@ class Objective:
         weigh: how much each sample counts by its noise level.
         loss: of each element, with `delta` for Huber's alone.
         noise: what is added to plain noise.
+        mean: from the elements' losses to the sample's, by its mask or without.
     """
 
     prediction: Prediction
@@ -40,15 +42,20 @@ class Objective:
     loss: Loss = squared
     delta: Delta | None = None
     noise: NoiseRecipe = PLAIN
+    mean: Mean = plain_mean
 
     def mixture(self, uniforms: Tensor, places: Tensor, count: int) -> Mixture:
         """Of samples, by their uniform numbers [B] float64 and their places in a step of so many; on the CPU."""
         return self.prediction.mix(self.distribution(self.spread(uniforms, places, count)))
 
-    def losses(self, prediction: Tensor, target: Tensor, mixture: Mixture) -> Tensor:
-        """Each sample's weighted loss, the mean over its elements: [B, c, h, w] twice -> [B] float32."""
+    def losses(self, prediction: Tensor, target: Tensor, mixture: Mixture, masks: Tensor | None = None) -> Tensor:
+        """Each sample's weighted loss, the mean over its elements: [B, c, h, w] twice -> [B] float32.
+
+        Args:
+            masks: [B, h, w] uint8, for a `mean` that wants them.
+        """
         delta = _columns(_on(self.delta(mixture), prediction.device)) if self.delta else None
-        losses = self.loss(prediction, target, delta).flatten(1).mean(dim=1)
+        losses = self.mean(self.loss(prediction, target, delta), masks)
         return losses if self.weigh is unweighted else losses * _on(self.weigh(mixture).float(), prediction.device)
 
 

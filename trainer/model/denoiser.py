@@ -124,8 +124,9 @@ def image_losses(
     text: Mapping[str, Tensor],
     time_ids: Tensor,
     objective: Objective | None = None,
+    masks: Tensor | None = None,
 ) -> Tensor:
-    """The objective's loss of each image, [B] float32; every tensor lies on the model's device.
+    """The objective's loss of each image, [B] float32; every tensor but the masks lies on the model's device.
 
     Args:
         model: what is called: the denoiser's model, or the wrapper that exchanges its gradients or weights.
@@ -135,6 +136,7 @@ def image_losses(
         text: from `text_arguments`.
         time_ids: [B, 6] float32.
         objective: in place of the denoiser's.
+        masks: [B, h, w] uint8, where the objective's loss is masked.
     """
     objective = objective or denoiser.objective
     scaled = (latents.float() - denoiser.latent_shift) * denoiser.scaling_factor
@@ -143,4 +145,4 @@ def image_losses(
     dtype = denoiser.autocast_dtype
     with torch.autocast(latents.device.type, dtype, enabled=dtype is not None):
         prediction = model(noisy, mixture.timesteps, time_ids, **text)
-    return objective.losses(prediction, mixed_target(mixture, scaled, noise), mixture)
+    return objective.losses(prediction, mixed_target(mixture, scaled, noise), mixture, masks)

@@ -6,12 +6,14 @@ import sqlite3
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
-from trainer.data.sources.source import SourceItem
+from trainer.data.sources.source import MaskPlace, SourceItem
 
 _SORT_KIB = 64 * 1024
 """Memory in which SQLite sorts; what is beyond goes to temporary files."""
 _NONE = (None, None)
+_NO_MASK = (None, None, None)
 
 
 @contextmanager
@@ -34,7 +36,8 @@ def listing_table(connection: sqlite3.Connection, prepared: Path) -> Iterator[Pa
         connection.execute(
             "CREATE TABLE listing.listed (key TEXT, file TEXT, offset INTEGER, length INTEGER, kind TEXT, caption TEXT,"
             " caption_path TEXT, repeats INTEGER, original_h INTEGER, original_w INTEGER, bucket_h INTEGER,"
-            " bucket_w INTEGER, file_bytes INTEGER, mtime_ns INTEGER)"
+            " bucket_w INTEGER, file_bytes INTEGER, mtime_ns INTEGER, mask_file TEXT, mask_offset INTEGER,"
+            " mask_length INTEGER)"
         )
         yield scratch
     finally:
@@ -49,8 +52,8 @@ def listing_table(connection: sqlite3.Connection, prepared: Path) -> Iterator[Pa
 def add_listed(connection: sqlite3.Connection, items: Sequence[SourceItem]) -> None:
     """Append items, none of which has a problem."""
     connection.executemany(
-        "INSERT INTO listing.listed VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [(*i[:8], *(i.original_hw or _NONE), *(i.bucket_hw or _NONE), *i[10:12]) for i in items],
+        f"INSERT INTO listing.listed VALUES ({', '.join('?' * 17)})",
+        [(*i[:8], *(i.original_hw or _NONE), *(i.bucket_hw or _NONE), *i[10:12], *(i.mask or _NO_MASK)) for i in items],
     )
 
 
@@ -58,9 +61,16 @@ def listed_pages(connection: sqlite3.Connection, size: int) -> Generator[list[So
     """The listed items by key and place, `size` at a time."""
     with closing(connection.execute("SELECT * FROM listing.listed ORDER BY key, file, offset, rowid")) as cursor:
         while values := cursor.fetchmany(size):
-            yield [SourceItem._make((*v[:8], _pair(v[8:10]), _pair(v[10:12]), v[12], v[13], "")) for v in values]
+            yield [
+                SourceItem._make((*v[:8], _pair(v[8:10]), _pair(v[10:12]), *v[12:14], _mask(v[14:]), ""))
+                for v in values
+            ]
 
 
 def _pair(values: tuple[int | None, ...]) -> tuple[int, int] | None:
     first, second = values
     return None if first is None or second is None else (first, second)
+
+
+def _mask(values: tuple[Any, ...]) -> MaskPlace | None:
+    return None if values[0] is None else MaskPlace._make(values)
