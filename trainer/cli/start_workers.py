@@ -134,8 +134,7 @@ def prepare(config: Config, model: RunModel, repack: bool = False, limit: int | 
             print("repacked latents are not mirrored: data.augment.flip_probability has no effect on them")
         print("repacked: the files that held the latents are still read by runs that stopped in the middle of an epoch")
     if done.masks:
-        images, masked, trained = done.masks
-        print(f"masks: {masked:,} of {images:,} images are trained in part, {100 * trained:.3g} % of the area of all")
+        print(done.masks)
     left_out = f"; {done.left_out} left out, with the reason in {prepared / 'bad.jsonl'}" if done.left_out else ""
     print(f"prepared {done.images:,} images{left_out}")
     return 0

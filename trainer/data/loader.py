@@ -145,7 +145,7 @@ class BatchReader:
         """Those of the rows, full where the draw goes without."""
         if self.unmasked_probability > 0:
             for i, (key, repeat) in enumerate(zip(rows.keys, rows.repeat.tolist(), strict=True)):
-                if draw_uniform(self.seed, "unmasked", epoch, key, repeat) < self.unmasked_probability:
+                if key and draw_uniform(self.seed, "unmasked", epoch, key, repeat) < self.unmasked_probability:
                     masks[i] = FULL
         return masks
 

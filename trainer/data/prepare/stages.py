@@ -31,7 +31,7 @@ from trainer.data.prepare.settings import (
     stored_settings,
 )
 from trainer.data.sources.listing import main_path
-from trainer.data.store.shards import HEADER_BYTES, MaskCounts, ShardError, ShardInfo, read_info
+from trainer.data.store.shards import HEADER_BYTES, MaskCounts, ShardError, ShardInfo, count_masks, read_info
 from trainer.data.store.snapshot_file import (
     ShardEntry,
     Snapshot,
@@ -185,17 +185,8 @@ def commit(prepared: Path) -> Committed:
         images=sum(info.rows for info in infos),
         virtual_rows=sum(info.virtual_rows for info in infos),
         left_out=left_out,
-        masks=_mask_counts([entry.info for _, entry in entries]),
+        masks=count_masks([entry.info for _, entry in entries]),
     )
-
-
-def _mask_counts(infos: list[ShardInfo]) -> MaskCounts | None:
-    """Over all rows; a shard without masks is trained in full."""
-    images, counts = sum(info.rows for info in infos), [info.masks for info in infos if info.masks]
-    if not counts or not images:
-        return None
-    left_out = sum(count.images * (1 - count.trained) for count in counts)
-    return MaskCounts(images, sum(count.masked for count in counts), 1 - left_out / images)
 
 
 def progress(prepared: Path) -> tuple[int, int]:

@@ -117,11 +117,16 @@ class RowBatch:
 
 
 class MaskCounts(NamedTuple):
-    """Of a number of images how many are not trained as a whole, and the trained share of the area of all."""
+    """Of a number of images how many are not trained as a whole, and the mean of the trained shares of all."""
 
     images: int
     masked: int
     trained: float
+
+    def __str__(self) -> str:
+        return (
+            f"masks: {self.masked:,} of {self.images:,} images are trained in part, {100 * self.trained:.3g} % of all"
+        )
 
 
 @dataclass(frozen=True)
@@ -329,6 +334,15 @@ def _header(
     if len(text) > room:
         raise ValueError(f"the shard's header takes {len(text)} bytes, more than {room}")
     return room.to_bytes(8, "little") + text.ljust(room)
+
+
+def count_masks(shards: Sequence[ShardInfo]) -> MaskCounts | None:
+    """Of all their images together, those of a shard without masks being trained in full; None where none has any."""
+    images, counts = sum(shard.rows for shard in shards), [shard.masks for shard in shards if shard.masks]
+    if not counts or not images:
+        return None
+    left_out = sum(count.images * (1 - count.trained) for count in counts)
+    return MaskCounts(images, sum(count.masked for count in counts), 1 - left_out / images)
 
 
 def _mask_counts(masks: np.ndarray) -> MaskCounts:
