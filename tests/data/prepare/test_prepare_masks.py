@@ -14,12 +14,15 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from tests.data.photographs import pooled, settings_for, write_crops
 from tests.data.sources.test_webdataset import write_tar
+from trainer.cli.start_workers import describe_plan
 from trainer.config.sources import FolderSource, HfSource, ParquetSource, Source, WebdatasetSource
 from trainer.data.augment import Augmentation, View, draw_view
 from trainer.data.buckets import Placement
+from trainer.data.prepare.catalog import open_catalog
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.prepare.stages import Committed, PrepareCounts, commit, is_current, plan_prepare
+from trainer.data.prepare.stats import mask_counts
 from trainer.data.prepare.verification import verify
 from trainer.data.store.snapshot import PreparedSet, Rows
 from trainer.errors import UserError
@@ -178,6 +181,7 @@ def test_masks_lie_on_their_images(tmp_path: Path, make: Callable[[Path], Source
         assert done.masks is not None and done.masks[:2] == (5, 5)
         mean = sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
         assert abs(done.masks.trained - mean) < 0.05  # weighed by images, or by area
+    assert mask_counts(prepared) == done.masks
     # Nothing is read where it is not asked for.
     assert prepared.read("train", 0, np.array([0])).masks is None
 
@@ -190,9 +194,23 @@ def test_images_without_a_mask_are_trained_in_full(tmp_path: Path) -> None:
     settings = settings_for(tmp_path / "prepared", sources=both)
     counts, done = prepare(settings)
     assert (counts.masks, counts.new_rows) == (4, 11)
+    assert "4 of 11 new images have a mask, the others are trained in full" in describe_plan(counts)
     assert done.masks is not None and (done.masks.images, done.masks.masked) == (11, 4)
     full = {key for rows in all_rows(PreparedSet.open(settings.prepared)) for key in _full(rows)}
     assert full == {"photos/sub/2", *(f"others/crop-0-{i:03d}" for i in range(6))}
+
+
+def test_a_catalogue_from_before_there_were_masks_is_read(tmp_path: Path) -> None:
+    write_crops(tmp_path / "plain", 4)
+    settings = settings_for(tmp_path / "prepared", tmp_path / "plain")
+    prepare(settings)
+    with open_catalog(tmp_path / "prepared") as connection:
+        connection.executescript("ALTER TABLE rows DROP COLUMN mask; PRAGMA user_version = 2;")
+    assert is_current(settings)
+    again, done = prepare(settings)
+    assert (again.scan.known, again.scan.new, done.snapshot) == (4, 0, "000001.json")
+    _, done = prepare(settings_for(tmp_path / "prepared", sources=(*settings.sources, beside(tmp_path))))
+    assert done.images == 9 and done.masks is not None and done.masks.masked == 5
 
 
 def _full(rows: Rows) -> list[str]:

@@ -26,7 +26,6 @@ REFERENCES_PER_SHARD = 4
 """A shard that only says where the payload lies holds as many times more rows."""
 _CACHE_KIB = 32 * 1024
 _NO_CAPTION = caption_record("").decode()
-_NO_MASK = (None, None, None)
 
 Payload = Literal["encode", "npz", "image", "repack"]
 """What a row's shard is to hold: latents that the VAE gives for an image (`encode`) or that lie in an `.npz`
@@ -41,8 +40,7 @@ CREATE TABLE IF NOT EXISTS rows (
     payload TEXT NOT NULL,
     original_h INTEGER NOT NULL, original_w INTEGER NOT NULL,
     resized_h INTEGER NOT NULL, resized_w INTEGER NOT NULL,
-    crop_top INTEGER NOT NULL, crop_left INTEGER NOT NULL, no_caption INTEGER NOT NULL,
-    mask_path TEXT, mask_offset INTEGER, mask_length INTEGER);
+    crop_top INTEGER NOT NULL, crop_left INTEGER NOT NULL, no_caption INTEGER NOT NULL, mask TEXT);
 CREATE INDEX IF NOT EXISTS rows_by_shard ON rows (generation, split, bucket_h, bucket_w, payload, key, no_caption);
 CREATE TABLE IF NOT EXISTS bad (
     key TEXT NOT NULL, path TEXT NOT NULL,
@@ -57,11 +55,7 @@ CREATE TABLE IF NOT EXISTS generations (
 """
 
 
-_FROM_FORMAT_2 = """
-ALTER TABLE rows ADD COLUMN mask_path TEXT;
-ALTER TABLE rows ADD COLUMN mask_offset INTEGER;
-ALTER TABLE rows ADD COLUMN mask_length INTEGER;
-"""
+_FROM_FORMAT_2 = "ALTER TABLE rows ADD COLUMN mask TEXT;"
 
 
 class FileStamp(NamedTuple):
@@ -150,7 +144,7 @@ def _check_format(connection: sqlite3.Connection, path: Path, read_only: bool) -
 
 
 def upgrade(connection: sqlite3.Connection) -> None:
-    """Give a catalogue of the format before this one its columns for masks; others stay as they are."""
+    """Give a catalogue of the format before this one its column of masks; others stay as they are."""
     if connection.execute("PRAGMA user_version").fetchone()[0] != CATALOG_FORMAT:
         connection.executescript(f"BEGIN; {_FROM_FORMAT_2} PRAGMA user_version = {CATALOG_FORMAT}; COMMIT;")
 
@@ -176,7 +170,7 @@ def open_generation(connection: sqlite3.Connection) -> int:
 def add_rows(connection: sqlite3.Connection, generation: int, rows: Sequence[CatalogRow]) -> None:
     """Add usable images to the open generation; what was said of them as bad is forgotten."""
     connection.executemany(
-        f"INSERT INTO rows VALUES ({', '.join('?' * 24)})",
+        f"INSERT INTO rows VALUES ({', '.join('?' * 22)})",
         [
             (
                 *(row.key, row.path, row.offset, row.length, *row.stamp),
@@ -186,7 +180,7 @@ def add_rows(connection: sqlite3.Connection, generation: int, rows: Sequence[Cat
                 *row.placement.resized_hw,
                 *row.placement.crop_top_left,
                 row.caption == _NO_CAPTION,
-                *(row.mask or _NO_MASK),
+                None if row.mask is None else row.mask.to_text(),
             )
             for row in rows
         ],
@@ -232,7 +226,7 @@ def count_new(connection: sqlite3.Connection) -> tuple[int, int]:
 
 def count_new_masks(connection: sqlite3.Connection) -> int:
     """Images of the open generation that have a mask; latents tell it only when they are read."""
-    query = "SELECT COUNT(mask_path) FROM rows WHERE generation = ? AND payload != 'npz'"
+    query = "SELECT COUNT(mask) FROM rows WHERE generation = ? AND payload != 'npz'"
     return connection.execute(query, (open_generation(connection),)).fetchone()[0]
 
 
@@ -322,7 +316,7 @@ def pending_shards(connection: sqlite3.Connection) -> list[PlannedShard]:
 def rows_of_shard(connection: sqlite3.Connection, shard: PlannedShard) -> list[CatalogRow]:
     """The rows of one shard, by key."""
     query = """SELECT key, path, offset, length, payload, file_bytes, mtime_ns, caption_stamp, caption, repeats, split,
-            original_h, original_w, resized_h, resized_w, crop_top, crop_left, mask_path, mask_offset, mask_length
+            original_h, original_w, resized_h, resized_w, crop_top, crop_left, mask
         FROM rows WHERE generation = ? AND split = ? AND bucket_h = ? AND bucket_w = ? AND payload = ?
             AND key BETWEEN ? AND ?
         ORDER BY key"""
@@ -334,7 +328,7 @@ def rows_of_shard(connection: sqlite3.Connection, shard: PlannedShard) -> list[C
         CatalogRow._make(
             (
                 *(*values[:5], FileStamp(*values[5:8]), *values[8:11], values[11:13], placement(*values[13:17])),
-                None if values[17] is None else MaskPlace._make(values[17:]),
+                None if values[17] is None else MaskPlace.from_text(values[17]),
             )
         )
         for values in connection.execute(query, (*group, shard.first_key, shard.last_key))

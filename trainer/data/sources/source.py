@@ -30,6 +30,16 @@ class MaskPlace(NamedTuple):
     offset: int = 0
     length: int = WHOLE
 
+    def to_text(self) -> str:
+        """For one column of a table."""
+        return f"{self.offset} {self.length} {self.file}"
+
+    @staticmethod
+    def from_text(text: str) -> "MaskPlace":
+        """Of what `to_text` gave."""
+        offset, length, file = text.split(" ", 2)
+        return MaskPlace(file, int(offset), int(length))
+
 
 OWN_MASK = MaskPlace("")
 """The mask lies in the image's own file: its alpha channel, or the `alpha_mask` of an `.npz`."""

@@ -124,9 +124,8 @@ class MaskCounts(NamedTuple):
     trained: float
 
     def __str__(self) -> str:
-        return (
-            f"masks: {self.masked:,} of {self.images:,} images are trained in part, {100 * self.trained:.3g} % of all"
-        )
+        trained = f"{100 * self.trained:.3g} % of the area of all is trained"
+        return f"masks: {self.masked:,} of {self.images:,} images are trained in part; {trained}"
 
 
 @dataclass(frozen=True)
