@@ -152,7 +152,7 @@ def _mask_keys(config: Config, i: int, source: Source) -> Iterator[Problem]:
     if isinstance(source, FolderSource) and source.mask_folder is not None:
         if is_given(config, f"{at}.mask_suffix"):
             yield clash(config, (f"{at}.mask_suffix", f"{at}.mask_folder"), "give one of them")
-        if _full(source.mask_folder).is_relative_to(_full(source.path)):
+        if source.masks == "files" and _full(source.mask_folder).is_relative_to(_full(source.path)):
             keys = (f"{at}.mask_folder", f"{at}.path")
             yield clash(config, keys, "must not lie in the source, which is searched for images")
     if isinstance(source, WebdatasetSource) and not source.mask_suffix.startswith("."):
@@ -162,7 +162,8 @@ def _mask_keys(config: Config, i: int, source: Source) -> Iterator[Problem]:
 def _paths_of(source: Source) -> list[tuple[str, str]]:
     """The fields of a source that are paths on this host and given, each a `folder`, a `file` or `files`."""
     if isinstance(source, FolderSource):
-        return [("path", "folder"), *([("mask_folder", "folder")] if source.mask_folder else [])]
+        has_folder = source.mask_folder is not None and source.masks == "files"
+        return [("path", "folder"), *([("mask_folder", "folder")] if has_folder else [])]
     if isinstance(source, KohyaJsonSource):
         folders = [("latents", "folder"), ("images", "folder")]
         return [("path", "file"), *(pair for pair in folders if getattr(source, pair[0]) is not None)]
