@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tests.data.photographs import pooled, settings_for, write_crops
 from tests.data.sources.test_webdataset import write_tar
 from trainer.cli.start_workers import describe_plan
-from trainer.config.sources import FolderSource, HfSource, ParquetSource, Source, WebdatasetSource
+from trainer.config.sources import FolderSource, HfSource, KohyaJsonSource, ParquetSource, Source, WebdatasetSource
 from trainer.data.augment import Augmentation, View, draw_view
 from trainer.data.buckets import Placement
 from trainer.data.prepare.catalog import open_catalog
@@ -71,14 +71,35 @@ def in_folder(root: Path) -> Source:
     return FolderSource(path=root / "photos", masks="files", mask_folder=root / "masks")
 
 
+def see_through(number: int) -> Image.Image:
+    """Black, and where it is transparent white shows: the image is its mask's negative."""
+    image = Image.new("RGBA", pattern(number).size)
+    image.putalpha(pattern(number))
+    return image
+
+
 def as_alpha(root: Path) -> Source:
-    """White is what shows through black where it is transparent, so that the image is the mask's negative."""
     (root / "photos").mkdir()
     for i in range(5):
-        image = Image.new("RGBA", pattern(i).size)
-        image.putalpha(pattern(i))
-        image.save(root / f"photos/{i}.{'webp' if i % 2 else 'png'}", lossless=True)
+        see_through(i).save(root / f"photos/{i}.{'webp' if i % 2 else 'png'}", lossless=True)
     return FolderSource(path=root / "photos", masks="alpha")
+
+
+def as_alpha_by_metadata(root: Path) -> Source:
+    as_alpha(root)
+    (root / "meta.json").write_text(json.dumps({str(i): {"caption": "soft shapes"} for i in range(5)}))
+    return KohyaJsonSource(type="kohya_json", path=root / "meta.json", images=root / "photos", masks="alpha")
+
+
+def as_alpha_in_tars(root: Path) -> Source:
+    write_tar(root / "0.tar", {f"{i}.png": png(see_through(i)) for i in range(5)})
+    return WebdatasetSource(type="webdataset", tars=root / "0.tar", masks="alpha")
+
+
+def as_alpha_in_table(root: Path) -> Source:
+    rows = {"image": [png(see_through(i)) for i in range(5)], "caption": ["soft shapes"] * 5}
+    pq.write_table(pa.table(rows), root / "table.parquet", row_group_size=2)
+    return ParquetSource(type="parquet", files=root / "table.parquet", masks="alpha")
 
 
 def in_tars(root: Path) -> Source:
@@ -157,11 +178,12 @@ def moved(visit: int, key: str, repeat: int, centred: Placement) -> View:
     return draw_view(centred, Augmentation(0.5, random_crop=True), draw_seed(key, visit))
 
 
-SOURCES = [beside, in_folder, as_alpha, in_tars, in_table, paths_in_table, in_dataset]
+SOURCES = [beside, in_folder, in_tars, in_table, paths_in_table, in_dataset]
+ALPHA = [as_alpha, as_alpha_by_metadata, as_alpha_in_tars, as_alpha_in_table]
 
 
 @pytest.mark.parametrize("mode", ["latents", "images"])
-@pytest.mark.parametrize("make", SOURCES)
+@pytest.mark.parametrize("make", SOURCES + ALPHA)
 def test_masks_lie_on_their_images(tmp_path: Path, make: Callable[[Path], Source], mode: str) -> None:
     settings = settings_for(tmp_path / "prepared", sources=(make(tmp_path),), mode=mode)
     counts, done = prepare(settings)
@@ -173,7 +195,7 @@ def test_masks_lie_on_their_images(tmp_path: Path, make: Callable[[Path], Source
     for visit in range(1 if mode == "latents" else 5):
         for rows in all_rows(prepared, None if mode == "latents" else partial(moved, visit)):
             assert rows.masks is not None
-            seen = 255 - shown(rows) if make is as_alpha else shown(rows)
+            seen = 255 - shown(rows) if make in ALPHA else shown(rows)
             assert np.abs(rows.masks - seen).max() < TOLERANCE
             assert rows.masks.std() > 10
             masks += [mask / 255 for mask in rows.masks]
