@@ -8,6 +8,7 @@ from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.schema import Config
 
 P, T, W, L, N = "objective", *(f"objective.{name}" for name in ("timesteps", "weighting", "loss", "noise"))
+MASKED = [f"{L}.masked=true", "data.sources.0.masks=files"]
 WRONG: dict[str, tuple[list[str], str, str, str]] = {
     # overrides; the two keys; the reason
     "mean": ([f"{T}.mean=1.0"], f"{T}.mean", f"{T}.distribution", "has no effect without"),
@@ -21,6 +22,27 @@ WRONG: dict[str, tuple[list[str], str, str, str]] = {
     "delta": ([f"{L}.delta=0.1"], f"{L}.delta", f"{L}.kind", "has no effect without `kind: huber`"),
     "delta's schedule": ([f"{L}.delta_schedule=snr"], f"{L}.delta_schedule", f"{L}.kind", "has no effect without"),
     "large delta": ([f"{L}.delta=2.0", f"{L}.kind=huber"], f"{L}.delta", f"{L}.delta_schedule", "falls from 1"),
+    "weight of no mask": ([f"{L}.unmasked_weight=0.1"], f"{L}.unmasked_weight", f"{L}.masked", "has no effect without"),
+    "share of no mask": (
+        [f"{L}.unmasked_probability=0.1"],
+        f"{L}.unmasked_probability",
+        f"{L}.masked",
+        "has no effect",
+    ),
+    "area of no mask": ([f"{L}.normalize_masked_area=yes"], f"{L}.normalize_masked_area", f"{L}.masked", "no effect"),
+    "no masks": ([f"{L}.masked=yes"], f"{L}.masked", "data.sources.0.masks", "no source has masks"),
+    "masks that count for nothing": (
+        [*MASKED, f"{L}.unmasked_weight=1.0"],
+        f"{L}.unmasked_weight",
+        f"{L}.masked",
+        "all of each image counts alike",
+    ),
+    "masks that are never used": (
+        [*MASKED, f"{L}.unmasked_probability=1.0"],
+        f"{L}.unmasked_probability",
+        f"{L}.masked",
+        "no image is trained with its mask",
+    ),
     "share of no offset": ([f"{N}.offset_probability=0.5"], f"{N}.offset_probability", f"{N}.offset", "without an"),
     "offset for nobody": (
         [f"{N}.offset=0.05", f"{N}.offset_probability=0.0"],
@@ -239,6 +261,7 @@ def test_a_pair_that_does_not_go_together_is_one_line(name: str, mistakes: Calla
             f"{T}.distribution=importance",
         ],
         [f"{W}.kind=learned", f"{W}.lr=0.005"],
+        [*MASKED, f"{L}.unmasked_weight=0.1", f"{L}.unmasked_probability=0.1", f"{L}.normalize_masked_area=true"],
         [f"{N}.offset=0.0357", f"{N}.offset_probability=0.5", f"{N}.perturbation=0.1", f"{W}.kind=p2", f"{W}.k=1.0"],
     ],
 )

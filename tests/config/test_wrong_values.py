@@ -27,6 +27,34 @@ ONE_WRONG_OVERRIDE = {
     "data.sources.0.path=mroe": "data.sources.0.path = mroe: no such folder; did you mean `more`?",
     "train.epochs=3": "train.steps = 100 with train.epochs = 3: give only one of them",
     "samples.negative_prompt=a: b": "samples.negative_prompt = {a: b}: must be text; put it in quotes",
+    "data.sources.0.masks=file": "data.sources.0.masks = file: must be one of none, alpha, files",
+    "data.sources.0.mask_suffix=-mask.png": (
+        "data.sources.0.mask_suffix = -mask.png with data.sources.0.masks = none (the default): has no effect without "
+        "`masks: files`"
+    ),
+    "data.sources=[{path: photos, masks: files, mask_suffix: .txt}]": (
+        "data.sources.0.mask_suffix = .txt: must be a mark and an ending of images, such as -masklabel.png"
+    ),
+    "data.sources=[{path: photos, masks: files, mask_suffix: .png}]": "must be a mark and an ending of images",
+    "data.sources=[{path: photos, masks: files, mask_folder: mroe}]": (
+        "data.sources.0.mask_folder = mroe: no such folder; did you mean `more`?"
+    ),
+    "data.sources=[{path: photos, masks: files, mask_folder: photos}]": (
+        "data.sources.0.mask_folder = photos with data.sources.0.path = photos: must not lie in the source"
+    ),
+    "data.sources=[{path: photos, masks: files, mask_folder: more, mask_suffix: -m.png}]": (
+        "data.sources.0.mask_suffix = -m.png with data.sources.0.mask_folder = more: give one of them"
+    ),
+    "data.sources=[{path: photos, masks: alpha, mask_folder: more}]": (
+        "data.sources.0.mask_folder = more with data.sources.0.masks = alpha: has no effect without `masks: files`"
+    ),
+    "data.sources=[{type: webdataset, tars: more, masks: files, mask_suffix: -m.png}]": (
+        "data.sources.0.mask_suffix = -m.png: must begin with a dot, at which the names of samples end"
+    ),
+    "data.sources=[{type: parquet, files: more, mask_column: seg}]": (
+        "data.sources.0.mask_column = seg with data.sources.0.masks = none (the default): has no effect without "
+        "`masks: column`"
+    ),
     "checkpoint={keep: 2, keep: 3}": "checkpoint.keep: given twice",
     "optimizer.lr=\ud800": "the character U+D800 is not allowed",
 }

@@ -20,8 +20,9 @@ def write_small_set(
     repeats: int = 1,
     encode_text: EncodeText | None = None,
     keep: Snapshot | None = None,
+    with_masks: bool = False,
 ) -> Path:
-    """Image i of a bucket has the key `HxW/i`, the caption `photo i` and latents that are all i.
+    """Image i of a bucket has the key `HxW/i`, the caption `photo i` and latents, and if wanted a mask, that are all i.
 
     With `keep`, the rows are appended to that snapshot's as its next generation, with keys that begin with its number.
     """
@@ -30,7 +31,7 @@ def write_small_set(
     (root / "snapshots").mkdir(parents=True, exist_ok=True)
     for bucket, count in rows.items():
         shape = f"{bucket.height_px}x{bucket.width_px}" + (f"-{number}" if keep else "")
-        head = ShardHead(bucket, "train", number, 0.13025, "xxh3:00")
+        head = ShardHead(bucket, "train", number, 0.13025, "xxh3:00", has_masks=with_masks)
         for begin in range(0, count, ROWS_PER_SHARD):
             images = range(begin, min(begin + ROWS_PER_SHARD, count))
             batch = RowBatch(
@@ -39,6 +40,9 @@ def write_small_set(
                 [f"{shape}/{i}" for i in images],
                 np.array([[i, 1, 2, 3, bucket.height_px, bucket.width_px] for i in images], dtype=np.uint32),
                 np.full(len(images), repeats, dtype=np.uint32),
+                masks=np.stack([np.full(head.latent_shape[1:], i, dtype=np.uint8) for i in images])
+                if with_masks
+                else None,
             )
             name = f"{shape}-{begin}.safetensors"
             with (root / name).open("wb") as file:

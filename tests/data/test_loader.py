@@ -23,7 +23,7 @@ from trainer.data.captions import CaptionRules, caption_record, compose
 from trainer.data.loader import Batch, BatchReader, Loader, Request, open_loader, pack, unpack
 from trainer.data.sampler import Position, planned_steps, share, with_global_batch
 from trainer.data.store.snapshot import PreparedSet, RowProblem
-from trainer.keyed import draw_seed
+from trainer.keyed import draw_seed, draw_uniform
 
 TALL, SQUARE, WIDE = Bucket(128, 64), Bucket(64, 64), Bucket(64, 128)
 SEED = 7
@@ -331,3 +331,47 @@ def _wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> PreparedSet:
+    """Eleven images of which each has a mask of one number, its own."""
+    root = tmp_path_factory.mktemp("masked")
+    return PreparedSet.open(write_small_set(root, {SQUARE: 11, WIDE: 6}, repeats=2, with_masks=True))
+
+
+@pytest.mark.parametrize("workers", [0, ONE_READER, pytest.param(2, marks=pytest.mark.e2e)])
+def test_masks_come_with_their_images(masked: PreparedSet, workers: int) -> None:
+    """The same by threads and processes; some draws go without, which follows from seed, epoch, image and repeat."""
+    plain = BatchReader(masked, "train", SEED, byte_tokens)
+    reader = replace(plain, with_masks=True, unmasked_probability=0.4)
+    drawn: list[bool] = []
+    with _open(plain, Position.start(2, 3), 0) as usual, _open(reader, Position.start(2, 3), workers) as loader:
+        for step, without, _ in zip(loader, usual, range(36), strict=False):
+            (batch,), (other,) = step.batches, without.batches
+            assert batch.masks is not None and batch.masks.dtype == torch.uint8
+            _assert_equal(replace(batch, masks=None), other)
+            for i, key in enumerate(batch.keys):
+                if not key:
+                    assert not batch.masks[i].any() and batch.weights[i] == 0
+                    continue
+                seen = {
+                    repeat
+                    for repeat in range(2)
+                    if draw_seed(SEED, "draw", step.epoch, key, repeat) == int(batch.draw_seeds[i])
+                }
+                goes_without = draw_uniform(SEED, "unmasked", step.epoch, key, *seen) < 0.4
+                drawn.append(goes_without)
+                assert (batch.masks[i] == (255 if goes_without else int(key.rpartition("/")[2]))).all()
+    assert len(drawn) > 60 and 0.25 < sum(drawn) / len(drawn) < 0.55
+
+
+def test_masks_have_room_in_the_readers_buffers(masked: PreparedSet) -> None:
+    plain = BatchReader(masked, "train", SEED, byte_tokens)
+    reader = replace(plain, with_masks=True)
+    assert reader.batch_bytes([3, 3]) == plain.batch_bytes([3, 3]) + 3 * 8 * 16
+    buffer = torch.zeros(reader.batch_bytes([3, 3]), dtype=torch.uint8)
+    for bucket in range(2):
+        request = Request(0, bucket, np.array([0, 5, 9]), np.ones(3, dtype=np.float32))
+        expected = reader.read(request)
+        _assert_equal(unpack(buffer, reader.fill(buffer, request)), expected)

@@ -23,6 +23,7 @@ from trainer.config.schema import OptimizerConfig
 from trainer.data.loader import Batch
 from trainer.diffusion.importance import BINS, LossHistory
 from trainer.diffusion.losses import absolute, huber, snr_delta
+from trainer.diffusion.masking import area_mean
 from trainer.diffusion.noise import Draws, NoiseRecipe
 from trainer.diffusion.objective import Objective, taught
 from trainer.diffusion.prediction import edm, epsilon, flow, v_prediction
@@ -64,6 +65,7 @@ OBJECTIVES = {
     ),
     "edm": Objective(edm(), weigh=soft_min_snr(5.0)),
     "companions": Objective(flow(2.0), pairs=True, contrast=0.05),
+    "masked": Objective(epsilon(), mean=area_mean(0.1)),
 }
 
 
@@ -121,6 +123,7 @@ def image(number: int) -> dict[str, Tensor]:
         "time_ids": torch.tensor([1024.0, 768, 0, 0, 1024, 1024]),
         "weights": torch.tensor(1.0),
         "draw_seeds": torch.tensor(number),
+        "masks": torch.randint(256, (8, 8), generator=generator, dtype=torch.uint8) * (number % 3 > 0),
     }
 
 
@@ -193,7 +196,8 @@ def throw_away_loss(denoiser: Denoiser, wrapped: nn.Module, with_text: bool, dev
     text = {name: value if name == "input_ids" else value.float() for name, value in names.items() if value is not None}
     zeros = torch.zeros(1, 4, 8, 8, device=device)
     mixture = denoiser.objective.prediction.mix(torch.zeros(1, dtype=torch.float64)).to(device)
-    return image_losses(denoiser, wrapped, zeros, Draws(zeros), mixture, text, row.time_ids).mean()
+    objective = Objective(denoiser.objective.prediction)
+    return image_losses(denoiser, wrapped, zeros, Draws(zeros), mixture, text, row.time_ids, objective).mean()
 
 
 def take_step(parts: StepParts, comm: Comm, step: int, accumulation: int, with_text: bool) -> float:

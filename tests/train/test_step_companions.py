@@ -99,6 +99,6 @@ def test_contrastive_flow_matching() -> None:
     image, noise, other, other_noise, prediction = torch.randn(5, 2, 4, 8, 8, generator=generator)
     objective = Objective(flow(), contrast=0.05)
     mixture = flow().mix(torch.tensor([0.2, 0.7], dtype=torch.float64))
-    found = objective.losses(prediction, noise - image, mixture, other_noise - other)
+    found = objective.losses(prediction, noise - image, mixture, negative=other_noise - other)
     expected = (prediction - noise + image) ** 2 - 0.05 * (prediction - other_noise + other) ** 2
     assert found.tolist() == pytest.approx(expected.mean(dim=(1, 2, 3)).tolist(), rel=1e-6)

@@ -164,6 +164,8 @@ def prepare(config: Config, model: RunModel, repack: bool = False, limit: int | 
         if config.data.augment.flip_probability:
             print("repacked latents are not mirrored: data.augment.flip_probability has no effect on them")
         print("repacked: the files that held the latents are still read by runs that stopped in the middle of an epoch")
+    if done.masks:
+        print(done.masks)
     left_out = f"; {done.left_out} left out, with the reason in {prepared / 'bad.jsonl'}" if done.left_out else ""
     print(f"prepared {done.images:,} images{left_out}")
     return 0
@@ -187,6 +189,8 @@ def describe_plan(counts: PrepareCounts) -> list[str]:
         lines.append(f"{scan.changed:,} changed and {scan.removed:,} removed ones stay as they were prepared")
     if counts.empty_captions:
         lines.append(f"{counts.empty_captions:,} of {counts.new_rows:,} new images have no caption")
+    if counts.masks is not None and counts.new_rows:
+        lines.append(f"{counts.masks:,} of {counts.new_rows:,} new images have a mask, the others are trained in full")
     if scan.ignored:
         kinds = ", ".join(f"{number:,} x {ending}" for ending, number in scan.ignored.most_common(5))
         lines.append(f"ignored other files: {kinds}")

@@ -73,6 +73,15 @@ class LossConfig(Section):
     delta_schedule: Literal["constant", "exponential", "snr"] | None = None
     """Huber's delta by noise level: the same for all; falling from 1 exponentially with the timestep; or by the SNR,
     the default."""
+    masked: Flag = False
+    """Train only what the images' masks show, in training and in the validation loss; `masks` of `data.sources` says
+    where they are. White is trained, black is not, grey in between."""
+    unmasked_weight: Fraction = 0.0
+    """How much counts what is outside the mask."""
+    unmasked_probability: Fraction = 0.0
+    """Share of the visits of images that are trained without their mask."""
+    normalize_masked_area: Flag = False
+    """Divide an image's loss by the share of it that is trained, so that small masks count as much as large ones."""
 
     contrast: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Contrastive flow matching: so much of the loss against another image of the step is taken off, so that images of

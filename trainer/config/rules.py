@@ -130,6 +130,7 @@ def _sources(config: Config) -> Iterator[Problem]:
         if other != i:
             keys = (f"{at}.{names[0]}", f"data.sources.{other}.{names[0]}")
             yield clash(config, keys, "the same source twice; use `repeats` to see its images more often")
+        yield from _mask_keys(config, i, source)
         if isinstance(source, FolderSource):
             if not source.caption_extension.startswith(".") or len(source.caption_extension) < 2:
                 yield clash(config, (f"{at}.caption_extension",), "must be a dot and an ending, such as .txt")
@@ -141,10 +142,28 @@ def _sources(config: Config) -> Iterator[Problem]:
             yield clash(config, (f"{at}.type", "data.mode"), "holds latents; use `mode: latents`")
 
 
+def _mask_keys(config: Config, i: int, source: Source) -> Iterator[Problem]:
+    """Keys of a source that say where masks are, and do nothing or harm."""
+    at = f"data.sources.{i}"
+    needed = {"mask_suffix": "files", "mask_folder": "files", "mask_column": "column"}
+    for name, value in needed.items():
+        if hasattr(source, name) and is_given(config, f"{at}.{name}") and source.masks != value:
+            yield clash(config, (f"{at}.{name}", f"{at}.masks"), f"has no effect without `masks: {value}`")
+    if isinstance(source, FolderSource) and source.mask_folder is not None:
+        if is_given(config, f"{at}.mask_suffix"):
+            yield clash(config, (f"{at}.mask_suffix", f"{at}.mask_folder"), "give one of them")
+        if source.masks == "files" and _full(source.mask_folder).is_relative_to(_full(source.path)):
+            keys = (f"{at}.mask_folder", f"{at}.path")
+            yield clash(config, keys, "must not lie in the source, which is searched for images")
+    if isinstance(source, WebdatasetSource) and not source.mask_suffix.startswith("."):
+        yield clash(config, (f"{at}.mask_suffix",), "must begin with a dot, at which the names of samples end")
+
+
 def _paths_of(source: Source) -> list[tuple[str, str]]:
     """The fields of a source that are paths on this host and given, each a `folder`, a `file` or `files`."""
     if isinstance(source, FolderSource):
-        return [("path", "folder")]
+        has_folder = source.mask_folder is not None and source.masks == "files"
+        return [("path", "folder"), *([("mask_folder", "folder")] if has_folder else [])]
     if isinstance(source, KohyaJsonSource):
         folders = [("latents", "folder"), ("images", "folder")]
         return [("path", "file"), *(pair for pair in folders if getattr(source, pair[0]) is not None)]

@@ -11,7 +11,7 @@ _T, _W, _L, _N = (f"objective.{name}" for name in ("timesteps", "weighting", "lo
 
 def objective_problems(config: Config) -> Iterator[Problem]:
     """Every rule of the section that `config` breaks."""
-    for check in (_idle, _prediction, _timesteps, _weighting, _contrast, _noise, _samples):
+    for check in (_idle, _prediction, _timesteps, _weighting, _contrast, _noise, _masks, _samples):
         yield from check(config)
 
 
@@ -33,6 +33,9 @@ def _idle(config: Config) -> Iterator[Problem]:
         (f"{_T}.even_share", f"{_T}.distribution", times.distribution == "importance", "`distribution: importance`"),
         (f"{_L}.delta", f"{_L}.kind", is_huber, "`kind: huber` or `smooth_l1`"),
         (f"{_L}.delta_schedule", f"{_L}.kind", is_huber, "`kind: huber` or `smooth_l1`"),
+        (f"{_L}.unmasked_weight", f"{_L}.masked", loss.masked, "`masked: true`"),
+        (f"{_L}.unmasked_probability", f"{_L}.masked", loss.masked, "`masked: true`"),
+        (f"{_L}.normalize_masked_area", f"{_L}.masked", loss.masked, "`masked: true`"),
         (f"{_N}.offset_probability", f"{_N}.offset", has_offset, "an `offset`"),
         (f"{_N}.pyramid_discount", f"{_N}.pyramid_levels", noise.pyramid_levels > 0, "`pyramid_levels`"),
     )
@@ -155,6 +158,18 @@ def _noise(config: Config) -> Iterator[Problem]:
     if noise.perturbation > 0 and kind == "flow":
         keys = (f"{_N}.perturbation", "objective.prediction")
         yield clash(config, keys, "must not go together; the path of a flow would lead elsewhere")
+
+
+def _masks(config: Config) -> Iterator[Problem]:
+    loss = config.objective.loss
+    if loss.masked and all(source.masks == "none" for source in config.data.sources):
+        keys = (f"{_L}.masked", "data.sources.0.masks")
+        yield clash(config, keys, "no source has masks; say where they are")
+    if loss.masked and loss.unmasked_weight == 1:
+        yield clash(config, (f"{_L}.unmasked_weight", f"{_L}.masked"), "all of each image counts alike; leave both out")
+    if loss.masked and loss.unmasked_probability == 1:
+        keys = (f"{_L}.unmasked_probability", f"{_L}.masked")
+        yield clash(config, keys, "no image is trained with its mask; leave both out")
 
 
 def _samples(config: Config) -> Iterator[Problem]:

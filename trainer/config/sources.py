@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Tag
 
-from trainer.config.values import Flag, PathField, PositiveInt, Section
+from trainer.config.values import Flag, MaskSuffix, PathField, PositiveInt, Section
 
 
 class FolderSource(Section):
@@ -21,6 +21,13 @@ class FolderSource(Section):
     and the words are the caption of images that have no caption file."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
+    masks: Literal["none", "alpha", "files"] = "none"
+    """Where the masks of `objective.loss.masked` are: nowhere, in the images' `alpha` channels, or in `files` of their
+    own. White is trained, black is not; an image without a mask is trained in full."""
+    mask_suffix: MaskSuffix = "-masklabel.png"
+    """`files`: the mask of `photo.jpg` lies beside it, `photo-masklabel.png`. Files that end so are not trained on."""
+    mask_folder: PathField | None = None
+    """`files`: take the masks from this folder, under the images' names with the ending of any kind of image."""
 
 
 class KohyaJsonSource(Section):
@@ -34,6 +41,9 @@ class KohyaJsonSource(Section):
     """Folder of the images that the keys name, which `prepare` encodes. Give this or `latents`."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
+    masks: Literal["none", "alpha"] = "none"
+    """Where the masks of `objective.loss.masked` are: nowhere, or in the `alpha_mask` of the `.npz`, with `images` in
+    their `alpha` channels."""
 
 
 class LatentTarsSource(Section):
@@ -45,6 +55,8 @@ class LatentTarsSource(Section):
     """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
+    masks: Literal["none", "alpha"] = "none"
+    """Where the masks of `objective.loss.masked` are: nowhere, or in the `alpha_mask` of the `.npz`."""
 
 
 class WebdatasetSource(Section):
@@ -58,6 +70,11 @@ class WebdatasetSource(Section):
     """Field of the `.json` files that holds the tags: text, or a list."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
+    masks: Literal["none", "alpha", "files"] = "none"
+    """Where the masks of `objective.loss.masked` are: nowhere, in the images' `alpha` channels, or in `files` beside
+    them in the tar. White is trained, black is not; an image without a mask is trained in full."""
+    mask_suffix: MaskSuffix = ".mask.png"
+    """`files`: `0001.jpg` has its mask in `0001.mask.png`. Files that end so are not trained on."""
 
 
 class ParquetSource(Section):
@@ -78,6 +95,11 @@ class ParquetSource(Section):
     """Folder that paths start from; default: that of the parquet file."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
+    masks: Literal["none", "alpha", "column"] = "none"
+    """Where the masks of `objective.loss.masked` are: nowhere, in the images' `alpha` channels, or in a `column`. White
+    is trained, black is not; an image without a mask is trained in full."""
+    mask_column: str = "mask"
+    """`column`: its name; it holds what the column of the images may hold."""
 
 
 class HfSource(Section):
@@ -99,6 +121,11 @@ class HfSource(Section):
     """Column with a name for each image, which messages then show beside the row."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
+    masks: Literal["none", "alpha", "column"] = "none"
+    """Where the masks of `objective.loss.masked` are: nowhere, in the images' `alpha` channels, or in a `column`. White
+    is trained, black is not; an image without a mask is trained in full."""
+    mask_column: str = "mask"
+    """`column`: its name; it holds what the column of the images may hold."""
 
 
 def source_type(entry: object) -> object:

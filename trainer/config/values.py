@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 _YES_NO = {"yes": True, "on": True, "no": False, "off": False}
 LARGEST = 2**31 - 1
 _SIZE = re.compile(r"\d+(\.\d+)? ?[KMG]i?B")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_MASK_SUFFIX = re.compile(r"[^/]+\.(png|jpe?g|webp|bmp|tiff?)")
 _FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -53,6 +54,13 @@ def _size(value: object) -> object:
     raise PydanticCustomError("rule", "must be auto or a size with its unit, such as 23GiB")
 
 
+def _mask_suffix(value: str) -> str:
+    """What follows an image's name without ending in the name of its mask."""
+    if _MASK_SUFFIX.fullmatch(value):
+        return value
+    raise PydanticCustomError("rule", "must be a mark and an ending of images, such as -masklabel.png")
+
+
 Flag = Annotated[bool, BeforeValidator(yes_no, json_schema_input_type=bool | Literal["yes", "no", "on", "off"])]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -61,6 +69,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Separator = Annotated[str, Field(min_length=1)]
 ModelField = Annotated[Path | str, PlainValidator(_model, json_schema_input_type=Path | str)]
 PathField = Annotated[Path, Field(strict=False), BeforeValidator(_path, json_schema_input_type=Path)]
+MaskSuffix = Annotated[str, AfterValidator(_mask_suffix)]
 Size = Annotated[str, BeforeValidator(_size)]
 
 

@@ -74,6 +74,14 @@ def place(image_hw: tuple[int, int], buckets: tuple[Bucket, ...], rules: BucketR
     return Placement(bucket, resized_hw, (top, left))
 
 
+def source_box(image_hw: tuple[int, int], placement: Placement) -> tuple[float, float, float, float]:
+    """Top, left, bottom and right of what the crop keeps, in pixels of the image before the resize."""
+    (top, left), (resized_h, resized_w), bucket = placement.crop_top_left, placement.resized_hw, placement.bucket
+    scale_y, scale_x = image_hw[0] / resized_h, image_hw[1] / resized_w
+    bottom, right = (top + bucket.height_px) * scale_y, (left + bucket.width_px) * scale_x
+    return top * scale_y, left * scale_x, min(bottom, image_hw[0]), min(right, image_hw[1])
+
+
 def _place_covering(image_hw: tuple[int, int], buckets: tuple[Bucket, ...]) -> tuple[Bucket, tuple[int, int]]:
     height, width = image_hw
     aspect = width / height

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from trainer.data.augment import View
-from trainer.data.buckets import Placement
+from trainer.data.buckets import Placement, source_box
+from trainer.data.masks import FULL, BadMask, check_mask_shape, fill_mask
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
 
@@ -72,11 +73,22 @@ def image_hw(file: Path | bytes | IO[bytes]) -> tuple[int, int]:
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
-def load_pixels(file: Path | bytes, original_hw: tuple[int, int], placement: Placement) -> np.ndarray:
+def has_alpha(file: Path | bytes | IO[bytes]) -> bool:
+    """Whether the image has transparency, as its header says, without decoding the pixels; raises BadImage."""
+    with _reasons(), Image.open(_source(file)) as image:
+        return image.has_transparency_data
+
+
+def load_pixels(
+    file: Path | bytes, original_hw: tuple[int, int], placement: Placement, alpha: np.ndarray | None = None
+) -> np.ndarray:
     """The image in its bucket: u8 [bucket height, bucket width, 3], RGB, transparency over white.
 
     LANCZOS in one pass over the part that the crop keeps, which equals resizing the whole and cropping (the box of
     the source is that of the crop), and costs no memory for the rest: a strip of 1 x 10,000 pixels may need it.
+
+    Args:
+        alpha: u8 [bucket height / 8, bucket width / 8], filled with the image's alpha channel, 255 where it has none.
 
     Raises:
         BadImage: it cannot be decoded, or its size is not `original_hw` any more.
@@ -86,27 +98,59 @@ def load_pixels(file: Path | bytes, original_hw: tuple[int, int], placement: Pla
         width, height = image.size[::-1] if orientation in _SIDEWAYS else image.size
         if (height, width) != original_hw:  # told from the header, before a hostile size can take the memory
             raise BadImage(f"is {width}x{height} px, but was {original_hw[1]}x{original_hw[0]} px when it was listed")
-        rgb = _to_rgb(image)
-        for method in _TRANSPOSITIONS.get(orientation, ()):
-            rgb = rgb.transpose(method)
-        (top, left), (resized_h, resized_w) = placement.crop_top_left, placement.resized_hw
-        height, width = placement.bucket.height_px, placement.bucket.width_px
-        scale_y, scale_x = original_hw[0] / resized_h, original_hw[1] / resized_w
-        box = (left * scale_x, top * scale_y, (left + width) * scale_x, (top + height) * scale_y)
-        box = (box[0], box[1], min(box[2], original_hw[1]), min(box[3], original_hw[0]))
-        return np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS, box=box))
+        if alpha is not None:
+            alpha[:] = FULL
+            if image.has_transparency_data:
+                channel = _upright(image.convert("RGBA").getchannel("A"), orientation)
+                fill_mask(np.asarray(channel), original_hw, View(placement, False), alpha)
+        rgb = _upright(_to_rgb(image), orientation)
+        top, left, bottom, right = source_box(original_hw, placement)
+        size = placement.bucket.width_px, placement.bucket.height_px
+        return np.asarray(rgb.resize(size, Image.Resampling.LANCZOS, box=(left, top, right, bottom)))
 
 
-def load_view(file: Path | bytes, original_hw: tuple[int, int], view: View, pixels: np.ndarray) -> None:
+def load_view(
+    file: Path | bytes, original_hw: tuple[int, int], view: View, pixels: np.ndarray, alpha: np.ndarray | None = None
+) -> None:
     """Decode an image as one visit sees it into `pixels`, u8 [3, bucket height, bucket width].
+
+    Args:
+        alpha: as in `load_pixels`, of this view.
 
     Raises:
         BadImage: it cannot be decoded, or its size is not `original_hw`.
     """
     # Not for a while, as in `pillow_rules`: filters are the whole process's, and other threads come and go.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    upright = load_pixels(file, original_hw, view.placement)
+    upright = load_pixels(file, original_hw, view.placement, alpha)
     pixels[:] = (upright[:, ::-1] if view.flipped else upright).transpose(2, 0, 1)
+    if alpha is not None and view.flipped:
+        alpha[:] = alpha[:, ::-1].copy()
+
+
+def load_mask(file: Path | bytes, image_hw: tuple[int, int], view: View, mask: np.ndarray) -> None:
+    """Fill `mask`, u8 [bucket height / 8, bucket width / 8], with what a mask file says of a view of its image.
+
+    A mask of another size is stretched to the image as displayed. Colours count by their brightness, and what is
+    transparent as black.
+
+    Raises:
+        BadMask: it cannot be decoded, or has another aspect ratio than the image.
+    """
+    try:
+        with _reasons(), Image.open(_source(file)) as image:
+            orientation = _orientation(image)
+            mask_hw = image.size if orientation in _SIDEWAYS else image.size[::-1]
+            check_mask_shape(mask_hw, image_hw)
+            fill_mask(np.asarray(_upright(_to_grey(image), orientation)), image_hw, view, mask)
+    except BadImage as error:
+        raise BadMask(f"its mask {error}") from error
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    for method in _TRANSPOSITIONS.get(orientation, ()):
+        image = image.transpose(method)
+    return image
 
 
 def _source(file: Path | bytes | IO[bytes]) -> Path | IO[bytes]:
@@ -151,16 +195,29 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    image = _scaled_to_bytes(image)
+    if image.has_transparency_data:
+        return _over(image, 255).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    image = _scaled_to_bytes(image)
+    return (_over(image, 0) if image.has_transparency_data else image.convert("RGB")).convert("L")
+
+
+def _over(image: Image.Image, background: int) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (background, background, background, 255)), rgba)
+
+
+def _scaled_to_bytes(image: Image.Image) -> Image.Image:
+    """The image, or in 8 bits if it has more, which Pillow would clip at 255 in place of scaling."""
     if image.mode.startswith("I"):
-        # Pillow would clip 16-bit grey at 255 in place of scaling it.
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise BadImage("has integer pixels beyond 16 bits, whose range is not known")
-        return Image.fromarray((values.astype(np.float32) / 257.0 + 0.5).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((values.astype(np.float32) / 257.0 + 0.5).astype(np.uint8))
     if image.mode == "F":
         raise BadImage("has floating-point pixels, whose range is not known")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image

@@ -23,10 +23,11 @@ from torch import Tensor
 from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, centred_view, draw_view
 from trainer.data.buckets import Placement
 from trainer.data.captions import PLAIN, CaptionRules, compose
+from trainer.data.masks import FULL
 from trainer.data.reader_processes import ReaderProcesses
 from trainer.data.sampler import Position, StepRows, planned_steps, share
 from trainer.data.store.snapshot import PreparedSet, RowProblem, Rows
-from trainer.keyed import draw_seed
+from trainer.keyed import draw_seed, draw_uniform
 
 _THREADS = 2
 _ALIGN = 64
@@ -62,6 +63,8 @@ class Batch:
     """[m] the images' keys; empty for padding."""
     problems: tuple[RowProblem, ...]
     """The rows that could not be read: where they lie and why."""
+    masks: Tensor | None = None
+    """[m, h, w] uint8, at the size of latents: 255 counts in full, 0 is outside; None where the loss is not masked."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same on `device`; the copy runs beside the caller where the memory is page-locked."""
@@ -101,6 +104,10 @@ class BatchReader:
     """Of images; stored latents are as they are, but for those in `.npz` files that hold mirrored ones as well."""
     captions: CaptionRules = PLAIN
     """How captions and tags become the text of each draw."""
+    with_masks: bool = False
+    """Whether batches have masks."""
+    unmasked_probability: float = 0.0
+    """Share of the draws whose mask is full."""
 
     def read(self, request: Request, payload: NDArray[Any] | None = None) -> Batch:
         """The batch of a request; rows that cannot be read keep their place, with weight 0.
@@ -112,7 +119,7 @@ class BatchReader:
             return draw_view(centred, self.augmentation, draw_seed(self.seed, "augment", request.epoch, key, repeat))
 
         choose = centred_view if self.augmentation == NOT_AUGMENTED else choose_view
-        rows = self.prepared.read(self.split, request.bucket, request.ids, payload, choose)
+        rows = self.prepared.read(self.split, request.bucket, request.ids, payload, choose, self.with_masks)
         input_ids = None
         if self.tokenize is not None:
             input_ids = torch.from_numpy(self.tokenize(self._texts(rows, request.epoch)))
@@ -131,7 +138,16 @@ class BatchReader:
             draw_seeds=_seeds(seeds),
             keys=tuple(rows.keys),
             problems=tuple(rows.problems),
+            masks=None if rows.masks is None else torch.from_numpy(self._masks(rows, rows.masks, request.epoch)),
         )
+
+    def _masks(self, rows: Rows, masks: NDArray[np.uint8], epoch: int) -> NDArray[np.uint8]:
+        """Those of the rows, full where the draw goes without."""
+        if self.unmasked_probability > 0:
+            for i, (key, repeat) in enumerate(zip(rows.keys, rows.repeat.tolist(), strict=True)):
+                if key and draw_uniform(self.seed, "unmasked", epoch, key, repeat) < self.unmasked_probability:
+                    masks[i] = FULL
+        return masks
 
     def _texts(self, rows: Rows, epoch: int) -> list[str]:
         """One text per row, empty where the row has no record because it could not be read."""
@@ -154,7 +170,11 @@ class BatchReader:
         payloads = [self.prepared.payload_shape(self.split, bucket) for bucket in buckets]
         positions, hidden_width, pooled_width = self.prepared.text_shape or (0, 0, 0)
         other_bytes = max(_TOKEN_BYTES, 2 * (positions * hidden_width + pooled_width)) + _OTHER_BYTES
-        row_bytes = [dtype.itemsize * math.prod(shape) + other_bytes for shape, dtype in payloads]
+        masks = [math.prod(self.prepared.mask_shape(self.split, b)) if self.with_masks else 0 for b in buckets]
+        row_bytes = [
+            dtype.itemsize * math.prod(shape) + mask_bytes + other_bytes
+            for (shape, dtype), mask_bytes in zip(payloads, masks, strict=True)
+        ]
         most = max(rows * size for rows, size in zip(rows_of_bucket, row_bytes, strict=True))
         return most + len(fields(Batch)) * _ALIGN
 

@@ -3,7 +3,7 @@
 uniforms, draws = draw(seeds, shape, device, objective.noise)    the samples' own random numbers
 mixture = objective.mixture(uniforms, places, count)             where in the process they are
 noise, input_noise = mixed_noise(draws, latents, objective.noise)
-loss = objective.losses(prediction, mixed_target(mixture, latents, noise), mixture)
+loss = objective.losses(prediction, mixed_target(mixture, latents, noise), mixture, masks)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.diffusion.learner import Learner
 from trainer.diffusion.losses import Delta, Loss, squared
+from trainer.diffusion.masking import Mean, plain_mean
 from trainer.diffusion.noise import PLAIN, NoiseRecipe
 from trainer.diffusion.prediction import Mixture, Prediction
 from trainer.diffusion.timesteps import EVENLY, Distribution, Spread, independent
@@ -35,6 +36,7 @@ class Objective:
         learner: what the losses teach; its factors are part of `weigh`. None: nothing is learnt from them.
         pairs: the noises of a step are dealt out to the images that they are nearest to.
         contrast: how much of the loss against another image's target is taken off.
+        mean: from the elements' losses to the sample's, by its mask or without.
     """
 
     prediction: Prediction
@@ -47,22 +49,31 @@ class Objective:
     learner: Learner | None = None
     pairs: bool = False
     contrast: float = 0.0
+    mean: Mean = plain_mean
 
     def mixture(self, uniforms: Tensor, places: Tensor, count: int) -> Mixture:
         """Of samples, by their uniform numbers [B] float64 and their places in a step of so many; on the CPU."""
         return self.prediction.mix(self.distribution(self.spread(uniforms, places, count)))
 
-    def losses(self, prediction: Tensor, target: Tensor, mixture: Mixture, negative: Tensor | None = None) -> Tensor:
+    def losses(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        mixture: Mixture,
+        masks: Tensor | None = None,
+        negative: Tensor | None = None,
+    ) -> Tensor:
         """Each sample's weighted loss, the mean over its elements: [B, c, h, w] each -> [B] float32.
 
         Args:
+            masks: [B, h, w] uint8, for a `mean` that wants them.
             negative: the target of another sample, for `contrast`.
         """
         delta = _columns(_on(self.delta(mixture), prediction.device)) if self.delta else None
         elements = self.loss(prediction, target, delta)
         if negative is not None:
             elements = elements - self.contrast * self.loss(prediction, negative, delta)
-        losses = elements.flatten(1).mean(dim=1)
+        losses = self.mean(elements, masks)
         return losses if self.weigh is unweighted else losses * _on(self.weigh(mixture).float(), prediction.device)
 
 

@@ -54,6 +54,7 @@ class Scorer:
         resolution_px: side of a sample of which nothing else is said.
         folder: where samples of the run go.
         cached_text: the prepared data hold what the text encoders give.
+        masked: the loss is masked.
         weights: what `score_when_due` looks at, by name, each with what puts it into the model for forward passes that
             workers run each by itself.
         failures: what could not be done beside the training, so far.
@@ -70,6 +71,7 @@ class Scorer:
     resolution_px: int
     folder: Path
     cached_text: bool
+    masked: bool
     load_tokenizer: Callable[[], CaptionTokenizer]
     load_text_encoders: Callable[[], TextEncoders]
     load_vae: Callable[[], AutoencoderKL]
@@ -135,7 +137,9 @@ class Scorer:
             FailedBeside: (on every worker) one of them could not.
         """
         tokenizer, settings = None if self.cached_text else self._tokenizer, self.validation
-        reader = BatchReader(self.prepared, "validation", self.seed, tokenizer, captions=self.captions)
+        reader = BatchReader(
+            self.prepared, "validation", self.seed, tokenizer, captions=self.captions, with_masks=self.masked
+        )
         batches = validation_batches(reader, settings.max_images, self.images_per_pass, self.comm)
         encoded = encoded_batches(self.denoiser.image_encoder, batches)
         return validation_loss(self.denoiser, _with_warnings(encoded), settings.timesteps, self.comm)

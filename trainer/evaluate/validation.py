@@ -73,9 +73,13 @@ def _loss_sum(denoiser: Denoiser, batch: Batch, timestep: int, device: torch.dev
     latents = batch.latents.to(device)
     seeds = torch.tensor([draw_seed("validation noise", key) for key in batch.keys], dtype=torch.int64)
     noise = standard_normal(seeds, latents.shape[1:], device)
-    # The plain error of what is predicted: numbers of runs that weight it in other ways can be compared.
-    objective = Objective(denoiser.objective.prediction)
+    # The plain error of what is predicted, where it is trained: numbers of runs that weight it in other ways can be
+    # compared, and what a mask leaves out says nothing of the training.
+    objective = Objective(denoiser.objective.prediction, mean=denoiser.objective.mean)
     mixture = objective.prediction.at_timestep(torch.full((len(latents),), timestep)).to(device)
     time_ids = batch.time_ids.to(device)
-    losses = image_losses(denoiser, denoiser.model, latents, Draws(noise), mixture, text, time_ids, objective)
+    draws = Draws(noise)
+    losses = image_losses(
+        denoiser, denoiser.model, latents, draws, mixture, text, time_ids, objective, masks=batch.masks
+    )
     return float((losses * batch.weights.to(device)).sum())

@@ -132,8 +132,9 @@ def image_losses(
     time_ids: Tensor,
     objective: Objective | None = None,
     others: Others | None = None,
+    masks: Tensor | None = None,
 ) -> Tensor:
-    """The objective's loss of each image, [B] float32; every tensor lies on the model's device.
+    """The objective's loss of each image, [B] float32; every tensor but the masks lies on the model's device.
 
     Args:
         model: what is called: the denoiser's model, or the wrapper that exchanges its gradients or weights.
@@ -144,6 +145,7 @@ def image_losses(
         time_ids: [B, 6] float32.
         objective: in place of the denoiser's.
         others: from which the prediction is to be told apart.
+        masks: [B, h, w] uint8, where the objective's loss is masked.
     """
     objective = objective or denoiser.objective
     scaled = _scaled(denoiser, latents)
@@ -156,7 +158,7 @@ def image_losses(
     if others:
         scaled_others = _scaled(denoiser, others.latents)
         negative = mixed_target(mixture, scaled_others, mixed_noise(others.draws, scaled_others, objective.noise)[0])
-    return objective.losses(prediction, mixed_target(mixture, scaled, noise), mixture, negative)
+    return objective.losses(prediction, mixed_target(mixture, scaled, noise), mixture, masks, negative)
 
 
 def _scaled(denoiser: Denoiser, latents: Tensor) -> Tensor:

@@ -147,6 +147,7 @@ def build_run(config: Config, model: RunModel, comm: Comm) -> Run:
     within_epoch = state is not None and not state.position.starts_epoch
     name = state.snapshot if state and within_epoch else newest_snapshot(config.data.prepared, comm)
     prepared = PreparedSet.open(config.data.prepared, name)
+    require_masks(config, prepared)
     _check_shards(prepared, config.data.max_bad_fraction)
     setting = worker_setting(config, comm, prepared, smallest_card(comm))
     choice = choose_memory(planned_run(config, model), comm, setting)
@@ -199,6 +200,15 @@ def newest_snapshot(prepared: Path, comm: Comm) -> str | None:
     """Name of the newest snapshot that every worker sees: hosts may have copies of their own."""
     names = gather_objects(comm, current_snapshot(prepared))
     return None if None in names else min(names)
+
+
+def require_masks(config: Config, prepared: PreparedSet) -> None:
+    """UserError where the loss is to be masked and the snapshot, which may be an older one, holds no masks."""
+    if config.objective.loss.masked and not prepared.has_masks:
+        raise UserError(
+            f"objective.loss.masked = true: snapshot {prepared.snapshot_name} of {prepared.path}, with which this "
+            "epoch began, holds no masks; leave it false until the epoch ends, or start anew with run.resume=false"
+        )
 
 
 def _check_shards(prepared: PreparedSet, max_bad_fraction: float) -> None:
@@ -345,6 +355,7 @@ def make_scorer(
         resolution_px=config.data.buckets.resolution,
         folder=config.run.dir / "samples",
         cached_text=config.data.cache_text,
+        masked=config.objective.loss.masked,
         load_tokenizer=partial(caption_tokenizer, config, model_files),
         load_text_encoders=partial(frozen_text_encoders, config, model_files, comm.device),
         load_vae=partial(frozen_vae, config, model_files, comm.device),

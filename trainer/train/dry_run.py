@@ -94,4 +94,7 @@ def _blank_batch(config: Config, parts: StepParts, fullest: tuple[int, int, int]
         draw_seeds=whole(images),
         keys=("",) * images,
         problems=(),
+        masks=torch.full((images, height // 8, width // 8), 255, dtype=torch.uint8)
+        if config.objective.loss.masked
+        else None,
     )

@@ -226,8 +226,18 @@ def open_training_loader(
     """This worker's batches from where the run stands."""
     tokenizers = None if config.data.cache_text else caption_tokenizer(config, model)
     augmentation = Augmentation(config.data.augment.flip_probability, config.data.augment.random_crop)
+    loss = config.objective.loss
     return open_loader(
-        BatchReader(run.prepared, "train", config.run.seed, tokenizers, augmentation, caption_rules(config)),
+        BatchReader(
+            run.prepared,
+            "train",
+            config.run.seed,
+            tokenizers,
+            augmentation,
+            caption_rules(config),
+            with_masks=loss.masked,
+            unmasked_probability=loss.unmasked_probability,
+        ),
         state.position,
         rank=comm.rank,
         world=comm.world,

@@ -99,6 +99,8 @@ def describe_objective(config: Config, model: RunModel) -> list[str]:
     for name, values in options.items():
         words = [f"{key} {value}" if key != "kind" else str(value) for key, value in values.items()]
         lines.append(f"  {name}: {', '.join(words)}")
+    if not objective.loss.masked and any(source.masks != "none" for source in config.data.sources):
+        lines.append("  masks: data.sources have some, which are not used; objective.loss.masked=true uses them")
     return [*lines, *_costs(config)]
 
 
@@ -142,7 +144,7 @@ def make_objective(config: Config, model: RunModel) -> Objective:
     Raises:
         UserError: as `chosen_prediction`.
     """
-    from trainer.diffusion import losses, timesteps
+    from trainer.diffusion import losses, masking, timesteps
     from trainer.diffusion.importance import LossHistory
     from trainer.diffusion.noise import NoiseRecipe
     from trainer.diffusion.objective import Objective, taught
@@ -150,7 +152,10 @@ def make_objective(config: Config, model: RunModel) -> Objective:
     wished = config.objective
     prediction = make_prediction(config, model)
     loss = {"l2": losses.squared, "l1": losses.absolute, "huber": losses.huber, "smooth_l1": losses.smooth_l1}
-    noise, learner = wished.noise, _learner(wished)
+    noise, mean, learner = wished.noise, masking.plain_mean, _learner(wished)
+    if wished.loss.masked:
+        masked = masking.area_mean if wished.loss.normalize_masked_area else masking.masked_mean
+        mean = masked(wished.loss.unmasked_weight)
     objective = Objective(
         prediction=prediction,
         distribution=_distribution(wished.timesteps, prediction, wished.flow.aligned, _shift(config)),
@@ -169,6 +174,7 @@ def make_objective(config: Config, model: RunModel) -> Objective:
         ),
         pairs=noise.pairing == "optimal_transport",
         contrast=wished.loss.contrast,
+        mean=mean,
     )
     if isinstance(learner, LossHistory):
         objective = replace(objective, distribution=learner.positions)

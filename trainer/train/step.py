@@ -1,8 +1,8 @@
 """One optimizer step: gradients of the weighted mean loss, one reduction, clip, AdamW.
 
 The loss of a step is `sum(w_i * l_i) / sum(w_i)` over every image of the step on every worker, where
-`l_i` is the mean over the image's latent elements. So it does not depend on how the step is cut into
-workers and micro-batches, nor on padding or unreadable rows (weight 0).
+`l_i` is the mean over the image's latent elements, weighed by its mask where it has one. So it does not depend
+on how the step is cut into workers and micro-batches, nor on padding or unreadable rows (weight 0).
 """
 
 import math
@@ -109,7 +109,10 @@ def batch_losses(
     mixture = denoiser.objective.mixture(uniforms, places, round(planned_images)).to(device)
     time_ids = batch.time_ids.to(device, non_blocking=True)
     with parts.around_forward():
-        losses = image_losses(denoiser, parts.strategy.model, latents, draws, mixture, text, time_ids, others=others)
+        model = parts.strategy.model
+        losses = image_losses(
+            denoiser, model, latents, draws, mixture, text, time_ids, others=others, masks=batch.masks
+        )
     return BatchLosses(losses, mixture)
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from trainer.cli.run_target import add_prepared_target, find_prepared
 from trainer.config.load import load_config
 from trainer.data.captions import PLAIN, CaptionRules
-from trainer.data.prepare.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, left_out, sample
+from trainer.data.prepare.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, left_out, mask_counts, sample
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.evaluate.data_chart import DataChart, data_chart_png
@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", type=Path, help="model folder with the tokenizers (default: the config's)")
     arguments = parser.parse_intermixed_args(argv)
     prepared = PreparedSet.open(find_prepared(arguments))
-    for line in [*_table(bucket_counts(prepared)), *_left_out(prepared.path)]:
+    masks = mask_counts(prepared)
+    for line in [*_table(bucket_counts(prepared)), *([str(masks)] if masks else []), *_left_out(prepared.path)]:
         print(line)
     rules, model, tokenizer = _texts_of(arguments)
     lengths, unit, used = _lengths(model, tokenizer)

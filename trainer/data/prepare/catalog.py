@@ -18,9 +18,10 @@ from typing import Any, Literal, NamedTuple
 
 from trainer.data.buckets import Bucket, Placement
 from trainer.data.captions import caption_record
+from trainer.data.sources.source import MaskPlace
 from trainer.errors import UserError
 
-CATALOG_FORMAT = 2
+CATALOG_FORMAT = 3
 REFERENCES_PER_SHARD = 4
 """A shard that only says where the payload lies holds as many times more rows."""
 _CACHE_KIB = 32 * 1024
@@ -39,7 +40,7 @@ CREATE TABLE IF NOT EXISTS rows (
     payload TEXT NOT NULL,
     original_h INTEGER NOT NULL, original_w INTEGER NOT NULL,
     resized_h INTEGER NOT NULL, resized_w INTEGER NOT NULL,
-    crop_top INTEGER NOT NULL, crop_left INTEGER NOT NULL, no_caption INTEGER NOT NULL);
+    crop_top INTEGER NOT NULL, crop_left INTEGER NOT NULL, no_caption INTEGER NOT NULL, mask TEXT);
 CREATE INDEX IF NOT EXISTS rows_by_shard ON rows (generation, split, bucket_h, bucket_w, payload, key, no_caption);
 CREATE TABLE IF NOT EXISTS bad (
     key TEXT NOT NULL, path TEXT NOT NULL,
@@ -54,9 +55,12 @@ CREATE TABLE IF NOT EXISTS generations (
 """
 
 
+_FROM_FORMAT_2 = "ALTER TABLE rows ADD COLUMN mask TEXT;"
+
+
 class FileStamp(NamedTuple):
-    """By which a change is noticed: size and time of the file, and the caption file's time (0: none) or the given
-    caption's checksum."""
+    """By which a change is noticed: size and time of the file, the time mixed (xor) with that of a mask's file; and the
+    caption file's time (0: none) or the given caption's checksum."""
 
     file_bytes: int
     mtime_ns: int
@@ -78,6 +82,7 @@ class CatalogRow(NamedTuple):
     split: str
     original_hw: tuple[int, int]
     placement: Placement
+    mask: MaskPlace | None = None
 
 
 @dataclass(frozen=True)
@@ -129,13 +134,19 @@ def open_catalog(prepared: Path, read_only: bool = False) -> Iterator[sqlite3.Co
 
 def _check_format(connection: sqlite3.Connection, path: Path, read_only: bool) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version not in (0, CATALOG_FORMAT):
+    if version not in (0, CATALOG_FORMAT - 1, CATALOG_FORMAT):
         raise UserError(f"{path}: is of format {version}, this version reads {CATALOG_FORMAT}")
     connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
     if not read_only:
         connection.execute("PRAGMA synchronous = NORMAL")
         if version == 0:
             connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {CATALOG_FORMAT}; COMMIT;")
+
+
+def upgrade(connection: sqlite3.Connection) -> None:
+    """Give a catalogue of the format before this one its column of masks; others stay as they are."""
+    if connection.execute("PRAGMA user_version").fetchone()[0] != CATALOG_FORMAT:
+        connection.executescript(f"BEGIN; {_FROM_FORMAT_2} PRAGMA user_version = {CATALOG_FORMAT}; COMMIT;")
 
 
 @contextmanager
@@ -159,7 +170,7 @@ def open_generation(connection: sqlite3.Connection) -> int:
 def add_rows(connection: sqlite3.Connection, generation: int, rows: Sequence[CatalogRow]) -> None:
     """Add usable images to the open generation; what was said of them as bad is forgotten."""
     connection.executemany(
-        f"INSERT INTO rows VALUES ({', '.join('?' * 21)})",
+        f"INSERT INTO rows VALUES ({', '.join('?' * 22)})",
         [
             (
                 *(row.key, row.path, row.offset, row.length, *row.stamp),
@@ -169,6 +180,7 @@ def add_rows(connection: sqlite3.Connection, generation: int, rows: Sequence[Cat
                 *row.placement.resized_hw,
                 *row.placement.crop_top_left,
                 row.caption == _NO_CAPTION,
+                None if row.mask is None else row.mask.to_text(),
             )
             for row in rows
         ],
@@ -210,6 +222,12 @@ def count_new(connection: sqlite3.Connection) -> tuple[int, int]:
     query = "SELECT COUNT(*), TOTAL(no_caption) FROM rows WHERE generation = ?"
     rows, empty = connection.execute(query, (open_generation(connection),)).fetchone()
     return rows, int(empty)
+
+
+def count_new_masks(connection: sqlite3.Connection) -> int:
+    """Images of the open generation that have a mask; latents tell it only when they are read."""
+    query = "SELECT COUNT(mask) FROM rows WHERE generation = ? AND payload != 'npz'"
+    return connection.execute(query, (open_generation(connection),)).fetchone()[0]
 
 
 def plan_generation(connection: sqlite3.Connection, rows_per_shard: int) -> int:
@@ -298,7 +316,7 @@ def pending_shards(connection: sqlite3.Connection) -> list[PlannedShard]:
 def rows_of_shard(connection: sqlite3.Connection, shard: PlannedShard) -> list[CatalogRow]:
     """The rows of one shard, by key."""
     query = """SELECT key, path, offset, length, payload, file_bytes, mtime_ns, caption_stamp, caption, repeats, split,
-            original_h, original_w, resized_h, resized_w, crop_top, crop_left
+            original_h, original_w, resized_h, resized_w, crop_top, crop_left, mask
         FROM rows WHERE generation = ? AND split = ? AND bucket_h = ? AND bucket_w = ? AND payload = ?
             AND key BETWEEN ? AND ?
         ORDER BY key"""
@@ -308,7 +326,10 @@ def rows_of_shard(connection: sqlite3.Connection, shard: PlannedShard) -> list[C
     placement = lru_cache(64)(lambda *sides: Placement(bucket, sides[:2], sides[2:]))
     return [
         CatalogRow._make(
-            (*values[:5], FileStamp(*values[5:8]), *values[8:11], values[11:13], placement(*values[13:17]))
+            (
+                *(*values[:5], FileStamp(*values[5:8]), *values[8:11], values[11:13], placement(*values[13:17])),
+                None if values[17] is None else MaskPlace.from_text(values[17]),
+            )
         )
         for values in connection.execute(query, (*group, shard.first_key, shard.last_key))
     ]

@@ -9,24 +9,23 @@ Any number of workers do this at once; they share nothing but the file system. E
 import fcntl
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.data.fork_server import fork_server, take_signals
-from trainer.data.images import BadImage, load_pixels, pillow_rules
+from trainer.data.images import pillow_rules
+from trainer.data.masks import FULL, BadMask
 from trainer.data.prepare import catalog
-from trainer.data.prepare.catalog import BadRow, CatalogRow, Payload, PlannedShard
+from trainer.data.prepare.catalog import CatalogRow, Payload, PlannedShard
+from trainer.data.prepare.decode import decoded, excluded_row, packed, temporary
 from trainer.data.prepare.settings import stored_settings, sync_folder
-from trainer.data.sources.parquet import CellReader
-from trainer.data.sources.source import ROW, WHOLE, read_bytes
 from trainer.data.store.npz import BadNpz
 from trainer.data.store.references import Reference, ReferencedFiles
 from trainer.data.store.shard_reader import read_npz
@@ -150,8 +149,8 @@ class _Encoder:
 @contextmanager
 def _claim(path: Path) -> Iterator[int | None]:
     """A locked descriptor of the shard's temporary file, or None where another worker holds it."""
-    temporary = _temporary(path)
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    partial = temporary(path)
+    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,14 +159,10 @@ def _claim(path: Path) -> Iterator[int | None]:
             return
         if path.exists():
             # Another worker finished between our look and our claim; the file that we made is of no use.
-            temporary.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         yield fd
     finally:
         os.close(fd)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
 
 
 def _write(
@@ -190,47 +185,21 @@ def _write(
         if shard.payload == "encode"
         else AS_GIVEN,
         payload="npz" if shard.payload == "npz" else "image" if shard.payload == "image" else "latents",
+        has_masks=any(row.mask for row in rows),
     )
     excluded: list[dict[str, Any]] = []
     os.ftruncate(fd, 0)
     with os.fdopen(fd, "wb", closefd=False) as file:
         if refers:
-            batches = _referring(_packed(rows, path, excluded) if shard.payload == "image" else rows)
+            batches = _referring(packed(rows, path, excluded) if shard.payload == "image" else rows)
         elif shard.payload == "repack":
             batches = _converted(rows, head, encoder, excluded)
         else:
             batches = _encoded(rows, head, encoder, excluded)
         write_shard(file, head, batches, excluded, encode_text)
         os.fsync(fd)
-    _temporary(path).rename(path)
+    temporary(path).rename(path)
     sync_folder(path.parent)
-
-
-def _packed(rows: list[CatalogRow], path: Path, excluded: list[dict[str, Any]]) -> list[CatalogRow]:
-    """The rows, with images that lie in parquet files copied to a file beside the shard `path`.
-
-    A row of a parquet file cannot be read without what is stored before it; in the copy every row can.
-    """
-    if all(row.length != ROW for row in rows):
-        return rows
-    packed = []
-    pack = path.with_suffix(".images").resolve()
-    with _temporary(pack).open("wb") as file, closing(CellReader()) as cells:
-        for row in rows:
-            if row.length != ROW:
-                packed.append(row)
-                continue
-            try:
-                image = cells.read(row.path, row.offset)
-            except BadImage as error:
-                excluded.append(_excluded(row, str(error)))
-                continue
-            packed.append(row._replace(path=str(pack), offset=file.tell(), length=len(image)))
-            file.write(image)
-        file.flush()
-        os.fsync(file.fileno())
-    _temporary(pack).rename(pack)
-    return packed
 
 
 def _referring(rows: list[CatalogRow]) -> Iterator[RowBatch]:
@@ -246,6 +215,7 @@ def _referring(rows: list[CatalogRow]) -> Iterator[RowBatch]:
         sizes=np.array([_sizes(row) for row in rows], dtype=np.uint32).reshape(-1, 6),
         repeats=np.array([row.repeats for row in rows], dtype=np.uint32),
         references=references,
+        mask_places=[row.mask for row in rows],
     )
 
 
@@ -255,28 +225,30 @@ def _converted(
     """Batches of latents read from where they lie, in the order of `rows`; threads read ahead."""
     files = ReferencedFiles()
 
-    def load(row: CatalogRow) -> tuple[np.ndarray, np.ndarray] | str:
+    def load(row: CatalogRow) -> tuple[np.ndarray, np.ndarray | None, np.ndarray] | str:
         latents = np.empty(head.latent_shape, dtype=np.float16)
+        mask = np.full(head.latent_shape[1:], FULL, dtype=np.uint8) if head.has_masks else None
         try:
             data = files.read(Reference(row.path, row.offset, row.length, (0, 0)))
-            return latents, read_npz(data, np.array(_sizes(row)), latents)
+            return latents, mask, read_npz(data, np.array(_sizes(row)), latents, mask=mask if row.mask else None)
         except OSError as error:
             return f"cannot be read: {error.strerror}"
-        except (BadNpz, EOFError) as error:
+        except (BadNpz, BadMask, EOFError) as error:
             return str(error)
 
     for first in range(0, len(rows), _CONVERTED_AT_ONCE):
         some = rows[first : first + _CONVERTED_AT_ONCE]
         loaded = list(encoder.pool.map(load, some))
-        excluded += [_excluded(row, why) for row, why in zip(some, loaded, strict=True) if isinstance(why, str)]
+        excluded += [excluded_row(row, why) for row, why in zip(some, loaded, strict=True) if isinstance(why, str)]
         good = [(row, *read) for row, read in zip(some, loaded, strict=True) if not isinstance(read, str)]
         if good:
             yield RowBatch(
-                latents=np.stack([latents for _, latents, _ in good]),
-                captions=[row.caption for row, _, _ in good],
-                keys=[row.key for row, _, _ in good],
-                sizes=np.array([sizes for _, _, sizes in good], dtype=np.uint32),
-                repeats=np.array([row.repeats for row, _, _ in good], dtype=np.uint32),
+                latents=np.stack([latents for _, latents, _, _ in good]),
+                captions=[row.caption for row, *_ in good],
+                keys=[row.key for row, *_ in good],
+                sizes=np.array([sizes for *_, sizes in good], dtype=np.uint32),
+                repeats=np.array([row.repeats for row, *_ in good], dtype=np.uint32),
+                masks=_stacked([mask for _, _, mask, _ in good]),
             )
 
 
@@ -286,83 +258,34 @@ def _encoded(
     """Batches of encoded rows in the order of `rows`; images that cannot be used go to `excluded`."""
     if encoder.encode is None:
         raise ValueError("images are to be encoded, but there is no encoder")
-    for batch in _decoded(rows, encoder, excluded):
-        seeds = np.array([draw_seed("vae", row.key) for row, _ in batch], dtype=np.int64)
-        latents = np.asarray(encoder.encode(np.stack([pixels for _, pixels in batch]), seeds))
+    for batch in decoded(rows, encoder.pool, encoder.ahead, encoder.batch_size, head.has_masks, excluded):
+        seeds = np.array([draw_seed("vae", image.row.key) for image in batch], dtype=np.int64)
+        latents = np.asarray(encoder.encode(np.stack([image.pixels for image in batch]), seeds))
         if latents.shape != (len(batch), *head.latent_shape):
             raise ValueError(f"the VAE gave latents of shape {latents.shape} for bucket {head.bucket}")
         with np.errstate(invalid="ignore"):
             fits = np.abs(latents).reshape(len(batch), -1).max(axis=1) <= np.finfo(np.float16).max
         reason = "the VAE gives values for it that are not finite or beyond fp16 (model.vae_precision: fp32 may help)"
-        excluded += [_excluded(row, reason) for (row, _), fit in zip(batch, fits.tolist(), strict=True) if not fit]
-        good = [row for (row, _), fit in zip(batch, fits.tolist(), strict=True) if fit]
+        excluded += [
+            excluded_row(image.row, reason) for image, fit in zip(batch, fits.tolist(), strict=True) if not fit
+        ]
+        good = [image for image, fit in zip(batch, fits.tolist(), strict=True) if fit]
         yield RowBatch(
             latents=latents[fits].astype(np.float16),
-            captions=[row.caption for row in good],
-            keys=[row.key for row in good],
-            sizes=np.array([_sizes(row) for row in good], dtype=np.uint32).reshape(-1, 6),
-            repeats=np.array([row.repeats for row in good], dtype=np.uint32),
+            captions=[image.row.caption for image in good],
+            keys=[image.row.key for image in good],
+            sizes=np.array([_sizes(image.row) for image in good], dtype=np.uint32).reshape(-1, 6),
+            repeats=np.array([image.row.repeats for image in good], dtype=np.uint32),
+            masks=_stacked([image.mask for image in good]),
         )
 
 
-def _decoded(
-    rows: list[CatalogRow], encoder: _Encoder, excluded: list[dict[str, Any]]
-) -> Iterator[list[tuple[CatalogRow, np.ndarray]]]:
-    """Batches of decoded images; threads decode ahead while the caller encodes.
-
-    A batch is the next `batch_size` good images in order, so that its content, on which the last bit of a convolution
-    may depend, is a function of the images alone.
-    """
-    ahead: deque[tuple[CatalogRow, Future[np.ndarray]]] = deque()
-    waiting = iter(rows)
-    batch: list[tuple[CatalogRow, np.ndarray]] = []
-    with closing(CellReader()) as cells:
-        while True:
-            while len(ahead) < encoder.ahead and (row := next(waiting, None)) is not None:
-                ahead.append((row, _decode_ahead(row, cells, encoder.pool)))
-            if not ahead:
-                break
-            row, pixels = ahead.popleft()
-            try:
-                batch.append((row, pixels.result()))
-            except BadImage as error:
-                excluded.append(_excluded(row, str(error)))
-            if len(batch) == encoder.batch_size:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
-
-
-def _decode_ahead(row: CatalogRow, cells: CellReader, pool: ThreadPoolExecutor) -> Future[np.ndarray]:
-    try:
-        return pool.submit(_channels_first, _image(row, cells), row)
-    except BadImage as error:
-        failed: Future[np.ndarray] = Future()
-        failed.set_exception(error)
-        return failed
-
-
-def _channels_first(image: Path | bytes, row: CatalogRow) -> np.ndarray:
-    return np.ascontiguousarray(load_pixels(image, row.original_hw, row.placement).transpose(2, 0, 1))
-
-
-def _image(row: CatalogRow, cells: CellReader) -> Path | bytes:
-    """The image's file, or its bytes where they are a part of one."""
-    if row.length == WHOLE:
-        return Path(row.path)
-    if row.length == ROW:
-        return cells.read(row.path, row.offset)
-    try:
-        return read_bytes(row.path, row.offset, row.length)
-    except (OSError, EOFError) as error:
-        raise BadImage(f"cannot be read: {error}") from error
+def _stacked(masks: list[np.ndarray | None]) -> np.ndarray | None:
+    """u8 [b, h, w]; None where the shard has no masks."""
+    known = [mask for mask in masks if mask is not None]
+    return np.stack(known) if known else None
 
 
 def _sizes(row: CatalogRow) -> tuple[int, ...]:
     bucket = row.placement.bucket
     return (*row.original_hw, *row.placement.crop_top_left, bucket.height_px, bucket.width_px)
-
-
-def _excluded(row: CatalogRow, reason: str) -> dict[str, Any]:
-    return asdict(BadRow(row.path, row.key, row.stamp.file_bytes, row.stamp.mtime_ns, reason))

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from trainer.data.sources.source import SourceItem
+from trainer.data.sources.source import MaskPlace, SourceItem
 
 _SORT_KIB = 64 * 1024
 """Memory in which SQLite sorts; what is beyond goes to temporary files."""
@@ -34,7 +34,7 @@ def listing_table(connection: sqlite3.Connection, prepared: Path) -> Iterator[Pa
         connection.execute(
             "CREATE TABLE listing.listed (key TEXT, file TEXT, offset INTEGER, length INTEGER, kind TEXT, caption TEXT,"
             " caption_path TEXT, repeats INTEGER, original_h INTEGER, original_w INTEGER, bucket_h INTEGER,"
-            " bucket_w INTEGER, file_bytes INTEGER, mtime_ns INTEGER)"
+            " bucket_w INTEGER, file_bytes INTEGER, mtime_ns INTEGER, mask TEXT)"
         )
         yield scratch
     finally:
@@ -49,8 +49,11 @@ def listing_table(connection: sqlite3.Connection, prepared: Path) -> Iterator[Pa
 def add_listed(connection: sqlite3.Connection, items: Sequence[SourceItem]) -> None:
     """Append items, none of which has a problem."""
     connection.executemany(
-        "INSERT INTO listing.listed VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [(*i[:8], *(i.original_hw or _NONE), *(i.bucket_hw or _NONE), *i[10:12]) for i in items],
+        f"INSERT INTO listing.listed VALUES ({', '.join('?' * 15)})",
+        [
+            (*i[:8], *(i.original_hw or _NONE), *(i.bucket_hw or _NONE), *i[10:12], i.mask and i.mask.to_text())
+            for i in items
+        ],
     )
 
 
@@ -58,7 +61,12 @@ def listed_pages(connection: sqlite3.Connection, size: int) -> Generator[list[So
     """The listed items by key and place, `size` at a time."""
     with closing(connection.execute("SELECT * FROM listing.listed ORDER BY key, file, offset, rowid")) as cursor:
         while values := cursor.fetchmany(size):
-            yield [SourceItem._make((*v[:8], _pair(v[8:10]), _pair(v[10:12]), v[12], v[13], "")) for v in values]
+            yield [
+                SourceItem._make(
+                    (*v[:8], _pair(v[8:10]), _pair(v[10:12]), v[12], v[13], v[14] and MaskPlace.from_text(v[14]), "")
+                )
+                for v in values
+            ]
 
 
 def _pair(values: tuple[int | None, ...]) -> tuple[int, int] | None:

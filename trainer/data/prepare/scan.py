@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from trainer.data.buckets import Bucket, Placement, make_buckets, place
 from trainer.data.captions import caption_record
-from trainer.data.images import BadImage, image_hw, pillow_rules
+from trainer.data.images import BadImage, has_alpha, image_hw, pillow_rules
+from trainer.data.masks import BadMask, check_mask_shape
 from trainer.data.prepare.catalog import (
     BadRow,
     CatalogRow,
@@ -39,7 +40,7 @@ from trainer.data.prepare.listing_table import add_listed, listed_pages, listing
 from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.sources.folder import read_caption
 from trainer.data.sources.listing import list_source, source_names
-from trainer.data.sources.source import ROW, WHOLE, SourceItem, open_range, read_bytes
+from trainer.data.sources.source import OWN_MASK, ROW, WHOLE, MaskPlace, SourceItem, open_range, read_bytes
 from trainer.data.store.npz import HEAD_BYTES, BadNpz, latents_hw, latents_hw_of_head
 from trainer.data.store.shards import LATENT_FACTOR
 from trainer.keyed import draw_uniform
@@ -269,6 +270,8 @@ def _judge(rules: _Rules, item: SourceItem, known: _Known | None, judged: tuple[
         if file_bytes < 0:
             stat = os.stat(item.file)  # noqa: PTH116 - no Path object per image
             file_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
+        if item.mask is not None and item.mask.file and item.mask.length == WHOLE:
+            mtime_ns ^= _mtime_ns(item.mask.file)  # an image that is bad by its mask is mended by it
         caption_stamp = _mtime_ns(item.caption_path) if item.caption_path else zlib.crc32((item.caption or "").encode())
         stamp = FileStamp(file_bytes, mtime_ns, caption_stamp)
         if known is not None:
@@ -278,7 +281,7 @@ def _judge(rules: _Rules, item: SourceItem, known: _Known | None, judged: tuple[
         return _row(rules, item, stamp)
     except OSError as error:
         return BadRow(item.file, item.key, _NEVER, _NEVER, f"cannot be read: {error.strerror}")
-    except (BadImage, BadNpz, EOFError, ValueError) as error:
+    except (BadImage, BadMask, BadNpz, EOFError, ValueError) as error:
         return BadRow(item.file, item.key, file_bytes, mtime_ns, str(error))
 
 
@@ -286,6 +289,7 @@ def _row(rules: _Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
     settings = rules.settings
     held_out = settings.validation_fraction > 0 and draw_uniform("split", item.key) < settings.validation_fraction
     payload: Payload = "npz"
+    mask = item.mask
     if item.kind == "latents":
         if settings.mode == "images":
             raise ValueError("is a file of latents, which data.mode: images does not use")
@@ -297,6 +301,7 @@ def _row(rules: _Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
         payload = "image" if settings.mode == "images" else "encode"
         original_hw = item.original_hw if item.length == ROW and item.original_hw else _image_hw(item)
         placement = place(original_hw, rules.buckets, settings.buckets)
+        mask = _mask(item, original_hw)
     caption = item.caption or caption_record("").decode()
     return CatalogRow(
         key=item.key,
@@ -310,7 +315,26 @@ def _row(rules: _Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
         split="validation" if held_out else "train",
         original_hw=original_hw,
         placement=placement,
+        mask=mask,
     )
+
+
+def _mask(item: SourceItem, original_hw: tuple[int, int]) -> MaskPlace | None:
+    """Where the mask of an image lies, which is there and of its shape; raises BadMask."""
+    mask = item.mask
+    if mask is None or ROW in (mask.length, item.length):  # that of a table's row was looked at when it was listed
+        return mask
+    if mask == OWN_MASK:
+        with open_range(item.file, item.offset, item.length) as file:
+            return mask if has_alpha(file) else None
+    try:
+        with open_range(*mask) as file:
+            check_mask_shape(image_hw(file), original_hw)
+    except BadImage as error:
+        raise BadMask(f"its mask {error}") from error
+    except OSError as error:
+        raise BadMask(f"its mask cannot be read: {error.strerror}") from error
+    return mask
 
 
 def _image_hw(item: SourceItem) -> tuple[int, int]:

@@ -56,8 +56,11 @@ class PrepareSettings:
 
 
 def _source_to_json(source: Source) -> dict[str, Any]:
+    """Without the keys of masks where there are none, as sets were before there were masks."""
     return {
-        key: os.path.realpath(value) if isinstance(value, Path) else value for key, value in source.model_dump().items()
+        key: os.path.realpath(value) if isinstance(value, Path) else value
+        for key, value in source.model_dump().items()
+        if source.masks != "none" or not key.startswith("mask")
     }
 
 
@@ -155,11 +158,12 @@ def _source_problems(prepared: Path, old: list[dict[str, Any]], new: list[dict[s
             place = next((value for name, value in was.items() if name != "type"), was["type"])
             problems.append(f"data.prepared ({prepared}): holds images of {place}, which data.sources lacks now")
             continue
+        now, was = ({"masks": "none"} | source for source in (new[i], was))
         problems += [
             f"data.prepared ({prepared}): was prepared with data.sources[{i}].{name} = {_shown(was[name])}, "
-            f"the configuration has {_shown(new[i][name])}"
+            f"the configuration has {_shown(now.get(name))}"
             for name in was
-            if was[name] != new[i].get(name)
+            if was[name] != now.get(name) and (name in now or not name.startswith("mask_"))
         ]
     return problems
 

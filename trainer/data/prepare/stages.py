@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.config.sources import LatentTarsSource, Source
 from trainer.data.buckets import Bucket
 from trainer.data.prepare import catalog
 from trainer.data.prepare.catalog import BadRow, PlannedShard
@@ -30,7 +31,7 @@ from trainer.data.prepare.settings import (
     stored_settings,
 )
 from trainer.data.sources.listing import main_path
-from trainer.data.store.shards import HEADER_BYTES, ShardError, ShardInfo, read_info
+from trainer.data.store.shards import HEADER_BYTES, MaskCounts, ShardError, ShardInfo, count_masks, read_info
 from trainer.data.store.snapshot_file import (
     ShardEntry,
     Snapshot,
@@ -51,6 +52,8 @@ class PrepareCounts:
     new_rows: int
     empty_captions: int
     """Among the new rows."""
+    masks: int | None
+    """New images that have a mask; None where no source of images has masks."""
     pending_rows: int
     pending_shards: int
 
@@ -64,6 +67,8 @@ class Committed:
     virtual_rows: int
     left_out: int
     """Images listed in bad.jsonl."""
+    masks: MaskCounts | None = None
+    """Of the images that this commit added; None where no masks are stored."""
 
 
 def is_current(settings: PrepareSettings) -> bool:
@@ -97,11 +102,12 @@ def plan_prepare(settings: PrepareSettings, show_progress: bool = True, limit: i
     with _alone(prepared):
         check_settings(settings)
         with catalog.open_catalog(prepared) as connection:
+            catalog.upgrade(connection)
             if not begin_with(settings):
                 catalog.forget_open_rows(connection)
             counts = scan(connection, prepared, settings, show_progress, limit)
             new_rows, empty = catalog.count_new(connection)
-            rows = catalog.count_rows(connection)
+            rows, masks = catalog.count_rows(connection), _new_masks(connection, settings)
             if rows:
                 store_settings(settings)
             catalog.plan_generation(connection, settings.rows_per_shard)
@@ -111,7 +117,16 @@ def plan_prepare(settings: PrepareSettings, show_progress: bool = True, limit: i
         folders = ", ".join(str(main_path(source)) for source in settings.sources)
         found = f"none of {counts.listed} images can be used, see {prepared}/bad.jsonl" if counts.listed else "no image"
         raise UserError(f"data.sources ({folders}): {found}")
-    return PrepareCounts(counts, rows, new_rows, empty, sum(shard.rows for shard in pending), len(pending))
+    return PrepareCounts(counts, rows, new_rows, empty, masks, sum(shard.rows for shard in pending), len(pending))
+
+
+def _holds_latents(source: Source) -> bool:
+    return isinstance(source, LatentTarsSource) or getattr(source, "latents", None) is not None
+
+
+def _new_masks(connection: sqlite3.Connection, settings: PrepareSettings) -> int | None:
+    in_images = any(s.masks != "none" and not _holds_latents(s) for s in settings.sources)
+    return catalog.count_new_masks(connection) if in_images else None
 
 
 def forget_plan(prepared: Path) -> None:
@@ -170,6 +185,7 @@ def commit(prepared: Path) -> Committed:
         images=sum(info.rows for info in infos),
         virtual_rows=sum(info.virtual_rows for info in infos),
         left_out=left_out,
+        masks=count_masks([entry.info for _, entry in entries]),
     )
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from trainer.data.buckets import Bucket
 from trainer.data.captions import CaptionRules, compose
 from trainer.data.sampler import pick_rows
 from trainer.data.store.shard_reader import RowRecord
+from trainer.data.store.shards import MaskCounts, ShardError, count_masks, read_info
 from trainer.data.store.snapshot import SPLITS, PreparedSet
 
 BAD_FILE = "bad.jsonl"
@@ -56,6 +58,15 @@ def bucket_counts(prepared: PreparedSet) -> list[BucketCounts]:
             images, per_epoch = sum(shard.rows for shard in ours), sum(shard.virtual_rows for shard in ours)
             counts.append(BucketCounts(split, bucket, images, per_epoch, len(ours)))
     return counts
+
+
+def mask_counts(prepared: PreparedSet) -> MaskCounts | None:
+    """Over both splits, from the shards' headers; None where no masks are stored. Damaged shards are passed over."""
+    infos = []
+    for shard in [shard for split in SPLITS for shard in prepared.shards(split)] if prepared.has_masks else ():
+        with suppress(ShardError, OSError):
+            infos.append(read_info(prepared.path / shard.name))
+    return count_masks(infos)
 
 
 def left_out(prepared: Path) -> Counter[str]:

@@ -59,9 +59,15 @@ class TableColumns(Protocol):
     @property
     def key_column(self) -> str | None: ...
 
+    @property
+    def masks(self) -> str: ...
+
+    @property
+    def mask_column(self) -> str: ...
+
 
 def text_columns(source: TableColumns, found: Collection[str], place: str) -> list[str]:
-    """The columns that are read beside the image.
+    """The columns that are read beside the image and its mask.
 
     Args:
         found: columns of the table; place: how a person knows it.
@@ -71,10 +77,11 @@ def text_columns(source: TableColumns, found: Collection[str], place: str) -> li
     """
     fields = ("image_column", "caption_column", "tags_column", "key_column")
     named = {field: column for field in fields if (column := getattr(source, field)) is not None}
+    named |= {"mask_column": source.mask_column} if source.masks == "column" else {}
     for field, column in named.items():
         if column not in found:
             raise UserError(f"data.sources: {field} = {column}: {place} has no such column; it has {', '.join(found)}")
-    return list({column: None for field, column in named.items() if field != "image_column"})
+    return list({column: None for field, column in named.items() if field not in ("image_column", "mask_column")})
 
 
 def row_key(source: TableColumns, key: str, fields: Mapping[str, Any]) -> str:

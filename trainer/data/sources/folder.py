@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 
 from trainer.data.captions import caption_record
 from trainer.data.images import EXTENSIONS
-from trainer.data.sources.source import SourceItem
+from trainer.data.sources.source import OWN_MASK, MaskPlace, SourceItem
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.config.sources import FolderSource
 
+_MASK_ENDINGS = (*sorted(EXTENSIONS), *sorted(extension.upper() for extension in EXTENSIONS))
 _REPEATS = re.compile(r"(?P<repeats>[1-9]\d{0,8})_(?P<words>.*)")
 
 
@@ -78,14 +79,34 @@ def _walk(walk: _Walk, folder: str, above: tuple[tuple[int, int], ...]) -> Itera
                     yield from _walk(walk, entry.path, (*above, identity))
             else:
                 stem, extension = os.path.splitext(entry.path)  # noqa: PTH122 - no Path object per image
-                if extension.lower() in EXTENSIONS:
+                if entry.name.endswith(walk.source.mask_suffix):
+                    if walk.source.masks != "files":
+                        walk.ignored["(mask that is not used)"] += 1
+                elif extension.lower() in EXTENSIONS:
                     key = f"{walk.name}/{stem[walk.root_len :].lstrip('/')}"
                     caption_path = stem + caption_extension
                     yield SourceItem(
-                        key, entry.path, caption=walk.caption, caption_path=caption_path, repeats=walk.repeats
+                        key,
+                        entry.path,
+                        caption=walk.caption,
+                        caption_path=caption_path,
+                        repeats=walk.repeats,
+                        mask=None if walk.source.masks == "none" else _mask(walk, stem),
                     )
                 elif extension != caption_extension:
                     walk.ignored[extension.lower()[:20] or "(none)"] += 1
+
+
+def _mask(walk: _Walk, stem: str) -> MaskPlace | None:
+    """That of an image whose path without ending is `stem`."""
+    source = walk.source
+    if source.masks == "alpha":
+        return OWN_MASK
+    if source.mask_folder is None:
+        files = (stem + source.mask_suffix,)
+    else:
+        files = (f"{source.mask_folder}{stem[walk.root_len :]}{ending}" for ending in _MASK_ENDINGS)
+    return next((MaskPlace(file) for file in files if os.path.exists(file)), None)  # noqa: PTH110
 
 
 def _default(source: FolderSource, words: str = "") -> str | None:

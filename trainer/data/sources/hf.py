@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from trainer.data.sources.columns import path_problem, row_captions, row_key, text_columns
-from trainer.data.sources.source import SourceItem
+from trainer.data.sources.source import OWN_MASK, MaskPlace, SourceItem
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,9 +39,12 @@ def list_hf(source: HfSource, name: str, ignored: Counter[str]) -> Iterator[Sour
     for file in files:
         mtime_ns = os.stat(file).st_mtime_ns  # noqa: PTH116 - a string is at hand
         for batch, base in _batches(source, file):
-            cells = _cells(source, batch.column(source.image_column), base)
-            for fields, cell in zip(batch.select(columns).to_pylist(), cells, strict=True):
-                yield _item(source, f"{name}/{row:09d}", file, row, fields, cell, mtime_ns)
+            cells = _cells("image_column", source.image_column, batch, base)
+            masks = repeat(OWN_MASK if source.masks == "alpha" else None, len(cells))
+            if source.masks == "column":
+                masks = (_mask(file, cell) for cell in _cells("mask_column", source.mask_column, batch, base))
+            for fields, cell, mask in zip(batch.select(columns).to_pylist(), cells, masks, strict=True):
+                yield _item(source, f"{name}/{row:09d}", file, row, fields, cell, mtime_ns)._replace(mask=mask)
                 row += 1
     if row != dataset.num_rows:
         raise UserError(
@@ -93,10 +97,15 @@ def _batches(source: HfSource, file: str) -> Iterator[tuple[pa.RecordBatch, int]
                 yield batch, base
 
 
-def _cells(source: HfSource, column: pa.Array, base: int) -> list[_Cell]:
-    """Where the images of a column lie: a struct of bytes and path as `datasets` stores images, bytes, or paths."""
+def _cells(field: str, name: str, batch: pa.RecordBatch, base: int) -> list[_Cell]:
+    """Where the images of a column lie: a struct of bytes and path as `datasets` stores images, bytes, or paths.
+
+    Args:
+        field: the key of the configuration that names the column.
+    """
     import pyarrow as pa
 
+    column: Any = batch.column(name)
     paths: list[str | None] = [None] * len(column)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return [_Cell(0, 0, path) for path in column.to_pylist()]
@@ -110,13 +119,20 @@ def _cells(source: HfSource, column: pa.Array, base: int) -> list[_Cell]:
     elif pa.types.is_large_binary(column.type):
         dtype = np.int64
     else:
-        raise UserError(f"data.sources: image_column = {source.image_column}: holds no images ({column.type})")
+        raise UserError(f"data.sources: {field} = {name}: holds no images ({column.type})")
     _, offsets, content = column.buffers()
     if content is None:
         return [_Cell(0, 0, path) for path in paths]
     ends = np.frombuffer(offsets, dtype=dtype)[column.offset : column.offset + len(column) + 1].astype(np.int64)
     begins = (ends[:-1] + (content.address - base)).tolist()
     return [_Cell(*cell) for cell in zip(begins, np.diff(ends).tolist(), paths, strict=True)]
+
+
+def _mask(file: str, cell: _Cell) -> MaskPlace | None:
+    """Where a mask lies; None where the row has none."""
+    if cell.length:
+        return MaskPlace(file, cell.offset, cell.length)
+    return MaskPlace(cell.path.removeprefix("file://")) if cell.path else None
 
 
 def _item(

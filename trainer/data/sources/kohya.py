@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from trainer.data.images import EXTENSIONS
 from trainer.data.sources.metadata import MetadataEntry, read_metadata
-from trainer.data.sources.source import SourceItem
+from trainer.data.sources.source import OWN_MASK, SourceItem
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def _list_images(source: KohyaJsonSource, name: str, root: str) -> Iterator[Sour
                     repeats=source.repeats,
                     file_bytes=stamp[0],
                     mtime_ns=stamp[1],
+                    mask=None if source.masks == "none" else OWN_MASK,
                 )
                 break
         else:
@@ -115,6 +116,7 @@ def _latents(source: KohyaJsonSource, name: str, entry: MetadataEntry, file: str
         bucket_hw=entry.bucket_hw,
         file_bytes=stamp[0],
         mtime_ns=stamp[1],
+        mask=None if source.masks == "none" else OWN_MASK,
     )
 
 

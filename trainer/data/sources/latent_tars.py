@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from trainer.data.sources.kohya import image_stem
 from trainer.data.sources.metadata import MetadataEntry, read_metadata
-from trainer.data.sources.source import SourceItem
+from trainer.data.sources.source import OWN_MASK, SourceItem
 from trainer.data.sources.tar_members import BadTar, TarMember, walk_tar
 from trainer.data.sources.webdataset import files_below
 from trainer.errors import UserError
@@ -75,6 +75,7 @@ def list_latent_tars(source: LatentTarsSource, name: str, ignored: Counter[str],
                             bucket_hw=entry.bucket_hw,
                             file_bytes=length,
                             mtime_ns=stamps[tar],
+                            mask=None if source.masks == "none" else OWN_MASK,
                         )
             if left := used_by.count(0) - 1:
                 ignored["latents without metadata"] += left

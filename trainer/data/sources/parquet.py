@@ -14,9 +14,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.images import BadImage, image_hw
+from trainer.data.images import BadImage, has_alpha, image_hw
+from trainer.data.masks import BadMask, check_mask_shape
 from trainer.data.sources.columns import files_below, path_problem, row_captions, row_key, text_columns
-from trainer.data.sources.source import ROW, SourceItem
+from trainer.data.sources.source import OWN_MASK, ROW, MaskPlace, SourceItem
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,6 +46,7 @@ def list_parquet(source: ParquetSource, name: str, ignored: Counter[str]) -> Ite
             mtime_ns = os.stat(path).st_mtime_ns  # noqa: PTH116 - a string is at hand
             with _open(path) as file:
                 columns = [source.image_column, *text_columns(source, file.schema_arrow.names, path)]
+                columns += [source.mask_column] if source.masks == "column" else []
                 for group, first in enumerate(_group_starts(file)):
                     yield from _items(source, path, prefix, file, columns, group, first, mtime_ns)
         except (pa.ArrowException, OSError) as error:
@@ -155,17 +157,16 @@ def _said(error: Exception) -> str:
 
 def _item(source: ParquetSource, path: str, key: str, row: int, fields: dict[str, Any], mtime_ns: int) -> SourceItem:
     key, caption = row_key(source, key, fields), row_captions(source, fields)
-    image = fields[source.image_column]
-    column, place = source.image_column, None
-    if isinstance(image, dict):
-        column, place, image = f"{column}.bytes", image.get("path"), image.get("bytes")
-    elif isinstance(image, str):
-        place, image = image, None
+    column, place, image = _cell(source.image_column, fields)
+    mask: MaskPlace | None = OWN_MASK if source.masks == "alpha" else None
     if isinstance(image, bytes):
+        hw, problem = None, ""
         try:
-            hw, problem = image_hw(image), ""
-        except BadImage as error:
-            hw, problem = None, str(error)
+            hw = image_hw(image)
+            mask = mask if mask and has_alpha(image) else None
+            mask = _mask(source, path, row, fields, hw) if source.masks == "column" else mask
+        except (BadImage, BadMask) as error:
+            problem = str(error)
         return SourceItem(
             key,
             f"{path}{_SPLIT}{column}",
@@ -176,12 +177,45 @@ def _item(source: ParquetSource, path: str, key: str, row: int, fields: dict[str
             original_hw=hw,
             file_bytes=len(image),
             mtime_ns=mtime_ns,
+            mask=mask,
             problem=problem,
         )
     if problem := path_problem(row, place, column):
         return SourceItem(key, path, row, ROW, problem=problem)
-    folder = source.images or Path(path).parent
-    return SourceItem(key, str(folder / str(place).removeprefix("file://")), caption=caption, repeats=source.repeats)
+    try:
+        mask = _mask(source, path, row, fields) if source.masks == "column" else mask
+    except BadMask as error:
+        problem = str(error)
+    file = _file(source, path, place)
+    return SourceItem(key, file, caption=caption, repeats=source.repeats, mask=mask, problem=problem)
+
+
+def _mask(
+    source: ParquetSource, path: str, row: int, fields: dict[str, Any], hw: tuple[int, int] | None = None
+) -> MaskPlace | None:
+    """Where the mask of a row's image lies, whose size may be known; raises BadMask."""
+    column, place, mask = _cell(source.mask_column, fields)
+    if not isinstance(mask, bytes):
+        return MaskPlace(_file(source, path, place)) if place else None
+    try:
+        mask_hw = image_hw(mask)
+    except BadImage as error:
+        raise BadMask(f"its mask {error}") from error
+    if hw is not None:
+        check_mask_shape(mask_hw, hw)
+    return MaskPlace(f"{path}{_SPLIT}{column}", row, ROW)
+
+
+def _cell(column: str, fields: dict[str, Any]) -> tuple[str, object, object]:
+    """Of a row's cell the column that holds the bytes, the path that stands beside or in place of them, the bytes."""
+    value = fields[column]
+    if isinstance(value, dict):
+        return f"{column}.bytes", value.get("path"), value.get("bytes")
+    return (column, value, None) if isinstance(value, str) else (column, None, value)
+
+
+def _file(source: ParquetSource, path: str, place: object) -> str:
+    return str((source.images or Path(path).parent) / str(place).removeprefix("file://"))
 
 
 def _images(column: pa.Array) -> list[bytes | None]:

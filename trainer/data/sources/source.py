@@ -23,6 +23,28 @@ Kind = Literal["image", "latents"]
 """`image`: bytes that Pillow opens. `latents`: a NumPy `.npz` with unscaled latents."""
 
 
+class MaskPlace(NamedTuple):
+    """Where the bytes of an image's mask lie; told as in `SourceItem`."""
+
+    file: str
+    offset: int = 0
+    length: int = WHOLE
+
+    def to_text(self) -> str:
+        """For one column of a table."""
+        return f"{self.offset} {self.length} {self.file}"
+
+    @staticmethod
+    def from_text(text: str) -> "MaskPlace":
+        """Of what `to_text` gave."""
+        offset, length, file = text.split(" ", 2)
+        return MaskPlace(file, int(offset), int(length))
+
+
+OWN_MASK = MaskPlace("")
+"""The mask lies in the image's own file: its alpha channel, or the `alpha_mask` of an `.npz`."""
+
+
 class SourceItem(NamedTuple):
     """One image of a source. A plain tuple, because millions of them pass by."""
 
@@ -47,6 +69,8 @@ class SourceItem(NamedTuple):
     file_bytes: int = -1
     mtime_ns: int = 0
     """Size and time by which a change is noticed; -1 as size: the scan looks at `file` itself."""
+    mask: MaskPlace | None = None
+    """Where its mask lies; None where it has none, or none is wanted."""
     problem: str = ""
     """Why the item cannot be used; then the other fields only say what it is about."""
 

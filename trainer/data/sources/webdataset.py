@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.data.captions import caption_record
 from trainer.data.images import EXTENSIONS
 from trainer.data.sources.columns import files_below, text_of
-from trainer.data.sources.source import SourceItem, read_bytes
+from trainer.data.sources.source import OWN_MASK, MaskPlace, SourceItem, read_bytes
 from trainer.data.sources.tar_members import BadTar, TarMember, walk_tar
 
 if TYPE_CHECKING:
@@ -58,11 +58,18 @@ def _items(
     source: WebdatasetSource, path: str, key: str, members: list[TarMember], ignored: Counter[str]
 ) -> Iterator[SourceItem]:
     """The item of one sample, if it has an image."""
+    masks = [member for member in members if member.name.endswith(source.mask_suffix)]
+    members = [member for member in members if member not in masks] if masks else members
     by_ending = {_ending(member.name): member for member in reversed(members)}
     images = [member for member in members if _ending(member.name) in EXTENSIONS]
     if not images:
         ignored["(caption without image)"] += 1
         return
+    mask = OWN_MASK if source.masks == "alpha" else None
+    if masks and source.masks == "files":
+        mask = MaskPlace(path, masks[0].offset, masks[0].size)
+    elif masks:
+        ignored["(mask that is not used)"] += 1
     if len(images) > 1:
         ignored["(further image of a sample)"] += len(images) - 1
     image, caption, problem = images[0], None, ""
@@ -79,6 +86,7 @@ def _items(
         repeats=source.repeats,
         file_bytes=image.size,
         mtime_ns=image.mtime_ns,
+        mask=mask,
         problem=problem,
     )
 

@@ -4,10 +4,11 @@
     original_size  [width, height] of the image before any resize
     crop_ltrb      [left, top, right, bottom] in the resized image
     latents_flipped   those of the mirrored image
+    alpha_mask     float32 [H, W], 0..1: how much each place is trained
 
-Only `latents` must be there; an `alpha_mask` is passed over. Files with latents of several sizes have all names with
-the size behind it, height before width: `latents_128x96`. A zip archive is parsed here because `zipfile` and `np.load`
-take longer than all the rest of reading a row.
+Only `latents` must be there; the `alpha_mask` is read where it is asked for. Files with latents of several sizes have
+all names with the size behind it, height before width: `latents_128x96`. A zip archive is parsed here because `zipfile`
+and `np.load` take longer than all the rest of reading a row.
 """
 
 import ast
@@ -18,6 +19,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+
+from trainer.data.masks import FULL, fill_stored_mask
 
 _END = struct.Struct("<4s6xHII2x")
 _ENTRY = struct.Struct("<4s4xHH4xIIIHHH8xI")
@@ -51,7 +54,9 @@ class _Member(NamedTuple):
     full_size: int
 
 
-def read_latents(data: bytes | bytearray, latents: np.ndarray, mirrored: bool = False) -> NpzSizes:
+def read_latents(
+    data: bytes | bytearray, latents: np.ndarray, mirrored: bool = False, mask: np.ndarray | None = None
+) -> NpzSizes:
     """Fill `latents` (f16 [4, h, w], contiguous) with those in the archive, unscaled as they are there.
 
     With `mirrored`, with those of the mirrored image where the archive has them, and then the crop is the mirrored
@@ -59,7 +64,11 @@ def read_latents(data: bytes | bytearray, latents: np.ndarray, mirrored: bool = 
 
     A bytearray is read faster than bytes are.
 
+    Args:
+        mask: u8 [h, w], filled with the archive's `alpha_mask`, 255 where it has none.
+
     Raises:
+        BadMask: the mask has another shape, or values beyond 0..1.
         BadNpz: the archive is damaged (its checksums are compared), the latents have another shape, or values that are
             not finite or too large for fp16. The buffer then holds anything.
     """
@@ -74,6 +83,10 @@ def read_latents(data: bytes | bytearray, latents: np.ndarray, mirrored: bool = 
     # A value beyond fp16 has become infinite.
     if (np.bitwise_and(latents.view(np.uint16), _F16_EXPONENT) == _F16_EXPONENT).any():
         raise BadNpz("latents with values that are not finite, or too large for fp16")
+    if mask is not None:
+        mask[:] = FULL
+        if f"alpha_mask{size}" in members:
+            fill_stored_mask(_array(data, members, f"alpha_mask{size}"), mirrored, mask)
     original_hw = crop_top_left = None
     if f"original_size{size}" in members:
         original_w, original_h = _numbers(data, members, f"original_size{size}", 2)

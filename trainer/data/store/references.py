@@ -15,13 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.data.sources.source import ROW, WHOLE, read_bytes
+from trainer.data.sources.source import OWN_MASK, ROW, WHOLE, MaskPlace, read_bytes
 
 OPEN_FILES = 128
 _SPECIAL: dict[int, int] = {WHOLE: 0xFFFFFFFF, ROW: 0xFFFFFFFE}
 _LENGTHS: dict[int, int] = {code: length for length, code in _SPECIAL.items()}
 _LINE = struct.Struct("<6I")
 REFERENCE_BYTES = _LINE.size
+_MASK_LINE = struct.Struct("<4I")
+MASK_REFERENCE_BYTES = _MASK_LINE.size
+_NO_MASK, _OWN_MASK = 0xFFFFFFFF, 0xFFFFFFFE
 
 
 class Reference(NamedTuple):
@@ -42,24 +45,46 @@ class FileTable:
     """Paths relative to `root`."""
     columns: np.ndarray
     """u32 [n, 6]."""
+    mask_columns: np.ndarray | None
+    """u32 [n, 4]; None where no row has a mask."""
 
-    def checked_parts(self, row: int) -> tuple[bytes, bytes]:
-        """What of a row's reference its checksum covers."""
-        return self.columns[row].tobytes(), self.files[self.columns[row, 0]]
+    def checked_parts(self, row: int) -> tuple[bytes, ...]:
+        """What of a row's references its checksum covers."""
+        parts = self.columns[row].tobytes(), self.files[self.columns[row, 0]]
+        if self.mask_columns is None:
+            return parts
+        number = int(self.mask_columns[row, 0])
+        return *parts, self.mask_columns[row].tobytes(), self.files[number] if number < _OWN_MASK else b""
 
 
-def file_table(references: Sequence[Reference]) -> FileTable:
-    """Each file once, in the order in which they come; paths relative to the folder that all lie in."""
+def file_table(references: Sequence[Reference], masks: Sequence[MaskPlace | None] = ()) -> FileTable:
+    """Each file once, in the order in which they come, those of masks last; paths relative to the folder of all.
+
+    Args:
+        masks: of each reference, or of none.
+    """
     numbers: dict[str, int] = {}
     columns = np.zeros((len(references), 6), dtype="<u4")
     for i, (file, offset, length, resized_hw) in enumerate(references):
         number = numbers.setdefault(file, len(numbers))
         code = _SPECIAL.get(length, length)
         columns[i] = number, offset & 0xFFFFFFFF, offset >> 32, code, *resized_hw
+    mask_columns = _mask_columns(masks, numbers) if any(masks) else None
     files = list(numbers)
     # Of sorted paths, the first and the last have in common what all have.
     root = _shared_folder(min(files), max(files)) if files else ""
-    return FileTable(root, [file[len(root) :].encode() for file in files], columns)
+    return FileTable(root, [file[len(root) :].encode() for file in files], columns, mask_columns)
+
+
+def _mask_columns(masks: Sequence[MaskPlace | None], numbers: dict[str, int]) -> np.ndarray:
+    columns = np.zeros((len(masks), 4), dtype="<u4")
+    for i, mask in enumerate(masks):
+        if mask is None or mask == OWN_MASK:
+            columns[i, 0] = _NO_MASK if mask is None else _OWN_MASK
+        else:
+            number = numbers.setdefault(mask.file, len(numbers))
+            columns[i] = number, mask.offset & 0xFFFFFFFF, mask.offset >> 32, _SPECIAL.get(mask.length, mask.length)
+    return columns
 
 
 def _shared_folder(one: str, other: str) -> str:
@@ -73,6 +98,21 @@ def reference_of(record: bytes, file: str) -> Reference:
     _, low, high, code, resized_h, resized_w = line
     length = _LENGTHS.get(code, code)
     return Reference(file, high << 32 | low, length, (resized_h, resized_w))
+
+
+def mask_file_number(record: bytes) -> int | None:
+    """Of a row's line of `mask_references`: the file's number; None where the mask is in no file of its own."""
+    number = int.from_bytes(record[:4], "little")
+    return number if number < _OWN_MASK else None
+
+
+def mask_place_of(record: bytes, file: str) -> MaskPlace | None:
+    """The same line, its file's path known, as a place."""
+    line: tuple[int, ...] = _MASK_LINE.unpack(record)
+    number, low, high, code = line
+    if number >= _OWN_MASK:
+        return OWN_MASK if number == _OWN_MASK else None
+    return MaskPlace(file, high << 32 | low, _LENGTHS.get(code, code))
 
 
 class _OpenFile:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,19 @@ from crc32c import crc32c
 
 from trainer.data.augment import View, view_sizes
 from trainer.data.buckets import Bucket, Placement
-from trainer.data.images import BadImage, load_view
-from trainer.data.sources.source import WHOLE
+from trainer.data.images import BadImage, load_mask, load_view
+from trainer.data.masks import FULL, BadMask
+from trainer.data.sources.source import OWN_MASK, WHOLE, MaskPlace
 from trainer.data.store.npz import BadNpz, read_latents
-from trainer.data.store.references import REFERENCE_BYTES, Reference, ReferencedFiles, reference_of
+from trainer.data.store.references import (
+    MASK_REFERENCE_BYTES,
+    REFERENCE_BYTES,
+    Reference,
+    ReferencedFiles,
+    mask_file_number,
+    mask_place_of,
+    reference_of,
+)
 from trainer.data.store.shards import HEADER_BYTES, ShardError, chained_crc
 
 ChoosePlace = Callable[[str, Placement], View]
@@ -42,6 +51,8 @@ class RowRecord:
     key: str
     sizes: np.ndarray
     reference: Reference | None = None
+    mask: MaskPlace | None = None
+    """Where the mask of a payload that lies elsewhere is, if the image has one."""
 
 
 class OpenShard:
@@ -116,6 +127,7 @@ def read_row(
     payload: np.ndarray,
     text: tuple[np.ndarray, np.ndarray] | None,
     choose_place: ChoosePlace | None = None,
+    mask: np.ndarray | None = None,
 ) -> RowRecord:
     """Read one row, its latents (f16 [4, h, w]) or pixels (u8 [3, 8h, 8w]) into `payload`, and its text outputs.
 
@@ -123,6 +135,7 @@ def read_row(
         payload: contiguous; latents are read straight into it.
         text: hidden and pooled outputs of the text encoders to fill, where the shard holds them.
         choose_place: of an image; default: the centre, as it lies in the file.
+        mask: u8 [h, w], contiguous, to be filled where masks are wanted; 255 for an image without one.
 
     Raises:
         ShardError: a checksum does not match; the buffers then hold what was read.
@@ -130,14 +143,14 @@ def read_row(
         OSError: the shard cannot be read.
     """
     record = read_record(shard, row)
-    sizes = read_payload(shard, row, record, payload, choose_place)
+    sizes = read_payload(shard, row, record, payload, choose_place, mask)
     if text is not None:
         hidden, pooled = text
         _read_into(shard.fd, hidden, shard.offsets["text_hidden"] + row * hidden.nbytes)
         _read_into(shard.fd, pooled, shard.offsets["text_pooled"] + row * pooled.nbytes)
         if chained_crc(hidden, pooled) != _u32(shard, "text_crc32c", row):
             raise ShardError("checksum mismatch in the text encoders' outputs")
-    return record if sizes is record.sizes else RowRecord(record.caption, record.key, sizes, record.reference)
+    return record if sizes is record.sizes else replace(record, sizes=sizes)
 
 
 def read_record(shard: OpenShard, row: int) -> RowRecord:
@@ -152,6 +165,13 @@ def read_record(shard: OpenShard, row: int) -> RowRecord:
         path = _blob(shard, "file", int.from_bytes(line[:4], "little"), shard.file_bytes)
         parts = (*parts, line, path)
         reference = line, path
+    mask = None
+    if shard.offsets["mask_references"] >= 0:
+        line = os.pread(shard.fd, MASK_REFERENCE_BYTES, shard.offsets["mask_references"] + MASK_REFERENCE_BYTES * row)
+        number = mask_file_number(line)
+        path = b"" if number is None else _blob(shard, "file", number, shard.file_bytes)
+        parts = (*parts, line, path)
+        mask = line, path
     if crc32c(b"".join(parts)) != _u32(shard, "meta_crc32c", row):
         raise ShardError("checksum mismatch in the caption, key or sizes")
     return RowRecord(
@@ -159,13 +179,19 @@ def read_record(shard: OpenShard, row: int) -> RowRecord:
         key.decode(),
         np.frombuffer(sizes, dtype="<u4"),
         reference_of(reference[0], shard.root + reference[1].decode()) if reference else None,
+        mask_place_of(mask[0], shard.root + mask[1].decode()) if mask else None,
     )
 
 
 def read_payload(
-    shard: OpenShard, row: int, record: RowRecord, payload: np.ndarray, choose_place: ChoosePlace | None = None
+    shard: OpenShard,
+    row: int,
+    record: RowRecord,
+    payload: np.ndarray,
+    choose_place: ChoosePlace | None = None,
+    mask: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Fill `payload` with the row's latents or pixels; the one place that knows where they lie.
+    """Fill `payload` with the row's latents or pixels; the one place that knows where they lie, and where masks do.
 
     Returns:
         The row's sizes: those of the record, but for what the payload tells better.
@@ -175,17 +201,51 @@ def read_payload(
         _read_into(shard.fd, payload, shard.offsets["latents"] + row * payload.nbytes)
         if crc32c(payload.data) != _u32(shard, "latent_crc32c", row):
             raise ShardError("checksum mismatch in the latents")
+        if mask is not None:
+            _read_mask(shard, row, mask)
         return record.sizes
+    if mask is not None and record.mask != OWN_MASK:
+        mask[:] = FULL
+    own_mask = mask if record.mask == OWN_MASK else None
     try:
         if shard.payload == "npz":
             mirrored = choose_place is not None and choose_place(record.key, _as_stored(record.sizes)).flipped
-            return read_npz(shard.files.read(reference), record.sizes, payload, mirrored)
+            return read_npz(shard.files.read(reference), record.sizes, payload, mirrored, own_mask)
         data = Path(reference.file) if reference.length == WHOLE else bytes(shard.files.read(reference))
-        return _read_image(data, record, reference, payload, choose_place)
-    except (BadNpz, BadImage, EOFError) as error:
+        view = _view(record, reference, choose_place)
+        original_hw = int(record.sizes[0]), int(record.sizes[1])
+        load_view(data, original_hw, view, payload, own_mask)
+    except (BadNpz, BadImage, BadMask, EOFError) as error:
         raise PayloadError(reference, str(error)) from error
     except OSError as error:
         raise PayloadError(reference, f"cannot be read: {error.strerror}") from error
+    if mask is not None and record.mask is not None and record.mask != OWN_MASK:
+        _read_mask_file(shard, record.mask, original_hw, view, mask)
+    return np.array(view_sizes(original_hw, view), dtype=np.int64)
+
+
+def _read_mask(shard: OpenShard, row: int, mask: np.ndarray) -> None:
+    """Of stored latents."""
+    if shard.offsets["masks"] < 0:
+        mask[:] = FULL
+        return
+    _read_into(shard.fd, mask, shard.offsets["masks"] + row * mask.nbytes)
+    if crc32c(mask.data) != _u32(shard, "mask_crc32c", row):
+        raise ShardError("checksum mismatch in the mask")
+
+
+def _read_mask_file(
+    shard: OpenShard, place: MaskPlace, original_hw: tuple[int, int], view: View, mask: np.ndarray
+) -> None:
+    """Of an image that is decoded anew; PayloadError names the mask's file."""
+    reference = Reference(*place, (0, 0))
+    try:
+        data = Path(place.file) if place.length == WHOLE else bytes(shard.files.read(reference))
+        load_mask(data, original_hw, view, mask)
+    except (BadMask, EOFError) as error:
+        raise PayloadError(reference, str(error)) from error
+    except OSError as error:
+        raise PayloadError(reference, f"its mask cannot be read: {error.strerror}") from error
 
 
 def _as_stored(sizes: np.ndarray) -> Placement:
@@ -194,9 +254,15 @@ def _as_stored(sizes: np.ndarray) -> Placement:
     return Placement(Bucket(height, width), (height, width), (0, 0))
 
 
-def read_npz(data: bytes | bytearray, sizes: np.ndarray, latents: np.ndarray, mirrored: bool = False) -> np.ndarray:
-    """Fill `latents` from an `.npz`; returns the sizes [6], original size and crop as it tells them, if it does."""
-    told = read_latents(data, latents, mirrored)
+def read_npz(
+    data: bytes | bytearray,
+    sizes: np.ndarray,
+    latents: np.ndarray,
+    mirrored: bool = False,
+    mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """Fill `latents` and `mask` from an `.npz`; returns the sizes [6], with original size and crop as it tells them."""
+    told = read_latents(data, latents, mirrored, mask)
     if told.original_hw is None and told.crop_top_left is None:
         return sizes
     original_h, original_w, top, left, *target_hw = sizes.tolist()
@@ -206,14 +272,10 @@ def read_npz(data: bytes | bytearray, sizes: np.ndarray, latents: np.ndarray, mi
     )
 
 
-def _read_image(
-    data: Path | bytes, record: RowRecord, reference: Reference, pixels: np.ndarray, choose_place: ChoosePlace | None
-) -> np.ndarray:
-    original_h, original_w, top, left, height, width = record.sizes.tolist()
+def _view(record: RowRecord, reference: Reference, choose_place: ChoosePlace | None) -> View:
+    top, left, height, width = record.sizes[2:].tolist()
     centred = Placement(Bucket(height, width), reference.resized_hw, (top, left))
-    view = choose_place(record.key, centred) if choose_place else View(centred, False)
-    load_view(data, (original_h, original_w), view, pixels)
-    return np.array(view_sizes((original_h, original_w), view), dtype=np.int64)
+    return choose_place(record.key, centred) if choose_place else View(centred, False)
 
 
 def _blob(shard: OpenShard, name: str, row: int, total: int) -> bytes:

@@ -11,14 +11,17 @@ Sections, in the order of the file (n rows, latents of h x w):
     latent_crc32c   u32 [n]            of the row's latents
     meta_crc32c     u32 [n]            of the row's caption, key, sizes and repeats
     text_crc32c     u32 [n]            of the row's text_hidden and text_pooled; only with cached text
+    masks           u8 [n, h, w]       only where an image has one: 255 is trained in full, 0 not at all
+    mask_crc32c     u32 [n]            of the row's mask; only with masks
     key_bytes, caption_bytes, excluded_bytes   u8; the last holds JSON lines on images that were left out
 
 A shard of references has no latents and none of their checksums, but instead, with files F counted by the shard:
 
     references      u32 [n, 6]         where the row's payload lies: see `references.py`
+    mask_references u32 [n, 4]         the same of its mask; only where an image has one
     file_offsets    u64 [F + 1]        into file_bytes: UTF-8 paths relative to the header's `root`
 
-and meta_crc32c covers the row's reference and path as well.
+and meta_crc32c covers the row's references and paths as well.
 
 The header is padded to 4096 bytes so that rows can be written as they are encoded, before their number is known.
 """
@@ -28,12 +31,14 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from crc32c import crc32c
 
 from trainer.data.buckets import Bucket
+from trainer.data.masks import FULL
+from trainer.data.sources.source import MaskPlace
 from trainer.data.store.references import FileTable, Reference, file_table
 from trainer.errors import UserError
 
@@ -44,7 +49,9 @@ LATENT_FACTOR = 8
 """Pixels on the side of one latent."""
 SECTIONS: tuple[str, ...] = (
     "latents",
+    "masks",
     "references",
+    "mask_references",
     "text_hidden",
     "text_pooled",
     "caption_offsets",
@@ -53,6 +60,7 @@ SECTIONS: tuple[str, ...] = (
     "sizes",
     "repeats",
     "latent_crc32c",
+    "mask_crc32c",
     "meta_crc32c",
     "text_crc32c",
     "file_bytes",
@@ -85,6 +93,8 @@ class ShardHead:
     vae_fingerprint: str
     payload: Literal["latents", "npz", "image"] = "latents"
     """What a row holds: latents, or where an `.npz` with latents or an image lies."""
+    has_masks: bool = False
+    """Whether an image of the shard has a mask; then each row holds one, or where it lies."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -94,7 +104,7 @@ class ShardHead:
 @dataclass(frozen=True)
 class RowBatch:
     """Some rows to be written: latents f16 [b, 4, h, w] or references, captions as JSON texts, sizes u32 [b, 6],
-    repeats u32 [b]."""
+    repeats u32 [b]; with masks, u8 [b, h, w] beside latents and mask_places beside references."""
 
     latents: np.ndarray | None
     captions: Sequence[str]
@@ -102,6 +112,20 @@ class RowBatch:
     sizes: np.ndarray
     repeats: np.ndarray
     references: Sequence[Reference] = ()
+    masks: np.ndarray | None = None
+    mask_places: Sequence[MaskPlace | None] = ()
+
+
+class MaskCounts(NamedTuple):
+    """Of a number of images how many are not trained as a whole, and the mean of the trained shares of all."""
+
+    images: int
+    masked: int
+    trained: float
+
+    def __str__(self) -> str:
+        trained = f"{100 * self.trained:.3g} % of the area of all is trained"
+        return f"masks: {self.masked:,} of {self.images:,} images are trained in part; {trained}"
 
 
 @dataclass(frozen=True)
@@ -119,11 +143,13 @@ class ShardInfo:
     text_shape: tuple[int, int, int] | None
     """Positions and width of text_hidden, width of text_pooled."""
     excluded: tuple[dict[str, Any], ...]
+    masks: MaskCounts | None = None
+    """None where no masks are stored; not kept in snapshots."""
 
 
 @dataclass
 class _Rows:
-    """What stays in memory of the rows of the shard being written: everything but latents and hidden states."""
+    """What stays in memory of the rows of the shard being written: all but latents and hidden states."""
 
     captions: list[bytes] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
@@ -131,6 +157,8 @@ class _Rows:
     repeats: list[int] = field(default_factory=list)
     references: list[Reference] = field(default_factory=list)
     latent_crc: list[int] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)
+    mask_places: list[MaskPlace | None] = field(default_factory=list)
 
 
 def write_shard(
@@ -156,11 +184,17 @@ def write_shard(
         _keep(batch, rows)
     n = len(rows.keys)
     sections: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
-    table = file_table(rows.references) if head.payload != "latents" else None
+    table = file_table(rows.references, rows.mask_places) if head.payload != "latents" else None
+    masks = None
     if table is None:
         sections["latents"] = (np.dtype("<f2"), (n, *head.latent_shape))
+        if head.has_masks:
+            masks = np.array(rows.masks, dtype="u1").reshape(n, *head.latent_shape[1:])
+            _write_section(file, sections, "masks", masks)
     else:
         _write_section(file, sections, "references", table.columns)
+        if table.mask_columns is not None:
+            _write_section(file, sections, "mask_references", table.mask_columns)
         _write_section(file, sections, "file_offsets", _offsets(table.files))
     text_crc = None
     if encode_text is not None and n:
@@ -175,6 +209,8 @@ def write_shard(
     _write_section(file, sections, "repeats", repeats)
     if table is None:
         _write_section(file, sections, "latent_crc32c", np.array(rows.latent_crc, dtype="<u4"))
+    if masks is not None:
+        _write_section(file, sections, "mask_crc32c", np.array([crc32c(mask.data) for mask in masks], dtype="<u4"))
     _write_section(file, sections, "meta_crc32c", _meta_crc(rows, sizes, repeats, table))
     if text_crc is not None:
         _write_section(file, sections, "text_crc32c", text_crc)
@@ -183,7 +219,7 @@ def write_shard(
     for name, blob in blobs if table is None else [("file_bytes", table.files), *blobs]:
         _write_section(file, sections, name, np.frombuffer(b"".join(blob), dtype="u1"))
     file.seek(0)
-    file.write(_header(head, sections, crc32c(lines), table.root if table else ""))
+    file.write(_header(head, sections, crc32c(lines), table.root if table else "", masks))
     file.flush()
 
 
@@ -204,6 +240,8 @@ def _keep(batch: RowBatch, rows: _Rows) -> None:
     rows.sizes.extend(batch.sizes)
     rows.repeats.extend(batch.repeats.tolist())
     rows.references.extend(batch.references)
+    rows.masks.extend(() if batch.masks is None else batch.masks)
+    rows.mask_places.extend(batch.mask_places)
 
 
 def _meta_crc(rows: _Rows, sizes: np.ndarray, repeats: np.ndarray, table: FileTable | None) -> np.ndarray:
@@ -267,7 +305,11 @@ def chained_crc(*parts: bytes | np.ndarray) -> int:
 
 
 def _header(
-    head: ShardHead, sections: dict[str, tuple[np.dtype, tuple[int, ...]]], excluded_crc: int, root: str
+    head: ShardHead,
+    sections: dict[str, tuple[np.dtype, tuple[int, ...]]],
+    excluded_crc: int,
+    root: str,
+    masks: np.ndarray | None,
 ) -> bytes:
     described: dict[str, Any] = {
         "__metadata__": {
@@ -279,6 +321,7 @@ def _header(
             "vae": head.vae_fingerprint,
             "excluded_crc32c": str(excluded_crc),
             **({} if head.payload == "latents" else {"payload": head.payload, "root": root}),
+            **({} if masks is None else {"masks": json.dumps(_mask_counts(masks))}),
         }
     }
     end = 0
@@ -290,6 +333,22 @@ def _header(
     if len(text) > room:
         raise ValueError(f"the shard's header takes {len(text)} bytes, more than {room}")
     return room.to_bytes(8, "little") + text.ljust(room)
+
+
+def count_masks(shards: Sequence[ShardInfo]) -> MaskCounts | None:
+    """Of all their images together, those of a shard without masks being trained in full; None where none has any."""
+    images, counts = sum(shard.rows for shard in shards), [shard.masks for shard in shards if shard.masks]
+    if not counts or not images:
+        return None
+    left_out = sum(count.images * (1 - count.trained) for count in counts)
+    return MaskCounts(images, sum(count.masked for count in counts), 1 - left_out / images)
+
+
+def _mask_counts(masks: np.ndarray) -> MaskCounts:
+    if not len(masks):
+        return MaskCounts(0, 0, 1.0)
+    masked = masks.reshape(len(masks), -1).min(axis=1) < FULL
+    return MaskCounts(len(masks), int(masked.sum()), float(masks.mean()) / FULL)
 
 
 def read_info(path: Path) -> ShardInfo:
@@ -326,4 +385,5 @@ def read_info(path: Path) -> ShardInfo:
         offsets=offsets,
         text_shape=text_shape,
         excluded=tuple(json.loads(line) for line in lines.splitlines()),
+        masks=MaskCounts(*json.loads(metadata["masks"])) if "masks" in metadata else None,
     )

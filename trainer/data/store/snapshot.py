@@ -51,7 +51,8 @@ class Rows:
 
     latents f16 [m, 4, h, w] unscaled, or in a set of images pixels u8 [m, 3, 8h, 8w], the other None; captions are
     JSON texts {"caption": ...}; repeat int64 [m] counts from 0; sizes int64 [m, 6] in the order of SDXL's time ids;
-    text_hidden f16 [m, positions, D] and text_pooled f16 [m, P] where they are cached.
+    text_hidden f16 [m, positions, D] and text_pooled f16 [m, P] where they are cached; masks u8 [m, h, w] where they
+    are asked for, 255 for an image without one.
     """
 
     latents: np.ndarray | None
@@ -64,6 +65,7 @@ class Rows:
     text_hidden: np.ndarray | None
     text_pooled: np.ndarray | None
     problems: list[RowProblem]
+    masks: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,11 @@ class PreparedSet:
         """Whether rows are images, decoded anew at each read, and not latents."""
         return self.settings.get("data.mode") == "images"
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether it was prepared with masks, of all images or some."""
+        return any(source.get("masks", "none") != "none" for source in self.settings.get("data.sources", ()))
+
     def payload_shape(self, split: str, bucket_index: int) -> tuple[tuple[int, int, int], np.dtype]:
         """Shape and dtype of one row's latents, or pixels, of a bucket."""
         bucket = self._groups[split][bucket_index].bucket
@@ -180,6 +187,11 @@ class PreparedSet:
         shape = (LATENT_CHANNELS, bucket.height_px // LATENT_FACTOR, bucket.width_px // LATENT_FACTOR)
         return shape, np.dtype(np.float16)
 
+    def mask_shape(self, split: str, bucket_index: int) -> tuple[int, int]:
+        """Of one row's mask, u8, in a bucket: that of its latents."""
+        bucket = self._groups[split][bucket_index].bucket
+        return bucket.height_px // LATENT_FACTOR, bucket.width_px // LATENT_FACTOR
+
     def read(
         self,
         split: str,
@@ -187,6 +199,7 @@ class PreparedSet:
         ids: np.ndarray,
         payload: np.ndarray | None = None,
         choose_view: ChooseView = centred_view,
+        with_masks: bool = False,
     ) -> Rows:
         """Read virtual rows of one bucket; a row that is damaged or cannot be read never raises.
 
@@ -195,6 +208,7 @@ class PreparedSet:
             payload: latents or pixels are read into it (such as a view of pinned memory), contiguous, [m, *shape] as
                 `payload_shape` tells; default: a new array.
             choose_view: of each image, from its key, the repeat and its view at the centre.
+            with_masks: read them as well.
         """
         group = self._groups[split][bucket_index]
         ids = np.asarray(ids, dtype=np.int64)
@@ -205,10 +219,12 @@ class PreparedSet:
         if payload is None:
             shape, dtype = self.payload_shape(split, bucket_index)
             payload = np.empty((len(ids), *shape), dtype=dtype)
-        return self._read(payload, group.shards[places].tolist(), within.tolist(), choose_view)
+        mask_shape = (len(ids), *self.mask_shape(split, bucket_index))
+        masks = np.zeros(mask_shape, dtype=np.uint8) if with_masks else None
+        return self._read(payload, masks, group.shards[places].tolist(), within.tolist(), choose_view)
 
     def read_shard(self, shard: ShardSummary, rows: range) -> Rows:
-        """Read rows by their number in one shard, each in its first repeat; otherwise like `read`."""
+        """Read rows by their number in one shard, each in its first repeat, with their masks; otherwise like `read`."""
         uniform = int(self._facts[shard.index, _UNIFORM_REPEATS])
         within = [row * uniform for row in rows]
         if not uniform:
@@ -219,9 +235,18 @@ class PreparedSet:
                 pass  # each row will tell
         shape, dtype = self.payload_shape(shard.split, shard.bucket_index)
         payload = np.empty((len(rows), *shape), dtype=dtype)
-        return self._read(payload, [shard.index] * len(rows), within, centred_view)
+        mask_shape = (len(rows), *self.mask_shape(shard.split, shard.bucket_index))
+        masks = np.zeros(mask_shape, dtype=np.uint8) if self.has_masks else None
+        return self._read(payload, masks, [shard.index] * len(rows), within, centred_view)
 
-    def _read(self, payload: np.ndarray, shards: list[int], within: list[int], choose_view: ChooseView) -> Rows:
+    def _read(
+        self,
+        payload: np.ndarray,
+        masks: np.ndarray | None,
+        shards: list[int],
+        within: list[int],
+        choose_view: ChooseView,
+    ) -> Rows:
         """Virtual row `within[i]` of the shard `shards[i]` into `payload[i]`, for each i; -1 is padding."""
         m = len(payload)
         rows = Rows(
@@ -235,6 +260,7 @@ class PreparedSet:
             text_hidden=self._text_buffer(m, hidden=True),
             text_pooled=self._text_buffer(m, hidden=False),
             problems=[],
+            masks=masks,
         )
         for i in range(m):
             if within[i] < 0 or not self._read_one(rows, i, payload[i], shards[i], within[i], choose_view):
@@ -267,6 +293,7 @@ class PreparedSet:
         text = None
         if rows.text_hidden is not None and rows.text_pooled is not None:
             text = (rows.text_hidden[i], rows.text_pooled[i])
+        mask = None if rows.masks is None else rows.masks[i]
         for _ in range(2):
             try:
                 shard = self._shard(shard_index)
@@ -275,7 +302,7 @@ class PreparedSet:
                 def choose_place(key: str, centred: Placement, repeat: int = repeat) -> View:
                     return choose_view(key, repeat, centred)
 
-                record = read_row(shard, row, payload, text, choose_place)
+                record = read_row(shard, row, payload, text, choose_place, mask)
             except PayloadError as error:
                 file, offset, reason = error.reference.file, error.reference.offset, str(error)
                 self._files.forget(error.reference)
@@ -287,7 +314,7 @@ class PreparedSet:
             rows.captions[i], rows.keys[i], rows.sizes[i] = record.caption, record.key, record.sizes
             rows.repeat[i], rows.ok[i] = repeat, True
             return True
-        for output in text or ():
+        for output in (*(text or ()), *(() if mask is None else (mask,))):
             output[:] = 0
         latents = int(self._offsets[shard_index, _LATENTS])
         if row >= 0 and offset < 0 <= latents:

@@ -54,6 +54,7 @@ class SyntheticData:
     holds_images: bool
     chunks: int
     words: int
+    has_masks: bool = False
 
     def buckets(self, split: str) -> list[Bucket]:
         """The one bucket."""
@@ -151,6 +152,7 @@ def synthetic_data(config: Config, model: RunModel, prepared: PreparedSet | None
         holds_images=config.data.mode == "images",
         chunks=config.captions.max_tokens // TOKENS_PER_CHUNK,
         words=min(model.config(name)["vocab_size"] for name in ("text_encoder", "text_encoder_2")),
+        has_masks=config.objective.loss.masked,
     )
 
 
@@ -180,6 +182,9 @@ def synthetic_batch(data: SyntheticData, channels: int, images: int, seed: int, 
         draw_seeds=torch.randint(2**62, (images,), generator=draw),
         keys=("",) * images,
         problems=(),
+        masks=torch.randint(256, (images, height // 8, width // 8), generator=draw, dtype=torch.uint8)
+        if data.has_masks
+        else None,
     )
     tensors = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
     return replace(batch, **{name: tensor.pin_memory() for name, tensor in tensors.items()}) if pin_memory else batch

@@ -12,7 +12,7 @@ from trainer.evaluate.scoring import Scorer
 from trainer.measure.telemetry import read_metrics
 from trainer.model_files.run_model import RunModel
 from trainer.parallel.comm import Comm
-from trainer.train.build import load_denoiser, make_scorer
+from trainer.train.build import load_denoiser, make_scorer, require_masks
 
 _log = logging.getLogger(__name__)
 
@@ -65,5 +65,6 @@ def _title(weights: Path, average: str) -> str:
 
 def _scorer(config: Config, model: RunModel, comm: Comm, weights: Path, average: str) -> Scorer:
     prepared = PreparedSet.open(config.data.prepared)
+    require_masks(config, prepared)
     denoiser = load_denoiser(config, model, weights, average, prepared, comm.device)
     return make_scorer(config, model, comm, denoiser, prepared)
