@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Tag
 
-from trainer.config.values import Flag, PathField, PositiveInt, Section
+from trainer.config.values import Flag, LossWeight, PathField, PositiveInt, Section
 
 
 class FolderSource(Section):
@@ -16,11 +16,18 @@ class FolderSource(Section):
     """Ending of the caption file that lies beside each image."""
     caption_files_hold: Literal["caption", "tags"] = "caption"
     """What is in the caption files: natural language, or tags, which `captions` can shuffle and drop one by one."""
+    weight_extension: str | None = None
+    """Ending of a file beside each image that holds nothing but its own loss weight, such as `.weight`; images without
+    one count 1."""
     kohya_repeats: Flag = False
     """Read kohya's layout: only sub-folders named `<repeats>_<words>` count, their images are seen `<repeats>` times,
     and the words are the caption of images that have no caption file."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
+    loss_weight: LossWeight = 1.0
+    """How much each image of this source counts in the loss."""
+    prior: Flag = False
+    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
 class KohyaJsonSource(Section):
@@ -32,8 +39,14 @@ class KohyaJsonSource(Section):
     """Folder of the `.npz` files, `<key>.npz` or `<key>_<W>x<H>_sdxl.npz`. Give this or `images`."""
     images: PathField | None = None
     """Folder of the images that the keys name, which `prepare` encodes. Give this or `latents`."""
+    weight_field: str | None = None
+    """Field of an entry with the image's own loss weight, such as `loss_weight`; images without it count 1."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
+    loss_weight: LossWeight = 1.0
+    """How much each image of this source counts in the loss."""
+    prior: Flag = False
+    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
 class LatentTarsSource(Section):
@@ -43,8 +56,14 @@ class LatentTarsSource(Section):
     """The metadata, as in `kohya_json`; a member belongs to the key whose last part is its name."""
     tars: PathField
     """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
+    weight_field: str | None = None
+    """Field of an entry with the image's own loss weight, such as `loss_weight`; images without it count 1."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
+    loss_weight: LossWeight = 1.0
+    """How much each image of this source counts in the loss."""
+    prior: Flag = False
+    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
 class WebdatasetSource(Section):
@@ -56,8 +75,14 @@ class WebdatasetSource(Section):
     """Field of the `.json` files that holds the caption, where there is no `.txt` or `.caption`."""
     tags_field: str = "tags"
     """Field of the `.json` files that holds the tags: text, or a list."""
+    weight_field: str | None = None
+    """Field of the `.json` files with the image's own loss weight, such as `loss_weight`; without it, 1."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
+    loss_weight: LossWeight = 1.0
+    """How much each image of this source counts in the loss."""
+    prior: Flag = False
+    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
 class ParquetSource(Section):
@@ -72,12 +97,18 @@ class ParquetSource(Section):
     """Column of the captions: text, or a list of texts, which become lines."""
     tags_column: str | None = None
     """Column of the tags: text, or a list."""
+    weight_column: str | None = None
+    """Column of the images' own loss weights: numbers, null for 1."""
     key_column: str | None = None
     """Column with a name for each image, which messages then show beside file and row."""
     images: PathField | None = None
     """Folder that paths start from; default: that of the parquet file."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
+    loss_weight: LossWeight = 1.0
+    """How much each image of this source counts in the loss."""
+    prior: Flag = False
+    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
 class HfSource(Section):
@@ -95,10 +126,16 @@ class HfSource(Section):
     """Column of the captions: text, or a list of texts, which become lines."""
     tags_column: str | None = None
     """Column of the tags: text, or a list."""
+    weight_column: str | None = None
+    """Column of the images' own loss weights: numbers, null for 1."""
     key_column: str | None = None
     """Column with a name for each image, which messages then show beside the row."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
+    loss_weight: LossWeight = 1.0
+    """How much each image of this source counts in the loss."""
+    prior: Flag = False
+    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
 def source_type(entry: object) -> object:

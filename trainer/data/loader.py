@@ -23,6 +23,7 @@ from torch import Tensor
 from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, centred_view, draw_view
 from trainer.data.buckets import Placement
 from trainer.data.captions import PLAIN, CaptionRules, compose
+from trainer.data.loss_weights import LossWeights
 from trainer.data.reader_processes import ReaderProcesses
 from trainer.data.sampler import Position, StepRows, planned_steps, share
 from trainer.data.store.snapshot import PreparedSet, RowProblem, Rows
@@ -31,7 +32,7 @@ from trainer.keyed import draw_seed
 _THREADS = 2
 _ALIGN = 64
 _TOKEN_BYTES = 2 * 3 * 77 * 8  # of a row, at most: two tokenizers, three chunks, int64
-_OTHER_BYTES = 6 * 4 + 4 + 8 + 8  # time_ids, weights, draw_seeds, vae_seeds
+_OTHER_BYTES = 6 * 4 + 4 + 4 + 8 + 8  # time_ids, weights, loss_weights, draw_seeds, vae_seeds
 
 Tokenize = Callable[[Sequence[str]], NDArray[np.int64]]
 
@@ -62,6 +63,8 @@ class Batch:
     """[m] the images' keys; empty for padding."""
     problems: tuple[RowProblem, ...]
     """The rows that could not be read: where they lie and why."""
+    loss_weights: Tensor | None = None
+    """[m] float32, above 0: how much each image counts beside others; None where all count the same."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same on `device`; the copy runs beside the caller where the memory is page-locked."""
@@ -101,6 +104,8 @@ class BatchReader:
     """Of images; stored latents are as they are, but for those in `.npz` files that hold mirrored ones as well."""
     captions: CaptionRules = PLAIN
     """How captions and tags become the text of each draw."""
+    loss_weights: LossWeights | None = None
+    """How much each image counts; None: all the same, and nothing is looked up."""
 
     def read(self, request: Request, payload: NDArray[Any] | None = None) -> Batch:
         """The batch of a request; rows that cannot be read keep their place, with weight 0.
@@ -113,7 +118,9 @@ class BatchReader:
 
         choose = centred_view if self.augmentation == NOT_AUGMENTED else choose_view
         rows = self.prepared.read(self.split, request.bucket, request.ids, payload, choose)
-        input_ids = None
+        input_ids = loss_weights = None
+        if self.loss_weights is not None:
+            loss_weights = torch.from_numpy(self.loss_weights.of(rows.keys, rows.captions))
         if self.tokenize is not None:
             input_ids = torch.from_numpy(self.tokenize(self._texts(rows, request.epoch)))
         cached = self.tokenize is None
@@ -131,6 +138,7 @@ class BatchReader:
             draw_seeds=_seeds(seeds),
             keys=tuple(rows.keys),
             problems=tuple(rows.problems),
+            loss_weights=loss_weights,
         )
 
     def _texts(self, rows: Rows, epoch: int) -> list[str]:

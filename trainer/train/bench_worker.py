@@ -180,6 +180,7 @@ def synthetic_batch(data: SyntheticData, channels: int, images: int, seed: int, 
         draw_seeds=torch.randint(2**62, (images,), generator=draw),
         keys=("",) * images,
         problems=(),
+        loss_weights=torch.ones(images),
     )
     tensors = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
     return replace(batch, **{name: tensor.pin_memory() for name, tensor in tensors.items()}) if pin_memory else batch

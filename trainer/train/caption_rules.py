@@ -1,4 +1,4 @@
-"""The captions of a run: the rules that its configuration asks for, and a look at what they make of the data.
+"""The captions and tags of a run: the rules that its configuration asks for, and a look at what they make of the data.
 
 Imports no torch.
 """
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from trainer.config.schema import Config
 from trainer.data.captions import CaptionRules
+from trainer.data.loss_weights import LossWeights, TagSeparators
 from trainer.data.prepare.caption_survey import CaptionSurvey, sampled_records, survey_captions
+from trainer.data.prepare.image_weights import image_weights
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.model.text import TOKENS_PER_CHUNK, CaptionTokenizer, load_tokenizers
@@ -20,6 +22,18 @@ _LONGEST = 400
 def caption_rules(config: Config) -> CaptionRules:
     """The rules of the configuration's `captions`."""
     return CaptionRules(**config.captions.model_dump(exclude={"max_empty_fraction", "max_tokens", "chunks"}))
+
+
+def tag_separators(config: Config) -> TagSeparators:
+    """What stands between the tags that are weighted."""
+    captions = config.captions
+    others = (captions.keep_tokens_separator, captions.secondary_separator)
+    return TagSeparators(captions.tag_separator, tuple(filter(None, others)))
+
+
+def run_loss_weights(config: Config, prepared: PreparedSet) -> LossWeights | None:
+    """How much each image of the prepared set counts in this run; see `image_weights`."""
+    return image_weights(config.data.sources, config.objective.loss_weights, tag_separators(config), prepared)
 
 
 def caption_tokenizer(config: Config, model: RunModel) -> CaptionTokenizer:

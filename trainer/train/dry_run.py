@@ -91,4 +91,5 @@ def _blank_batch(config: Config, parts: StepParts, fullest: tuple[int, int, int]
         draw_seeds=whole(images),
         keys=("",) * images,
         problems=(),
+        loss_weights=torch.ones(images),
     )

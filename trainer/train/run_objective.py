@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from trainer.config.objective_config import ObjectiveConfig, TimestepsConfig, WeightingConfig, flow_shift
 from trainer.config.schema import Config
+from trainer.data.prepare.image_weights import describe_loss_weights
 from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
 
@@ -92,7 +93,7 @@ def describe_objective(config: Config, model: RunModel) -> list[str]:
     for name, values in options.items():
         words = [f"{key} {value}" if key != "kind" else str(value) for key, value in values.items()]
         lines.append(f"  {name}: {', '.join(words)}")
-    return lines
+    return lines + describe_loss_weights(config.data.sources, objective.loss_weights)
 
 
 def guidance_warning(config: Config) -> str | None:

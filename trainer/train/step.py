@@ -2,7 +2,8 @@
 
 The loss of a step is `sum(w_i * l_i) / sum(w_i)` over every image of the step on every worker, where
 `l_i` is the mean over the image's latent elements. So it does not depend on how the step is cut into
-workers and micro-batches, nor on padding or unreadable rows (weight 0).
+workers and micro-batches, nor on padding or unreadable rows (weight 0). Images with a loss weight count
+`w_i * weight_i` above the line and `w_i` below it.
 """
 
 import math
@@ -26,6 +27,17 @@ from trainer.parallel.strategy import Strategy
 from trainer.train.gradient_blocks import GradientBlocks
 
 
+def all_alike(batch: Batch, device: torch.device) -> Tensor:
+    """How much each image counts, fp32 [B] on `device`: 1, and 0 for padding and unreadable rows."""
+    return batch.weights.to(device, non_blocking=True)
+
+
+def by_loss_weight(batch: Batch, device: torch.device) -> Tensor:
+    """The same times the images' own loss weights."""
+    assert batch.loss_weights is not None, "the reader was given no loss weights"
+    return all_alike(batch, device) * batch.loss_weights.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class StepParts:
     """What stays the same from step to step, chosen once when the run is built.
@@ -33,6 +45,7 @@ class StepParts:
     Attributes:
         around_forward: what every forward pass runs in.
         before_norm: what is done to the gradients of the loss times a scale, before their norm is taken.
+        weigh: `all_alike`, or `by_loss_weight` where images count more or less.
         blocks: of which the gradients' norms are told; None: none.
         averages: of the weights, which follow the steps by `trainer.train.averages.follow`; None: there are none.
     """
@@ -44,6 +57,7 @@ class StepParts:
     max_grad_norm: float
     around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
     before_norm: Callable[[float], None] = lambda loss_scale: None
+    weigh: Callable[[Batch, torch.device], Tensor] = all_alike
     blocks: GradientBlocks | None = None
     averages: Averages | None = None
 
@@ -53,7 +67,7 @@ class StepResult:
     """Sums over one optimizer step, equal on all workers.
 
     Attributes:
-        loss: weighted mean over the step's images; NaN if none was readable.
+        loss: mean over the step's images, each times its loss weight, as it was trained; NaN if none was readable.
         num_images: images with weight, over all workers.
         grad_norm: global L2 norm before clipping. Where it is not finite, the step changed nothing.
         bad_rows: rows that could not be read, over all workers.
@@ -115,7 +129,7 @@ def train_step(
     problems: list[RowProblem] = []
     loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device)
     for index, batch in enumerate(batches):
-        weights = batch.weights.to(comm.device, non_blocking=True)
+        weights = parts.weigh(batch, comm.device)
         with strategy.reduction(last=index == accumulation - 1):
             weighted = (weights * batch_losses(parts, batch, index, planned_images)).sum()
             strategy.backward(weighted * (loss_scale / planned_images))

@@ -12,6 +12,8 @@ from trainer.data.buckets import BucketRules
 from trainer.errors import UserError
 
 SETTINGS_FORMAT = 2
+_READ_WHEN_TRAINED = ("loss_weight", "prior")  # of a source; may change at any time
+_OPTIONAL = ("weight_extension", "weight_field", "weight_column")  # left out where they are not given
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class PrepareSettings:
 
 def _source_to_json(source: Source) -> dict[str, Any]:
     return {
-        key: os.path.realpath(value) if isinstance(value, Path) else value for key, value in source.model_dump().items()
+        key: os.path.realpath(value) if isinstance(value, Path) else value
+        for key, value in source.model_dump(exclude={*_READ_WHEN_TRAINED}).items()
+        if value is not None or key not in _OPTIONAL
     }
 
 
@@ -156,10 +160,10 @@ def _source_problems(prepared: Path, old: list[dict[str, Any]], new: list[dict[s
             problems.append(f"data.prepared ({prepared}): holds images of {place}, which data.sources lacks now")
             continue
         problems += [
-            f"data.prepared ({prepared}): was prepared with data.sources[{i}].{name} = {_shown(was[name])}, "
-            f"the configuration has {_shown(new[i][name])}"
-            for name in was
-            if was[name] != new[i].get(name)
+            f"data.prepared ({prepared}): was prepared with data.sources[{i}].{name} = {_shown(was.get(name))}, "
+            f"the configuration has {_shown(new[i].get(name))}"
+            for name in dict.fromkeys((*was, *_OPTIONAL))
+            if was.get(name) != new[i].get(name)
         ]
     return problems
 

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING
 
 from trainer.data.captions import caption_record
 from trainer.data.images import EXTENSIONS
+from trainer.data.sources.columns import loss_weight_of
 from trainer.data.sources.source import SourceItem
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from trainer.config.sources import FolderSource
 
+_EMPTY = '{"caption":""}'
+_NUMBER = re.compile(r"\d*\.?\d+([eE][+-]?\d+)?")
 _REPEATS = re.compile(r"(?P<repeats>[1-9]\d{0,8})_(?P<words>.*)")
 
 
@@ -81,10 +84,18 @@ def _walk(walk: _Walk, folder: str, above: tuple[tuple[int, int], ...]) -> Itera
                 if extension.lower() in EXTENSIONS:
                     key = f"{walk.name}/{stem[walk.root_len :].lstrip('/')}"
                     caption_path = stem + caption_extension
+                    caption, problem = walk.caption, ""
+                    if walk.source.weight_extension is not None:
+                        caption, problem = _with_weight(caption, stem + walk.source.weight_extension)
                     yield SourceItem(
-                        key, entry.path, caption=walk.caption, caption_path=caption_path, repeats=walk.repeats
+                        key,
+                        entry.path,
+                        caption=caption,
+                        caption_path=caption_path,
+                        repeats=walk.repeats,
+                        problem=problem,
                     )
-                elif extension != caption_extension:
+                elif extension not in (caption_extension, walk.source.weight_extension):
                     walk.ignored[extension.lower()[:20] or "(none)"] += 1
 
 
@@ -95,6 +106,22 @@ def _default(source: FolderSource, words: str = "") -> str | None:
     return json.dumps({source.caption_files_hold: words}, ensure_ascii=False, separators=(",", ":"))
 
 
+def _with_weight(caption: str | None, path: str) -> tuple[str | None, str]:
+    """The record of an image without a caption file, with the weight that the file holds; and what is wrong with it."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig", errors="replace").strip()
+    except FileNotFoundError:
+        return caption, ""
+    except OSError as error:
+        return caption, f"its loss weight cannot be read: {error.strerror}"
+    try:
+        weight = loss_weight_of(float(text) if _NUMBER.fullmatch(text) else text)
+    except ValueError as error:
+        return caption, str(error)
+    fields = json.loads(caption or _EMPTY)
+    return (json.dumps({**fields, "loss_weight": weight}, ensure_ascii=False, separators=(",", ":")), "")
+
+
 def _identity(folder: str) -> tuple[int, int]:
     stat = os.stat(folder)  # noqa: PTH116 - no Path object per image
     return stat.st_dev, stat.st_ino
@@ -103,10 +130,12 @@ def _identity(folder: str) -> tuple[int, int]:
 def read_caption(path: str, default: str | None = None) -> str:
     """The caption file as the JSON text that shards hold; `default`, or an empty caption, where there is no file.
 
-    A default of tags alone says that the file holds tags as well. Bytes that are not UTF-8 are replaced; a byte order
-    mark and surrounding space are taken off.
+    A default of tags alone says that the file holds tags as well; its loss weight is kept. Bytes that are not UTF-8 are
+    replaced; a byte order mark and surrounding space are taken off.
     """
-    ((field, text),) = json.loads(default or '{"caption":""}').items()
+    fields = json.loads(default or _EMPTY)
+    weight = fields.pop("loss_weight", 1.0)
+    ((field, text),) = fields.items()
     with suppress(FileNotFoundError):
         text = Path(path).read_bytes().decode("utf-8-sig", errors="replace").strip()
-    return caption_record(**{field: text}).decode()
+    return caption_record(**{field: text}, loss_weight=weight).decode()

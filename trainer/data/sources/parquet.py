@@ -154,7 +154,11 @@ def _said(error: Exception) -> str:
 
 
 def _item(source: ParquetSource, path: str, key: str, row: int, fields: dict[str, Any], mtime_ns: int) -> SourceItem:
-    key, caption = row_key(source, key, fields), row_captions(source, fields)
+    key = row_key(source, key, fields)
+    try:
+        caption = row_captions(source, fields)
+    except ValueError as error:
+        return SourceItem(key, path, row, ROW, problem=str(error))
     image = fields[source.image_column]
     column, place = source.image_column, None
     if isinstance(image, dict):

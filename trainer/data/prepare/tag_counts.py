@@ -1,0 +1,202 @@
+"""How often each tag occurs in a prepared set, and the weights that balance them.
+
+Counted once for each snapshot, on several processes, and kept beside it in `tag-counts/`. What is kept per tag is its
+count and one more number, from which the mean weight of all images follows for any weights of the tags.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.data.fork_server import fork_server, take_signals
+from trainer.data.loss_weights import BalancedTags, TagSeparators
+from trainer.data.prepare.settings import replace_file
+from trainer.data.store.shards import ShardError
+from trainer.data.store.snapshot import PreparedSet, ShardSummary
+from trainer.errors import UserError
+
+FORMAT = "sdxl-train tag counts 1"
+MOST_TAGS = 3_000_000
+"""Different tags: more are no tags, and would fill the memory."""
+_UNITS = 1 << 32
+"""Shares are counted in parts of this, so that the order of the sum makes no difference."""
+_SHARDS_AT_ONCE = 16
+_ROWS_WORTH_A_PROCESS = 50_000
+
+Report = Callable[[int], object]
+"""How many more images were looked at."""
+_Counts = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class TagCounts:
+    """Of the training images, each counted as often as it is seen in an epoch."""
+
+    tagged: int
+    """Images with tags."""
+    untagged: int
+    tags: Mapping[str, Sequence[int]]
+    """By tag: how many images have it; and the sum over these of 1 / (number of the image's tags), in 2^-32."""
+
+    @property
+    def typical_count(self) -> int:
+        """Half of all occurrences of tags are of tags that are at most so common.
+
+        The median over different tags would be next to 1, because nearly all of them are rare: every tag that is
+        trained often would end at the least weight, and nothing would be balanced.
+        """
+        counts = sorted(count for count, _ in self.tags.values())
+        half, passed = sum(counts) / 2, 0
+        for count in counts:
+            passed += count
+            if passed >= half:
+                return count
+        raise ValueError("there are no tags")
+
+
+def balanced(counts: TagCounts, power: float, least: float, most: float, separators: TagSeparators) -> BalancedTags:
+    """Tag t of n_t images weighs w_t = clip((typical count / n_t)^power, least, most), an image with the tags T
+    c / |T| * (sum of w_t over T); c is such that the mean over all images with tags is 1.
+
+    The sum over all images is c * (sum over all tags of w_t s_t), with s_t the sum over the images that have the tag of
+    1 / |T|. So one pass over the data suffices for every choice of the other numbers.
+    """
+    typical = counts.typical_count
+    weights = {tag: min(max((typical / n) ** power, least), most) for tag, (n, _) in counts.tags.items()}
+    total = math.fsum(weights[tag] * share for tag, (_, share) in counts.tags.items()) / _UNITS
+    scale = counts.tagged / total
+    common = {tag: scale * weight for tag, weight in sorted(weights.items()) if weight < most}
+    return BalancedTags(common, scale * most, separators)
+
+
+def tag_counts(
+    prepared: PreparedSet, separators: TagSeparators, processes: int, report: Report = lambda images: None
+) -> TagCounts:
+    """The counts of an open prepared set: as they were kept, or else counted and kept.
+
+    Raises:
+        UserError: there are more different tags than `MOST_TAGS`.
+    """
+    path, head = _kept_in(prepared, separators)
+    kept = _read(path, head)
+    if kept is not None:
+        return kept
+    counts = count_tags(prepared, separators, processes, report)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        document = {**head, "tagged": counts.tagged, "untagged": counts.untagged, "tags": counts.tags}
+        replace_file(path, json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n")
+    except OSError:
+        pass  # a folder that is read-only: counted anew at each start
+    return counts
+
+
+def are_kept(prepared: PreparedSet, separators: TagSeparators) -> bool:
+    """Whether `tag_counts` need not look at the images."""
+    return _kept_in(prepared, separators)[0].is_file()
+
+
+def count_tags(
+    prepared: PreparedSet, separators: TagSeparators, processes: int, report: Report = lambda images: None
+) -> TagCounts:
+    """Look through the records of all training images; a shard that cannot be read counts nothing."""
+    shards = prepared.shards("train")
+    parts = [shards[begin : begin + _SHARDS_AT_ONCE] for begin in range(0, len(shards), _SHARDS_AT_ONCE)]
+    total = TagCounts(0, 0, {})
+    if processes < 2 or prepared.images("train") < _ROWS_WORTH_A_PROCESS:
+        for part in parts:
+            total = _added(total, _count_shards(prepared, separators, part), prepared)
+            report(sum(shard.rows for shard in part))
+        return _sorted(total)
+    with ProcessPoolExecutor(processes, fork_server(), take_signals) as pool:
+        try:
+            rows = {
+                pool.submit(_count_shards, prepared, separators, part): sum(shard.rows for shard in part)
+                for part in parts
+            }
+            for done in as_completed(rows):
+                total = _added(total, done.result(), prepared)
+                report(rows[done])
+        except BrokenProcessPool as error:
+            raise UserError("counting tags: a process has died; if it was for want of memory, free some") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return _sorted(total)
+
+
+def _count_shards(prepared: PreparedSet, separators: TagSeparators, shards: Sequence[ShardSummary]) -> TagCounts:
+    tags: _Counts = {}
+    tagged = untagged = 0
+    for shard in shards:
+        try:
+            records, repeats = prepared.read_captions(shard)
+        except (ShardError, OSError):
+            continue
+        for record, times in zip(records, repeats, strict=True):
+            try:
+                names = separators.split(json.loads(record))
+            except ValueError:
+                continue  # damaged; told when the row is read
+            if not names:
+                untagged += times
+                continue
+            tagged += times
+            share = times * _UNITS // len(names)
+            for name in names:
+                entry = tags.get(name)
+                if entry is None:
+                    tags[name] = [times, share]
+                else:
+                    entry[0] += times
+                    entry[1] += share
+    return TagCounts(tagged, untagged, tags)
+
+
+def _added(total: TagCounts, part: TagCounts, prepared: PreparedSet) -> TagCounts:
+    """The sum, in the memory of `total`."""
+    tags: Any = total.tags
+    for name, (count, share) in part.tags.items():
+        entry = tags.get(name)
+        if entry is None:
+            tags[name] = [count, share]
+        else:
+            entry[0] += count
+            entry[1] += share
+    if len(tags) > MOST_TAGS:
+        raise UserError(
+            f"data.prepared ({prepared.path}): holds more than {MOST_TAGS:,} different tags, which cannot be weighted; "
+            "are they tags? See captions.tag_separator and caption_files_hold"
+        )
+    return TagCounts(total.tagged + part.tagged, total.untagged + part.untagged, tags)
+
+
+def _sorted(counts: TagCounts) -> TagCounts:
+    return TagCounts(counts.tagged, counts.untagged, dict(sorted(counts.tags.items())))
+
+
+def _kept_in(prepared: PreparedSet, separators: TagSeparators) -> tuple[Path, dict[str, Any]]:
+    """The file of the counts, and what it begins with if it is of this snapshot as it is now."""
+    snapshot = (prepared.path / "snapshots" / prepared.snapshot_name).read_bytes()
+    head = {
+        "format": FORMAT,
+        "snapshot": hashlib.blake2b(snapshot, digest_size=16).hexdigest(),
+        "separators": [separators.tag, *separators.others],
+    }
+    digest = hashlib.blake2b(json.dumps(head).encode(), digest_size=4).hexdigest()
+    return prepared.path / "tag-counts" / f"{Path(prepared.snapshot_name).stem}-{digest}.json", head
+
+
+def _read(path: Path, head: Mapping[str, Any]) -> TagCounts | None:
+    try:
+        document = json.loads(path.read_bytes())
+        if {name: document.get(name) for name in head} != head:
+            return None
+        return TagCounts(document["tagged"], document["untagged"], document["tags"])
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None  # not there, or damaged
