@@ -37,7 +37,7 @@ from trainer.parallel.comm import Comm, close, init_comm
 from trainer.parallel.sharding import copy_share
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.parallel.worker import end_process
-from trainer.train.step import StepParts, train_step
+from trainer.train.step import StepParts, all_alike, by_loss_weight, train_step
 
 IMAGES = 12  # of a step
 LR = 1.5e-6  # a usual one: AdamW turns rounding of a gradient near zero into a step of up to this
@@ -59,6 +59,7 @@ OBJECTIVES = {
         noise=NoiseRecipe(offset=0.05, offset_probability=0.5, pyramid_levels=3, perturbation=0.1),
     ),
     "edm": Objective(edm(), weigh=soft_min_snr(5.0)),
+    "loss_weights": Objective(epsilon(), spread=stratified),  # and images that count more or less
 }
 _TEXT = {"vocab_size": 64, "max_position_embeddings": 77, "num_attention_heads": 2}
 _TEXT |= {"bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 63}
@@ -104,6 +105,7 @@ def image(number: int) -> dict[str, Tensor]:
         "time_ids": torch.tensor([1024.0, 768, 0, 0, 1024, 1024]),
         "weights": torch.tensor(1.0),
         "draw_seeds": torch.tensor(number),
+        "loss_weights": torch.tensor([0.25, 1.0, 3.0][number % 3]),
     }
 
 
@@ -152,9 +154,9 @@ def run(
     strategy = make_strategy(model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill)
     autocast = None if dtype else precision.autocast
     denoiser = Denoiser(model.train(), objective, None, None, 0.13025, dtype or precision.weights, autocast)
-    parts = StepParts(
-        comm, strategy, make_optimizer(strategy.parameters, OptimizerConfig(lr=LR)), denoiser, max_grad_norm=1.0
-    )
+    optimizer = make_optimizer(strategy.parameters, OptimizerConfig(lr=LR))
+    weigh = by_loss_weight if objective is OBJECTIVES["loss_weights"] else all_alike
+    parts = StepParts(comm, strategy, optimizer, denoiser, max_grad_norm=1.0, weigh=weigh)
     warm_up(strategy, lambda wrapped: throw_away_loss(denoiser, wrapped, with_text, comm.device))
     losses = [take_step(parts, comm, step, accumulation, with_text) for step in range(steps)]
     watches = comm.rank == 0  # reading what was watched takes longer than the step

@@ -15,7 +15,13 @@ from tests.worker_group import run_group
 
 SCRIPT = Path(__file__).parent / "shared_run_script.py"
 QUICK = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero3:fp32:1")
-OF_OBJECTIVES = ("ddp:fp32:1:flow", "ddp:fp32:3:v", "zero2:fp32:3:noises", "ddp:fp32:3:edm")
+OF_OBJECTIVES = (
+    "ddp:fp32:1:flow",
+    "ddp:fp32:3:v",
+    "zero2:fp32:3:noises",
+    "ddp:fp32:3:edm",
+    "zero2:fp32:3:loss_weights",
+)
 ALONE = ("single:fp32:1", "single:bf16:1", *(f"single:fp32:1:{name.split(':')[3]}" for name in OF_OBJECTIVES))
 LONG = (*QUICK, "zero2+:fp32:3", "ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
 QUICK_STEPS, STEPS = 3, 50

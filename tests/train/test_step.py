@@ -20,7 +20,7 @@ from trainer.model_files.run_model import open_model
 from trainer.optim.optimizers import make_optimizer
 from trainer.parallel.comm import Comm
 from trainer.parallel.strategy import Sharing, Strategy
-from trainer.train.step import StepParts, train_step
+from trainer.train.step import StepParts, batch_losses, by_loss_weight, train_step
 
 ALONE = Comm(0, 1, 0, torch.device("cpu"))
 
@@ -101,6 +101,34 @@ def test_an_unreadable_row_leaves_the_mean_of_the_others(denoiser: Denoiser) -> 
     """The plan counted on four images; one could not be read."""
     damaged = make_batch(range(4), [1.0, 1.0, 1.0, 0.0], (problem(3),))
     assert_same_step(denoiser, [make_batch(range(3))], 3.0, [damaged], 4.0)
+
+
+@pytest.mark.parametrize("cut", [(6,), (2, 2, 2), (1, 5)])
+def test_loss_weights_multiply_the_losses_and_leave_the_denominator(denoiser: Denoiser, cut: tuple[int, ...]) -> None:
+    """Against each image's loss and gradient alone, summed by hand in float64; row 5 could not be read."""
+    loss_weights, readable = [0.5, 0.5, 4.0, 1.0, 0.01, 2.0], [1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+    expected, total = [torch.zeros_like(p, dtype=torch.float64) for p in denoiser.model.parameters()], 0.0
+    alone = make_parts(denoiser)
+    for row in range(5):
+        (loss,) = batch_losses(alone, make_batch(range(row, row + 1)), 0, 1.0)
+        total += loss_weights[row] * loss.item() / 5
+        for sum_, gradient in zip(expected, torch.autograd.grad(loss, alone.denoiser.model.parameters()), strict=True):
+            sum_ += loss_weights[row] * gradient.double() / 5
+    batches, begin = [], 0
+    for size in cut:
+        rows = range(begin, begin + size)
+        weights = torch.tensor(loss_weights[begin : begin + size])
+        bad = (problem(5),) if 5 in rows else ()
+        batches.append(replace(make_batch(rows, readable[begin : begin + size], bad), loss_weights=weights))
+        begin += size
+    parts = replace(make_parts(denoiser), weigh=by_loss_weight)
+    result = train_step(parts, batches, len(batches), 6.0, 1.0, False)
+    assert (result.num_images, result.bad_rows) == (5, 1)
+    assert result.loss == pytest.approx(total, rel=1e-6)
+    moments = [parts.optimizer.state[p]["exp_avg"] for p in parts.strategy.parameters.values()]
+    assert result.grad_norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in expected)), rel=1e-5)
+    for moment, gradient in zip(moments, expected, strict=True):  # after one step a tenth of the gradient
+        torch.testing.assert_close(moment, (0.1 * gradient).float(), rtol=1e-4, atol=1e-7)
 
 
 def test_a_step_without_any_image_changes_nothing(denoiser: Denoiser) -> None:

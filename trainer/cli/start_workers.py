@@ -15,7 +15,7 @@ from trainer.checkpoint.run_dir import RESOLVED_CONFIG
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
 from trainer.data.prepare.caption_survey import planned_records
-from trainer.data.prepare.image_weights import counted, describe_tags, tag_factors
+from trainer.data.prepare.image_weights import counted, describe_tags
 from trainer.data.prepare.stages import (
     PrepareCounts,
     commit,
@@ -148,7 +148,7 @@ def count_run_tags(config: Config) -> None:
     prepared = PreparedSet.open(config.data.prepared)
     with tqdm(desc="counting tags", total=prepared.images("train"), unit="img", disable=None, leave=False) as bar:
         counts = counted(prepared, separators, bar.update)
-    for line in describe_tags(section, counts, tag_factors(section, separators, counts, prepared)):
+    for line in describe_tags(section, counts, prepared):
         print(line)
 
 

@@ -40,8 +40,9 @@ def _alike(config: Config) -> Iterator[Problem]:
         return
     first = "prior" if sources[0].prior else "loss_weight"
     if is_given(config, f"data.sources.0.{first}") and not (first == "prior" and prior == 1):
-        rule = "has no effect; all sources count the same, and AdamW is blind to the loss's scale"
-        yield clash(config, (f"data.sources.0.{first}", "data.sources"), rule)
+        keys = [f"data.sources.{i}.{first}" for i in (0, len(sources) - 1)]
+        rule = "has next to no effect; all sources count the same, and AdamW divides the scale of the loss out again"
+        yield clash(config, tuple(dict.fromkeys(keys)), rule)
 
 
 def _own_weights(config: Config) -> Iterator[Problem]:
@@ -49,7 +50,7 @@ def _own_weights(config: Config) -> Iterator[Problem]:
     given = any(getattr(source, name, None) is not None for source in sources for name in _FIELDS)
     if is_given(config, f"{_WEIGHTS}.per_image") and not given:
         rule = f"has no effect; no source has a {' or '.join(f'`{name}`' for name in _FIELDS)}"
-        yield clash(config, (f"{_WEIGHTS}.per_image", "data.sources"), rule)
+        yield clash(config, (f"{_WEIGHTS}.per_image",), rule)
     for i, source in enumerate(sources):
         if isinstance(source, FolderSource) and source.weight_extension is not None:
             key = f"data.sources.{i}.weight_extension"

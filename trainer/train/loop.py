@@ -221,7 +221,8 @@ def _loss_weights(config: Config, comm: Comm, prepared: PreparedSet) -> LossWeig
     """How much each image counts: rank 0 finds it out for all, who could see other files, or count minutes on end."""
     if not weighs_images(config.data.sources, config.objective.loss_weights):
         return None
-    return broadcast_object(comm, run_loss_weights(config, prepared) if comm.rank == 0 else None)
+    found = run_loss_weights(config, prepared) if comm.rank == 0 else None
+    return LossWeights.from_json(broadcast_object(comm, found and found.to_json()))
 
 
 def _save(config: Config, comm: Comm, run: Run, state: TrainState, in_use: Path | None, *, must_succeed: bool) -> None:

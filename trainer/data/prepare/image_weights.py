@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from trainer.config.objective_config import LossWeightsConfig
 from trainer.config.sources import Source
-from trainer.data.loss_weights import BalancedTags, Factor, ListedTags, LossWeights, TagSeparators, own_weight
+from trainer.data.loss_weights import LossWeights, TagBalance, TagSeparators
 from trainer.data.prepare.tag_counts import Report, TagCounts, balanced, tag_counts
 from trainer.data.prepare.tag_file import read_tag_file
 from trainer.data.sources.listing import source_names
@@ -45,10 +45,11 @@ def image_weights(
     """
     if not weighs_images(sources, section):
         return None
-    factors: list[Factor] = [own_weight] if section.per_image and holds_weights(sources) else []
+    listed = balance = None
     if section.weighs_tags:
-        factors += tag_factors(section, separators, counted(prepared, separators), prepared)
-    return LossWeights(_of_sources(sources, section), tuple(factors))
+        listed, balance = weights_of_tags(section, counted(prepared, separators), prepared)
+    per_image = section.per_image and holds_weights(sources)
+    return LossWeights(_of_sources(sources, section), per_image, listed, balance, separators)
 
 
 def counted(prepared: PreparedSet, separators: TagSeparators, report: Report = lambda images: None) -> TagCounts:
@@ -56,20 +57,20 @@ def counted(prepared: PreparedSet, separators: TagSeparators, report: Report = l
     return tag_counts(prepared, separators, min(_COUNTERS, len(os.sched_getaffinity(0))), report)
 
 
-def tag_factors(
-    section: LossWeightsConfig, separators: TagSeparators, counts: TagCounts, prepared: PreparedSet
-) -> list[ListedTags | BalancedTags]:
-    """What the images' tags are worth.
+def weights_of_tags(
+    section: LossWeightsConfig, counts: TagCounts, prepared: PreparedSet
+) -> tuple[dict[str, float] | None, TagBalance | None]:
+    """The weights that the file lists, and those that balance the tags; None for what is not asked for.
 
     Raises:
         UserError: no image has tags, or none of those that the file lists.
     """
-    balance, factors = section.tag_balance, list[ListedTags | BalancedTags]()
-    key = "tag_balance.power" if balance.power else "tag_file"
+    power, listed = section.tag_balance.power, None
     if not counts.tags:
+        asked = f"tag_balance.power = {power}" if power else f"tag_file = {section.tag_file}"
         raise UserError(
-            f"objective.loss_weights.{key} = {balance.power or section.tag_file}: has no effect; no image of "
-            f"{prepared.path} has tags: if the caption files hold tags, write `caption_files_hold: tags`"
+            f"objective.loss_weights.{asked}: has no effect; no image of {prepared.path} has tags: if the caption "
+            "files hold tags, write `caption_files_hold: tags`"
         )
     if section.tag_file is not None:
         listed = read_tag_file(section.tag_file)
@@ -78,30 +79,28 @@ def tag_factors(
                 f"objective.loss_weights.tag_file = {section.tag_file}: has no effect; no image of {prepared.path} has "
                 f"any of its tags, such as {_some(listed)}; the most usual tags there are {_usual(counts)}"
             )
-        factors.append(ListedTags({tag: weight for tag, weight in listed.items() if weight != 1}, separators))
-    if balance.power:
-        factors.append(balanced(counts, balance.power, balance.min, balance.max, separators))
-    return factors
+    balance = balanced(counts, power, section.tag_balance.min, section.tag_balance.max) if power else None
+    return listed, balance
 
 
-def describe_tags(section: LossWeightsConfig, counts: TagCounts, factors: Sequence[object]) -> Iterator[str]:
-    """What was found of the tags, in lines for people."""
+def describe_tags(section: LossWeightsConfig, counts: TagCounts, prepared: PreparedSet) -> Iterator[str]:
+    """What was found of the tags, in lines for people; raises as `weights_of_tags` does."""
+    listed, balance = weights_of_tags(section, counts, prepared)
     images = counts.tagged + counts.untagged
     yield (
-        f"tags: {len(counts.tags):,} different ones, {counts.untagged / max(1, images):.1%} of {images:,} images an "
-        "epoch have none"
+        f"tags: {len(counts.tags):,} different ones, {counts.untagged / images:.1%} of {images:,} images an epoch "
+        "have none"
     )
-    for factor in factors:
-        if isinstance(factor, BalancedTags):
-            least = min(factor.common.values(), default=factor.rare)
-            yield (
-                f"  balanced with power {section.tag_balance.power:g}: the typical tag is on {counts.typical_count:,} "
-                f"images; tags weigh {least:.3g} to {factor.rare:.3g}, images 1 on average"
-            )
-        elif isinstance(factor, ListedTags):
-            unknown = [tag for tag in factor.weights if tag not in counts.tags]
-            rest = f"; {len(unknown):,} are on no image, such as {_some(unknown)}" if unknown else ""
-            yield f"  {section.tag_file}: {len(factor.weights):,} tags with a weight of their own{rest}"
+    if balance:
+        least = min(balance.common.values(), default=balance.rare)
+        yield (
+            f"  balanced with power {section.tag_balance.power:g}: the typical tag is on {counts.typical_count:,} "
+            f"images; tags weigh {least:.3g} to {balance.rare:.3g}, images 1 on average"
+        )
+    if listed:
+        unknown = [tag for tag in listed if tag not in counts.tags]
+        rest = f"; {len(unknown):,} are on no image, such as {_some(unknown)}" if unknown else ""
+        yield f"  {section.tag_file}: weights of {len(listed):,} tags{rest}"
 
 
 def describe_loss_weights(sources: Sequence[Source], section: LossWeightsConfig) -> list[str]:

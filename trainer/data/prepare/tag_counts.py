@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.fork_server import fork_server, take_signals
-from trainer.data.loss_weights import BalancedTags, TagSeparators
+from trainer.data.loss_weights import TagBalance, TagSeparators
 from trainer.data.prepare.settings import replace_file
 from trainer.data.store.shards import ShardError
 from trainer.data.store.snapshot import PreparedSet, ShardSummary
@@ -60,7 +60,7 @@ class TagCounts:
         raise ValueError("there are no tags")
 
 
-def balanced(counts: TagCounts, power: float, least: float, most: float, separators: TagSeparators) -> BalancedTags:
+def balanced(counts: TagCounts, power: float, least: float, most: float) -> TagBalance:
     """Tag t of n_t images weighs w_t = clip((typical count / n_t)^power, least, most), an image with the tags T
     c / |T| * (sum of w_t over T); c is such that the mean over all images with tags is 1.
 
@@ -72,7 +72,7 @@ def balanced(counts: TagCounts, power: float, least: float, most: float, separat
     total = math.fsum(weights[tag] * share for tag, (_, share) in counts.tags.items()) / _UNITS
     scale = counts.tagged / total
     common = {tag: scale * weight for tag, weight in sorted(weights.items()) if weight < most}
-    return BalancedTags(common, scale * most, separators)
+    return TagBalance(common, scale * most)
 
 
 def tag_counts(

@@ -12,7 +12,6 @@ from trainer.errors import UserError
 
 MAX_BYTES = 32 << 20
 _NUMBER = re.compile(r"\d*\.?\d+([eE][+-]?\d+)?")
-_LONGEST = 60
 
 
 def read_tag_file(path: Path) -> dict[str, float]:
@@ -40,13 +39,14 @@ def read_tag_file(path: Path) -> dict[str, float]:
     try:
         pairs = list(_lines(text)) if kind == ".csv" else _object(text, kind)
     except (ValueError, csv.Error, RecursionError) as error:
-        raise UserError(f"{said}: {_short(error)}") from error
+        raise UserError(f"{said}: {_short(error, 200)}") from error
     weights: dict[str, float] = {}
     for tag, weight in pairs:
         tag = tag.strip()
         if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight <= MOST_LOSS_WEIGHT:
             rule = f"must be a number above 0 and at most {MOST_LOSS_WEIGHT:g}"
-            raise UserError(f"{said}: {_short(tag)!r} = {_short(weight)!r}: {rule}")
+            shown = "an object" if isinstance(weight, list | dict) else repr(_short(weight))
+            raise UserError(f"{said}: {_short(tag)!r} = {shown}: {rule}")
         if not tag or tag in weights:
             raise UserError(f"{said}: {f'names {_short(tag)!r} twice' if tag else 'names an empty tag'}")
         weights[tag] = float(weight)
@@ -86,6 +86,6 @@ def _lines(text: str) -> Iterator[tuple[str, object]]:
             yield tag, float(weight) if is_number else weight
 
 
-def _short(value: object) -> str:
+def _short(value: object, longest: int = 60) -> str:
     text = " ".join(str(value).split())
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return text if len(text) <= longest else text[: longest - 3] + "..."
