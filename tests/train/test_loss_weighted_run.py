@@ -1,7 +1,5 @@
 """Runs in which images count more or less: against AdamW by hand, and from the command to the checkpoint."""
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -13,12 +11,17 @@ from tests.data.photographs import write_crops
 from tests.data.small_set import write_small_set
 from tests.test_end_to_end import losses, sdxl_train, unet_hash
 from tests.train.real_run import ALONE, model_of, run_config, watched_run
+from trainer.cli.main import main
+from trainer.config.load import load_config
+from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record
 from trainer.data.loader import BatchReader, Request
+from trainer.data.prepare.stages import is_current
 from trainer.data.sampler import Position, planned_steps
 from trainer.model.text import load_tokenizers
 from trainer.train.build import build_run
+from trainer.train.prepare_worker import prepare_settings
 from trainer.train.step import batch_losses
 
 TALL, SQUARE = Bucket(128, 64), Bucket(64, 64)
@@ -69,21 +72,21 @@ def test_a_run_trains_what_a_hand_weighted_loss_trains(tmp_path: Path, model_fol
 
 
 @pytest.mark.e2e
-def test_prior_preservation_from_the_command_to_the_checkpoint(tmp_path: Path, model_folder: Path) -> None:
+def test_prior_preservation_from_the_command_to_the_checkpoint(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Prepared once; the weight of the regularization images changes without it. An interrupted run is the same."""
     write_crops(tmp_path / "subject", 6)
     write_crops(tmp_path / "regs", 6, seed=1)
     for path in (tmp_path / "subject").glob("*.txt"):
         path.write_text("1girl, solo" if path.stem.endswith(("0", "2")) else "1girl, hat")
+    subject = {"path": str(tmp_path / "subject"), "caption_files_hold": "tags"}
     config = {
         "run": {"dir": str(tmp_path / "run"), "seed": 3},
         "launch": {"workers": 1, "threads_per_worker": 1},
         "model": {"path": str(model_folder)},
         "data": {
-            "sources": [
-                {"path": str(tmp_path / "subject"), "caption_files_hold": "tags"},
-                {"path": str(tmp_path / "regs"), "prior": True},
-            ],
+            "sources": [subject, {"path": str(tmp_path / "regs"), "prior": True}],
             "prepared": str(tmp_path / "prepared"),
             "buckets": {"resolution": 64, "min_px": 64, "max_px": 64, "step_px": 64},
             "workers": 1,
@@ -98,26 +101,20 @@ def test_prior_preservation_from_the_command_to_the_checkpoint(tmp_path: Path, m
     done = sdxl_train(path)
     assert "loss weights: regs 0.25 (prior); tags balanced by their counts with power 0.5" in done.stderr
     assert "tags: 3 different ones, 50.0% of 12 images an epoch have none" in done.stdout
-    files = {
-        file: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted((tmp_path / "prepared").rglob("*"))
-        if file.is_file()
-    }
 
+    # From here on in this process, which reads by threads.
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     shutil.rmtree(tmp_path / "again/checkpoints/step-00000006")
-    sdxl_train(path, f"run.dir={tmp_path / 'again'}")
+
+    def read(run: str, *overrides: str) -> Config:
+        return load_config(path, [f"run.dir={tmp_path / run}", "data.workers=0", *overrides])
+
+    watched_run(read("again"))
     assert losses(tmp_path / "again") == losses(tmp_path / "run")
     assert unet_hash(tmp_path / "again", 6) == unet_hash(tmp_path / "run", 6)
 
-    # The same first batch in two workers' halves and with another weight: no image was prepared anew.
-    other = sdxl_train(path, f"run.dir={tmp_path / 'other'}", "objective.loss_weights.prior=0.5", "train.steps=1")
-    assert "preparing" not in other.stdout
-    cut = ["launch.workers=3", "train.batch_size_per_gpu=1", "train.steps=3"]
-    sdxl_train(path, f"run.dir={tmp_path / 'three'}", *cut)
-    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "run")[:3], abs=1e-5)
-    assert losses(tmp_path / "other")[0] > losses(tmp_path / "run")[0]
-    assert {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files} == files
-    stats = sdxl_train("data", "stats", path, "--out", tmp_path / "stats.png")
-    assert "loss weights: mean " in stats.stdout and "all from 0.25 to 1.0" in stats.stdout
-    assert json.loads(next((tmp_path / "prepared/tag-counts").iterdir()).read_text())["tagged"] == 6
+    heavier = read("heavier", "objective.loss_weights.prior=0.5", "train.steps=4")
+    assert is_current(prepare_settings(heavier, model_of(heavier)))
+    assert watched_run(heavier).results[0].loss > losses(tmp_path / "run")[0]
+    assert main(["data", "stats", str(path), "--out", str(tmp_path / "stats.png")]) == 0
+    assert "loss weights: mean 0.625, median " in capsys.readouterr().out  # a half 0.25 each, a half 1 on average

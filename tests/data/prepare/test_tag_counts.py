@@ -50,8 +50,8 @@ def test_every_tag_is_counted_as_often_as_it_is_seen(prepared: PreparedSet) -> N
         for name in names:
             expected[name] += 3
             shares[name] = shares.get(name, Fraction(0)) + Fraction(3, len(names))
-    assert {name: count for name, (count, _) in counts.tags.items()} == expected
-    for name, (_, share) in counts.tags.items():
+    assert counts.images == expected
+    for name, share in counts.shares.items():
         assert share / 2**32 == pytest.approx(float(shares[name]), rel=1e-8)
     assert (counts.tagged, counts.untagged) == (
         3 * sum(bool(zipf_tags(i)) for i in IMAGES),
@@ -64,17 +64,17 @@ def test_weights_are_those_of_the_formula_and_1_on_average(
     prepared: PreparedSet, power: float, least: float, most: float
 ) -> None:
     counts = count_tags(prepared, COMMAS, 1)
-    occurrences = sorted(count for count, _ in counts.tags.values() for _ in range(count))
+    occurrences = sorted(count for count in counts.images.values() for _ in range(count))
     typical = occurrences[(len(occurrences) - 1) // 2]  # the median of what is trained, written out
     assert counts.typical_count == typical
-    weight_of = {tag: min(max((typical / n) ** power, least), most) for tag, (n, _) in counts.tags.items()}
+    weight_of = {tag: min(max((typical / n) ** power, least), most) for tag, n in counts.images.items()}
     raw = [np.mean([weight_of[tag] for tag in set(zipf_tags(i))]) for i in IMAGES if zipf_tags(i)]
     weights = LossWeights({}, balance=balanced(counts, power, least, most))
     found = [weights.weight(f"a/{i}", record(i).decode()) for i in IMAGES if zipf_tags(i)]
     np.testing.assert_allclose(found, np.array(raw) / np.mean(raw), rtol=1e-8)
     assert np.mean(found) == pytest.approx(1, rel=1e-8)
     assert [weights.weight(f"a/{i}", record(i).decode()) for i in IMAGES if not zipf_tags(i)] == [1.0] * (8 + 14)
-    commonest = max(counts.tags, key=lambda tag: counts.tags[tag][0])
+    commonest = max(counts.images, key=lambda tag: counts.images[tag])
     of_common, of_rare = (weights.weight("a/b", caption_record("", tag).decode()) for tag in (commonest, "never seen"))
     assert of_common < 1 < of_rare
     assert of_rare / of_common == pytest.approx(most / weight_of[commonest])
@@ -82,9 +82,9 @@ def test_weights_are_those_of_the_formula_and_1_on_average(
 
 def test_a_median_over_different_tags_would_balance_nothing() -> None:
     """Nine in ten tags occur once: their median is 1, and what is trained often would all weigh the least."""
-    tags = {f"rare {i}": [1, 1] for i in range(900)} | {f"usual {i}": [100 + i, 100] for i in range(100)}
-    counts = TagCounts(1000, 0, tags)
-    assert np.median([count for count, _ in tags.values()]) == 1
+    images = {f"rare {i}": 1 for i in range(900)} | {f"usual {i}": 100 + i for i in range(100)}
+    counts = TagCounts(1000, 0, images, images)
+    assert np.median([*images.values()]) == 1
     assert 130 < counts.typical_count < 170
     weights = balanced(counts, 0.5, 0.25, 4.0)
     assert len(weights.common) == 100 and len(set(weights.common.values())) > 90
@@ -96,7 +96,7 @@ def test_processes_count_the_same(prepared: PreparedSet, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "_SHARDS_AT_ONCE", 3)
     told: list[int] = []
     alone, both = count_tags(prepared, COMMAS, 1), count_tags(prepared, COMMAS, 2, told.append)
-    assert both == alone and [*both.tags] == [*alone.tags]
+    assert both == alone
     assert sum(told) == prepared.images("train") == 190 and len(told) == 13
 
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_read_counts_nothing(tmp_path: Path) -> None:
     data[data.rindex(b'{"caption":"","tags":"tag, 3"}')] ^= 1
     shard.write_bytes(data)
     counts = count_tags(prepared, COMMAS, 1)
-    assert counts.tagged == 12 - 5 - 1 and counts.tags["tag"][0] == 6 and "3" not in counts.tags
+    assert counts.tagged == 12 - 5 - 1 and counts.images["tag"] == 6 and "3" not in counts.images
 
 
 def test_a_text_of_its_own_for_each_image_is_no_tag(prepared: PreparedSet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def weights_of_tags(
         UserError: no image has tags, or none of those that the file lists.
     """
     power, listed = section.tag_balance.power, None
-    if not counts.tags:
+    if not counts.images:
         asked = f"tag_balance.power = {power}" if power else f"tag_file = {section.tag_file}"
         raise UserError(
             f"objective.loss_weights.{asked}: has no effect; no image of {prepared.path} has tags: if the caption "
@@ -74,7 +74,7 @@ def weights_of_tags(
         )
     if section.tag_file is not None:
         listed = read_tag_file(section.tag_file)
-        if not listed.keys() & counts.tags.keys():
+        if not listed.keys() & counts.images.keys():
             raise UserError(
                 f"objective.loss_weights.tag_file = {section.tag_file}: has no effect; no image of {prepared.path} has "
                 f"any of its tags, such as {_some(listed)}; the most usual tags there are {_usual(counts)}"
@@ -88,7 +88,7 @@ def describe_tags(section: LossWeightsConfig, counts: TagCounts, prepared: Prepa
     listed, balance = weights_of_tags(section, counts, prepared)
     images = counts.tagged + counts.untagged
     yield (
-        f"tags: {len(counts.tags):,} different ones, {counts.untagged / images:.1%} of {images:,} images an epoch "
+        f"tags: {len(counts.images):,} different ones, {counts.untagged / images:.1%} of {images:,} images an epoch "
         "have none"
     )
     if balance:
@@ -98,7 +98,7 @@ def describe_tags(section: LossWeightsConfig, counts: TagCounts, prepared: Prepa
             f"images; tags weigh {least:.3g} to {balance.rare:.3g}, images 1 on average"
         )
     if listed:
-        unknown = [tag for tag in listed if tag not in counts.tags]
+        unknown = [tag for tag in listed if tag not in counts.images]
         rest = f"; {len(unknown):,} are on no image, such as {_some(unknown)}" if unknown else ""
         yield f"  {section.tag_file}: weights of {len(listed):,} tags{rest}"
 
@@ -140,4 +140,4 @@ def _some(tags: Sequence[str] | dict[str, float]) -> str:
 
 
 def _usual(counts: TagCounts) -> str:
-    return _some(sorted(counts.tags, key=lambda tag: -counts.tags[tag][0]))
+    return _some(sorted(counts.images, key=lambda tag: (-counts.images[tag], tag)))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ _ROWS_WORTH_A_PROCESS = 50_000
 
 Report = Callable[[int], object]
 """How many more images were looked at."""
-_Counts = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,10 @@ class TagCounts:
     tagged: int
     """Images with tags."""
     untagged: int
-    tags: Mapping[str, Sequence[int]]
-    """By tag: how many images have it; and the sum over these of 1 / (number of the image's tags), in 2^-32."""
+    images: Mapping[str, int]
+    """How many images have the tag."""
+    shares: Mapping[str, int]
+    """By tag the sum over these images of 1 / (number of the image's tags), in 2^-32."""
 
     @property
     def typical_count(self) -> int:
@@ -51,7 +52,7 @@ class TagCounts:
         The median over different tags would be next to 1, because nearly all of them are rare: every tag that is
         trained often would end at the least weight, and nothing would be balanced.
         """
-        counts = sorted(count for count, _ in self.tags.values())
+        counts = sorted(self.images.values())
         half, passed = sum(counts) / 2, 0
         for count in counts:
             passed += count
@@ -68,8 +69,8 @@ def balanced(counts: TagCounts, power: float, least: float, most: float) -> TagB
     1 / |T|. So one pass over the data suffices for every choice of the other numbers.
     """
     typical = counts.typical_count
-    weights = {tag: min(max((typical / n) ** power, least), most) for tag, (n, _) in counts.tags.items()}
-    total = math.fsum(weights[tag] * share for tag, (_, share) in counts.tags.items()) / _UNITS
+    weights = {tag: min(max((typical / n) ** power, least), most) for tag, n in counts.images.items()}
+    total = math.fsum(weights[tag] * share for tag, share in counts.shares.items()) / _UNITS
     scale = counts.tagged / total
     common = {tag: scale * weight for tag, weight in sorted(weights.items()) if weight < most}
     return TagBalance(common, scale * most)
@@ -90,7 +91,7 @@ def tag_counts(
     counts = count_tags(prepared, separators, processes, report)
     try:
         path.parent.mkdir(exist_ok=True)
-        document = {**head, "tagged": counts.tagged, "untagged": counts.untagged, "tags": counts.tags}
+        document = {**head, **asdict(counts)}
         replace_file(path, json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n")
     except OSError:
         pass  # a folder that is read-only: counted anew at each start
@@ -108,12 +109,12 @@ def count_tags(
     """Look through the records of all training images; a shard that cannot be read counts nothing."""
     shards = prepared.shards("train")
     parts = [shards[begin : begin + _SHARDS_AT_ONCE] for begin in range(0, len(shards), _SHARDS_AT_ONCE)]
-    total = TagCounts(0, 0, {})
+    total = TagCounts(0, 0, {}, {})
     if processes < 2 or prepared.images("train") < _ROWS_WORTH_A_PROCESS:
         for part in parts:
             total = _added(total, _count_shards(prepared, separators, part), prepared)
             report(sum(shard.rows for shard in part))
-        return _sorted(total)
+        return total
     with ProcessPoolExecutor(processes, fork_server(), take_signals) as pool:
         try:
             rows = {
@@ -127,11 +128,12 @@ def count_tags(
             raise UserError("counting tags: a process has died; if it was for want of memory, free some") from error
         finally:
             pool.shutdown(cancel_futures=True)
-    return _sorted(total)
+    return total
 
 
 def _count_shards(prepared: PreparedSet, separators: TagSeparators, shards: Sequence[ShardSummary]) -> TagCounts:
-    tags: _Counts = {}
+    images: dict[str, int] = {}
+    shares: dict[str, int] = {}
     tagged = untagged = 0
     for shard in shards:
         try:
@@ -149,35 +151,23 @@ def _count_shards(prepared: PreparedSet, separators: TagSeparators, shards: Sequ
             tagged += times
             share = times * _UNITS // len(names)
             for name in names:
-                entry = tags.get(name)
-                if entry is None:
-                    tags[name] = [times, share]
-                else:
-                    entry[0] += times
-                    entry[1] += share
-    return TagCounts(tagged, untagged, tags)
+                images[name] = images.get(name, 0) + times
+                shares[name] = shares.get(name, 0) + share
+    return TagCounts(tagged, untagged, images, shares)
 
 
 def _added(total: TagCounts, part: TagCounts, prepared: PreparedSet) -> TagCounts:
     """The sum, in the memory of `total`."""
-    tags: Any = total.tags
-    for name, (count, share) in part.tags.items():
-        entry = tags.get(name)
-        if entry is None:
-            tags[name] = [count, share]
-        else:
-            entry[0] += count
-            entry[1] += share
-    if len(tags) > MOST_TAGS:
+    for sums, added in ((total.images, part.images), (total.shares, part.shares)):
+        assert isinstance(sums, dict)
+        for name, number in added.items():
+            sums[name] = sums.get(name, 0) + number
+    if len(total.images) > MOST_TAGS:
         raise UserError(
             f"data.prepared ({prepared.path}): holds more than {MOST_TAGS:,} different tags, which cannot be weighted; "
             "are they tags? See captions.tag_separator and caption_files_hold"
         )
-    return TagCounts(total.tagged + part.tagged, total.untagged + part.untagged, tags)
-
-
-def _sorted(counts: TagCounts) -> TagCounts:
-    return TagCounts(counts.tagged, counts.untagged, dict(sorted(counts.tags.items())))
+    return replace(total, tagged=total.tagged + part.tagged, untagged=total.untagged + part.untagged)
 
 
 def _kept_in(prepared: PreparedSet, separators: TagSeparators) -> tuple[Path, dict[str, Any]]:
@@ -197,6 +187,6 @@ def _read(path: Path, head: Mapping[str, Any]) -> TagCounts | None:
         document = json.loads(path.read_bytes())
         if {name: document.get(name) for name in head} != head:
             return None
-        return TagCounts(document["tagged"], document["untagged"], document["tags"])
+        return TagCounts(*(document[field.name] for field in fields(TagCounts)))
     except (OSError, ValueError, KeyError, AttributeError):
         return None  # not there, or damaged
