@@ -106,7 +106,7 @@ def reading(prepared: PreparedSet, rows: int) -> Iterator[tuple[str, str]]:
         "and of tags": LossWeights({"booru": 0.5}, True, {"some tag 5": 2.0}, balance),
     }
     best = dict.fromkeys(kinds, float("inf"))
-    order = np.random.default_rng(1).permutation(rows)[: BATCH * BATCHES].reshape(BATCHES, BATCH)
+    order = np.random.default_rng(1).integers(0, rows, (BATCHES, BATCH))
     for _ in range(5):
         for name, weights in kinds.items():
             reader = BatchReader(prepared, "train", 1, stand_in_tokens, loss_weights=weights)

@@ -13,7 +13,7 @@ from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record
 from trainer.data.loss_weights import LossWeights, TagSeparators
 from trainer.data.prepare import tag_counts as module
-from trainer.data.prepare.tag_counts import TagCounts, are_kept, balanced, count_tags, tag_counts
+from trainer.data.prepare.tag_counts import TagCounts, balanced, count_tags, tag_counts
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.store.snapshot_file import read_snapshot, snapshot_name
 from trainer.errors import UserError
@@ -103,9 +103,7 @@ def test_processes_count_the_same(prepared: PreparedSet, monkeypatch: pytest.Mon
 def test_counts_are_kept_beside_their_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_small_set(tmp_path, {SQUARE: 12}, record=record)
     prepared = PreparedSet.open(root)
-    assert not are_kept(prepared, COMMAS)
     counts = tag_counts(prepared, COMMAS, 1)
-    assert are_kept(prepared, COMMAS)
     (kept,) = (root / "tag-counts").iterdir()
     looked: list[object] = []
     count = module.count_tags

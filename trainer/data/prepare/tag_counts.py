@@ -7,8 +7,8 @@ count and one more number, from which the mean weight of all images follows for 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ MOST_TAGS = 3_000_000
 """Different tags: more are no tags, and would fill the memory."""
 _UNITS = 1 << 32
 """Shares are counted in parts of this, so that the order of the sum makes no difference."""
-_SHARDS_AT_ONCE = 16
+_SHARDS_AT_ONCE = 32
 _ROWS_WORTH_A_PROCESS = 50_000
 
 Report = Callable[[int], object]
@@ -98,11 +98,6 @@ def tag_counts(
     return counts
 
 
-def are_kept(prepared: PreparedSet, separators: TagSeparators) -> bool:
-    """Whether `tag_counts` need not look at the images."""
-    return _kept_in(prepared, separators)[0].is_file()
-
-
 def count_tags(
     prepared: PreparedSet, separators: TagSeparators, processes: int, report: Report = lambda images: None
 ) -> TagCounts:
@@ -110,25 +105,35 @@ def count_tags(
     shards = prepared.shards("train")
     parts = [shards[begin : begin + _SHARDS_AT_ONCE] for begin in range(0, len(shards), _SHARDS_AT_ONCE)]
     total = TagCounts(0, 0, {}, {})
+    for part, counts in _counted(prepared, separators, parts, processes):
+        total = _added(total, counts, prepared)
+        report(sum(shard.rows for shard in part))
+    return total
+
+
+def _counted(
+    prepared: PreparedSet, separators: TagSeparators, parts: Sequence[Sequence[ShardSummary]], processes: int
+) -> Iterator[tuple[Sequence[ShardSummary], TagCounts]]:
+    """The counts of each part, in any order; no more are in memory than there are processes, and one."""
     if processes < 2 or prepared.images("train") < _ROWS_WORTH_A_PROCESS:
         for part in parts:
-            total = _added(total, _count_shards(prepared, separators, part), prepared)
-            report(sum(shard.rows for shard in part))
-        return total
+            yield part, _count_shards(prepared, separators, part)
+        return
     with ProcessPoolExecutor(processes, fork_server(), take_signals) as pool:
+        running: dict[Future[TagCounts], Sequence[ShardSummary]] = {}
         try:
-            rows = {
-                pool.submit(_count_shards, prepared, separators, part): sum(shard.rows for shard in part)
-                for part in parts
-            }
-            for done in as_completed(rows):
-                total = _added(total, done.result(), prepared)
-                report(rows[done])
+            for part in parts:
+                running[pool.submit(_count_shards, prepared, separators, part)] = part
+                if len(running) > processes:
+                    done = wait(running, return_when=FIRST_COMPLETED).done.pop()
+                    yield running.pop(done), done.result()
+            while running:
+                done = wait(running, return_when=FIRST_COMPLETED).done.pop()
+                yield running.pop(done), done.result()
         except BrokenProcessPool as error:
             raise UserError("counting tags: a process has died; if it was for want of memory, free some") from error
         finally:
             pool.shutdown(cancel_futures=True)
-    return total
 
 
 def _count_shards(prepared: PreparedSet, separators: TagSeparators, shards: Sequence[ShardSummary]) -> TagCounts:
