@@ -70,7 +70,8 @@ def _tags(config: Config) -> Iterator[Problem]:
         yield clash(config, (f"{at}.min", f"{at}.max"), "all tags would weigh the same; leave `power` out")
     sources = config.data.sources
     if all(isinstance(source, FolderSource) and source.caption_files_hold == "caption" for source in sources):
-        for key, given in ((f"{at}.power", balance.power > 0), (f"{_WEIGHTS}.tag_file", weights.tag_file is not None)):
+        has_file = weights.tag_file is not None and weights.tag_file.exists()  # that it is missing is told elsewhere
+        for key, given in ((f"{at}.power", balance.power > 0), (f"{_WEIGHTS}.tag_file", has_file)):
             if given:
                 keys = (key, "data.sources.0.caption_files_hold")
                 yield clash(config, keys, "has no effect; if the files hold tags, write `tags`")
