@@ -9,7 +9,7 @@ from trainer.config.schema import Config
 from trainer.data.captions import CaptionRules
 from trainer.data.loss_weights import LossWeights, TagSeparators
 from trainer.data.prepare.caption_survey import CaptionSurvey, sampled_records, survey_captions
-from trainer.data.prepare.image_weights import image_weights
+from trainer.data.prepare.image_weights import holds_weights, image_weights
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.model.text import TOKENS_PER_CHUNK, CaptionTokenizer, load_tokenizers
@@ -66,6 +66,9 @@ def describe_captions(config: Config, model: RunModel, survey: CaptionSurvey) ->
     asks_for_tags = captions.use != "caption" or captions.shuffle_tags or captions.tag_dropout_rate > 0
     if asks_for_tags and sampled and not survey.with_tags:
         lines.append("  none of them has tags, so that what `captions` asks for tags has no effect")
+    asks_for_weights = config.objective.loss_weights.per_image and holds_weights(config.data.sources)
+    if asks_for_weights and sampled and not survey.with_weights:
+        lines.append("  none of them has a loss weight other than 1: see `weight_field` and its like in `data.sources`")
     return lines
 
 
