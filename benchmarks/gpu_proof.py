@@ -34,11 +34,11 @@ from trainer.model_files.run_model import RunModel, open_model
 from trainer.optim.precision import set_fp32_arithmetic
 from trainer.parallel.comm import Comm, keep_group_alive
 from trainer.parallel.strategy import StrategyKind
-from trainer.train.bench_worker import SyntheticData, measured_row, synthetic_batch, synthetic_data, with_plan
 from trainer.train.build import build_parts, worker_setting
 from trainer.train.checkpoint_contents import checkpoint_files
 from trainer.train.memory_inputs import planned_run
 from trainer.train.step import StepParts, batch_losses, train_step
+from trainer.train.workers.bench_worker import SyntheticData, measured_row, synthetic_batch, synthetic_data, with_plan
 
 Rows = Iterator[tuple[str, str]]
 _WARMUP = 2
@@ -152,7 +152,7 @@ def _steps_of_tiny(bench: Bench, comm: Comm, precision: str) -> tuple[Tensor, Te
 
     weights = list(parts.strategy.parameters.values())
     before = flat(weights)
-    losses = batch_losses(parts, batch, 0, 2.0)
+    losses, _ = batch_losses(parts, batch, 0, 2.0)
     losses.mean().backward()
     gradients = flat([weight.grad for weight in weights if weight.grad is not None])
     parts.strategy.clear_gradients()

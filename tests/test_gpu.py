@@ -16,9 +16,9 @@ from trainer.optim.ema_profile import PlainEma, PowerEma
 from trainer.optim.ema_swap import averaged_weights
 from trainer.optim.precision import set_fp32_arithmetic
 from trainer.parallel.comm import Comm
-from trainer.train.bench_worker import SyntheticData, synthetic_batch
 from trainer.train.build import build_parts
 from trainer.train.step import train_step
+from trainer.train.workers.bench_worker import SyntheticData, synthetic_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DATA = SyntheticData(Bucket(64, 64), 0.13025, (77, 40, 24), holds_images=False, chunks=1, words=49408)

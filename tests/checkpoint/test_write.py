@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.manifest import find_damage
+from trainer.checkpoint.resume_point import resume_newest
 from trainer.checkpoint.run_dir import (
     checkpoint_dir,
     checkpoint_step,
-    find_damage,
     list_checkpoints,
-    newest_checkpoint,
     only_writer,
     prune_checkpoints,
     read_state,
@@ -82,8 +82,13 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, harm: str) 
     else:
         (newer / "manifest.json").write_text('{"version": 1')
     lines: list[str] = []
-    assert newest_checkpoint(tmp_path, lines.append) == older
-    assert len(lines) == 1 and lines[0].startswith(f"{newer}: ") and lines[0].endswith("; trying the one before")
+    assert resume_newest(tmp_path, lines.append) == older
+    aside = newer.with_name("step-00000002.damaged")
+    assert len(lines) == 1 and lines[0].startswith(f"{newer}: ")
+    assert lines[0].endswith("; set aside as step-00000002.damaged, its steps are done anew from step-00000001")
+    prune_checkpoints(tmp_path, keep=1)
+    assert aside.is_dir() and list_checkpoints(tmp_path) == [older]
+    assert find_damage(save(tmp_path, 2)) is None, "its place is free"
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:

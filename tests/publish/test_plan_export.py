@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.model_files.single_files import hash_of_data
-from trainer.checkpoint.run_dir import MANIFEST, manifest_entry
+from trainer.checkpoint.manifest import MANIFEST, manifest_entry
 from trainer.cli.main import main
 from trainer.config.load import load_config, to_yaml
 from trainer.config.yaml_source import parse

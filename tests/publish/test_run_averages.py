@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from tests.data.small_set import write_small_set
 from tests.train.real_run import run_config, watched_run
-from trainer.checkpoint.run_dir import MANIFEST, RESOLVED_CONFIG, checkpoint_dir, find_damage
+from trainer.checkpoint.manifest import MANIFEST, find_damage
+from trainer.checkpoint.run_dir import RESOLVED_CONFIG, checkpoint_dir
 from trainer.cli.main import main
 from trainer.cli.run_target import find_target
 from trainer.cli.start_workers import write_resolved

@@ -21,11 +21,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from trainer.config.schema import OptimizerConfig
 from trainer.data.loader import Batch
+from trainer.diffusion.importance import BINS, LossHistory
 from trainer.diffusion.losses import absolute, huber, snr_delta
 from trainer.diffusion.noise import Draws, NoiseRecipe
-from trainer.diffusion.objective import Objective
+from trainer.diffusion.objective import Objective, taught
 from trainer.diffusion.prediction import edm, epsilon, flow, v_prediction
 from trainer.diffusion.timesteps import beta, laplace, logit_normal, stratified
+from trainer.diffusion.uncertainty import LearnedWeights
 from trainer.diffusion.weighting import min_snr, p2, soft_min_snr
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.freeze import never_used
@@ -38,9 +40,11 @@ from trainer.parallel.sharding import copy_share
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.parallel.worker import end_process
 from trainer.train.step import StepParts, all_alike, by_loss_weight, train_step
+from trainer.train.step_companions import meeting_of
 
 IMAGES = 12  # of a step
 LR = 1.5e-6  # a usual one: AdamW turns rounding of a gradient near zero into a step of up to this
+LEARNERS = ("importance", "learned")
 # Between them, what can hang on how a step is cut.
 OBJECTIVES = {
     "flow": Objective(flow(3.0), logit_normal(0.0, 1.0), stratified, loss=absolute, noise=NoiseRecipe(candidates=3)),
@@ -59,8 +63,21 @@ OBJECTIVES = {
         noise=NoiseRecipe(offset=0.05, offset_probability=0.5, pyramid_levels=3, perturbation=0.1),
     ),
     "edm": Objective(edm(), weigh=soft_min_snr(5.0)),
+    "companions": Objective(flow(2.0), pairs=True, contrast=0.05),
     "loss_weights": Objective(epsilon(), spread=stratified),  # and images that count more or less
 }
+
+
+def learning(name: str) -> Objective:
+    """With a learner of its own, which is not at its start."""
+    if name == "learned":
+        return taught(Objective(v_prediction()), LearnedWeights(lr=0.1))
+    history = LossHistory()
+    squares = [(1 + part % 7 + part / 20) ** 2 for part in range(BINS)]
+    history.take_up({"counts": [20.0] * BINS, "squares": squares})
+    return taught(Objective(epsilon(), history.positions, stratified), history)
+
+
 _TEXT = {"vocab_size": 64, "max_position_embeddings": 77, "num_attention_heads": 2}
 _TEXT |= {"bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 63}
 
@@ -121,7 +138,8 @@ def main() -> None:
     comm = init_comm(timeout_s=1200)
     for name in runs:
         kind, precision, accumulation, *objective = name.split(":")
-        objective = OBJECTIVES[objective[0]] if objective else Objective(epsilon())
+        wish = objective[0] if objective else ""
+        objective = learning(wish) if wish in LEARNERS else OBJECTIVES.get(wish, Objective(epsilon()))
         run(comm, kind, precision, int(accumulation), int(steps), Path(folder) / f"{name}.safetensors", objective)
     close(comm)
     end_process()
@@ -155,8 +173,8 @@ def run(
     autocast = None if dtype else precision.autocast
     denoiser = Denoiser(model.train(), objective, None, None, 0.13025, dtype or precision.weights, autocast)
     optimizer = make_optimizer(strategy.parameters, OptimizerConfig(lr=LR))
-    weigh = by_loss_weight if objective is OBJECTIVES["loss_weights"] else all_alike
-    parts = StepParts(comm, strategy, optimizer, denoiser, max_grad_norm=1.0, weigh=weigh)
+    weigh, meet = by_loss_weight if objective is OBJECTIVES["loss_weights"] else all_alike, meeting_of(objective, comm)
+    parts = StepParts(comm, strategy, optimizer, denoiser, max_grad_norm=1.0, weigh=weigh, meet=meet)
     warm_up(strategy, lambda wrapped: throw_away_loss(denoiser, wrapped, with_text, comm.device))
     losses = [take_step(parts, comm, step, accumulation, with_text) for step in range(steps)]
     watches = comm.rank == 0  # reading what was watched takes longer than the step

@@ -11,7 +11,7 @@ from tests.train.real_run import model_of, run_config, watched_run
 from trainer.data.buckets import Bucket
 from trainer.data.prepare.stages import commit, plan_prepare
 from trainer.train.arithmetic import MOST_BATCHES, batch_factors
-from trainer.train.prepare_worker import encode_share, note_references, prepare_settings
+from trainer.train.workers.prepare_worker import encode_share, note_references, prepare_settings
 
 BUCKETS = {"resolution": 128, "min_px": 64, "max_px": 256, "step_px": 64, "no_upscale": True}
 

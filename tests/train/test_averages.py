@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.data.small_set import write_small_set
 from tests.train.real_run import ALONE, model_of, run_config, watched_run
 from trainer.checkpoint.ema_folders import SNAPSHOTS, averages_in
-from trainer.checkpoint.run_dir import MANIFEST, checkpoint_dir, list_checkpoints, read_state
+from trainer.checkpoint.manifest import MANIFEST
+from trainer.checkpoint.run_dir import checkpoint_dir, list_checkpoints, read_state
 from trainer.checkpoint.write import WEIGHTS_FILES
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket

@@ -68,7 +68,7 @@ def _trained_by_hand(config: Config) -> dict[str, torch.nn.Parameter]:
     for rows, _ in planned_steps(rows_per_bucket, config.run.seed, Position.start(len(rows_per_bucket), 4)):
         batch = reader.read(Request(rows.epoch, rows.bucket, rows.ids, rows.weights))
         weights = batch.weights * torch.tensor([key != "64x64/7" for key in batch.keys])
-        ((weights * batch_losses(run.parts, batch, 0, 4.0)).sum() / weights.sum()).backward()
+        ((weights * batch_losses(run.parts, batch, 0, 4.0).losses).sum() / weights.sum()).backward()
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -12,7 +12,7 @@ from trainer.data.captions import PLAIN, CaptionRules, caption_record
 from trainer.data.prepare.settings import PrepareSettings
 from trainer.errors import UserError
 from trainer.train.caption_rules import caption_rules, describe_captions, require_captions, survey_of
-from trainer.train.prepare_worker import prepare_settings
+from trainer.train.workers.prepare_worker import prepare_settings
 
 
 @pytest.fixture

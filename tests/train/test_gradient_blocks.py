@@ -6,9 +6,9 @@ import torch
 from tests.train.real_run import ALONE, model_of, run_config
 from trainer.data.buckets import Bucket
 from trainer.memory.run_choice import MemoryChoice
-from trainer.train.bench_worker import SyntheticData, synthetic_batch
 from trainer.train.build import build_parts
 from trainer.train.step import batch_losses, train_step
+from trainer.train.workers.bench_worker import SyntheticData, synthetic_batch
 
 
 def test_norms_by_block_add_up_to_the_whole(model_folder: Path, tmp_path: Path) -> None:
@@ -24,6 +24,6 @@ def test_norms_by_block_add_up_to_the_whole(model_folder: Path, tmp_path: Path) 
     assert {"unet.conv_in", "unet.down_blocks.1", "unet.mid_block", "unet.up_blocks.0"} <= set(norms)
     assert sum(norm**2 for norm in norms.values()) == pytest.approx(results[1].grad_norm ** 2, rel=1e-5)
     again = build_parts(config, model_of(config), ALONE, data, MemoryChoice("single"))
-    batch_losses(again, batch, 0, 4.0).mean().backward()
+    batch_losses(again, batch, 0, 4.0).losses.mean().backward()
     of_block = [p.grad.norm() for n, p in again.strategy.parameters.items() if n.startswith("unet.mid_block.")]
     assert norms["unet.mid_block"] == pytest.approx(float(torch.stack(of_block).norm()), rel=1e-5)

@@ -21,8 +21,8 @@ from trainer.model.load_weights import load_vae
 from trainer.model.text import load_tokenizers
 from trainer.model.vae import ImageEncoder
 from trainer.model_files.run_model import open_model
-from trainer.train.eval_worker import evaluate_weights
-from trainer.train.prepare_worker import encode_share, needs_workers, note_references, prepare_settings
+from trainer.train.workers.eval_worker import evaluate_weights
+from trainer.train.workers.prepare_worker import encode_share, needs_workers, note_references, prepare_settings
 
 BUCKETS = {"resolution": 128, "min_px": 64, "max_px": 256, "step_px": 64}
 AUGMENTED = {"mode": "images", "augment": {"flip_probability": 0.5, "random_crop": True}}

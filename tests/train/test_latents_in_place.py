@@ -16,7 +16,7 @@ from trainer.data.prepare.stages import commit, plan_repack
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
 from trainer.model_files.diffusers_folder import read_config
-from trainer.train import prepare_worker as preparation
+from trainer.train.workers import prepare_worker as preparation
 
 BUCKETS = [(64, 64), (64, 128)]
 

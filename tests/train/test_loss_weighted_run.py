@@ -21,8 +21,8 @@ from trainer.data.prepare.stages import is_current
 from trainer.data.sampler import Position, planned_steps
 from trainer.model.text import load_tokenizers
 from trainer.train.build import build_run
-from trainer.train.prepare_worker import prepare_settings
 from trainer.train.step import batch_losses
+from trainer.train.workers.prepare_worker import prepare_settings
 
 TALL, SQUARE = Bucket(128, 64), Bucket(64, 64)
 
@@ -61,7 +61,7 @@ def test_a_run_trains_what_a_hand_weighted_loss_trains(tmp_path: Path, model_fol
             for i in numbers
         ]
         factors += [0.0] * (4 - len(factors))
-        loss = (batch_losses(by_hand.parts, batch, 0, 4.0) * torch.tensor(factors)).sum() / len(numbers)
+        loss = (batch_losses(by_hand.parts, batch, 0, 4.0).losses * torch.tensor(factors)).sum() / len(numbers)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
         optimizer.step()

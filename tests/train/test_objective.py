@@ -17,10 +17,12 @@ from trainer.data.loader import Batch
 from trainer.errors import UserError
 from trainer.memory.run_choice import MemoryChoice
 from trainer.model_files.run_model import open_model
-from trainer.train.bench_worker import SyntheticData, synthetic_batch
+from trainer.train.arithmetic import arithmetic_of
 from trainer.train.build import build_parts
+from trainer.train.memory_inputs import planned_run
 from trainer.train.run_objective import chosen_prediction, describe_objective, guidance_warning, make_objective
 from trainer.train.step import train_step
+from trainer.train.workers.bench_worker import SyntheticData, synthetic_batch
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 DATA = SyntheticData(Bucket(64, 64), 0.13025, (77, 40, 24), holds_images=False, chunks=1, words=518)
@@ -63,6 +65,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "timesteps": {"min": 100, "max": 900, "stratified": True},
     },
     "EDM": {"prediction": "edm"},
+    "v, learned weights": {"prediction": "v_prediction", "weighting": {"kind": "learned", "lr": 0.05}},
+    "flow, contrast, optimal transport": {
+        "prediction": "flow",
+        "loss": {"contrast": 0.05},
+        "noise": {"pairing": "optimal_transport"},
+    },
 }
 
 
@@ -196,6 +204,27 @@ def test_conversion_is_said_and_what_does_not_fit_the_model_refused(model_folder
     ):
         with pytest.raises(UserError, match=words):
             chosen(objective)
+
+
+def test_what_options_cost_is_told_and_planned(model_folder: Path, tmp_path: Path) -> None:
+    model, wish = (
+        open_model(model_folder),
+        {"prediction": "flow", "noise": {"candidates": 8}, "loss": {"contrast": 0.05}},
+    )
+    config = config_of(model_folder, tmp_path, wish)  # batches of 4 at 1024 px: 128 x 128 x 4 numbers of 4 bytes each
+    lines = describe_objective(config, model)
+    assert "  costs: 10.5 MB on each card for noise beside the usual" in lines  # 10 x 4 x 262,144 bytes
+    assert any("0.13 MB an image, over the wire" in line for line in lines)
+    assert not any("costs" in line for line in describe_objective(config_of(model_folder, tmp_path, {}), model))
+    assert planned_run(config, model).extra_noises == 10
+
+
+@pytest.mark.parametrize("wish", [{"timesteps": {"stratified": True}}, {"noise": {"pairing": "optimal_transport"}}])
+def test_steps_of_one_image_have_nothing_to_share(wish: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
+    config = config_of(model_folder, tmp_path, wish, batch_size_per_gpu=1, steps=1)
+    assert arithmetic_of(config, 2, [Bucket(64, 64)], [8]).images_per_step == 2
+    with pytest.raises(UserError, match=r"has no effect on steps of one image; raise train\.batch_size_per_gpu"):
+        arithmetic_of(config, 1, [Bucket(64, 64)], [8])
 
 
 def test_guidance_of_a_model_that_sees_no_empty_caption_is_warned_of(model_folder: Path, tmp_path: Path) -> None:

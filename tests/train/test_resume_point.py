@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.train.real_run import ALONE
-from trainer.checkpoint.run_dir import MANIFEST, RESOLVED_CONFIG, checkpoint_dir
+from trainer.checkpoint.manifest import MANIFEST
+from trainer.checkpoint.run_dir import RESOLVED_CONFIG, checkpoint_dir
 from trainer.checkpoint.write import OPTIMIZER, TensorFile, write_checkpoint
 from trainer.config.schema import Config
 from trainer.errors import UserError

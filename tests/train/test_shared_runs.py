@@ -15,14 +15,13 @@ from tests.worker_group import run_group
 
 SCRIPT = Path(__file__).parent / "shared_run_script.py"
 QUICK = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero3:fp32:1")
-OF_OBJECTIVES = (
-    "ddp:fp32:1:flow",
-    "ddp:fp32:3:v",
-    "zero2:fp32:3:noises",
-    "ddp:fp32:3:edm",
-    "zero2:fp32:3:loss_weights",
+OF_OBJECTIVES = ("ddp:fp32:1:flow", "ddp:fp32:3:v", "zero2:fp32:3:noises", "ddp:fp32:3:edm")
+OF_OTHERS = ("ddp:fp32:3:companions", "zero2:fp32:1:importance", "ddp:fp32:3:learned", "zero2:fp32:3:loss_weights")
+ALONE = (
+    "single:fp32:1",
+    "single:bf16:1",
+    *(f"single:fp32:1:{name.split(':')[3]}" for name in OF_OBJECTIVES + OF_OTHERS),
 )
-ALONE = ("single:fp32:1", "single:bf16:1", *(f"single:fp32:1:{name.split(':')[3]}" for name in OF_OBJECTIVES))
 LONG = (*QUICK, "zero2+:fp32:3", "ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
 QUICK_STEPS, STEPS = 3, 50
 
@@ -46,7 +45,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("four"), 4, QUICK_STEPS, *QUICK, *OF_OBJECTIVES)
+    return run(tmp_path_factory.mktemp("four"), 4, QUICK_STEPS, *QUICK, *OF_OBJECTIVES, *OF_OTHERS)
 
 
 def told_of(folder: Path, name: str, what: str) -> Any:
@@ -70,7 +69,7 @@ def assert_same_steps(alone: Path, four: Path, name: str) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", QUICK + OF_OBJECTIVES)
+@pytest.mark.parametrize("name", QUICK + OF_OBJECTIVES + OF_OTHERS)
 def test_four_workers_take_the_steps_of_one(alone: Path, four: Path, name: str) -> None:
     assert_same_steps(alone, four, name)
 

@@ -110,7 +110,7 @@ def test_loss_weights_multiply_the_losses_and_leave_the_denominator(denoiser: De
     expected, total = [torch.zeros_like(p, dtype=torch.float64) for p in denoiser.model.parameters()], 0.0
     alone = make_parts(denoiser)
     for row in range(5):
-        (loss,) = batch_losses(alone, make_batch(range(row, row + 1)), 0, 1.0)
+        (loss,) = batch_losses(alone, make_batch(range(row, row + 1)), 0, 1.0).losses
         total += loss_weights[row] * loss.item() / 5
         for sum_, gradient in zip(expected, torch.autograd.grad(loss, alone.denoiser.model.parameters()), strict=True):
             sum_ += loss_weights[row] * gradient.double() / 5

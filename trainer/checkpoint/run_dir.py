@@ -2,23 +2,23 @@
 
 import fcntl
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import xxhash
-
+from trainer.checkpoint.manifest import MANIFEST, STATE, find_damage
 from trainer.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 STEP_NAME = re.compile(r"step-(\d{8})")
 _STEP_OF = re.compile(r"step-(\d{8})(-.*)?")  # of weights that were computed from several checkpoints, too
-MANIFEST = "manifest.json"
 RESOLVED_CONFIG = "config.resolved.yaml"  # written when a command starts
-STATE = "training_state/state.json"
 CHECKPOINTS = "checkpoints"
-_PIECE = 8 << 20
+DAMAGED = ".damaged"  # behind the name of a checkpoint that was set aside
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
@@ -56,7 +56,7 @@ def prune_checkpoints(run_dir: Path, keep: int | None, in_use: Path | None = Non
         if old != in_use:
             delete_checkpoint(old)
     for left_over in (run_dir / folder).glob("step-*"):
-        if not (left_over / MANIFEST).is_file() or left_over.suffix == ".tmp":
+        if DAMAGED not in left_over.name and (not (left_over / MANIFEST).is_file() or left_over.suffix == ".tmp"):
             shutil.rmtree(left_over, ignore_errors=True)
 
 
@@ -66,52 +66,35 @@ def delete_checkpoint(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def find_damage(path: Path) -> str | None:
-    """Compare every file of a checkpoint with its manifest; the first difference, or None."""
-    try:
-        entries = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is missing or unreadable"
-    for name, expected in entries.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["size"]:
-            return f"{name} has {file.stat().st_size:,} bytes, not {expected['size']:,}"
-        if manifest_entry(file) != expected:
-            return f"{name} has changed (checksum)"
-    return None
+def newest_checkpoint(run_dir: Path, log: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that has all its files in their sizes; others are named and passed over.
 
-
-def newest_checkpoint(run_dir: Path, log: Callable[[str], None], written_after: Path | None = None) -> Path | None:
-    """The newest checkpoint whose files agree with its manifest; damaged ones are named and passed over.
-
-    Args:
-        written_after: only what is newer than this file counts.
+    Contents are not read: whoever opens a file compares it with the manifest.
     """
-    after = written_after.stat().st_mtime_ns if written_after else 0
     for path in reversed(list_checkpoints(run_dir)):
-        if (path / MANIFEST).stat().st_mtime_ns <= after:
-            continue
-        damage = find_damage(path)
+        damage = find_damage(path, contents=False)
         if damage is None:
             return path
         log(f"{path}: {damage}; trying the one before")
     return None
 
 
+def checkpoint_at(place: Path) -> Path | None:
+    """The checkpoint that is meant by `place`: itself, or a run's newest that has its files; None if there is none.
+
+    Raises:
+        UserError: it is itself a checkpoint, and damaged.
+    """
+    if not (place / MANIFEST).is_file():
+        return newest_checkpoint(place, _log.warning)
+    if (damage := find_damage(place, contents=False)) is not None:
+        raise UserError(f"{place}: {damage}; take another checkpoint")
+    return place
+
+
 def read_state(path: Path) -> dict[str, object]:
     """The JSON part of a checkpoint's training state."""
     return json.loads((path / STATE).read_text())
-
-
-def manifest_entry(file: Path) -> dict[str, object]:
-    """Size in bytes and xxh3-128 of a file, as the manifest holds them."""
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while piece := stream.read(_PIECE):
-            digest.update(piece)
-    return {"size": file.stat().st_size, "xxh3_128": digest.hexdigest()}
 
 
 @contextmanager

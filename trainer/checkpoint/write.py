@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from trainer.checkpoint.run_dir import MANIFEST, STATE, manifest_entry
+from trainer.checkpoint.manifest import MANIFEST, STATE, manifest_entry
 from trainer.model_files.tensor_file import TensorSpec, aligned, sync_to_disk, write_tensor_file
 
 OPTIMIZER = "training_state/optimizer.safetensors"

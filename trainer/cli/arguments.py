@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.checkpoint.run_dir import CHECKPOINTS, RESOLVED_CONFIG
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.model_files.examine.check import check_model
@@ -20,10 +21,19 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def in_its_directory(config: Config, path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration; where it lies in a run directory, that is the run's, also if it was moved or copied."""
+    home = path.absolute().parent
+    said = any(override.partition("=")[0].strip() == "run.dir" for override in overrides)
+    if said or path.name != RESOLVED_CONFIG or not (home / CHECKPOINTS).is_dir():
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": home})})
+
+
 def read_run(path: Path, overrides: Sequence[str]) -> tuple[Config, RunModel]:
     """The checked configuration, and its model: looked into without loading it, or fetched from the hub."""
     require_whole_captions()
-    config = load_config(path, overrides)
+    config = in_its_directory(load_config(path, overrides), path, overrides)
     place = config.model
     model = check_model(place.path, place.vae, place.tokenizer, place.text_projection)
     chosen_prediction(config.objective, model)

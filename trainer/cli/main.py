@@ -3,6 +3,7 @@
 Nothing here imports torch: help, mistakes in a config and the plan answer at once.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -70,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has seen enough, as `head` does; Python would complain again while it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"sdxl-train: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

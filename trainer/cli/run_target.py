@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from trainer.checkpoint.run_dir import MANIFEST, config_beside, list_checkpoints
+from trainer.checkpoint.run_dir import checkpoint_at, config_beside
 from trainer.config.load import load_config
 from trainer.errors import UserError
 
@@ -11,15 +11,11 @@ from trainer.errors import UserError
 def find_target(target: Path) -> tuple[Path, Path]:
     """(resolved config, checkpoint) of a run directory's newest checkpoint, or of the checkpoint itself."""
     target = target.absolute()
-    if (target / MANIFEST).is_file():
-        checkpoint = target
-    else:
-        if not target.is_dir():
-            raise UserError(f"{target}: no such folder; give a run directory or a checkpoint in it")
-        checkpoints = list_checkpoints(target)
-        if not checkpoints:
-            raise UserError(f"{target}: holds no complete checkpoint; give a run directory or a checkpoint in it")
-        checkpoint = checkpoints[-1]
+    if not target.is_dir():
+        raise UserError(f"{target}: no such folder; give a run directory or a checkpoint in it")
+    checkpoint = checkpoint_at(target)
+    if checkpoint is None:
+        raise UserError(f"{target}: holds no complete checkpoint; give a run directory or a checkpoint in it")
     config = config_beside(checkpoint)
     if not config.is_file():
         raise UserError(f"{config}: missing; it is written when the run starts")

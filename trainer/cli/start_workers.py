@@ -32,7 +32,7 @@ from trainer.parallel.environment import choose_workers, detect_gpus, joined_env
 from trainer.parallel.launch import run_workers
 from trainer.parallel.worker import MEMORY_ATTEMPT
 from trainer.train.caption_rules import describe_captions, require_captions, survey_of, tag_separators
-from trainer.train.prepare_worker import needs_workers, note_references, prepare_settings
+from trainer.train.workers.prepare_worker import needs_workers, note_references, prepare_settings
 
 _POLL_S = 1.0
 _MEMORY_ATTEMPTS = 8

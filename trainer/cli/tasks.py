@@ -27,7 +27,7 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
     if task == "prepare":
         # Without a process group: a worker that is slow, or gone, holds up nobody. A stop signal may end it anywhere,
         # for what is finished is on the disk and the rest is done anew.
-        from trainer.train.prepare_worker import encode_share
+        from trainer.train.workers.prepare_worker import encode_share
 
         encode_share(config, _model_of(config))
         return
@@ -43,13 +43,13 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
 
             train(config, model, comm, stop_requested)
         elif task == "bench":
-            from trainer.train.bench_worker import bench
+            from trainer.train.workers.bench_worker import bench
 
             bench(
                 config, model, comm, options["steps"], options["warmup"], options["prepared"], Path(options["result"])
             )
         else:
-            from trainer.train import eval_worker as judge
+            from trainer.train.workers import eval_worker as judge
 
             judge_by = {"evaluate": judge.evaluate_weights, "sample": judge.sample_weights}[task]
             weights, out_dir = Path(options["weights"]), Path(options["out_dir"])

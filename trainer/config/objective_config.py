@@ -25,9 +25,10 @@ def flow_shift(flow: FlowConfig, resolution_px: int) -> float:
 
 
 class TimestepsConfig(Section):
-    distribution: Literal["uniform", "logit_normal", "laplace", "beta"] = "uniform"
+    distribution: Literal["uniform", "logit_normal", "laplace", "beta", "importance"] = "uniform"
     """How often each noise level is trained. `logit_normal`: the middle more often (Stable Diffusion 3). `laplace`:
-    around one log SNR. `beta`: the density of a Beta distribution."""
+    around one log SNR. `beta`: the density of a Beta distribution. `importance`: by the losses so far, of which large
+    ones come more often and count less."""
     mean: float | None = None
     """`logit_normal`: mean of the logit, default 0; positive is noisier. `laplace`: the log SNR in the middle,
     default 0."""
@@ -37,6 +38,8 @@ class TimestepsConfig(Section):
     """`beta`: its first parameter, default 1; below the second, less noise is trained more often."""
     b: Positive | None = None
     """`beta`: its second parameter, default 1."""
+    even_share: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """`importance`: share of the images that are spread evenly, whatever the losses."""
     min: Annotated[int, Field(ge=0, le=999)] = 0
     """The lowest timestep that is trained, of 1,000; 0 is the image."""
     max: Annotated[int, Field(ge=1, le=1000)] = 1000
@@ -47,15 +50,18 @@ class TimestepsConfig(Section):
 
 class WeightingConfig(Section):
     kind: Literal[
-        "none", "min_snr", "soft_min_snr", "debiased", "p2", "like_epsilon", "like_v_prediction", "like_flow"
+        "none", "min_snr", "soft_min_snr", "debiased", "p2", "like_epsilon", "like_v_prediction", "like_flow", "learned"
     ] = "none"
     """How much an image counts by its noise level. `min_snr`: no more than `gamma` lets it, against strong weights of
     nearly clean images. `soft_min_snr`: the same without an edge. `debiased`: 1 / sqrt(SNR) on epsilon. `p2`: less of
-    nearly clean images. `like_...`: as if that had been predicted."""
+    nearly clean images. `like_...`: as if that had been predicted. `learned`: the inverse of the loss that a small
+    network expects there, which trains along (EDM2)."""
     gamma: Positive | None = None
     """`min_snr`, `soft_min_snr`: default 5. `p2`: the exponent, default 1."""
     k: Positive | None = None
     """`p2`: added to the SNR, default 1."""
+    lr: Positive | None = None
+    """`learned`: learning rate of the small network, default 0.01."""
 
 
 class LossConfig(Section):
@@ -67,6 +73,10 @@ class LossConfig(Section):
     delta_schedule: Literal["constant", "exponential", "snr"] | None = None
     """Huber's delta by noise level: the same for all; falling from 1 exponentially with the timestep; or by the SNR,
     the default."""
+
+    contrast: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Contrastive flow matching: so much of the loss against another image of the step is taken off, so that images of
+    different captions stay apart; 0.05 is usual."""
 
 
 class NoiseConfig(Section):
@@ -84,6 +94,8 @@ class NoiseConfig(Section):
     """Strength of noise that is in the input and not in the target (input perturbation); 0.1 is usual."""
     candidates: Annotated[PositiveInt, Field(le=64)] = 1
     """Draw so many noises for each image and take the nearest (immiscible diffusion); 1 for plain noise."""
+    pairing: Literal["none", "optimal_transport"] = "none"
+    """`optimal_transport`: deal the noises of a step out so that they are nearest to their images on the whole."""
 
 
 class TagBalanceConfig(Section):

@@ -11,7 +11,7 @@ _T, _W, _L, _N = (f"objective.{name}" for name in ("timesteps", "weighting", "lo
 
 def objective_problems(config: Config) -> Iterator[Problem]:
     """Every rule of the section that `config` breaks."""
-    for check in (_idle, _prediction, _timesteps, _weighting, _noise, _samples):
+    for check in (_idle, _prediction, _timesteps, _weighting, _contrast, _noise, _samples):
         yield from check(config)
 
 
@@ -29,6 +29,8 @@ def _idle(config: Config) -> Iterator[Problem]:
         (f"{_T}.b", f"{_T}.distribution", times.distribution == "beta", "`distribution: beta`"),
         (f"{_W}.gamma", f"{_W}.kind", uses_gamma, "`kind: min_snr`, `soft_min_snr` or `p2`"),
         (f"{_W}.k", f"{_W}.kind", weights.kind == "p2", "`kind: p2`"),
+        (f"{_W}.lr", f"{_W}.kind", weights.kind == "learned", "`kind: learned`"),
+        (f"{_T}.even_share", f"{_T}.distribution", times.distribution == "importance", "`distribution: importance`"),
         (f"{_L}.delta", f"{_L}.kind", is_huber, "`kind: huber` or `smooth_l1`"),
         (f"{_L}.delta_schedule", f"{_L}.kind", is_huber, "`kind: huber` or `smooth_l1`"),
         (f"{_N}.offset_probability", f"{_N}.offset", has_offset, "an `offset`"),
@@ -83,6 +85,14 @@ def _timesteps(config: Config) -> Iterator[Problem]:
     if kind == "edm" and times.distribution == "logit_normal":
         keys = (f"{_T}.distribution", "objective.prediction")
         yield clash(config, keys, "must not go together; EDM's noise levels are log-normal already: use `uniform`")
+    if times.distribution == "importance" and config.objective.flow.aligned:
+        keys = (f"{_T}.distribution", "objective.flow.aligned")
+        yield clash(config, keys, "must not go together; the aligned way has its own noise levels")
+    if times.distribution == "importance" and config.objective.weighting.kind == "learned":
+        keys = (f"{_T}.distribution", f"{_W}.kind")
+        yield clash(
+            config, keys, "must not go together; learned weights make all losses alike, so that none stands out"
+        )
     if times.stratified and (config.train.global_batch_size or 0) == 1:
         yield clash(config, (f"{_T}.stratified", "train.global_batch_size"), "has no effect on one image a step")
 
@@ -102,6 +112,23 @@ def _weighting(config: Config) -> Iterator[Problem]:
         yield clash(config, (f"{_W}.gamma", f"{_W}.kind"), "has next to no effect; the SNR ends at 1,176: 5 is usual")
 
 
+def _contrast(config: Config) -> Iterator[Problem]:
+    objective, key = config.objective, f"{_L}.contrast"
+    if not objective.loss.contrast:
+        return
+    if objective.prediction in ("epsilon", "v_prediction", "edm") or objective.flow.aligned:
+        other = "objective.flow.aligned" if objective.flow.aligned else "objective.prediction"
+        yield clash(config, (key, other), "must not go together; only a velocity tells where another image lies")
+    if objective.loss.kind != "l2":
+        yield clash(config, (key, f"{_L}.kind"), "must not go together; only with `l2` does the sum stay bounded")
+    if objective.weighting.kind == "learned":
+        keys = (key, f"{_W}.kind")
+        yield clash(config, keys, "must not go together; the difference of two losses may be negative and has no log")
+    if config.train.global_batch_size == 1:
+        keys = (key, "train.global_batch_size")
+        yield clash(config, keys, "has no effect; a step of one image has no other")
+
+
 def _noise(config: Config) -> Iterator[Problem]:
     noise, kind, zero = config.objective.noise, config.objective.prediction, config.objective.zero_terminal_snr is True
     has_offset = noise.offset > 0 or noise.offset_adaptive > 0
@@ -119,6 +146,12 @@ def _noise(config: Config) -> Iterator[Problem]:
     if has_offset and noise.pyramid_levels > 0:
         keys = (f"{_N}.offset", f"{_N}.pyramid_levels")
         yield clash(config, keys, "must not go together; the coarsest level is an offset")
+    if noise.pairing != "none" and noise.candidates > 1:
+        keys = (f"{_N}.pairing", f"{_N}.candidates")
+        yield clash(config, keys, "must not go together; each chooses the noise of an image")
+    if noise.pairing != "none" and config.train.global_batch_size == 1:
+        keys = (f"{_N}.pairing", "train.global_batch_size")
+        yield clash(config, keys, "has no effect; a step of one image has one noise: use `candidates`")
     if noise.perturbation > 0 and kind == "flow":
         keys = (f"{_N}.perturbation", "objective.prediction")
         yield clash(config, keys, "must not go together; the path of a flow would lead elsewhere")

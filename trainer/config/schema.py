@@ -37,7 +37,8 @@ class RunConfig(Section):
     ] = "auto"
     """`auto`: go on from the newest complete checkpoint in `run.dir`, or start fresh if there is none.
     `true`: the same, but none is an error. `false`: start fresh; an existing run in the directory is an
-    error. A path: go on from that checkpoint."""
+    error. A path: start from that checkpoint, of this run or another; later checkpoints of the run are moved aside,
+    and the same command, given again, goes on from what the run has written since."""
 
 
 class LaunchConfig(Section):
@@ -304,7 +305,7 @@ class SamplesConfig(Section):
     """Width of the images; default: `data.buckets.resolution`."""
     height_px: PositiveInt | None = None
     """Height of the images; default: `data.buckets.resolution`."""
-    steps: PositiveInt = 28
+    steps: Annotated[PositiveInt, Field(le=500)] = 28
     """Sampler steps (Euler)."""
     guidance_scale: Annotated[float, Field(ge=0)] = 6.0
     """Classifier-free guidance; 1 or less turns it off."""

@@ -62,13 +62,18 @@ class Draws:
 
 
 def draw(
-    draw_seeds: Tensor, shape: Sequence[int], device: torch.device | str = "cpu", recipe: NoiseRecipe = PLAIN
+    draw_seeds: Tensor,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    recipe: NoiseRecipe = PLAIN,
+    noise_seeds: Tensor | None = None,
 ) -> tuple[Tensor, Draws]:
     """A sample's stream gives one float64 uniform for its position first, then the noise, then what the recipe adds.
 
     Args:
         draw_seeds: [B] int64, not negative, on the CPU.
         shape: of one sample, such as (4, h, w).
+        noise_seeds: [B] int64, of whose streams all but the uniform number is; None: of each sample's own.
     Returns:
         A uniform number for each sample's position in the process, [B] float64 on the CPU, and its noise.
     """
@@ -77,9 +82,13 @@ def draw(
     uniforms, noise = torch.empty(size, dtype=torch.float64), torch.empty(size, *several)
     shift = torch.zeros(size, *channel) if recipe.has_offset else None
     perturbation = torch.empty(size, *whole) if recipe.perturbation else None
-    for row, seed in enumerate(draw_seeds.tolist()):
+    others = draw_seeds if noise_seeds is None else noise_seeds
+    for row, (seed, other) in enumerate(zip(draw_seeds.tolist(), others.tolist(), strict=True)):
         generator = torch.Generator().manual_seed(seed)
         uniforms[row] = torch.rand((), generator=generator, dtype=torch.float64)
+        if other != seed:
+            generator.manual_seed(other)
+            torch.rand((), generator=generator, dtype=torch.float64)
         torch.randn(several, generator=generator, out=noise[row])
         if recipe.pyramid_levels:
             noise[row] = _pyramid(noise[row], recipe, generator)

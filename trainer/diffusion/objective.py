@@ -8,11 +8,12 @@ loss = objective.losses(prediction, mixed_target(mixture, latents, noise), mixtu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from trainer.diffusion.learner import Learner
 from trainer.diffusion.losses import Delta, Loss, squared
 from trainer.diffusion.noise import PLAIN, NoiseRecipe
 from trainer.diffusion.prediction import Mixture, Prediction
@@ -31,6 +32,9 @@ class Objective:
         weigh: how much each sample counts by its noise level.
         loss: of each element, with `delta` for Huber's alone.
         noise: what is added to plain noise.
+        learner: what the losses teach; its factors are part of `weigh`. None: nothing is learnt from them.
+        pairs: the noises of a step are dealt out to the images that they are nearest to.
+        contrast: how much of the loss against another image's target is taken off.
     """
 
     prediction: Prediction
@@ -40,16 +44,35 @@ class Objective:
     loss: Loss = squared
     delta: Delta | None = None
     noise: NoiseRecipe = PLAIN
+    learner: Learner | None = None
+    pairs: bool = False
+    contrast: float = 0.0
 
     def mixture(self, uniforms: Tensor, places: Tensor, count: int) -> Mixture:
         """Of samples, by their uniform numbers [B] float64 and their places in a step of so many; on the CPU."""
         return self.prediction.mix(self.distribution(self.spread(uniforms, places, count)))
 
-    def losses(self, prediction: Tensor, target: Tensor, mixture: Mixture) -> Tensor:
-        """Each sample's weighted loss, the mean over its elements: [B, c, h, w] twice -> [B] float32."""
+    def losses(self, prediction: Tensor, target: Tensor, mixture: Mixture, negative: Tensor | None = None) -> Tensor:
+        """Each sample's weighted loss, the mean over its elements: [B, c, h, w] each -> [B] float32.
+
+        Args:
+            negative: the target of another sample, for `contrast`.
+        """
         delta = _columns(_on(self.delta(mixture), prediction.device)) if self.delta else None
-        losses = self.loss(prediction, target, delta).flatten(1).mean(dim=1)
+        elements = self.loss(prediction, target, delta)
+        if negative is not None:
+            elements = elements - self.contrast * self.loss(prediction, negative, delta)
+        losses = elements.flatten(1).mean(dim=1)
         return losses if self.weigh is unweighted else losses * _on(self.weigh(mixture).float(), prediction.device)
+
+
+def taught(objective: Objective, learner: Learner) -> Objective:
+    """The objective with what a learner makes of the losses, from step to step."""
+
+    def weigh(mixture: Mixture) -> Tensor:
+        return objective.weigh(mixture) * learner.factors(mixture)
+
+    return replace(objective, weigh=weigh, learner=learner)
 
 
 def mixed_input(mixture: Mixture, latents: Tensor, noise: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from trainer.diffusion.schedule import NoiseSchedule, scaled_linear, zero_termin
 
 PredictionType = Literal["epsilon", "v_prediction", "flow", "edm"]
 _STEPS = 1000
+_TINY = 1e-12
 _LEAST = 1e-6  # of noise, or of signal, that a mixture of flow matching has
 
 
@@ -43,6 +44,11 @@ class Mixture:
     signal: Tensor
     noise: Tensor
     error: Tensor
+
+    @property
+    def log_snr(self) -> Tensor:
+        """ln(SNR), [B] float64."""
+        return 2 * (self.signal.clamp(min=_TINY).log() - self.noise.clamp(min=_TINY).log())
 
     def to(self, device: torch.device | str) -> Mixture:
         """What the network needs on the device; the rest stays on the CPU. A card's caller does not wait for it."""
@@ -77,8 +83,7 @@ class Prediction:
 
     def log_snr(self, positions: Tensor) -> Tensor:
         """ln(SNR) at positions, float64; falls with the position."""
-        mixture = self.mix(positions)
-        return 2 * (mixture.signal.clamp(min=1e-12).log() - mixture.noise.clamp(min=1e-12).log())
+        return self.mix(positions).log_snr
 
     def at_timestep(self, timesteps: Tensor) -> Mixture:
         """Where a schedule of 1,000 steps has these timesteps, [B] int64."""

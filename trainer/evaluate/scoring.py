@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from trainer.measure.telemetry import MetricsWriter
 from trainer.model.denoiser import Denoiser
 from trainer.model.latents import encoded_batches
 from trainer.model.text import CaptionTokenizer, TextEncoders
-from trainer.parallel.comm import Comm, barrier
+from trainer.parallel.comm import Comm, failing_together
 
 _log = logging.getLogger(__name__)
 _RESCALE = 0.7  # Lin et al. 2023, section 3.4
@@ -56,6 +56,7 @@ class Scorer:
         cached_text: the prepared data hold what the text encoders give.
         weights: what `score_when_due` looks at, by name, each with what puts it into the model for forward passes that
             workers run each by itself.
+        failures: what could not be done beside the training, so far.
     """
 
     comm: Comm
@@ -73,6 +74,7 @@ class Scorer:
     load_text_encoders: Callable[[], TextEncoders]
     load_vae: Callable[[], AutoencoderKL]
     weights: Mapping[str, Callable[[], AbstractContextManager[None]]]
+    failures: list[str] = field(default_factory=list)
 
     @cached_property
     def _tokenizer(self) -> CaptionTokenizer:
@@ -90,21 +92,40 @@ class Scorer:
         draws = every and step and (at_end or step % every == 0)
         for name, in_model in self.weights.items() if validates or draws else ():
             with in_model():
-                self._score(step, name, metrics, validates=bool(validates), draws=bool(draws))
+                if validates:
+                    self._beside_training(step, "validation", partial(self._validate_at, step, name, metrics))
+                if draws:
+                    self._beside_training(step, "samples", partial(self._draw_at, step, name))
 
-    def _score(self, step: int, name: str, metrics: MetricsWriter | None, *, validates: bool, draws: bool) -> None:
+    def _beside_training(self, step: int, what: str, work: Callable[[], None]) -> None:
+        """Nothing that fails here ends the run; all workers come through, for `validate` and `draw` fail on all."""
+        try:
+            work()
+        except Exception as error:
+            self.failures.append(what)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            again = f", {self.failures.count(what)} times by now" if self.failures.count(what) > 1 else ""
+            _log.warning(
+                "step %d: no %s (%s)%s; training goes on, the next are tried as usual", step, what, reason, again
+            )
+
+    def _validate_at(self, step: int, name: str, metrics: MetricsWriter | None) -> None:
+        result, of = self.validate(), "" if name == LIVE else f" of {name}"
+        _log.info("step %d  validation loss%s %.4f (%d images)", step, of, result.loss, result.num_images)
+        if metrics:
+            metrics.validation(step, result.loss, result.at_timestep, "" if name == LIVE else name)
+
+    def _draw_at(self, step: int, name: str) -> None:
         of = "" if name == LIVE else f" of {name}"
-        if validates:
-            result = self.validate()
-            _log.info("step %d  validation loss%s %.4f (%d images)", step, of, result.loss, result.num_images)
-            if metrics:
-                metrics.validation(step, result.loss, result.at_timestep, "" if name == LIVE else name)
-        if draws:
-            folder = self.folder / (f"step-{step:08d}" + (f"-{name}" if of else ""))
-            _log.info("step %d  samples%s: %s", step, of, self.draw(folder, f"step {step:,}{of}"))
+        folder = self.folder / (f"step-{step:08d}" + (f"-{name}" if of else ""))
+        _log.info("step %d  samples%s: %s", step, of, self.draw(folder, f"step {step:,}{of}"))
 
     def validate(self) -> ValidationLoss:
-        """The loss on the held-out images; every worker takes its share."""
+        """The loss on the held-out images; every worker takes its share.
+
+        Raises:
+            FailedBeside: (on every worker) one of them could not.
+        """
         tokenizer, settings = None if self.cached_text else self._tokenizer, self.validation
         reader = BatchReader(self.prepared, "validation", self.seed, tokenizer, captions=self.captions)
         batches = validation_batches(reader, settings.max_images, self.images_per_pass, self.comm)
@@ -115,12 +136,28 @@ class Scorer:
         """Draw one image per prompt into `folder`, and all of them beside the data into `folder`.png.
 
         Every worker draws its share. Returns the path of the grid.
+
+        Raises:
+            FailedBeside: (on every worker) one of them could not.
         """
-        comm, settings = self.comm, self.samples
-        pictures = self._pictures()
+        grid = folder.with_suffix(".png")
+        with failing_together(self.comm):
+            pictures = self._pictures()
+            self._draw_share(pictures, folder)
+        with failing_together(self.comm):
+            if self.comm.rank == 0:
+                self._draw_grid(pictures, folder, grid, title)
+        return grid
+
+    @property
+    def _ways(self) -> tuple[str, ...]:
+        wish = self.samples.unconditional
+        return ("empty_text", "zeros") if wish == "both" else (wish,)
+
+    def _draw_share(self, pictures: Sequence[Picture], folder: Path) -> None:
+        """This worker's images."""
+        comm, settings, ways, vae = self.comm, self.samples, self._ways, self._vae()
         folder.mkdir(parents=True, exist_ok=True)
-        vae = self._vae()
-        ways = ("empty_text", "zeros") if settings.unconditional == "both" else (settings.unconditional,)
         for number in range(comm.rank, len(pictures) * len(ways), comm.world):
             index, way = number % len(pictures), ways[number // len(pictures)]
             picture = pictures[index]
@@ -146,22 +183,22 @@ class Scorer:
                 autocast_dtype=self.denoiser.autocast_dtype,
             )
             image.save(folder / _image_name(index, way, ways))
-        barrier(comm)
-        grid = folder.with_suffix(".png")
-        if comm.rank == 0:
-            prompts, rows = [picture.prompt for picture in pictures], []
-            for way in ways:
-                drawn = [_read_image(folder / _image_name(index, way, ways)) for index in range(len(pictures))]
-                against = f", guided away from {_WAYS[way]}" if len(ways) > 1 else ""
-                rows.append(GridRow(f"generated{against}", drawn, prompts))
-            data = [torch.from_numpy(picture.latents)[None] for picture in pictures if picture.latents is not None]
-            if data:
-                rows.append(GridRow("data, through the VAE", [decoded_images(vae, latents)[0] for latents in data]))
-            photos = [Image.fromarray(p.pixels.transpose(1, 2, 0)) for p in pictures if p.pixels is not None]
-            if photos:
-                rows.append(GridRow("data", photos))
-            image_grid(rows, grid, title)
-        return grid
+
+    def _draw_grid(self, pictures: Sequence[Picture], folder: Path, grid: Path, title: str) -> None:
+        """All images, below each other by what they are guided away from, above the data."""
+        prompts, rows, ways = [picture.prompt for picture in pictures], [], self._ways
+        for way in ways:
+            drawn = [_read_image(folder / _image_name(index, way, ways)) for index in range(len(pictures))]
+            against = f", guided away from {_WAYS[way]}" if len(ways) > 1 else ""
+            rows.append(GridRow(f"generated{against}", drawn, prompts))
+        data = [torch.from_numpy(picture.latents)[None] for picture in pictures if picture.latents is not None]
+        if data:
+            vae = self._vae()
+            rows.append(GridRow("data, through the VAE", [decoded_images(vae, latents)[0] for latents in data]))
+        photos = [Image.fromarray(p.pixels.transpose(1, 2, 0)) for p in pictures if p.pixels is not None]
+        if photos:
+            rows.append(GridRow("data", photos))
+        image_grid(rows, grid, title)
 
     @property
     def _guidance_rescale(self) -> float:

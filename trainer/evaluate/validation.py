@@ -15,7 +15,7 @@ from trainer.diffusion.noise import Draws, standard_normal
 from trainer.diffusion.objective import Objective
 from trainer.keyed import draw_seed
 from trainer.model.denoiser import Denoiser, image_losses, text_arguments
-from trainer.parallel.comm import Comm, sum_floats
+from trainer.parallel.comm import Comm, failing_together, sum_floats
 from trainer.parallel.strategy import evaluating
 
 
@@ -51,10 +51,13 @@ def validation_loss(
     Args:
         denoiser: its model's training mode is put back afterwards.
         timesteps: each image is scored at each of them, with the same noise.
+
+    Raises:
+        FailedBeside: (on every worker) one of them could not score its batches.
     """
     sums = dict.fromkeys(timesteps, 0.0)
     num_images = 0.0
-    with evaluating(denoiser.model):
+    with failing_together(comm), evaluating(denoiser.model):
         for batch in batches:
             num_images += float(batch.weights.sum())
             for timestep in timesteps:

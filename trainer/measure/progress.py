@@ -147,6 +147,13 @@ class ProgressLine:
         return [f"left {format_duration(self.time_left_s)}"] if self._latest[-1].step < self._total_steps else []
 
 
+class _LogFile(logging.FileHandler):
+    """On a full disk lines are lost; logging's own complaint would be a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: the screen has the line."""
+
+
 @contextmanager
 def open_log(run_dir: Path, rank: int, stream: TextIO | None = None) -> Iterator[None]:
     """Sends `logging` to `log.txt` (with the time, appended) and to the terminal, around a bar if there is one.
@@ -164,7 +171,7 @@ def open_log(run_dir: Path, rank: int, stream: TextIO | None = None) -> Iterator
     screen = _BarSafeHandler(terminal)
     if _can_show_a_bar(terminal):
         screen.addFilter(lambda record: record.name != _lines.name)  # the bar shows them
-    file = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
+    file = _LogFile(run_dir / LOG_FILE, encoding="utf-8")
     who = f"rank {rank}: " if rank else ""
     screen.setFormatter(_LevelFormatter(f"{who}%(level)s%(message)s"))
     file.setFormatter(_LevelFormatter(f"%(asctime)s  {who}%(level)s%(message)s", datefmt="%Y-%m-%d %H:%M:%S"))

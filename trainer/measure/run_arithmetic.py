@@ -116,6 +116,8 @@ class RunArithmetic:
             f"{_count(self.total_steps, 'step')} = {epochs} epoch{'' if epochs == '1' else 's'}"
             f" = {'' if exact else 'about '}{_count(self.total_images, 'image')}; ends at step {self.total_steps:,}"
         )
+        if start_step > self.total_steps:
+            return f"already trained to step {start_step:,}; the run ends at step {self.total_steps:,} (train.steps)"
         if start_step:
             line += f", goes on after step {start_step:,}, {_count(self.total_steps - start_step, 'step')} to go"
         if seconds_per_step is not None:

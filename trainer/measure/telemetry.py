@@ -1,20 +1,27 @@
 """The records of a run: `metrics.jsonl` and, mirrored from it, TensorBoard events."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
 _log = logging.getLogger(__name__)
+_PAUSE = 50  # records, after one that could not be written
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,19 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: Path, resume_step: int | None) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / METRICS_FILE
+        last_step = -1 if resume_step is None else resume_step
+        remove_records_after(self._path, last_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events: SummaryWriter | None = self._open_events(last_step + 1)
+        self._lost, self._pause = Counter[str](), Counter[str]()
+
+    def _open_events(self, first_step: int) -> "SummaryWriter":
         # Imported here since it takes 0.15 s and only rank 0 writes.
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
-        last_step = -1 if resume_step is None else resume_step
-        remove_records_after(path, last_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=last_step + 1, flush_secs=10)
+        return SummaryWriter(str(self._path.parent / TENSORBOARD_DIR), purge_step=first_step, flush_secs=10)
 
     def step(self, metrics: StepMetrics) -> None:
         """Writes a record of kind `train`: epoch, loss, lr, grad_norm, images_per_s (of this step alone),
@@ -90,15 +101,49 @@ class MetricsWriter:
         record: dict[str, Any] = {"kind": kind, "step": step}
         record |= {key: value if math.isfinite(value) else None for key, value in values.items()}
         record["time"] = round(time.time(), 3)
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._attempt(METRICS_FILE, lambda: self._append(json.dumps(record, allow_nan=False) + "\n"))
+        self._attempt(TENSORBOARD_DIR, lambda: self._add_scalars(kind, values, step))
+
+    def _append(self, line: str) -> None:
+        self._file.write(line)
         self._file.flush()
+
+    def _add_scalars(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        if self._events is None:
+            self._events = self._open_events(step)
         for key, value in values.items():
             self._events.add_scalar(f"{kind}/{key}", value, step)
 
+    def _attempt(self, what: str, write: Callable[[], None]) -> None:
+        """A record that cannot be written, on a full disk, is told and left out; the next one is tried again."""
+        if self._pause[what] > 0:
+            self._pause[what] -= 1
+            self._lost[what] += 1
+            return
+        try:
+            write()
+        except Exception as error:  # TensorBoard's thread hands on whatever ended it
+            self._lost[what] += 1
+            self._pause[what] = _PAUSE
+            _log.warning("%s: not written (%s), %d records by now; training goes on", what, error, self._lost[what])
+            if what == TENSORBOARD_DIR:
+                self._events = None  # its thread is dead; a new one goes on in a file of its own
+            else:
+                self._reopen()
+
+    def _reopen(self) -> None:
+        """What the broken file still holds would be written again and again."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._file = self._path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         """Flushes and closes both."""
-        self._file.close()
-        self._events.close()
+        with ExitStack() as stack:
+            stack.callback(_close, self._file)
+            if self._events:
+                stack.callback(_close, self._events)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -107,6 +152,13 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _close(records: "IO[str] | SummaryWriter") -> None:
+    try:
+        records.close()
+    except Exception as error:
+        _log.warning("the last records are not written: %s", error)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ class PlannedRun:
         budget, strategy, recompute, offload_activations: wishes, as in the configuration's `memory`.
         data_workers: reader processes of each worker.
         checkpoints: how many the disk holds at once.
+        extra_noises: of an image, that lie on the card beside its own while it is trained on; fp32.
         averages: running averages of what trains, and where they are held; `snapshot_averages`: of which snapshots are
             kept, each element in so many bytes.
         scores_averages: one of them is put into the model between steps.
@@ -49,6 +50,7 @@ class PlannedRun:
     offload_activations: Literal["auto"] | bool
     data_workers: int
     checkpoints: int
+    extra_noises: int = 0
     averages: int = 0
     averages_place: Literal["device", "host"] = "device"
     scores_averages: bool = False

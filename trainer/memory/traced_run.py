@@ -166,6 +166,7 @@ def _loss(
 
     def loss() -> Tensor:
         target, noisy = (torch.empty(latents_shape, device="meta") for _ in range(2))
+        noises = torch.empty(run.extra_noises, *latents_shape, device="meta")  # noqa: F841 - held until the pass ends
         timesteps = torch.empty(batch, dtype=torch.int64, device="meta")
         time_ids = torch.empty(batch, 6, device="meta")
         arguments: dict[str, Any] = text()

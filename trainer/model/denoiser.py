@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,13 @@ def text_arguments(
     return {"text_hidden": text.hidden, "text_pooled": text.pooled}
 
 
+class Others(NamedTuple):
+    """Another image of the step for each, unscaled [B, 4, h, w], and its noise."""
+
+    latents: Tensor
+    draws: Draws
+
+
 def image_losses(
     denoiser: Denoiser,
     model: nn.Module,
@@ -124,6 +131,7 @@ def image_losses(
     text: Mapping[str, Tensor],
     time_ids: Tensor,
     objective: Objective | None = None,
+    others: Others | None = None,
 ) -> Tensor:
     """The objective's loss of each image, [B] float32; every tensor lies on the model's device.
 
@@ -135,12 +143,22 @@ def image_losses(
         text: from `text_arguments`.
         time_ids: [B, 6] float32.
         objective: in place of the denoiser's.
+        others: from which the prediction is to be told apart.
     """
     objective = objective or denoiser.objective
-    scaled = (latents.float() - denoiser.latent_shift) * denoiser.scaling_factor
+    scaled = _scaled(denoiser, latents)
     noise, input_noise = mixed_noise(draws, scaled, objective.noise)
     noisy = mixed_input(mixture, scaled, input_noise).to(denoiser.input_dtype)
     dtype = denoiser.autocast_dtype
     with torch.autocast(latents.device.type, dtype, enabled=dtype is not None):
         prediction = model(noisy, mixture.timesteps, time_ids, **text)
-    return objective.losses(prediction, mixed_target(mixture, scaled, noise), mixture)
+    negative = None
+    if others:
+        scaled_others = _scaled(denoiser, others.latents)
+        negative = mixed_target(mixture, scaled_others, mixed_noise(others.draws, scaled_others, objective.noise)[0])
+    return objective.losses(prediction, mixed_target(mixture, scaled, noise), mixture, negative)
+
+
+def _scaled(denoiser: Denoiser, latents: Tensor) -> Tensor:
+    """As the UNet sees them, float32."""
+    return (latents.float() - denoiser.latent_shift) * denoiser.scaling_factor

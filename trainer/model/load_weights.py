@@ -119,7 +119,7 @@ def read_weights(model: torch.nn.Module, part: Component, place: Callable[[str, 
     Args:
         part: from `RunModel.part`, or a checkpoint's.
     Raises:
-        UserError: a tensor is missing, has another shape, or is none of the model's.
+        UserError: a tensor is missing, has another shape, is none of the model's, or is not finite.
     """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for fault, names in (
@@ -135,4 +135,19 @@ def read_weights(model: torch.nn.Module, part: Component, place: Callable[[str, 
             shapes = f"{list(stored.meta.shape)}, and its configuration asks for {list(wanted[name])}"
             raise UserError(f"{part.origin}: the {part.name}'s {name} has shape {shapes}")
     for name, stored in part.tensors.items():
-        place(name, stored.read())
+        tensor = stored.read()
+        if not _is_finite(tensor):
+            rule = "holds NaN or infinite values; take another file, `sdxl-train inspect` looks into it"
+            raise UserError(f"{part.origin}: the {part.name}'s {name} {rule}")
+        place(name, tensor)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every element is; by the least and the greatest, which NaN is among if there is any."""
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor.half() if tensor.element_size() == 1 else tensor  # 8 bits: nothing compares them
+    least, greatest = torch.aminmax(wide)
+    return bool(torch.isfinite(least) & torch.isfinite(greatest))

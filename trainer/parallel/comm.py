@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -197,6 +198,16 @@ def gather_objects(comm: Comm, value: Any) -> list[Any]:
     return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
 
+def gather_tensors(comm: Comm, tensor: Tensor) -> Tensor:
+    """Every worker's tensor, one after the other by rank along the first axis; all of one shape, on the CPU."""
+    if comm.world == 1:
+        return tensor
+    as_bytes = tensor.contiguous().view(torch.uint8)  # gloo has not every dtype
+    parts = [torch.empty_like(as_bytes) for _ in range(comm.world)]
+    dist.all_gather(parts, as_bytes)
+    return torch.cat(parts).view(tensor.dtype)
+
+
 def broadcast_object(comm: Comm, value: Any = None, source: int = 0) -> Any:
     """Rank `source`'s `value` on every worker; what the others give is not looked at. Values as in `gather_objects`."""
     payload = json.dumps(value).encode() if comm.rank == source else b""
@@ -209,6 +220,28 @@ def broadcast_object(comm: Comm, value: Any = None, source: int = 0) -> Any:
         buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     dist.broadcast(buffer, source)
     return json.loads(buffer.numpy().tobytes())
+
+
+class FailedBeside(Exception):
+    """Work beside the training failed on some worker; every worker raises it, so that none waits for another."""
+
+
+@contextlib.contextmanager
+def failing_together(comm: Comm) -> Iterator[None]:
+    """Local work without exchanges; all workers leave it together, and fail if one of them did.
+
+    Raises:
+        FailedBeside: with the reasons of all that failed; the own error is its cause.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    reason = None if own is None else f"{type(own).__name__}: {own}"
+    reasons = [said for said in gather_objects(comm, reason) if said is not None]
+    if reasons:
+        raise FailedBeside("; ".join(dict.fromkeys(reasons))) from own
 
 
 def close(comm: Comm) -> None:

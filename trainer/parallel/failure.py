@@ -4,8 +4,10 @@ When one worker dies, its peers fail milliseconds later with network errors. The
 that is not such an echo.
 """
 
+import errno
 import json
 import os
+import shutil
 import signal
 import time
 import traceback
@@ -30,10 +32,8 @@ _ECHO_TEXTS = (
 )
 # Of CUDA's allocator, its lazily loaded kernels, cuBLAS and cuDNN, and NCCL; none of them names one type of error.
 _CARD_IS_FULL = ("cuda out of memory", "cuda error: out of memory", "failure 2 'out of memory'", "status_alloc_failed")
-_HINTS = {
-    signal.SIGKILL: "exit 137: probably out of memory; `dmesg | grep -i oom` tells",
-    signal.SIGBUS: "probably /dev/shm or the disk is full",
-}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_LITTLE_SHM_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ def failure_from(rank: int, error: BaseException) -> Failure:
     """The `Failure` that an exception of this worker amounts to, now."""
     if isinstance(error, UserError):
         return Failure(rank, "user", time.monotonic(), "\n".join(error.lines))
+    if isinstance(error, OSError) and error.errno in _FULL:
+        place = f"{error.filename}: " if error.filename else ""
+        return Failure(rank, "user", time.monotonic(), f"{place}{error.strerror}; nothing can be written there")
     if isinstance(error, OutOfMemory):
         return Failure(rank, "memory", time.monotonic(), str(error))
     if card_is_full(error):
@@ -120,13 +123,41 @@ def read_failure(log_dir: Path, rank: int) -> Failure | None:
     return Failure(record["rank"], record["kind"], record["monotonic_s"], record["text"])
 
 
-def silent_failure(rank: int, return_code: int, log_tail: str) -> Failure:
-    """The failure of a worker that ended without a record; `return_code` as `subprocess` gives it (-9 = SIGKILL)."""
+def oom_kills() -> int | None:
+    """How many processes the kernel has ended since it started, for want of memory; None where it does not tell."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+
+
+def _checked_cause(number: int, oom_kills_before: int | None) -> str:
+    """What is behind a signal, as far as this host can tell; no guesses."""
+    if number == signal.SIGKILL:
+        now = oom_kills()
+        if now is None or oom_kills_before is None:
+            return "exit 137"
+        if now > oom_kills_before:
+            return "exit 137: the kernel has ended a process for want of host memory since the workers started"
+        return "exit 137: somebody else's doing, for the kernel has ended no process for want of memory"
+    if number == signal.SIGBUS and shutil.disk_usage("/dev/shm").free < _LITTLE_SHM_BYTES:
+        return "/dev/shm is full"
+    return ""
+
+
+def silent_failure(rank: int, return_code: int, log_tail: str, oom_kills_before: int | None = None) -> Failure:
+    """The failure of a worker that ended without a record.
+
+    Args:
+        return_code: as `subprocess` gives it (-9 = SIGKILL).
+        oom_kills_before: `oom_kills` when the workers were started.
+    """
     if return_code < 0:
         number = -return_code
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        hint = f" ({_HINTS[signal.Signals(number)]})" if number in _HINTS else ""
-        kind, text = "signal", f"was ended by {name}{hint}"
+        cause = _checked_cause(number, oom_kills_before)
+        kind, text = "signal", f"was ended by {name}" + (f" ({cause})" if cause else "")
     else:
         kind, text = "exit", f"ended with exit code {return_code}"
     return Failure(rank, kind, time.monotonic(), f"{text}; the end of its log:\n{log_tail}" if log_tail else text)

@@ -18,7 +18,7 @@ from types import FrameType
 
 from trainer.parallel import sentinel, worker
 from trainer.parallel.environment import threads_per_worker
-from trainer.parallel.failure import Failure, failure_path, first_cause, read_failure, silent_failure
+from trainer.parallel.failure import Failure, failure_path, first_cause, oom_kills, read_failure, silent_failure
 
 POLL_S = 0.05
 GRACE_S = 5.0
@@ -81,6 +81,7 @@ class _Ending:
     terminated: bool = False
     kill_at_s: float | None = None
     killed_s: float | None = None
+    oom_kills_before: int | None = field(default_factory=oom_kills)
 
 
 def run_workers(
@@ -244,7 +245,7 @@ def _note_death(ending: _Ending, w: _Worker, code: int, log_dir: Path) -> None:
     if record is not None:
         ending.failures.append(record)
     elif not own_doing:
-        ending.failures.append(silent_failure(w.rank, code, _log_tail(w)))
+        ending.failures.append(silent_failure(w.rank, code, _log_tail(w), ending.oom_kills_before))
 
 
 def _log_tail(w: _Worker) -> str:

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from trainer.checkpoint.run_dir import MANIFEST, checkpoint_dir
+from trainer.checkpoint.manifest import MANIFEST
+from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.model_files.modelspec import Description

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.ema_folders import average_folder, averages_in, components_of
-from trainer.checkpoint.run_dir import MANIFEST, config_beside, list_checkpoints, manifest_entry
+from trainer.checkpoint.manifest import MANIFEST, manifest_entry, read_manifest
+from trainer.checkpoint.run_dir import CHECKPOINTS, checkpoint_at, config_beside
 from trainer.config.ema_config import LIVE
 from trainer.config.load import load_config
 from trainer.config.objective_config import ObjectiveConfig
@@ -128,13 +129,11 @@ def _file_projection(
 
 def _checkpoint_at(place: Path) -> Path | None:
     """The checkpoint that is meant by `place`: itself, or a run's newest; None if it is a model."""
-    if (place / MANIFEST).is_file():
-        return place.absolute()
-    if (place / "checkpoints").is_dir():
-        found = list_checkpoints(place)
-        if not found:
+    if (place / MANIFEST).is_file() or (place / CHECKPOINTS).is_dir():
+        found = checkpoint_at(place)
+        if found is None:
             raise UserError(f"{place}: the run has no complete checkpoint")
-        return found[-1].absolute()
+        return found.absolute()
     if not place.exists():
         raise UserError(f"{place}: no such file or folder")
     return None
@@ -162,7 +161,7 @@ def _trained_parts(checkpoint: Path, weights: str) -> dict[str, Component]:
     if weights != LIVE:
         require_average(checkpoint, weights)
         folders |= {name: checkpoint / average_folder(name, weights) for name in components_of(checkpoint, weights)}
-    entries = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    entries = read_manifest(checkpoint)
     for folder in folders.values():
         for file in sorted(folder.iterdir()):
             name = file.relative_to(checkpoint).as_posix()

@@ -11,15 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.checkpoint.ema_folders import SNAPSHOTS, average_folder, components_of
-from trainer.checkpoint.run_dir import (
-    CHECKPOINTS,
-    MANIFEST,
-    RESOLVED_CONFIG,
-    STATE,
-    checkpoint_step,
-    list_checkpoints,
-)
-from trainer.checkpoint.run_dir import manifest_entry as entry_of_file
+from trainer.checkpoint.manifest import STATE, Damage, manifest_entry, read_manifest
+from trainer.checkpoint.run_dir import CHECKPOINTS, RESOLVED_CONFIG, checkpoint_step, list_checkpoints
 from trainer.checkpoint.write import WEIGHTS_FILES, publish_folder
 from trainer.errors import UserError
 from trainer.model_files.header import read_header
@@ -172,9 +165,13 @@ def check_files(plan: AveragePlan) -> Iterator[Path]:
     """
     for file in sorted({stored.path for each in plan.components for stored in each.used}):
         place = file.parent.parent
-        entries = json.loads((place / MANIFEST).read_text())["files"]
-        if entries.get(file.relative_to(place).as_posix()) != entry_of_file(file):
-            raise UserError(f"{file}: is not what was written (checksum); remove {place}, and compute from the others")
+        mend = f"remove {place}, and compute from the others"
+        try:
+            entries = read_manifest(place)
+        except Damage as damage:
+            raise UserError(f"{place}: {damage}; {mend}") from None
+        if entries.get(file.relative_to(place).as_posix()) != manifest_entry(file):
+            raise UserError(f"{file}: is not what was written (checksum); {mend}")
         yield file
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
+from trainer.errors import UserError
 from trainer.measure.run_arithmetic import RunArithmetic, run_arithmetic
 
 MOST_BATCHES = 16
@@ -21,8 +22,12 @@ def batch_factors(config: Config, buckets: Sequence[Bucket]) -> list[int]:
 def arithmetic_of(
     config: Config, workers: int, buckets: Sequence[Bucket], rows_per_bucket: Sequence[int]
 ) -> RunArithmetic:
-    """Images per step, steps per epoch and where the run ends, on `workers` workers."""
-    return run_arithmetic(
+    """Images per step, steps per epoch and where the run ends, on `workers` workers.
+
+    Raises:
+        UserError: a step has one image, and the objective needs others beside it.
+    """
+    arithmetic = run_arithmetic(
         workers=workers,
         batch_size_per_gpu=config.train.batch_size_per_gpu,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
@@ -33,3 +38,13 @@ def arithmetic_of(
         epochs=config.train.epochs,
         checkpoint_every_steps=config.checkpoint.every_steps,
     )
+    loss, noise, times = config.objective.loss, config.objective.noise, config.objective.timesteps
+    needs = {"loss.contrast": loss.contrast, "noise.pairing": noise.pairing != "none"}
+    needs |= {"timesteps.stratified": times.stratified}
+    wanting = [name for name, is_on in needs.items() if is_on]
+    if wanting and arithmetic.images_per_step == 1:
+        raise UserError(
+            f"objective.{wanting[0]}: has no effect on steps of one image; raise train.batch_size_per_gpu or "
+            "train.gradient_accumulation_steps"
+        )
+    return arithmetic

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from trainer.checkpoint.ema_folders import SNAPSHOTS, average_folder, drop_snapshots_after, snapshot_dir
-from trainer.checkpoint.run_dir import MANIFEST, prune_checkpoints, read_state
+from trainer.checkpoint.manifest import MANIFEST
+from trainer.checkpoint.run_dir import prune_checkpoints, read_state
 from trainer.checkpoint.write import WEIGHTS_FILES, read_tensors, write_checkpoint
 from trainer.config.ema_config import LIVE, AverageConfig, EmaConfig
 from trainer.optim.ema import (

@@ -14,7 +14,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from trainer.checkpoint.ema_folders import average_folder
-from trainer.checkpoint.run_dir import RESOLVED_CONFIG, find_damage, newest_checkpoint, read_state
+from trainer.checkpoint.resume_point import resume_from, resume_newest
+from trainer.checkpoint.run_dir import RESOLVED_CONFIG, read_state
 from trainer.checkpoint.write import OPTIMIZER, read_tensors
 from trainer.config.ema_config import LIVE
 from trainer.config.schema import Config
@@ -49,13 +50,16 @@ from trainer.parallel.sharding import copy_share, materialize
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.train.arithmetic import arithmetic_of
 from trainer.train.averages import averages_of, take_up_averages
+from trainer.train.base_model import frozen_fingerprints, require_same_base
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.dry_run import dry_run
 from trainer.train.gradient_blocks import gradient_blocks
 from trainer.train.memory_inputs import make_setting, planned_run
+from trainer.train.objective_state import take_up_objective
 from trainer.train.run_objective import make_objective
 from trainer.train.state import TrainState
 from trainer.train.step import StepParts, by_loss_weight
+from trainer.train.step_companions import meeting_of
 
 _log = logging.getLogger(__name__)
 _WEIGHTS_WORTH_COMPILING = 100e6  # of a worker
@@ -68,12 +72,14 @@ class Run:
     Attributes:
         parts: what every step uses.
         state: where the resumed run stands; None for a fresh one.
+        frozen: what of the model does not train, by `frozen_fingerprints`.
         prepared: the data set, opened at the snapshot that `state` refers to, or the newest at an epoch's start.
     """
 
     parts: StepParts
     state: TrainState | None
     prepared: PreparedSet
+    frozen: Mapping[str, str]
 
 
 class BucketedData(Protocol):
@@ -111,7 +117,7 @@ def find_resume_point(config: Config, comm: Comm) -> Path | None:
     if comm.rank == 0:
         started = config.run.dir / RESOLVED_CONFIG
         if memory_attempt() and started.is_file():
-            found = newest_checkpoint(config.run.dir, _log.warning, written_after=started)
+            found = resume_newest(config.run.dir, _log.warning, written_after=started)
         found = found or _wished_checkpoint(config)
     agreed = broadcast_object(comm, str(found) if found else None)
     return Path(agreed) if agreed else None
@@ -122,11 +128,8 @@ def _wished_checkpoint(config: Config) -> Path | None:
     if wish is False:
         return None
     if wish is True or wish == "auto":
-        return newest_checkpoint(config.run.dir, _log.warning)
-    damage = find_damage(Path(wish))
-    if damage is not None:
-        raise UserError(f"run.resume = {wish}: {damage}")
-    return Path(wish)
+        return resume_newest(config.run.dir, _log.warning)
+    return resume_from(config.run.dir, Path(wish), _log.warning)
 
 
 def build_run(config: Config, model: RunModel, comm: Comm) -> Run:
@@ -136,6 +139,9 @@ def build_run(config: Config, model: RunModel, comm: Comm) -> Run:
     state = TrainState.from_json(read_state(checkpoint), checkpoint) if checkpoint else None
     if state is not None and state.seed != config.run.seed:
         raise UserError(f"run.seed = {config.run.seed}: the run in {config.run.dir} was started with {state.seed}")
+    frozen = frozen_fingerprints(config, model, comm)
+    if checkpoint is not None:
+        require_same_base(config, frozen, checkpoint)
     # An epoch that has begun stays with its snapshot, for its position counts that one's rows.
     within_epoch = state is not None and not state.position.starts_epoch
     name = state.snapshot if state and within_epoch else newest_snapshot(config.data.prepared, comm)
@@ -143,7 +149,7 @@ def build_run(config: Config, model: RunModel, comm: Comm) -> Run:
     _check_shards(prepared, config.data.max_bad_fraction)
     setting = worker_setting(config, comm, prepared, smallest_card(comm))
     choice = choose_memory(planned_run(config, model), comm, setting)
-    return Run(build_parts(config, model, comm, prepared, choice, checkpoint), state, prepared)
+    return Run(build_parts(config, model, comm, prepared, choice, checkpoint), state, prepared, frozen)
 
 
 def build_parts(
@@ -170,7 +176,8 @@ def build_parts(
     denoiser = make_denoiser(config, model_files, model.train(), data, comm.device, sharing)
     optimizer = optimizer_for(config, strategy, comm)
     clip, around, averages = config.train.max_grad_norm, choice.around_forward(model), averages_of(config.ema, strategy)
-    parts = StepParts(comm, strategy, optimizer, denoiser, clip, around, averages=averages)
+    meet = meeting_of(denoiser.objective, comm)
+    parts = StepParts(comm, strategy, optimizer, denoiser, clip, around, meet=meet, averages=averages)
     if config.train.adaptive_clip:
         clips = partial(clip_units, strategy.parameters.values(), config.train.adaptive_clip)
         parts = replace(parts, before_norm=clips)
@@ -185,6 +192,7 @@ def build_parts(
     if checkpoint is not None:
         load_optimizer_tensors(optimizer, strategy.parameters, read_tensors(checkpoint / OPTIMIZER))
         take_up_averages(parts, checkpoint)
+        take_up_objective(config.objective, denoiser.objective, checkpoint)
     return parts
 
 

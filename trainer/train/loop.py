@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.checkpoint.run_dir import MANIFEST, checkpoint_dir, prune_checkpoints
+from trainer.checkpoint.manifest import MANIFEST
+from trainer.checkpoint.run_dir import checkpoint_dir, prune_checkpoints
 from trainer.checkpoint.write import write_checkpoint
 from trainer.config.schema import Config
 from trainer.data.augment import Augmentation
@@ -38,9 +39,11 @@ from trainer.train.averages import (
     scored_weights,
 )
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
+from trainer.train.base_model import RECORD as FROZEN
 from trainer.train.build import Run, build_run, make_scorer, newest_snapshot
 from trainer.train.caption_rules import caption_rules, caption_tokenizer, run_loss_weights
 from trainer.train.checkpoint_contents import checkpoint_files
+from trainer.train.objective_state import objective_record
 from trainer.train.run_objective import describe_objective, guidance_warning
 from trainer.train.state import TrainState
 from trainer.train.step import StepResult, train_step
@@ -116,9 +119,16 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
                     if outputs:
                         outputs.progress.set_total_steps(arithmetic.total_steps)
         if outputs:
-            loss_curve_png(read_metrics(config.run.dir), config.run.dir / "loss.png", title=config.run.dir.name)
+            _draw_loss_curve(config.run.dir)
     _announce_end(config, state, arithmetic.total_steps)
     return state
+
+
+def _draw_loss_curve(run_dir: Path) -> None:
+    try:
+        loss_curve_png(read_metrics(run_dir), run_dir / "loss.png", title=run_dir.name)
+    except Exception as error:
+        _log.warning("%s: not drawn: %s", run_dir / "loss.png", error)
 
 
 def state_after(state: TrainState, result: StepResult, position: Position) -> TrainState:
@@ -235,7 +245,9 @@ def _save(config: Config, comm: Comm, run: Run, state: TrainState, in_use: Path 
     if broadcast_object(comm, (path / MANIFEST).is_file()):
         return
     begin = time.perf_counter()
-    record, whole_tensors = state.to_json() | averages_record(run.parts), run.parts.strategy.whole_tensors
+    record = state.to_json() | averages_record(run.parts)
+    record |= objective_record(config.objective, run.parts.denoiser.objective) | {FROZEN: dict(run.frozen)}
+    whole_tensors = run.parts.strategy.whole_tensors
     try:
         write_checkpoint(path, checkpoint_files(run.parts), record, whole_tensors, writes=comm.rank == 0)
     except OSError as error:

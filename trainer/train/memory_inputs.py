@@ -11,6 +11,7 @@ from trainer.memory.run_plan import Setting, make_budget
 from trainer.model.text import TOKENS_PER_CHUNK
 from trainer.model_files.run_model import RunModel
 from trainer.train.arithmetic import batch_factors
+from trainer.train.run_objective import extra_noises
 
 
 def planned_run(config: Config, model: RunModel) -> PlannedRun:
@@ -37,6 +38,7 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
         offload_activations=config.memory.offload_activations,
         data_workers=config.data.workers,
         checkpoints=config.checkpoint.keep + 1,
+        extra_noises=extra_noises(config.objective),
         averages=len(ema.averages),
         averages_place=ema.place,
         scores_averages=ema.score != [LIVE],

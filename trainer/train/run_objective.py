@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from trainer.config.objective_config import ObjectiveConfig, TimestepsConfig, WeightingConfig, flow_shift
@@ -12,6 +13,7 @@ from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
 
 if TYPE_CHECKING:
+    from trainer.diffusion.learner import Learner
     from trainer.diffusion.losses import Delta
     from trainer.diffusion.objective import Objective
     from trainer.diffusion.prediction import Prediction, PredictionType
@@ -67,6 +69,11 @@ def chosen_prediction(config: ObjectiveConfig, model: RunModel) -> ChosenPredict
             "objective.flow.aligned = true: goes on from a model of epsilon or v, and this run predicts "
             f"{_IN_WORDS[kind]} ({by})"
         )
+    if config.loss.contrast and kind != "flow":
+        raise UserError(
+            f"objective.loss.contrast = {config.loss.contrast}: needs a velocity; this run predicts {_IN_WORDS[kind]} "
+            f"({by}): use objective.prediction=flow"
+        )
     shift_used = kind == "flow" or config.flow.aligned
     if config.flow.shift != 1.0 and not shift_used:
         raise UserError(
@@ -93,7 +100,29 @@ def describe_objective(config: Config, model: RunModel) -> list[str]:
     for name, values in options.items():
         words = [f"{key} {value}" if key != "kind" else str(value) for key, value in values.items()]
         lines.append(f"  {name}: {', '.join(words)}")
-    return lines + describe_loss_weights(config.data.sources, objective.loss_weights)
+    return [*lines, *describe_loss_weights(config.data.sources, objective.loss_weights), *_costs(config)]
+
+
+def extra_noises(config: ObjectiveConfig) -> int:
+    """Tensors like an image's noise that lie on the card beside it while the image is trained on."""
+    candidates = config.noise.candidates if config.noise.candidates > 1 else 0
+    return candidates + 2 * (config.loss.contrast > 0)  # another's noise and target
+
+
+def _costs(config: Config) -> Iterator[str]:
+    """What options of the objective take, in lines for people; most take nothing."""
+    objective, side = config.objective, config.data.buckets.resolution // 8
+    image_mb = 4 * side**2 * 4 / 1e6
+    if extra := extra_noises(objective):
+        batch_mb = extra * image_mb * config.train.batch_size_per_gpu
+        yield f"  costs: {batch_mb:.1f} MB on each card for noise beside the usual"
+    if objective.noise.pairing != "none" or objective.loss.contrast:
+        yield (
+            f"  costs: every worker sees the step's latents, {image_mb / 2:.2f} MB an image, over the wire and in host "
+            "memory; no pass begins before all of them are read"
+        )
+    if objective.noise.pairing != "none":
+        yield "  costs: each noise is drawn twice, on the CPU"
 
 
 def guidance_warning(config: Config) -> str | None:
@@ -115,14 +144,15 @@ def make_objective(config: Config, model: RunModel) -> Objective:
         UserError: as `chosen_prediction`.
     """
     from trainer.diffusion import losses, timesteps
+    from trainer.diffusion.importance import LossHistory
     from trainer.diffusion.noise import NoiseRecipe
-    from trainer.diffusion.objective import Objective
+    from trainer.diffusion.objective import Objective, taught
 
     wished = config.objective
     prediction = make_prediction(config, model)
     loss = {"l2": losses.squared, "l1": losses.absolute, "huber": losses.huber, "smooth_l1": losses.smooth_l1}
-    noise = wished.noise
-    return Objective(
+    noise, learner = wished.noise, _learner(wished)
+    objective = Objective(
         prediction=prediction,
         distribution=_distribution(wished.timesteps, prediction, wished.flow.aligned, _shift(config)),
         spread=timesteps.stratified if wished.timesteps.stratified else timesteps.independent,
@@ -138,7 +168,22 @@ def make_objective(config: Config, model: RunModel) -> Objective:
             perturbation=noise.perturbation,
             candidates=noise.candidates,
         ),
+        pairs=noise.pairing == "optimal_transport",
+        contrast=wished.loss.contrast,
     )
+    if isinstance(learner, LossHistory):
+        objective = replace(objective, distribution=learner.positions)
+    return taught(objective, learner) if learner else objective
+
+
+def _learner(config: ObjectiveConfig) -> Learner | None:
+    from trainer.diffusion.importance import LossHistory
+    from trainer.diffusion.uncertainty import LearnedWeights
+
+    times = config.timesteps
+    if times.distribution == "importance":
+        return LossHistory(times.even_share, times.min / 1000, times.max / 1000)
+    return LearnedWeights(config.weighting.lr or 0.01) if config.weighting.kind == "learned" else None
 
 
 def make_prediction(config: Config, model: RunModel) -> Prediction:
@@ -163,7 +208,7 @@ def _distribution(config: TimestepsConfig, prediction: Prediction, aligned: bool
 
     low, high = config.min / 1000, config.max / 1000
     mean = 0.0 if config.mean is None else config.mean
-    if config.distribution == "uniform":
+    if config.distribution in ("uniform", "importance"):
         found = timesteps.uniform(low, high) if (low, high) != (0.0, 1.0) else timesteps.EVENLY
     elif config.distribution == "logit_normal":
         found = timesteps.logit_normal(mean, config.std or 1.0, low, high)
@@ -185,6 +230,7 @@ def _weighting(config: WeightingConfig, aligned: bool) -> Weighting:
         return weighting.p2(config.k or 1.0, config.gamma or 1.0)
     return {
         "none": weighting.unweighted,
+        "learned": weighting.unweighted,
         "debiased": weighting.debiased,
         "like_epsilon": weighting.like_epsilon,
         "like_v_prediction": weighting.like_v,

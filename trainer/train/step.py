@@ -11,31 +11,35 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainer.data.loader import Batch
 from trainer.data.store.snapshot import RowProblem
+from trainer.diffusion.learner import Learner, seen_by
 from trainer.diffusion.noise import draw
-from trainer.model.denoiser import Denoiser, image_losses, text_arguments
+from trainer.diffusion.prediction import Mixture
+from trainer.model.denoiser import Denoiser, Others, image_losses, text_arguments
 from trainer.optim.ema import Averages
 from trainer.optim.optimizers import scale_lr, take_optimizer_step
 from trainer.parallel.comm import Comm, sum_floats
 from trainer.parallel.sharding import local_tensor
 from trainer.parallel.strategy import Strategy
 from trainer.train.gradient_blocks import GradientBlocks
+from trainer.train.step_companions import ALONE, Companions, each_alone
 
 
-def all_alike(batch: Batch, device: torch.device) -> Tensor:
-    """How much each image counts, fp32 [B] on `device`: 1, and 0 for padding and unreadable rows."""
-    return batch.weights.to(device, non_blocking=True)
+def all_alike(batch: Batch) -> Tensor:
+    """How much each image counts, fp32 [B] on the CPU: 1, and 0 for padding and unreadable rows."""
+    return batch.weights
 
 
-def by_loss_weight(batch: Batch, device: torch.device) -> Tensor:
-    """The same times the images' own loss weights."""
+def by_loss_weight(batch: Batch) -> Tensor:
+    """The same times the images' loss weights."""
     assert batch.loss_weights is not None, "the reader was given no loss weights"
-    return all_alike(batch, device) * batch.loss_weights.to(device, non_blocking=True)
+    return batch.weights * batch.loss_weights
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class StepParts:
         before_norm: what is done to the gradients of the loss times a scale, before their norm is taken.
         weigh: `all_alike`, or `by_loss_weight` where images count more or less.
         blocks: of which the gradients' norms are told; None: none.
+        meet: gives a step's micro-batches with what their images get of the step's others.
         averages: of the weights, which follow the steps by `trainer.train.averages.follow`; None: there are none.
     """
 
@@ -57,8 +62,9 @@ class StepParts:
     max_grad_norm: float
     around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
     before_norm: Callable[[float], None] = lambda loss_scale: None
-    weigh: Callable[[Batch, torch.device], Tensor] = all_alike
+    weigh: Callable[[Batch], Tensor] = all_alike
     blocks: GradientBlocks | None = None
+    meet: Callable[[Iterable[Batch]], Iterable[tuple[Batch, Companions]]] = each_alone
     averages: Averages | None = None
 
 
@@ -85,24 +91,40 @@ class StepResult:
     block_norms: Mapping[str, float] = field(default_factory=dict)
 
 
-def batch_losses(parts: StepParts, batch: Batch, index: int, planned_images: float) -> Tensor:
-    """Loss of each image of a micro-batch, fp32 [B], with the graph that leads back to the weights.
+class BatchLosses(NamedTuple):
+    """Each image's loss, fp32 [B], with the graph that leads back to the weights; and where the images are."""
+
+    losses: Tensor
+    mixture: Mixture
+
+
+def batch_losses(
+    parts: StepParts, batch: Batch, index: int, planned_images: float, companions: Companions = ALONE
+) -> BatchLosses:
+    """The losses of a micro-batch.
 
     Args:
         index: of the micro-batch among this worker's.
         planned_images: of the whole step.
+        companions: of the batch's images.
     """
     device, denoiser = parts.comm.device, parts.denoiser
     text = text_arguments(denoiser, device, batch.input_ids, batch.text_hidden, batch.pooled)
     assert batch.latents is not None, "images are encoded before they come here"
     latents = batch.latents.to(device, non_blocking=True)
-    uniforms, draws = draw(batch.draw_seeds, latents.shape[1:], device, denoiser.objective.noise)
+    shape, recipe = latents.shape[1:], denoiser.objective.noise
+    uniforms, draws = draw(batch.draw_seeds, shape, device, recipe, companions.noise_seeds)
+    others = None
+    if companions.negatives is not None and companions.negative_seeds is not None:
+        _, their_draws = draw(companions.negative_seeds, shape, device, recipe)
+        others = Others(companions.negatives.to(device, non_blocking=True), their_draws)
     # As the sampler deals rows out: rank r of W has every W-th from the r-th on, padding comes last.
     places = parts.comm.rank + parts.comm.world * torch.arange(len(uniforms) * index, len(uniforms) * (index + 1))
     mixture = denoiser.objective.mixture(uniforms, places, round(planned_images)).to(device)
     time_ids = batch.time_ids.to(device, non_blocking=True)
     with parts.around_forward():
-        return image_losses(denoiser, parts.strategy.model, latents, draws, mixture, text, time_ids)
+        losses = image_losses(denoiser, parts.strategy.model, latents, draws, mixture, text, time_ids, others=others)
+    return BatchLosses(losses, mixture)
 
 
 def train_step(
@@ -124,35 +146,74 @@ def train_step(
         loss_scale: what the loss is multiplied by before the backward pass, in fp16.
         stop_asked: this worker received a signal; all workers learn of it in `StepResult.stop`.
     """
-    comm, strategy = parts.comm, parts.strategy
+    comm, strategy, seen = parts.comm, parts.strategy, _SeenLosses(parts.denoiser.objective.learner)
     weight_sum = 0.0
     problems: list[RowProblem] = []
     loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device)
-    for index, batch in enumerate(batches):
-        weights = parts.weigh(batch, comm.device)
+    for index, (batch, companions) in enumerate(parts.meet(batches)):
+        weights = parts.weigh(batch)
+        counts = weights.to(comm.device, non_blocking=True)
         with strategy.reduction(last=index == accumulation - 1):
-            weighted = (weights * batch_losses(parts, batch, index, planned_images)).sum()
+            losses, mixture = batch_losses(parts, batch, index, planned_images, companions)
+            weighted = (counts * losses).sum()
             strategy.backward(weighted * (loss_scale / planned_images))
         loss_sum += weighted.detach()
         weight_sum += float(batch.weights.sum())
         problems += batch.problems
+        seen.note(losses, mixture, weights)
     # All of this is given to the device before the step's only wait for it, or it would stand idle in between.
     parts.before_norm(loss_scale)
     names = parts.blocks.names if parts.blocks else ()
     norm, of_blocks = strategy.grad_norm(_gradients(parts), _blocks(parts), len(names))
-    own_loss, scaled_norm, *block_norms = torch.cat([torch.stack([loss_sum, norm.double()]), of_blocks]).tolist()
-    total_loss, num_images, total_bad, stop = sum_floats(
-        comm, [own_loss, weight_sum, float(len(problems)), float(stop_asked)]
+    told = torch.cat([torch.stack([loss_sum, norm.double()]), of_blocks, *seen.losses]).tolist()
+    (own_loss, scaled_norm), block_norms, factored = told[:2], told[2 : 2 + len(names)], told[2 + len(names) :]
+    own_loss, lessons = seen.lessons(own_loss, factored)
+    total_loss, num_images, total_bad, stop, *lessons = sum_floats(
+        comm, [own_loss, weight_sum, float(len(problems)), float(stop_asked), *lessons]
     )
+    grad_norm = _update(parts, scaled_norm, planned_images, num_images, lr_factor, loss_scale)
+    if num_images > 0 and math.isfinite(grad_norm):
+        seen.learn(lessons)
     return StepResult(
         loss=total_loss / num_images if num_images else float("nan"),
         num_images=num_images,
-        grad_norm=_update(parts, scaled_norm, planned_images, num_images, lr_factor, loss_scale),
+        grad_norm=grad_norm,
         bad_rows=int(total_bad),
         problems=tuple(problems),
         stop=stop > 0,
         block_norms={name: norm / loss_scale for name, norm in zip(names, block_norms, strict=True)},
     )
+
+
+class _SeenLosses:
+    """A step's losses, image by image, for the objective's learner; without one, nothing is kept."""
+
+    def __init__(self, learner: Learner | None) -> None:
+        self._learner = learner
+        self.losses: list[Tensor] = []
+        """[B] float64 on the device, of each micro-batch."""
+        self._mixtures: list[Mixture] = []
+        self._weights: list[Tensor] = []
+
+    def note(self, losses: Tensor, mixture: Mixture, weights: Tensor) -> None:
+        """A micro-batch's; weights on the CPU."""
+        if self._learner:
+            self.losses.append(losses.detach().double())
+            self._mixtures.append(mixture)
+            self._weights.append(weights)
+
+    def lessons(self, own_loss: float, factored: list[float]) -> tuple[float, list[float]]:
+        """The loss sum to tell, and what the learner adds up; `factored` are the values of `losses`."""
+        if not self._learner:
+            return own_loss, []
+        seen = seen_by(self._mixtures, self._weights, factored, self._learner)
+        plain = own_loss if self._learner.corrects else float((seen.weights * seen.losses).sum())
+        return plain, self._learner.sums(seen)
+
+    def learn(self, lessons: list[float]) -> None:
+        """From the sums over all workers."""
+        if self._learner:
+            self._learner.learn(lessons)
 
 
 def _blocks(parts: StepParts) -> Tensor | None:

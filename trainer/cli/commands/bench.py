@@ -21,7 +21,7 @@ from trainer.measure.bench_report import BENCH_FILE, BenchReport, BenchRow, row_
 from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
 from trainer.parallel.failure import first_cause, read_failure
-from trainer.train.prepare_worker import prepare_settings
+from trainer.train.workers.prepare_worker import prepare_settings
 
 STRATEGIES = ("ddp", "zero2", "zero3")
 _RESULT = "result.json"

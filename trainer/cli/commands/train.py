@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from trainer.checkpoint.run_dir import list_checkpoints, only_writer
@@ -48,17 +49,19 @@ def _join(config: Config, model: RunModel, joined: dict[str, str]) -> int:
     from trainer.cli.tasks import run_task
     from trainer.parallel.worker import run_worker
 
-    if joined["RANK"] == "0":
-        code = ensure_prepared(config, model)
-        if code:
-            return code
-        check_captions(config)
-        count_run_tags(config)
-        write_resolved(config, config.run.dir)
-    else:
-        await_prepared(config, model)
-    os.environ.update(joined | allocator_settings(os.environ, gpu=bool(detect_gpus())))
-    run_worker(lambda stop_requested: run_task("train", config, {}, stop_requested))
+    with ExitStack() as stack:
+        if joined["RANK"] == "0":
+            stack.enter_context(only_writer(config.run.dir))
+            code = ensure_prepared(config, model)
+            if code:
+                return code
+            check_captions(config)
+            count_run_tags(config)
+            write_resolved(config, config.run.dir)
+        else:
+            await_prepared(config, model)
+        os.environ.update(joined | allocator_settings(os.environ, gpu=bool(detect_gpus())))
+        run_worker(lambda stop_requested: run_task("train", config, {}, stop_requested))
     return 0
 
 

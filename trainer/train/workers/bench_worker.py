@@ -274,7 +274,7 @@ def _loader_wait_s(
     """Seconds that a real step waits for its batch, mean over the workers."""
     comm, buckets = parts.comm, prepared.buckets("train")
     arithmetic = arithmetic_of(config, comm.world, buckets, prepared.rows_per_bucket("train"))
-    run = Run(parts, None, prepared)
+    run = Run(parts, None, prepared, {})
     state = starting_state(config, run, arithmetic.images_per_step)
     waited_before = 0.0
     with open_training_loader(config, model, comm, run, state, arithmetic.accumulation) as loader:

@@ -1,0 +1,44 @@
+"""What a run takes from its model and does not train: the same when it goes on, or refused."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from trainer.checkpoint.run_dir import read_state
+from trainer.config.schema import Config
+from trainer.errors import UserError
+from trainer.model_files.run_model import RunModel
+from trainer.parallel.comm import Comm
+
+_log = logging.getLogger(__name__)
+RECORD = "frozen"  # key of a checkpoint's state
+
+
+def frozen_fingerprints(config: Config, model: RunModel, comm: Comm) -> dict[str, str]:
+    """What tells the weights of each frozen component from others, as rank 0 finds it; the other ranks give none."""
+    if comm.rank:
+        return {}
+    trains = {"unet": config.trainable.unet.train, "text_encoder": config.trainable.text_encoder_1.train}
+    trains |= {"text_encoder_2": config.trainable.text_encoder_2.train, "vae": False}
+    return {name: model.fingerprint(name) for name, train in trains.items() if not train}
+
+
+def require_same_base(config: Config, frozen: Mapping[str, str], checkpoint: Path) -> None:
+    """Refuse to go on beside other frozen weights; where the checkpoint was asked for by its path, only tell.
+
+    Raises:
+        UserError: with the component that differs.
+    """
+    before = read_state(checkpoint).get(RECORD)
+    if not isinstance(before, dict):  # of an older program
+        return
+    others = [name for name, fingerprint in frozen.items() if name in before and before[name] != fingerprint]
+    if not others:
+        return
+    text = f"model.path = {config.model.path}: its {', '.join(others)} {'is' if len(others) == 1 else 'are'} not what "
+    text += f"{checkpoint} was trained with"
+    if config.run.resume in (True, "auto"):
+        raise UserError(
+            f"{text}; give the model that the run began with, or a run.dir of its own and run.resume={checkpoint}"
+        )
+    _log.warning("%s", text)

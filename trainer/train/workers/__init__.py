@@ -1,0 +1,1 @@
+"""What worker processes do beside training: prepare a data set, measure, judge weights."""
