@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from torch import Tensor
 from trainer.config.schema import OptimizerConfig
 from trainer.data.loader import Batch
 from trainer.data.store.snapshot import RowProblem
-from trainer.diffusion.objective import Objective
+from trainer.diffusion.importance import LossHistory
+from trainer.diffusion.learner import Learner
+from trainer.diffusion.objective import Objective, taught
 from trainer.diffusion.prediction import epsilon
+from trainer.diffusion.uncertainty import LearnedWeights
 from trainer.model.denoiser import Denoiser, TrainedModel
 from trainer.model.load_weights import load_unet
 from trainer.model_files.run_model import open_model
@@ -129,6 +133,23 @@ def test_loss_weights_multiply_the_losses_and_leave_the_denominator(denoiser: De
     assert result.grad_norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in expected)), rel=1e-5)
     for moment, gradient in zip(moments, expected, strict=True):  # after one step a tenth of the gradient
         torch.testing.assert_close(moment, (0.1 * gradient).float(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("learner", [LearnedWeights, LossHistory])
+def test_a_learner_looks_at_plain_losses_and_the_told_loss_is_weighted(
+    denoiser: Denoiser, learner: Callable[[], Learner]
+) -> None:
+    """What is learnt of a noise level does not hang on which images are wanted more."""
+    batch, alike, apart = make_batch(range(3)), learner(), learner()
+    plain, weighted = (
+        make_parts(replace(denoiser, objective=taught(denoiser.objective, each))) for each in (alike, apart)
+    )
+    each = [train_step(make_parts(denoiser), [make_batch(range(i, i + 1))], 1, 1.0, 0.0, False).loss for i in range(3)]
+    train_step(plain, [batch], 1, 3.0, 0.0, False)
+    batch = replace(batch, loss_weights=torch.tensor([0.25, 1.0, 4.0]))
+    result = train_step(replace(weighted, weigh=by_loss_weight), [batch], 1, 3.0, 0.0, False)
+    assert result.loss == pytest.approx((0.25 * each[0] + each[1] + 4 * each[2]) / 3, rel=1e-5)
+    assert apart.record() == alike.record() != learner().record()
 
 
 def test_a_step_without_any_image_changes_nothing(denoiser: Denoiser) -> None:
