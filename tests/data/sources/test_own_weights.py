@@ -144,7 +144,7 @@ def test_what_is_no_weight(value: object) -> None:
 
 def test_a_weight_file_of_a_folder(tmp_path: Path) -> None:
     source = _folder(tmp_path)
-    for name, text in {"e": "", "f": "1,5", "g": "0x2", "h": "1_0"}.items():
+    for name, text in {"e": "", "f": "1,5", "g": "0x2", "h": "1" * 1_000_000}.items():
         (tmp_path / f"photos/{name}.weight").write_text(text)
     (tmp_path / "photos/b.weight").write_text("\ufeff.25", encoding="utf-8")
     settings = settings_for(tmp_path / "prepared", sources=(source,))

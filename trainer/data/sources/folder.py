@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trainer.config.sources import FolderSource
 
 _EMPTY = '{"caption":""}'
+_MOST_WEIGHT_BYTES = 256  # what is longer is no number
 _NUMBER = re.compile(r"\d*\.?\d+([eE][+-]?\d+)?")
 _REPEATS = re.compile(r"(?P<repeats>[1-9]\d{0,8})_(?P<words>.*)")
 
@@ -109,7 +110,8 @@ def _default(source: FolderSource, words: str = "") -> str | None:
 def _with_weight(caption: str | None, path: str) -> tuple[str | None, str]:
     """The record of an image without a caption file, with the weight that the file holds; and what is wrong with it."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig", errors="replace").strip()
+        with Path(path).open("rb") as file:
+            text = file.read(_MOST_WEIGHT_BYTES).decode("utf-8-sig", errors="replace").strip()
     except FileNotFoundError:
         return caption, ""
     except OSError as error:
@@ -118,8 +120,8 @@ def _with_weight(caption: str | None, path: str) -> tuple[str | None, str]:
         weight = loss_weight_of(float(text) if _NUMBER.fullmatch(text) else text)
     except ValueError as error:
         return caption, str(error)
-    fields = json.loads(caption or _EMPTY)
-    return (json.dumps({**fields, "loss_weight": weight}, ensure_ascii=False, separators=(",", ":")), "")
+    fields = {**json.loads(caption or _EMPTY), "loss_weight": weight}
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")), ""
 
 
 def _identity(folder: str) -> tuple[int, int]:
