@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from trainer.checkpoint.run_dir import only_writer
 from trainer.optim.ema_profile import PlainEma, PowerEma
 
 pytestmark = pytest.mark.e2e
@@ -158,11 +160,65 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path: Path, config_file: Pa
     assert losses(interrupted) == losses(straight)
 
 
-def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, config_file: Path) -> None:
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, config_file: Path) -> Path:
+    """Thirty steps of two workers that nothing happens to."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    sdxl_train(*_thirty_steps(config_file), f"run.dir={run_dir}")
+    return run_dir
+
+
+def _thirty_steps(config_file: Path) -> list[object]:
+    return [config_file, "launch.workers=2", "train.steps=30", "checkpoint.every_steps=4"]
+
+
+def test_a_worker_that_is_killed_or_stopped_costs_the_steps_since_the_last_checkpoint(
+    tmp_path: Path, config_file: Path, straight: Path
+) -> None:
+    """The same command goes on by itself, and ends with the same bits."""
+    run_dir = tmp_path / "run"
+    shared = [*_thirty_steps(config_file), f"run.dir={run_dir}", "launch.hang_after_s=2", "launch.hang_at_start_s=300"]
+    with subprocess.Popen([*COMMAND, *map(str, shared)], stderr=subprocess.PIPE, text=True) as process:
+        _wait_for_steps(run_dir, 9, process)
+        _worker(process, 1).kill()
+        _wait_for_event(run_dir, "starting again", 1, process)
+        _wait_for_steps(run_dir, 17, process)
+        _worker(process, 1).suspend()
+        _wait_for_event(run_dir, "starting again", 2, process)
+        _, printed = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+    assert "Traceback" not in printed
+    events = (run_dir / "events.txt").read_text().splitlines()
+    assert len(events) == 2
+    assert "worker 1 was ended by SIGKILL (exit 137: somebody else's doing" in events[0]
+    assert re.search(r"starting again from step-000000(08|12) in 5 s \(1 of 3 without a new checkpoint\)", events[0])
+    noticed = re.search(
+        r"worker 1 has not moved for (\d+) s, in .* after step \d+; it is stopped by a signal", events[1]
+    )
+    assert noticed and int(noticed[1]) <= 10  # 2 s as configured, or five times the longest on a busy machine
+    assert "most recent call first" in (run_dir / "logs/rank-0.stacks.txt").read_text()
+    assert unet_hash(run_dir, 30) == unet_hash(straight, 30)
+    assert losses(run_dir) == losses(straight)
+
+
+def _worker(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+    children = psutil.Process(process.pid).children()
+    return next(child for child in children if child.environ().get("RANK") == str(rank))
+
+
+def _wait_for_event(run_dir: Path, words: str, count: int, process: subprocess.Popen[str]) -> None:
+    events = run_dir / "events.txt"
+    for _ in range(3000):
+        if events.is_file() and events.read_text().count(words) >= count:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError(f"{words} did not come")
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, config_file: Path, straight: Path) -> None:
     """SIGKILL of the whole command: no orphan goes on, nothing half-written is taken for whole, the end is the same."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    shared = [config_file, "launch.workers=2", "train.steps=30", "checkpoint.every_steps=4"]
-    sdxl_train(*shared, f"run.dir={straight}")
+    killed, shared = tmp_path / "killed", _thirty_steps(config_file)
     with subprocess.Popen([*COMMAND, *map(str, shared), f"run.dir={killed}"], stderr=subprocess.DEVNULL) as process:
         _wait_for_steps(killed, 9, process)
         started = psutil.Process(process.pid).children(recursive=True)
@@ -174,10 +230,8 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, config_file
     content[-100] ^= 1
     weights.write_bytes(content)
     done = sdxl_train(*shared, f"run.dir={killed}")
-    assert (
-        f"{damaged}: unet/diffusion_pytorch_model.safetensors has changed (checksum); trying the one before"
-        in done.stderr
-    )
+    reason = "unet/diffusion_pytorch_model.safetensors has changed (checksum)"
+    assert f"{damaged}: {reason}; set aside as {damaged.name}.damaged" in done.stderr
     assert unet_hash(killed, 30) == unet_hash(straight, 30)
 
 
@@ -277,6 +331,22 @@ def test_resume_wishes_that_cannot_be_met(tmp_path: Path, config_file: Path) -> 
     assert "already holds a run (step-00000001)" in done.stderr
     done = sdxl_train(config_file, f"run.dir={run_dir}", "run.seed=4", expect=2)
     assert "was started with 3" in done.stderr
+
+
+def test_a_moved_run_goes_on_where_it_lies_and_one_run_has_one_writer(tmp_path: Path, config_file: Path) -> None:
+    first, moved = tmp_path / "first", tmp_path / "moved"
+    sdxl_train(config_file, f"run.dir={first}", "train.steps=1")
+    shutil.copytree(first, moved)
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    sdxl_train(moved / "config.resolved.yaml", "train.steps=2", "--resume", "true")
+    assert (moved / "checkpoints/step-00000002/manifest.json").is_file()
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
+    joined = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29655"}
+    with only_writer(moved):
+        command = [*COMMAND, str(config_file), f"run.dir={moved}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | joined)
+    assert done.returncode == 2 and "another sdxl-train is writing to this run directory" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def _wait_for_steps(run_dir: Path, count: int, process: subprocess.Popen) -> None:

@@ -40,6 +40,12 @@ def test_the_lines_at_start() -> None:
     ]
 
 
+def test_a_run_that_has_gone_further_than_it_is_told_to() -> None:
+    lines = arithmetic().describe(start_step=700)
+    assert lines[2] == "already trained to step 700; the run ends at step 600 (train.steps)"
+    assert lines[3].startswith("0 checkpoints to write")
+
+
 def test_the_lines_of_a_large_run_that_goes_on() -> None:
     run = arithmetic(
         batch_size_per_gpu=4,

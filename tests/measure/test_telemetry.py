@@ -94,3 +94,23 @@ def test_tensorboard_shows_the_same_and_forgets_what_is_done_again(tmp_path: Pat
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert shown == steps_and_losses(tmp_path)
     assert "train/images_per_s" in events.Tags()["scalars"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_costs_records_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is written to /dev/full fails with ENOSPC; when there is room again, records come again."""
+    with MetricsWriter(tmp_path, None) as writer:
+        writer.step(STEP)
+        writer._file.close()
+        writer._file = Path("/dev/full").open("a")  # noqa: SIM115 - the writer closes it
+        for step in range(2, 60):
+            writer.step(replace(STEP, step=step))
+    steps = [step for step, _ in steps_and_losses(tmp_path)]
+    assert steps[0] == 1 and steps[-1] == 59 and len(steps) == 59 - 51
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "metrics.jsonl: not written ([Errno 28] No space left on device), 1 records by now; training goes on"
+    ]
+    assert "Traceback" not in capsys.readouterr().err

@@ -51,6 +51,19 @@ def test_same_models_as_the_libraries_own_loading(model_folder: Path, capfd: pyt
         assert not frozen.training
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_value_that_is_not_finite_is_refused_with_its_name(copied: Path, value: float, dtype: torch.dtype) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        tensors["mid_block.resnets.0.conv1.weight"].view(-1)[77] = value
+        return tensors
+
+    _rewrite(copied / "unet" / "diffusion_pytorch_model.safetensors", spoil)
+    with pytest.raises(UserError, match=r"unet's mid_block\.resnets\.0\.conv1\.weight holds NaN or infinite values"):
+        load_unet(open_model(copied), torch.float32, "cpu")
+
+
 def test_weights_take_the_asked_dtype_and_own_their_memory(model_folder: Path) -> None:
     unet = load_unet(open_model(model_folder), torch.bfloat16, "cpu")
     stored = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")

@@ -6,12 +6,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer.checkpoint.run_dir import RESOLVED_CONFIG
+from trainer.checkpoint.run_dir import RESOLVED_CONFIG, list_checkpoints
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
 from trainer.data.prepare.caption_survey import planned_records
@@ -30,12 +30,13 @@ from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
 from trainer.parallel.launch import run_workers
-from trainer.parallel.worker import MEMORY_ATTEMPT
+from trainer.parallel.supervise import Attempts, judge
+from trainer.parallel.worker import MEMORY_ATTEMPT, RESTARTS
 from trainer.train.caption_rules import describe_captions, require_captions, survey_of, tag_separators
 from trainer.train.workers.prepare_worker import needs_workers, note_references, prepare_settings
 
 _POLL_S = 1.0
-_MEMORY_ATTEMPTS = 8
+EVENTS = "events.txt"
 _TASKS_WITH_A_PLAN = ("train", "bench")  # which plan with less when they are started again
 # Not `-m`: each reader process of a worker would import that module once more, as its main module. The first place of
 # the path is the current directory's, where a folder of somebody else's may be called `trainer`.
@@ -53,22 +54,31 @@ def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str
     """
     workers, gpu = choose_workers(config.launch.workers, detect_gpus())
     resolved = write_resolved(config, out_dir)
-    attempt = 0
+    attempts = Attempts(checkpoint=_newest_name(config))
     while True:
         result = run_workers(
             [sys.executable, "-c", _WORKER, task, str(resolved), json.dumps(options)],
             workers=workers,
             log_dir=out_dir / "logs",
-            env={**os.environ, MEMORY_ATTEMPT: str(attempt)},
+            env={**os.environ, MEMORY_ATTEMPT: str(attempts.memory), RESTARTS: str(attempts.restarts)},
             threads=config.launch.threads_per_worker,
             gpu=gpu,
             **launch,
         )
-        attempt += 1
-        attempts = _MEMORY_ATTEMPTS if task in _TASKS_WITH_A_PLAN else 1
-        if result.failure is None or result.failure.kind != "memory" or attempt == attempts:
+        verdict = judge(
+            result,
+            attempts,
+            _newest_name(config),
+            most_fruitless=config.launch.restarts if task == "train" else 0,
+            plans=task in _TASKS_WITH_A_PLAN,
+        )
+        if verdict.attempts is None:
             break
-        print(f"sdxl-train: {result.failure.text}; trying again with less", file=sys.stderr)
+        _tell(out_dir, verdict.line)
+        time.sleep(verdict.pause_s)
+        attempts = verdict.attempts
+    if verdict.line:
+        _tell(out_dir, verdict.line)
     if result.failure is not None:
         for line in result.failure.message().splitlines():
             known = result.failure.kind in ("user", "memory")
@@ -76,13 +86,34 @@ def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str
     return result.exit_code
 
 
+def _newest_name(config: Config) -> str | None:
+    found = list_checkpoints(config.run.dir)
+    return found[-1].name if found else None
+
+
+def _tell(out_dir: Path, line: str) -> None:
+    """On the screen and in `events.txt`, which says what happened to a run in one line each."""
+    print(f"sdxl-train: {line}", file=sys.stderr, flush=True)
+    with suppress(OSError), (out_dir / EVENTS).open("a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+
+
 def write_resolved(config: Config, out_dir: Path) -> Path:
-    """The configuration with every key written out and absolute paths, as `config.resolved.yaml`."""
-    out_dir.mkdir(parents=True, exist_ok=True)
+    """The configuration with every key written out and absolute paths, as `config.resolved.yaml`.
+
+    Raises:
+        UserError: the disk is full, or nobody may write there.
+    """
     path = out_dir / RESOLVED_CONFIG
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(to_yaml(config), encoding="utf-8")
-    partial.replace(path)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        partial.write_text(to_yaml(config), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f"{out_dir}: cannot be written to: {error.strerror}") from None
     return path
 
 

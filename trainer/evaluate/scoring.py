@@ -84,12 +84,20 @@ class Scorer:
     def _text_encoders(self) -> TextEncoders:
         return self.denoiser.text_encoders or self.load_text_encoders()
 
-    def score_when_due(self, step: int, metrics: MetricsWriter | None, *, at_end: bool) -> None:
-        """What `validation.every_steps` and `samples.every_steps` ask for at this step."""
-        every = self.validation.every_steps
-        validates = every and (at_end or step % every == 0)
+    def due(self, step: int, *, at_end: bool) -> tuple[str, ...]:
+        """What `validation.every_steps` and `samples.every_steps` ask for at this step: `validation`, `samples`."""
+        found, every = list[str](), self.validation.every_steps
+        if every and (at_end or step % every == 0):
+            found.append("validation")
         every = self.samples.every_steps
-        draws = every and step and (at_end or step % every == 0)
+        if every and step and (at_end or step % every == 0):
+            found.append("samples")
+        return tuple(found)
+
+    def score_when_due(self, step: int, metrics: MetricsWriter | None, *, at_end: bool) -> None:
+        """Do what is `due`; nothing that fails there ends the run."""
+        due = self.due(step, at_end=at_end)
+        validates, draws = "validation" in due, "samples" in due
         for name, in_model in self.weights.items() if validates or draws else ():
             with in_model():
                 if validates:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -66,6 +67,7 @@ class MetricsWriter:
         # Imported here since it takes 0.15 s and only rank 0 writes.
         from torch.utils.tensorboard.writer import SummaryWriter
 
+        threading.excepthook = _without_broken_writers
         return SummaryWriter(str(self._path.parent / TENSORBOARD_DIR), purge_step=first_step, flush_secs=10)
 
     def step(self, metrics: StepMetrics) -> None:
@@ -152,6 +154,12 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _without_broken_writers(arguments: threading.ExceptHookArgs) -> None:
+    """A traceback of TensorBoard's thread says no more than the warning that its next record brings."""
+    if type(arguments.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(arguments)
 
 
 def _close(records: "IO[str] | SummaryWriter") -> None:

@@ -42,12 +42,12 @@ class Failure:
 
     `kind`: `user` (a `UserError`; `text` is its lines), `memory` (`OutOfMemory`, or a full card; `text` says so in a
     line), `error` (any other exception; `text` is the traceback), `lost_peer` (an exception that only says that another
-    worker is gone), `signal` and `exit` (the worker ended without a word; `text` says how). `monotonic_s` is
-    `time.monotonic()`, which all processes of a host share.
+    worker is gone), `signal` and `exit` (the worker ended without a word; `text` says how), `hang` (it did not move any
+    more; `text` says since when). `monotonic_s` is `time.monotonic()`, which all processes of a host share.
     """
 
     rank: int
-    kind: Literal["user", "memory", "error", "lost_peer", "signal", "exit"]
+    kind: Literal["user", "memory", "error", "lost_peer", "signal", "exit", "hang"]
     monotonic_s: float
     text: str
 
@@ -60,7 +60,7 @@ class Failure:
         """What the person reads."""
         if self.kind in ("user", "memory"):
             return self.text
-        verb = "" if self.kind in ("signal", "exit") else "failed:\n"
+        verb = "" if self.kind in ("signal", "exit", "hang") else "failed:\n"
         return f"worker {self.rank} {verb}{self.text}"
 
 
@@ -158,6 +158,8 @@ def silent_failure(rank: int, return_code: int, log_tail: str, oom_kills_before:
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         cause = _checked_cause(number, oom_kills_before)
         kind, text = "signal", f"was ended by {name}" + (f" ({cause})" if cause else "")
+    elif return_code == 2:  # a user's mistake, or a full disk, on which nothing could be recorded
+        kind, text = "user", f"worker {rank} has said above why it ended"
     else:
         kind, text = "exit", f"ended with exit code {return_code}"
     return Failure(rank, kind, time.monotonic(), f"{text}; the end of its log:\n{log_tail}" if log_tail else text)

@@ -12,16 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
 from trainer.parallel import sentinel, worker
 from trainer.parallel.environment import threads_per_worker
 from trainer.parallel.failure import Failure, failure_path, first_cause, oom_kills, read_failure, silent_failure
+from trainer.parallel.heartbeat import Beat, beat_path, find_late, is_stopped, read_beat
 
 POLL_S = 0.05
 GRACE_S = 5.0
+LOOK_S = 0.25  # between two looks at the heartbeats
+STACKS_S = 1.0  # for the workers of a hung run to write down where they are
 KILL_WAIT_S = 30.0
 # Ctrl-C often arrives twice: from the terminal and from a wrapper that passes it on.
 SAME_SIGNAL_S = 0.3
@@ -41,12 +44,14 @@ class WorkersResult:
     `exit_code` is the command's: 0, 2 (user's mistake), 1 (failure), or 128 + signal (stopped without saving).
     `worker_codes` holds each worker's return code, negative for a signal, None for one that could not be reaped.
     `failure` is the cause, to be shown with `failure.message()`. `stopped_by` is the signal that asked for the end.
+    `steps_taken`: by the workers' heartbeats.
     """
 
     exit_code: int
     worker_codes: tuple[int | None, ...]
     failure: Failure | None
     stopped_by: signal.Signals | None
+    steps_taken: int = 0
 
 
 @dataclass
@@ -82,6 +87,8 @@ class _Ending:
     kill_at_s: float | None = None
     killed_s: float | None = None
     oom_kills_before: int | None = field(default_factory=oom_kills)
+    look_at_s: float = 0.0
+    late: tuple[int, Beat] | None = None
 
 
 def run_workers(
@@ -111,6 +118,7 @@ def run_workers(
     log_dir.mkdir(parents=True, exist_ok=True)
     for rank in range(workers):
         failure_path(log_dir, rank).unlink(missing_ok=True)
+        beat_path(log_dir, rank).unlink(missing_ok=True)
     shared = _shared_environment(env, workers, log_dir, threads_per_worker(workers, threads, env), gpu)
     started: list[_Worker] = []
     with _stop_signals() as signals, _sentinel() as guard:
@@ -121,7 +129,8 @@ def run_workers(
             sentinel.end_groups([w.process.pid for w in started], lambda: _reap(started))
             for w in started:
                 _tell(guard, f"-{w.process.pid}\n")
-    return _result(started, ending.failures, signals.first)
+    steps_taken = max((beat.taken for w in started if (beat := read_beat(log_dir, w.rank))), default=0)
+    return replace(_result(started, ending.failures, signals.first), steps_taken=steps_taken)
 
 
 def _shared_environment(env: Mapping[str, str], workers: int, log_dir: Path, threads: int, gpu: bool) -> dict[str, str]:
@@ -199,6 +208,9 @@ def _watch(started: Sequence[_Worker], log_dir: Path, signals: _Signals, stop_no
             if code != 0:
                 _note_death(ending, w, code, log_dir)
         now = time.monotonic()
+        if ending.kill_at_s is None and signals.first is None and now >= ending.look_at_s:
+            ending.look_at_s = now + LOOK_S
+            _end_if_hung(ending, running, log_dir)
         if signals.first is not None and not ending.terminated:
             with contextlib.suppress(OSError):  # the terminal may be what went away
                 print(f"{signals.first.name}: {stop_notice}", file=sys.stderr, flush=True)
@@ -215,6 +227,24 @@ def _watch(started: Sequence[_Worker], log_dir: Path, signals: _Signals, stop_no
         if running:
             time.sleep(POLL_S)
     return ending
+
+
+def _end_if_hung(ending: _Ending, running: Sequence[_Worker], log_dir: Path) -> None:
+    """Note that a worker has stopped moving, and have all of them write down where they are before they are ended."""
+    late = find_late(log_dir, [w.rank for w in running])
+    if late is None or late != ending.late:  # twice in a row, for a record may be half written
+        ending.late = late
+        return
+    rank, beat = late
+    pids = {w.rank: w.process.pid for w in running}
+    why = "; it is stopped by a signal or a debugger" if is_stopped(pids[rank]) else ""
+    silent_s = time.monotonic() - beat.since_s
+    text = f"has not moved for {silent_s:.0f} s, in {beat.part} after step {beat.step}{why}"
+    for each, pid in pids.items():
+        if read_beat(log_dir, each):  # its handler is in place
+            os.kill(pid, worker.DUMP_SIGNAL)
+    ending.failures.append(Failure(rank, "hang", time.monotonic(), text))
+    ending.kill_at_s = time.monotonic() + STACKS_S
 
 
 def _exit_code(pid: int) -> int | None:

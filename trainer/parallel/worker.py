@@ -24,6 +24,10 @@ STORE_FD = "SDXL_TRAIN_STORE_FD"
 # How many times the workers were started again because what was planned did not fit.
 MEMORY_ATTEMPT = "SDXL_TRAIN_MEMORY_ATTEMPT"
 
+# How many times the workers were started again after a fault.
+RESTARTS = "SDXL_TRAIN_RESTARTS"
+DUMP_SIGNAL = signal.SIGUSR1
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,6 +40,7 @@ def run_worker(body: Callable[[Callable[[], bool]], None]) -> None:
     """
     _die_with_parent()
     faulthandler.enable()
+    _dump_stacks_when_asked()
     stop_requested = _stop_on_signals()
     try:
         body(stop_requested)
@@ -75,6 +80,16 @@ def _report(error: Exception) -> int:
         with contextlib.suppress(OSError):
             print(failure.message(), file=sys.stderr)
     return failure.exit_code
+
+
+def _dump_stacks_when_asked() -> None:
+    """On `DUMP_SIGNAL`, write where every thread is to a file beside the log."""
+    if LOG_DIR not in os.environ:
+        return
+    path = Path(os.environ[LOG_DIR]) / f"rank-{os.environ.get('RANK', '0')}.stacks.txt"
+    with contextlib.suppress(OSError):
+        # Kept open: the handler has no time to open it.
+        faulthandler.register(DUMP_SIGNAL, file=path.open("a"), all_threads=True)
 
 
 def _stop_on_signals() -> Callable[[], bool]:

@@ -125,13 +125,18 @@ def forget_snapshots_after(run_dir: Path, step: int) -> None:
         _log.info("%s: deleted, for the run goes on from step %d", path, step)
 
 
+def snapshot_is_due(config: EmaConfig, step: int) -> bool:
+    """Whether `ema.snapshots` asks for one after so many steps."""
+    return bool(config.snapshots.every_steps) and step % config.snapshots.every_steps == 0
+
+
 def save_snapshot_when_due(config: EmaConfig, run_dir: Path, parts: StepParts, step: int) -> None:
     """Write the power averages as they are, if `ema.snapshots` asks for it; all workers call it.
 
     A full disk is no reason to end the run.
     """
     settings, path = config.snapshots, snapshot_dir(run_dir, step)
-    if not settings.every_steps or step % settings.every_steps:
+    if not snapshot_is_due(config, step):
         return
     writes, begin = parts.comm.rank == 0, time.perf_counter()
     if broadcast_object(parts.comm, (path / MANIFEST).is_file()):

@@ -48,6 +48,7 @@ from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, broadcast_object, gather_objects
 from trainer.parallel.sharding import copy_share, materialize
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
+from trainer.parallel.worker import RESTARTS
 from trainer.train.arithmetic import arithmetic_of
 from trainer.train.averages import averages_of, take_up_averages
 from trainer.train.base_model import frozen_fingerprints, require_same_base
@@ -111,12 +112,13 @@ class StoredData(Protocol):
 def find_resume_point(config: Config, comm: Comm) -> Path | None:
     """The checkpoint to go on from, by `run.resume`; rank 0 looks, all workers agree.
 
-    Workers that were started again, because memory did not suffice, go on from what their command has written before.
+    Workers that were started again, after a fault or because memory did not suffice, go on from what their command has
+    written before.
     """
     found: Path | None = None
     if comm.rank == 0:
         started = config.run.dir / RESOLVED_CONFIG
-        if memory_attempt() and started.is_file():
+        if (memory_attempt() or os.environ.get(RESTARTS, "0") != "0") and started.is_file():
             found = resume_newest(config.run.dir, _log.warning, written_after=started)
         found = found or _wished_checkpoint(config)
     agreed = broadcast_object(comm, str(found) if found else None)

@@ -34,7 +34,8 @@ def dry_run(config: Config, parts: StepParts, choice: MemoryChoice) -> None:
     passes = min(choice.passes, 2)
     batch = _blank_batch(config, parts, choice.fullest)
     what = f"a step on {images} x {width} x {height} px"
-    sweeps = 0
+    sweeps, learner = 0, parts.denoiser.objective.learner
+    lessons = learner.record() if learner else {}
     try:
         for _ in range(3 if device.type == "cuda" else 2):
             if device.type == "cuda":
@@ -47,6 +48,8 @@ def dry_run(config: Config, parts: StepParts, choice: MemoryChoice) -> None:
             raise
         raise OutOfMemory(f"{what} did not fit; {in_gib(choice.needed)} GiB were planned") from error
     parts.optimizer.state.clear()
+    if learner:  # what it has learnt from a blank image is no lesson
+        learner.take_up(lessons)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         numbers = torch.cuda.max_memory_allocated(device), choice.tensors, torch.cuda.max_memory_reserved(device)

@@ -29,6 +29,8 @@ from trainer.optim.loss_scale import LossScale
 from trainer.optim.lr_schedule import lr_at
 from trainer.optim.optimizers import first_lr
 from trainer.parallel.comm import Comm, barrier, broadcast_object
+from trainer.parallel.heartbeat import heartbeat_of_worker
+from trainer.parallel.worker import LOG_DIR
 from trainer.publish.during_training import Exports
 from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.averages import (
@@ -37,6 +39,7 @@ from trainer.train.averages import (
     forget_snapshots_after,
     save_snapshot_when_due,
     scored_weights,
+    snapshot_is_due,
 )
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.base_model import RECORD as FROZEN
@@ -61,6 +64,8 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
     Returns:
         Where the run stands.
     """
+    launch = config.launch
+    heartbeat = heartbeat_of_worker(LOG_DIR, launch.hang_after_s, launch.hang_at_start_s)
     run = build_run(config, model, comm)
     state, arithmetic = _place_in_data(config, run)
     _announce(config, model, run, arithmetic, state)
@@ -79,11 +84,13 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
         loader = stack.enter_context(open_training_loader(config, model, comm, run, state, arithmetic.accumulation))
         done = state.step >= arithmetic.total_steps
         while not done:
+            heartbeat.begin("data", state.step)
             begin, waited_before = time.perf_counter(), loader.wait_s
             lr_factor = lr_at(state.step, arithmetic.total_steps, 1.0, config.lr_schedule)
             batches = next(loader)
             encoded = encoded_batches(run.parts.denoiser.image_encoder, batches.batches)
             scale = state.loss_scale.scale if state.loss_scale else 1.0
+            heartbeat.begin("a step", state.step)
             result = train_step(
                 run.parts, encoded, arithmetic.accumulation, batches.weight, lr_factor, stop_requested(), scale
             )
@@ -97,16 +104,24 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
                 epoch = epochs_done(state.position, arithmetic.rows_per_bucket)
                 outputs.record(state, result, first_lr(run.parts.optimizer), seconds, waited, epoch, bad.total)
             if done or state.step % config.checkpoint.every_steps == 0:
+                heartbeat.begin("a checkpoint", state.step)
                 _save(config, comm, run, state, exports and exports.checkpoint, must_succeed=done)
+            if snapshot_is_due(config.ema, state.step):
+                heartbeat.begin("a snapshot", state.step)
             save_snapshot_when_due(config.ema, config.run.dir, run.parts, state.step)
             if bad.too_many(limit):
                 barrier(comm)  # the first worker to fail ends the others, and rank 0 may still be saving
                 raise bad.as_error(limit, config.run.dir)
             if not result.stop:
+                if due := scorer.due(state.step, at_end=done):
+                    heartbeat.begin(due[-1], state.step)
                 scorer.score_when_due(state.step, outputs and outputs.metrics, at_end=done)
+            if done:
+                heartbeat.rest()
             if exports:  # after the samples, one of which is the file's thumbnail
                 exports.start_when_due(state.step, is_finished=state.step >= arithmetic.total_steps)
             if not done and state.position.starts_epoch:
+                heartbeat.begin("new data", state.step)
                 newer = _newer_data(config, comm, state)
                 if newer:
                     loader.close()
