@@ -29,6 +29,17 @@ def test_data_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_loss_weights() -> None:
+    """Every line of the table."""
+    command = [sys.executable, "-W", "error", "benchmarks/loss_weights.py", "--rows", "3000"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    rows = [row.strip("| ").split(" | ")[0] for row in done.stdout.splitlines()[2:]]
+    assert len(rows) == 8 and rows[0].startswith("counting the tags of 3,000 images") and rows[-1].endswith("of tags")
+
+
+@pytest.mark.slow
 def test_optimizer_speed() -> None:
     """A row for each kind and rounding, with the bytes that each promises."""
     command = [sys.executable, "-W", "error", "benchmarks/optimizer_speed.py", "--weights", "3e6"]

@@ -1,6 +1,6 @@
 """A small prepared set without a VAE, for tests of what reads it. Reader processes import this module."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,10 @@ def write_small_set(
     encode_text: EncodeText | None = None,
     keep: Snapshot | None = None,
     with_masks: bool = False,
+    record: Callable[[int], bytes] = lambda i: caption_record(f"photo {i}"),
 ) -> Path:
-    """Image i of a bucket has the key `HxW/i`, the caption `photo i` and latents, and if wanted a mask, that are all i.
+    """Image i of a bucket has the key `HxW/i`, the caption `photo i` (or another record) and latents, and if wanted a
+    mask, that are all i.
 
     With `keep`, the rows are appended to that snapshot's as its next generation, with keys that begin with its number.
     """
@@ -36,7 +38,7 @@ def write_small_set(
             images = range(begin, min(begin + ROWS_PER_SHARD, count))
             batch = RowBatch(
                 np.stack([np.full(head.latent_shape, i, dtype=np.float16) for i in images]),
-                [caption_record(f"photo {i}").decode() for i in images],
+                [record(i).decode() for i in images],
                 [f"{shape}/{i}" for i in images],
                 np.array([[i, 1, 2, 3, bucket.height_px, bucket.width_px] for i in images], dtype=np.uint32),
                 np.full(len(images), repeats, dtype=np.uint32),

@@ -40,7 +40,7 @@ from trainer.parallel.comm import Comm, close, init_comm
 from trainer.parallel.sharding import copy_share
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.parallel.worker import end_process
-from trainer.train.step import StepParts, train_step
+from trainer.train.step import StepParts, all_alike, by_loss_weight, train_step
 from trainer.train.step_companions import meeting_of
 
 IMAGES = 12  # of a step
@@ -66,6 +66,7 @@ OBJECTIVES = {
     "edm": Objective(edm(), weigh=soft_min_snr(5.0)),
     "companions": Objective(flow(2.0), pairs=True, contrast=0.05),
     "masked": Objective(epsilon(), mean=area_mean(0.1)),
+    "loss_weights": Objective(epsilon(), spread=stratified),  # and images that count more or less
 }
 
 
@@ -124,6 +125,7 @@ def image(number: int) -> dict[str, Tensor]:
         "weights": torch.tensor(1.0),
         "draw_seeds": torch.tensor(number),
         "masks": torch.randint(256, (8, 8), generator=generator, dtype=torch.uint8) * (number % 3 > 0),
+        "loss_weights": torch.tensor([0.25, 1.0, 3.0][number % 3]),
     }
 
 
@@ -173,14 +175,9 @@ def run(
     strategy = make_strategy(model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill)
     autocast = None if dtype else precision.autocast
     denoiser = Denoiser(model.train(), objective, None, None, 0.13025, dtype or precision.weights, autocast)
-    parts = StepParts(
-        comm,
-        strategy,
-        make_optimizer(strategy.parameters, OptimizerConfig(lr=LR)),
-        denoiser,
-        max_grad_norm=1.0,
-        meet=meeting_of(objective, comm),
-    )
+    optimizer = make_optimizer(strategy.parameters, OptimizerConfig(lr=LR))
+    weigh, meet = by_loss_weight if objective is OBJECTIVES["loss_weights"] else all_alike, meeting_of(objective, comm)
+    parts = StepParts(comm, strategy, optimizer, denoiser, max_grad_norm=1.0, weigh=weigh, meet=meet)
     warm_up(strategy, lambda wrapped: throw_away_loss(denoiser, wrapped, with_text, comm.device))
     losses = [take_step(parts, comm, step, accumulation, with_text) for step in range(steps)]
     watches = comm.rank == 0  # reading what was watched takes longer than the step

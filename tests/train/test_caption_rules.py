@@ -85,3 +85,14 @@ def test_too_many_empty_texts_are_refused_in_one_line(config_file: Path) -> None
     for override in ("captions.max_empty_fraction=1", "captions.prefix=sks girl"):
         config = _load(config_file, override)
         require_captions(config, survey_of(config, _records([""] * 9)))
+
+
+def test_weights_that_no_image_has_are_told(config_file: Path) -> None:
+    plain, asking = _load(config_file), _load(config_file, "data.sources.0.weight_extension=.weight")
+    for record, is_told in ((caption_record("a"), True), (caption_record("a", "", 0.5), False)):
+        for config in (plain, asking):
+            survey = survey_of(config, [("photos/0", record.decode())])
+            told = "none of them has a loss weight other than 1" in str(
+                describe_captions(config, model_of(config), survey)
+            )
+            assert told is (is_told and config is asking)

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trainer.train.eval_worker import evaluate_weights
-from trainer.train.prepare_worker import encode_share, note_references, prepare_settings
 
 from tests.data.photographs import write_crops
 from tests.train.real_run import ALONE, model_of, run_config, watched_run
@@ -26,6 +24,8 @@ from trainer.model.denoiser import Denoiser
 from trainer.train.build import require_masks
 from trainer.train.run_objective import describe_objective
 from trainer.train.step import train_step
+from trainer.train.workers.eval_worker import evaluate_weights
+from trainer.train.workers.prepare_worker import encode_share, note_references, prepare_settings
 
 BUCKETS = {"resolution": 128, "min_px": 64, "max_px": 256, "step_px": 64}
 AUGMENTED = {"mode": "images", "augment": {"flip_probability": 0.5, "random_crop": True}}

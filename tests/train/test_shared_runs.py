@@ -16,7 +16,7 @@ from tests.worker_group import run_group
 SCRIPT = Path(__file__).parent / "shared_run_script.py"
 QUICK = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero3:fp32:1")
 OF_OBJECTIVES = ("ddp:fp32:1:flow", "ddp:fp32:3:v", "zero2:fp32:3:noises", "ddp:fp32:3:edm", "zero2:fp32:1:masked")
-OF_OTHERS = ("ddp:fp32:3:companions", "zero2:fp32:1:importance", "ddp:fp32:3:learned")
+OF_OTHERS = ("ddp:fp32:3:companions", "zero2:fp32:1:importance", "ddp:fp32:3:learned", "zero2:fp32:3:loss_weights")
 ALONE = (
     "single:fp32:1",
     "single:bf16:1",

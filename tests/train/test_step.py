@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +13,18 @@ from torch import Tensor
 from trainer.config.schema import OptimizerConfig
 from trainer.data.loader import Batch
 from trainer.data.store.snapshot import RowProblem
-from trainer.diffusion.objective import Objective
+from trainer.diffusion.importance import LossHistory
+from trainer.diffusion.learner import Learner
+from trainer.diffusion.objective import Objective, taught
 from trainer.diffusion.prediction import epsilon
+from trainer.diffusion.uncertainty import LearnedWeights
 from trainer.model.denoiser import Denoiser, TrainedModel
 from trainer.model.load_weights import load_unet
 from trainer.model_files.run_model import open_model
 from trainer.optim.optimizers import make_optimizer
 from trainer.parallel.comm import Comm
 from trainer.parallel.strategy import Sharing, Strategy
-from trainer.train.step import StepParts, train_step
+from trainer.train.step import StepParts, batch_losses, by_loss_weight, train_step
 
 ALONE = Comm(0, 1, 0, torch.device("cpu"))
 
@@ -101,6 +105,51 @@ def test_an_unreadable_row_leaves_the_mean_of_the_others(denoiser: Denoiser) -> 
     """The plan counted on four images; one could not be read."""
     damaged = make_batch(range(4), [1.0, 1.0, 1.0, 0.0], (problem(3),))
     assert_same_step(denoiser, [make_batch(range(3))], 3.0, [damaged], 4.0)
+
+
+@pytest.mark.parametrize("cut", [(6,), (2, 2, 2), (1, 5)])
+def test_loss_weights_multiply_the_losses_and_leave_the_denominator(denoiser: Denoiser, cut: tuple[int, ...]) -> None:
+    """Against each image's loss and gradient alone, summed by hand in float64; row 5 could not be read."""
+    loss_weights, readable = [0.5, 0.5, 4.0, 1.0, 0.01, 2.0], [1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+    expected, total = [torch.zeros_like(p, dtype=torch.float64) for p in denoiser.model.parameters()], 0.0
+    alone = make_parts(denoiser)
+    for row in range(5):
+        (loss,) = batch_losses(alone, make_batch(range(row, row + 1)), 0, 1.0).losses
+        total += loss_weights[row] * loss.item() / 5
+        for sum_, gradient in zip(expected, torch.autograd.grad(loss, alone.denoiser.model.parameters()), strict=True):
+            sum_ += loss_weights[row] * gradient.double() / 5
+    batches, begin = [], 0
+    for size in cut:
+        rows = range(begin, begin + size)
+        weights = torch.tensor(loss_weights[begin : begin + size])
+        bad = (problem(5),) if 5 in rows else ()
+        batches.append(replace(make_batch(rows, readable[begin : begin + size], bad), loss_weights=weights))
+        begin += size
+    parts = replace(make_parts(denoiser), weigh=by_loss_weight)
+    result = train_step(parts, batches, len(batches), 6.0, 1.0, False)
+    assert (result.num_images, result.bad_rows) == (5, 1)
+    assert result.loss == pytest.approx(total, rel=1e-6)
+    moments = [parts.optimizer.state[p]["exp_avg"] for p in parts.strategy.parameters.values()]
+    assert result.grad_norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in expected)), rel=1e-5)
+    for moment, gradient in zip(moments, expected, strict=True):  # after one step a tenth of the gradient
+        torch.testing.assert_close(moment, (0.1 * gradient).float(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("learner", [LearnedWeights, LossHistory])
+def test_a_learner_looks_at_plain_losses_and_the_told_loss_is_weighted(
+    denoiser: Denoiser, learner: Callable[[], Learner]
+) -> None:
+    """What is learnt of a noise level does not hang on which images are wanted more."""
+    batch, alike, apart = make_batch(range(3)), learner(), learner()
+    plain, weighted = (
+        make_parts(replace(denoiser, objective=taught(denoiser.objective, each))) for each in (alike, apart)
+    )
+    each = [train_step(make_parts(denoiser), [make_batch(range(i, i + 1))], 1, 1.0, 0.0, False).loss for i in range(3)]
+    train_step(plain, [batch], 1, 3.0, 0.0, False)
+    batch = replace(batch, loss_weights=torch.tensor([0.25, 1.0, 4.0]))
+    result = train_step(replace(weighted, weigh=by_loss_weight), [batch], 1, 3.0, 0.0, False)
+    assert result.loss == pytest.approx((0.25 * each[0] + each[1] + 4 * each[2]) / 3, rel=1e-5)
+    assert apart.record() == alike.record() != learner().record()
 
 
 def test_a_step_without_any_image_changes_nothing(denoiser: Denoiser) -> None:

@@ -15,6 +15,7 @@ from trainer.checkpoint.run_dir import RESOLVED_CONFIG, list_checkpoints
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
 from trainer.data.prepare.caption_survey import planned_records
+from trainer.data.prepare.image_weights import counted, describe_tags
 from trainer.data.prepare.stages import (
     PrepareCounts,
     commit,
@@ -24,13 +25,14 @@ from trainer.data.prepare.stages import (
     plan_repack,
     progress,
 )
+from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
 from trainer.parallel.launch import run_workers
 from trainer.parallel.supervise import Attempts, judge
 from trainer.parallel.worker import MEMORY_ATTEMPT, RESTARTS
-from trainer.train.caption_rules import describe_captions, require_captions, survey_of
+from trainer.train.caption_rules import describe_captions, require_captions, survey_of, tag_separators
 from trainer.train.workers.prepare_worker import needs_workers, note_references, prepare_settings
 
 _POLL_S = 1.0
@@ -169,6 +171,18 @@ def prepare(config: Config, model: RunModel, repack: bool = False, limit: int | 
     left_out = f"; {done.left_out} left out, with the reason in {prepared / 'bad.jsonl'}" if done.left_out else ""
     print(f"prepared {done.images:,} images{left_out}")
     return 0
+
+
+def count_run_tags(config: Config) -> None:
+    """Where the run weighs images by their tags: count those of the prepared set, if that is not done, and say so."""
+    section, separators = config.objective.loss_weights, tag_separators(config)
+    if not section.weighs_tags:
+        return
+    prepared = PreparedSet.open(config.data.prepared)
+    with tqdm(desc="counting tags", total=prepared.images("train"), unit="img", disable=None, leave=False) as bar:
+        counts = counted(prepared, separators, bar.update)
+    for line in describe_tags(section, counts, prepared):
+        print(line)
 
 
 def _write_shards(config: Config) -> int:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.values import Flag, Fraction, PositiveInt, Section
+from trainer.config.values import MOST_LOSS_WEIGHT, Flag, Fraction, LossWeight, PathField, PositiveInt, Section
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -107,6 +107,33 @@ class NoiseConfig(Section):
     """`optimal_transport`: deal the noises of a step out so that they are nearest to their images on the whole."""
 
 
+class TagBalanceConfig(Section):
+    power: Fraction = 0.0
+    """p of a tag's weight (typical count / its count)^p: rare tags count more, common ones less. 0.5 is usual, 0 for
+    none. An image counts the mean over its tags, all images together 1 on average, those without tags 1 each."""
+    min: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """No tag weighs less."""
+    max: Annotated[float, Field(ge=1, le=MOST_LOSS_WEIGHT)] = 4.0
+    """No tag weighs more."""
+
+
+class LossWeightsConfig(Section):
+    prior: LossWeight = 1.0
+    """How much each image of sources with `prior: true` counts in the loss (kohya's `prior_loss_weight`)."""
+    per_image: Flag = True
+    """Use the images' own weights, which `prepare` has stored where a source names their field, column or files."""
+    tag_file: PathField | None = None
+    """Weights of tags: `.json` or `.yaml` with `tag: weight`, or `.csv` with lines `tag,weight`. An image counts the
+    product of its tags' weights; tags that are not named count 1."""
+    tag_balance: TagBalanceConfig = TagBalanceConfig()
+    """Weights of tags by how often they occur in the prepared data."""
+
+    @property
+    def weighs_tags(self) -> bool:
+        """Whether what an image counts hangs on its tags."""
+        return self.tag_file is not None or self.tag_balance.power > 0
+
+
 class ObjectiveConfig(Section):
     prediction: Literal["auto", "epsilon", "v_prediction", "flow", "edm"] = "auto"
     """What the model is trained to predict. `auto`: what it predicts already, by its marker tensors, scheduler or
@@ -124,3 +151,6 @@ class ObjectiveConfig(Section):
     """Of errors."""
     noise: NoiseConfig = NoiseConfig()
     """What is added to plain noise."""
+    loss_weights: LossWeightsConfig = LossWeightsConfig()
+    """How much each image counts, whatever its noise level: the product of the weights of its source, its own and those
+    of its tags, at most 100."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from trainer.config.fields import Key, Problem, dotted
 from trainer.config.rule_parts import clash, is_given, key_of, value_at
 from trainer.config.rules_ema import ema_rules
+from trainer.config.rules_loss_weights import loss_weight_rules
 from trainer.config.rules_objective import objective_problems
 from trainer.config.schema import Config
 from trainer.config.sources import (
@@ -47,6 +48,7 @@ def broken_rules(config: Config) -> list[Problem]:
         _validation,
         _samples,
         objective_problems,
+        loss_weight_rules,
         _written_folders,
     )
     return [problem for check in checks for problem in check(config)]
@@ -59,7 +61,8 @@ def bad_paths(config: Config) -> list[Problem]:
         must_exist.append(("run", "resume"))
     may_exist: list[Key] = [("run", "dir"), ("data", "prepared")]
     models: list[Key] = [("model", name) for name in ("path", "vae") if isinstance(getattr(config.model, name), Path)]
-    found = [_missing(config, key) for key in models]
+    files: list[Key] = [("objective", "loss_weights", "tag_file")] if config.objective.loss_weights.tag_file else []
+    found = [_missing(config, key) for key in (*models, *files)]
     found += [_bad_folder(config, key, must_exist=True) for key in must_exist]
     found += [_bad_folder(config, key, must_exist=False) for key in may_exist]
     for i, source in enumerate(config.data.sources):
@@ -202,9 +205,9 @@ def _captions(config: Config) -> Iterator[Problem]:
         "captions.keep_tokens": (cuts, ("captions.shuffle_tags",), "shuffle_tags or tag_dropout_rate"),
         "captions.keep_tokens_separator": (cuts, ("captions.shuffle_tags",), "shuffle_tags or tag_dropout_rate"),
         "captions.tag_separator": (
-            cuts or captions.secondary_separator is not None,
+            cuts or captions.secondary_separator is not None or config.objective.loss_weights.weighs_tags,
             ("captions.shuffle_tags",),
-            "shuffle_tags, tag_dropout_rate or secondary_separator",
+            "shuffle_tags, tag_dropout_rate, secondary_separator or weights of tags",
         ),
     }
     for key, (works, others, needed) in idle.items():

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Tag
 
-from trainer.config.values import Flag, MaskSuffix, PathField, PositiveInt, Section
+from trainer.config.values import Flag, LossWeight, MaskSuffix, PathField, PositiveInt, Section
 
 
 class FolderSource(Section):
@@ -16,6 +16,9 @@ class FolderSource(Section):
     """Ending of the caption file that lies beside each image."""
     caption_files_hold: Literal["caption", "tags"] = "caption"
     """What is in the caption files: natural language, or tags, which `captions` can shuffle and drop one by one."""
+    weight_extension: str | None = None
+    """Ending of a file beside each image that holds nothing but its own loss weight, such as `.weight`; images without
+    one count 1."""
     kohya_repeats: Flag = False
     """Read kohya's layout: only sub-folders named `<repeats>_<words>` count, their images are seen `<repeats>` times,
     and the words are the caption of images that have no caption file."""
@@ -28,6 +31,10 @@ class FolderSource(Section):
     """`files`: the mask of `photo.jpg` lies beside it, `photo-masklabel.png`. Files that end so are not trained on."""
     mask_folder: PathField | None = None
     """`files`: take the masks from this folder, under the images' names with the ending of any kind of image."""
+    loss_weight: LossWeight = 1.0
+    """How much each image of this source counts in the loss."""
+    prior: Flag = False
+    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
 class KohyaJsonSource(Section):
@@ -39,11 +46,17 @@ class KohyaJsonSource(Section):
     """Folder of the `.npz` files, `<key>.npz` or `<key>_<W>x<H>_sdxl.npz`. Give this or `images`."""
     images: PathField | None = None
     """Folder of the images that the keys name, which `prepare` encodes. Give this or `latents`."""
+    weight_field: str | None = None
+    """Field of an entry with the image's own loss weight, such as `loss_weight`; images without it count 1."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
     masks: Literal["none", "alpha"] = "none"
     """Where the masks of `objective.loss.masked` are: nowhere, or in the `alpha_mask` of the `.npz`, with `images` in
     their `alpha` channels."""
+    loss_weight: LossWeight = 1.0
+    """How much each image of this source counts in the loss."""
+    prior: Flag = False
+    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
 class LatentTarsSource(Section):
@@ -53,10 +66,16 @@ class LatentTarsSource(Section):
     """The metadata, as in `kohya_json`; a member belongs to the key whose last part is its name."""
     tars: PathField
     """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
+    weight_field: str | None = None
+    """Field of an entry with the image's own loss weight, such as `loss_weight`; images without it count 1."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
     masks: Literal["none", "alpha"] = "none"
     """Where the masks of `objective.loss.masked` are: nowhere, or in the `alpha_mask` of the `.npz`."""
+    loss_weight: LossWeight = 1.0
+    """How much each image of this source counts in the loss."""
+    prior: Flag = False
+    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
 class WebdatasetSource(Section):
@@ -68,6 +87,8 @@ class WebdatasetSource(Section):
     """Field of the `.json` files that holds the caption, where there is no `.txt` or `.caption`."""
     tags_field: str = "tags"
     """Field of the `.json` files that holds the tags: text, or a list."""
+    weight_field: str | None = None
+    """Field of the `.json` files with the image's own loss weight, such as `loss_weight`; without it, 1."""
     repeats: PositiveInt = 1
     """How many times each image of this source is seen per epoch."""
     masks: Literal["none", "alpha", "files"] = "none"
@@ -75,6 +96,10 @@ class WebdatasetSource(Section):
     them in the tar. White is trained, black is not; an image without a mask is trained in full."""
     mask_suffix: MaskSuffix = ".mask.png"
     """`files`: `0001.jpg` has its mask in `0001.mask.png`. Files that end so are not trained on."""
+    loss_weight: LossWeight = 1.0
+    """How much each image of this source counts in the loss."""
+    prior: Flag = False
+    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
 class ParquetSource(Section):
@@ -89,6 +114,8 @@ class ParquetSource(Section):
     """Column of the captions: text, or a list of texts, which become lines."""
     tags_column: str | None = None
     """Column of the tags: text, or a list."""
+    weight_column: str | None = None
+    """Column of the images' own loss weights: numbers, null for 1."""
     key_column: str | None = None
     """Column with a name for each image, which messages then show beside file and row."""
     images: PathField | None = None
@@ -100,6 +127,10 @@ class ParquetSource(Section):
     is trained, black is not; an image without a mask is trained in full."""
     mask_column: str = "mask"
     """`column`: its name; it holds what the column of the images may hold."""
+    loss_weight: LossWeight = 1.0
+    """How much each image of this source counts in the loss."""
+    prior: Flag = False
+    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
 class HfSource(Section):
@@ -117,6 +148,8 @@ class HfSource(Section):
     """Column of the captions: text, or a list of texts, which become lines."""
     tags_column: str | None = None
     """Column of the tags: text, or a list."""
+    weight_column: str | None = None
+    """Column of the images' own loss weights: numbers, null for 1."""
     key_column: str | None = None
     """Column with a name for each image, which messages then show beside the row."""
     repeats: PositiveInt = 1
@@ -126,6 +159,10 @@ class HfSource(Section):
     is trained, black is not; an image without a mask is trained in full."""
     mask_column: str = "mask"
     """`column`: its name; it holds what the column of the images may hold."""
+    loss_weight: LossWeight = 1.0
+    """How much each image of this source counts in the loss."""
+    prior: Flag = False
+    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
 def source_type(entry: object) -> object:

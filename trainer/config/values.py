@@ -63,6 +63,8 @@ def _mask_suffix(value: str) -> str:
 
 Flag = Annotated[bool, BeforeValidator(yes_no, json_schema_input_type=bool | Literal["yes", "no", "on", "off"])]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+MOST_LOSS_WEIGHT = 100.0
+LossWeight = Annotated[float, Field(gt=0, le=MOST_LOSS_WEIGHT)]
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]

@@ -12,16 +12,25 @@ from typing import Any, Literal
 from trainer.data.wildcards import count_groups, expand
 from trainer.keyed import draw_words
 
+MOST_LOSS_WEIGHT = 100.0
+"""No image counts more, whatever its weights are multiplied to."""
+WEIGHT_MARK = '"loss_weight":'
+"""What stands before an image's own loss weight in a record, and nowhere else: within a text the quotes are escaped."""
 _JOINT = ", "
 _MARK = "\ufdd0"
 """Stands for the caption while the tags beside it are cut: a code point that is set aside for such use."""
 
 
-def caption_record(caption: str = "", tags: str = "") -> bytes:
-    """What a shard stores for an image: a UTF-8 JSON object; empty tags are left out."""
+def caption_record(caption: str = "", tags: str = "", loss_weight: float = 1.0) -> bytes:
+    """What a shard stores for an image: a UTF-8 JSON object; empty tags and a loss weight of 1 are left out."""
     # Written out, because `json.dumps` takes ten times as long, and there may be millions.
     fields = f'"caption":{encode_basestring(caption)}' + (f',"tags":{encode_basestring(tags)}' if tags else "")
-    return f"{{{fields}}}".encode()
+    return f"{{{fields}{f',{WEIGHT_MARK}{loss_weight!r}' if loss_weight != 1 else ''}}}".encode()
+
+
+def has_no_text(record: str) -> bool:
+    """Whether a record that `caption_record` gave holds neither a caption nor tags."""
+    return record == '{"caption":""}' or record.startswith('{"caption":"",' + WEIGHT_MARK)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, centred_view, draw_view
 from trainer.data.buckets import Placement
 from trainer.data.captions import PLAIN, CaptionRules, compose
+from trainer.data.loss_weights import LossWeights
 from trainer.data.masks import FULL
 from trainer.data.reader_processes import ReaderProcesses
 from trainer.data.sampler import Position, StepRows, planned_steps, share
@@ -32,7 +33,7 @@ from trainer.keyed import draw_seed, draw_uniform
 _THREADS = 2
 _ALIGN = 64
 _TOKEN_BYTES = 2 * 3 * 77 * 8  # of a row, at most: two tokenizers, three chunks, int64
-_OTHER_BYTES = 6 * 4 + 4 + 8 + 8  # time_ids, weights, draw_seeds, vae_seeds
+_OTHER_BYTES = 6 * 4 + 4 + 4 + 8 + 8  # time_ids, weights, loss_weights, draw_seeds, vae_seeds
 
 Tokenize = Callable[[Sequence[str]], NDArray[np.int64]]
 
@@ -65,6 +66,8 @@ class Batch:
     """The rows that could not be read: where they lie and why."""
     masks: Tensor | None = None
     """[m, h, w] uint8, at the size of latents: 255 counts in full, 0 is outside; None where the loss is not masked."""
+    loss_weights: Tensor | None = None
+    """[m] float32, above 0: how much each image counts beside others; None where all count the same."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same on `device`; the copy runs beside the caller where the memory is page-locked."""
@@ -104,6 +107,8 @@ class BatchReader:
     """Of images; stored latents are as they are, but for those in `.npz` files that hold mirrored ones as well."""
     captions: CaptionRules = PLAIN
     """How captions and tags become the text of each draw."""
+    loss_weights: LossWeights | None = None
+    """How much each image counts; None: all the same, and nothing is looked up."""
     with_masks: bool = False
     """Whether batches have masks."""
     unmasked_probability: float = 0.0
@@ -120,7 +125,9 @@ class BatchReader:
 
         choose = centred_view if self.augmentation == NOT_AUGMENTED else choose_view
         rows = self.prepared.read(self.split, request.bucket, request.ids, payload, choose, self.with_masks)
-        input_ids = None
+        input_ids = loss_weights = None
+        if self.loss_weights is not None:
+            loss_weights = torch.from_numpy(self.loss_weights.of(rows.keys, rows.captions))
         if self.tokenize is not None:
             input_ids = torch.from_numpy(self.tokenize(self._texts(rows, request.epoch)))
         cached = self.tokenize is None
@@ -139,6 +146,7 @@ class BatchReader:
             keys=tuple(rows.keys),
             problems=tuple(rows.problems),
             masks=None if rows.masks is None else torch.from_numpy(self._masks(rows, rows.masks, request.epoch)),
+            loss_weights=loss_weights,
         )
 
     def _masks(self, rows: Rows, masks: NDArray[np.uint8], epoch: int) -> NDArray[np.uint8]:

@@ -30,17 +30,23 @@ class DataChart:
     """Such as `CLIP tokens`."""
     used_length: int | None
     """Where texts are cut off, in the same unit."""
+    loss_weights: np.ndarray
+    """float [n]; empty where all images count the same, and then not drawn."""
 
 
 def data_chart_png(chart: DataChart, path: Path) -> None:
-    """Draws three histograms side by side; the file appears whole or not at all. Its folder must exist."""
+    """Draws three histograms side by side, with one of loss weights as a fourth; the file appears whole or not at all.
+
+    Its folder must exist.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.8), dpi=120, layout="constrained", facecolor=_PAPER)
+    columns = 4 if len(chart.loss_weights) else 3
+    figure = Figure(figsize=(5 * columns, 4.8), dpi=120, layout="constrained", facecolor=_PAPER)
     figure.get_layout_engine().set(w_pad=0.15, rect=(0, 0, 1, 0.87))  # type: ignore[call-arg]
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, columns)
     for axis in axes:
         _plain(axis)
         axis.margins(y=0.14)  # room for what is written beside a mark
@@ -48,6 +54,8 @@ def data_chart_png(chart: DataChart, path: Path) -> None:
         _draw_aspects(axes[0], chart)
         _draw_megapixels(axes[1], chart)
     _draw_lengths(axes[2], chart)
+    if len(chart.loss_weights):
+        _draw_loss_weights(axes[3], chart.loss_weights)
     figure.text(0.01, 0.975, chart.title, va="top", fontsize=14, fontweight="bold", color=_INK)
     figure.text(0.01, 0.915, chart.subtitle, va="top", fontsize=10, color=_FAINT_INK)
     partial = path.with_name(f"{path.name}.partial")
@@ -131,6 +139,21 @@ def _draw_lengths(axis: "Axes", chart: DataChart) -> None:
         notes.append(f"longest {int(lengths.max()):,}")
     axis.set_xlim(edges[0], edges[-1])
     _title(axis, "Length of the captions", "; ".join(notes))
+
+
+def _draw_loss_weights(axis: "Axes", weights: np.ndarray) -> None:
+    """On a logarithmic axis, on which half and double lie at the same distance from 1."""
+    reach = 1.05 * max(2.0, float(weights.max()), 1 / float(weights.min()))
+    edges = np.geomspace(1 / reach, reach, 42)  # an odd number of bars: 1 lies in the middle of one
+    axis.hist(weights, edges.tolist(), weights=_shares(weights), color=_ORIGINAL)
+    axis.set_xscale("log")
+    axis.minorticks_off()
+    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if 1 / reach <= tick <= reach]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    low, middle, high = np.quantile(weights, (0.05, 0.5, 0.95))
+    notes = f"mean {weights.mean():.3g}, median {middle:.3g}; nine in ten from {low:.3g} to {high:.3g}"
+    _title(axis, "Weight in the loss", notes)
+    axis.axvline(1, color=_FAINT_INK, linewidth=0.8, linestyle=(0, (3, 3))).set_zorder(0.5)
 
 
 def _shares(values: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from trainer.checkpoint.write import OPTIMIZER, read_tensors
 from trainer.config.ema_config import LIVE
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
+from trainer.data.prepare.image_weights import weighs_images
 from trainer.data.store.snapshot import SPLITS, PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
 from trainer.diffusion.noise import Draws
@@ -58,7 +59,7 @@ from trainer.train.memory_inputs import make_setting, planned_run
 from trainer.train.objective_state import take_up_objective
 from trainer.train.run_objective import make_objective
 from trainer.train.state import TrainState
-from trainer.train.step import StepParts
+from trainer.train.step import StepParts, by_loss_weight
 from trainer.train.step_companions import meeting_of
 
 _log = logging.getLogger(__name__)
@@ -183,6 +184,8 @@ def build_parts(
     if config.train.adaptive_clip:
         clips = partial(clip_units, strategy.parameters.values(), config.train.adaptive_clip)
         parts = replace(parts, before_norm=clips)
+    if weighs_images(config.data.sources, config.objective.loss_weights):
+        parts = replace(parts, weigh=by_loss_weight)
     if config.log.block_norms:
         parts = replace(parts, blocks=gradient_blocks(strategy, comm.device))
     # torch.compile takes one image for another case than several.

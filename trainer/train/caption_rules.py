@@ -1,4 +1,4 @@
-"""The captions of a run: the rules that its configuration asks for, and a look at what they make of the data.
+"""The captions and tags of a run: the rules that its configuration asks for, and a look at what they make of the data.
 
 Imports no torch.
 """
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from trainer.config.schema import Config
 from trainer.data.captions import CaptionRules
+from trainer.data.loss_weights import LossWeights, TagSeparators
 from trainer.data.prepare.caption_survey import CaptionSurvey, sampled_records, survey_captions
+from trainer.data.prepare.image_weights import holds_weights, image_weights
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.model.text import TOKENS_PER_CHUNK, CaptionTokenizer, load_tokenizers
@@ -20,6 +22,18 @@ _LONGEST = 400
 def caption_rules(config: Config) -> CaptionRules:
     """The rules of the configuration's `captions`."""
     return CaptionRules(**config.captions.model_dump(exclude={"max_empty_fraction", "max_tokens", "chunks"}))
+
+
+def tag_separators(config: Config) -> TagSeparators:
+    """What stands between the tags that are weighted."""
+    captions = config.captions
+    others = (captions.keep_tokens_separator, captions.secondary_separator)
+    return TagSeparators(captions.tag_separator, tuple(filter(None, others)))
+
+
+def run_loss_weights(config: Config, prepared: PreparedSet) -> LossWeights | None:
+    """How much each image of the prepared set counts in this run; see `image_weights`."""
+    return image_weights(config.data.sources, config.objective.loss_weights, tag_separators(config), prepared)
 
 
 def caption_tokenizer(config: Config, model: RunModel) -> CaptionTokenizer:
@@ -52,6 +66,9 @@ def describe_captions(config: Config, model: RunModel, survey: CaptionSurvey) ->
     asks_for_tags = captions.use != "caption" or captions.shuffle_tags or captions.tag_dropout_rate > 0
     if asks_for_tags and sampled and not survey.with_tags:
         lines.append("  none of them has tags, so that what `captions` asks for tags has no effect")
+    asks_for_weights = config.objective.loss_weights.per_image and holds_weights(config.data.sources)
+    if asks_for_weights and sampled and not survey.with_weights:
+        lines.append("  none of them has a loss weight other than 1: see `weight_field` and its like in `data.sources`")
     return lines
 
 

@@ -97,4 +97,5 @@ def _blank_batch(config: Config, parts: StepParts, fullest: tuple[int, int, int]
         masks=torch.full((images, height // 8, width // 8), 255, dtype=torch.uint8)
         if config.objective.loss.masked
         else None,
+        loss_weights=torch.ones(images),
     )

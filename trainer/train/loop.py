@@ -14,6 +14,8 @@ from trainer.checkpoint.write import write_checkpoint
 from trainer.config.schema import Config
 from trainer.data.augment import Augmentation
 from trainer.data.loader import BatchReader, Loader, open_loader
+from trainer.data.loss_weights import LossWeights
+from trainer.data.prepare.image_weights import weighs_images
 from trainer.data.sampler import EpochPlan, Position, epochs_done, steps_per_epoch, with_global_batch
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
@@ -42,7 +44,7 @@ from trainer.train.averages import (
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.base_model import RECORD as FROZEN
 from trainer.train.build import Run, build_run, make_scorer, newest_snapshot
-from trainer.train.caption_rules import caption_rules, caption_tokenizer
+from trainer.train.caption_rules import caption_rules, caption_tokenizer, run_loss_weights
 from trainer.train.checkpoint_contents import checkpoint_files
 from trainer.train.objective_state import objective_record
 from trainer.train.run_objective import describe_objective, guidance_warning
@@ -235,6 +237,7 @@ def open_training_loader(
             tokenizers,
             augmentation,
             caption_rules(config),
+            _loss_weights(config, comm, run.prepared),
             with_masks=loss.masked,
             unmasked_probability=loss.unmasked_probability,
         ),
@@ -247,6 +250,14 @@ def open_training_loader(
         prefetch_batches=config.data.prefetch_batches,
         pin_memory=comm.device.type == "cuda",
     )
+
+
+def _loss_weights(config: Config, comm: Comm, prepared: PreparedSet) -> LossWeights | None:
+    """How much each image counts: rank 0 finds it out for all, who could see other files, or count minutes on end."""
+    if not weighs_images(config.data.sources, config.objective.loss_weights):
+        return None
+    found = run_loss_weights(config, prepared) if comm.rank == 0 else None
+    return LossWeights.from_json(broadcast_object(comm, found and found.to_json()))
 
 
 def _save(config: Config, comm: Comm, run: Run, state: TrainState, in_use: Path | None, *, must_succeed: bool) -> None:

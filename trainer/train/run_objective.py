@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from trainer.config.objective_config import ObjectiveConfig, TimestepsConfig, WeightingConfig, flow_shift
 from trainer.config.schema import Config
+from trainer.data.prepare.image_weights import describe_loss_weights
 from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
 
@@ -101,7 +102,7 @@ def describe_objective(config: Config, model: RunModel) -> list[str]:
         lines.append(f"  {name}: {', '.join(words)}")
     if not objective.loss.masked and any(source.masks != "none" for source in config.data.sources):
         lines.append("  masks: data.sources have some, which are not used; objective.loss.masked=true uses them")
-    return [*lines, *_costs(config)]
+    return [*lines, *describe_loss_weights(config.data.sources, objective.loss_weights), *_costs(config)]
 
 
 def extra_noises(config: ObjectiveConfig) -> int:

@@ -2,7 +2,8 @@
 
 The loss of a step is `sum(w_i * l_i) / sum(w_i)` over every image of the step on every worker, where
 `l_i` is the mean over the image's latent elements, weighed by its mask where it has one. So it does not depend
-on how the step is cut into workers and micro-batches, nor on padding or unreadable rows (weight 0).
+on how the step is cut into workers and micro-batches, nor on padding or unreadable rows (weight 0). Images with a loss
+weight count `w_i * weight_i` above the line and `w_i` below it.
 """
 
 import math
@@ -30,6 +31,17 @@ from trainer.train.gradient_blocks import GradientBlocks
 from trainer.train.step_companions import ALONE, Companions, each_alone
 
 
+def all_alike(batch: Batch) -> Tensor:
+    """How much each image counts, fp32 [B] on the CPU: 1, and 0 for padding and unreadable rows."""
+    return batch.weights
+
+
+def by_loss_weight(batch: Batch) -> Tensor:
+    """The same times the images' loss weights."""
+    assert batch.loss_weights is not None, "the reader was given no loss weights"
+    return batch.weights * batch.loss_weights
+
+
 @dataclass(frozen=True)
 class StepParts:
     """What stays the same from step to step, chosen once when the run is built.
@@ -37,6 +49,7 @@ class StepParts:
     Attributes:
         around_forward: what every forward pass runs in.
         before_norm: what is done to the gradients of the loss times a scale, before their norm is taken.
+        weigh: `all_alike`, or `by_loss_weight` where images count more or less.
         blocks: of which the gradients' norms are told; None: none.
         meet: gives a step's micro-batches with what their images get of the step's others.
         averages: of the weights, which follow the steps by `trainer.train.averages.follow`; None: there are none.
@@ -49,6 +62,7 @@ class StepParts:
     max_grad_norm: float
     around_forward: Callable[[], AbstractContextManager[None]] = nullcontext
     before_norm: Callable[[float], None] = lambda loss_scale: None
+    weigh: Callable[[Batch], Tensor] = all_alike
     blocks: GradientBlocks | None = None
     meet: Callable[[Iterable[Batch]], Iterable[tuple[Batch, Companions]]] = each_alone
     averages: Averages | None = None
@@ -59,7 +73,7 @@ class StepResult:
     """Sums over one optimizer step, equal on all workers.
 
     Attributes:
-        loss: weighted mean over the step's images; NaN if none was readable.
+        loss: mean over the step's images, each times its loss weight, as it was trained; NaN if none was readable.
         num_images: images with weight, over all workers.
         grad_norm: global L2 norm before clipping. Where it is not finite, the step changed nothing.
         bad_rows: rows that could not be read, over all workers.
@@ -140,15 +154,16 @@ def train_step(
     problems: list[RowProblem] = []
     loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device)
     for index, (batch, companions) in enumerate(parts.meet(batches)):
-        weights = batch.weights.to(comm.device, non_blocking=True)
+        weights = parts.weigh(batch)
+        counts = weights.to(comm.device, non_blocking=True)
         with strategy.reduction(last=index == accumulation - 1):
             losses, mixture = batch_losses(parts, batch, index, planned_images, companions)
-            weighted = (weights * losses).sum()
+            weighted = (counts * losses).sum()
             strategy.backward(weighted * (loss_scale / planned_images))
         loss_sum += weighted.detach()
         weight_sum += float(batch.weights.sum())
         problems += batch.problems
-        seen.note(losses, mixture, batch.weights)
+        seen.note(losses, mixture, weights)
     # All of this is given to the device before the step's only wait for it, or it would stand idle in between.
     parts.before_norm(loss_scale)
     names = parts.blocks.names if parts.blocks else ()

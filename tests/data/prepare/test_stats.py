@@ -74,7 +74,7 @@ def test_the_size_of_an_image_is_not_guessed_from_its_latents(tmp_path: Path) ->
     assert found.original_hw.tolist() == [[0, 0], [200, 300], [0, 0]]
     assert found.target_hw.tolist() == [[64, 64]] * 3
     for known in (found.original_hw, np.zeros((3, 2), dtype=np.int64)):
-        chart = DataChart("title", "subtitle", known, found.target_hw, [3, 4, 5], "tokens", 75)
+        chart = DataChart("title", "subtitle", known, found.target_hw, [3, 4, 5], "tokens", 75, np.array([0.5, 1, 3]))
         data_chart_png(chart, tmp_path / "chart.png")
         assert (tmp_path / "chart.png").stat().st_size > 10_000
 

@@ -4,18 +4,21 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from trainer.cli.run_target import add_prepared_target, find_prepared
+from trainer.cli.start_workers import count_run_tags
 from trainer.config.load import load_config
 from trainer.data.captions import PLAIN, CaptionRules
+from trainer.data.loss_weights import LossWeights
 from trainer.data.prepare.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, left_out, mask_counts, sample
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.evaluate.data_chart import DataChart, data_chart_png
 from trainer.model_files.model_source import ModelPath, find_source
 from trainer.model_files.tokenizer_files import tokenizer_folders
-from trainer.train.caption_rules import caption_rules
+from trainer.train.caption_rules import caption_rules, run_loss_weights
 
 _SHOWN_REASONS = 12
 _USED_TOKENS = 75
@@ -24,7 +27,7 @@ Lengths = Callable[[Sequence[str]], list[int]]
 
 def main(argv: Sequence[str]) -> int:
     """Look at a prepared data set. `stats` prints its buckets and what was left out, and draws histograms of aspect
-    ratios, image sizes and caption lengths."""
+    ratios, image sizes, caption lengths and, of a config with loss weights, of these."""
     parser = argparse.ArgumentParser(
         prog="sdxl-train data", description=main.__doc__, epilog="example: sdxl-train data stats configs/4x3090.yaml"
     )
@@ -40,9 +43,9 @@ def main(argv: Sequence[str]) -> int:
     masks = mask_counts(prepared)
     for line in [*_table(bucket_counts(prepared)), *([str(masks)] if masks else []), *_left_out(prepared.path)]:
         print(line)
-    rules, model, tokenizer = _texts_of(arguments)
+    rules, weights, model, tokenizer = _read_with(arguments, prepared)
     lengths, unit, used = _lengths(model, tokenizer)
-    found = _sample(prepared, max(1, arguments.sample), rules)
+    found = _sample(prepared, max(1, arguments.sample), rules, weights)
     out = arguments.out or prepared.path / "stats.png"
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
@@ -56,22 +59,38 @@ def main(argv: Sequence[str]) -> int:
         text_lengths=lengths(found.texts),
         length_unit=unit,
         used_length=used,
+        loss_weights=found.loss_weights,
     )
     data_chart_png(chart, out)
+    if weights is not None and len(found.loss_weights):
+        print(_told(found.loss_weights))
     if found.unreadable:
         print(f"{found.unreadable:,} of the sampled images cannot be read; `sdxl-train verify` lists all of them")
     print(f"histograms of {of} training images: {out}")
     return 0
 
 
-def _texts_of(arguments: argparse.Namespace) -> tuple[CaptionRules, ModelPath | None, Path | None]:
-    """How captions become texts, and `model.path` and `model.tokenizer` if they are known."""
+def _read_with(
+    arguments: argparse.Namespace, prepared: PreparedSet
+) -> tuple[CaptionRules, LossWeights | None, ModelPath | None, Path | None]:
+    """How captions become texts and images count, and `model.path` and `model.tokenizer` if they are known."""
     if arguments.target.is_dir():
-        return PLAIN, arguments.model, None
+        return PLAIN, None, arguments.model, None
     config = load_config(arguments.target, arguments.overrides, check_paths=False)
+    count_run_tags(config)
+    rules, weights = caption_rules(config), run_loss_weights(config, prepared)
     if arguments.model:
-        return caption_rules(config), arguments.model, None
-    return caption_rules(config), config.model.path, config.model.tokenizer
+        return rules, weights, arguments.model, None
+    return rules, weights, config.model.path, config.model.tokenizer
+
+
+def _told(weights: np.ndarray) -> str:
+    """The distribution of loss weights in a line."""
+    least, low, middle, high, most = np.quantile(weights, (0, 0.05, 0.5, 0.95, 1)).tolist()
+    return (
+        f"loss weights: mean {weights.mean():.3g}, median {middle:.3g}; nine in ten from {low:.3g} to {high:.3g}, all "
+        f"from {least:.3g} to {most:.3g}"
+    )
 
 
 def _lengths(model: ModelPath | None, tokenizer: Path | None) -> tuple[Lengths, str, int | None]:
@@ -83,10 +102,10 @@ def _lengths(model: ModelPath | None, tokenizer: Path | None) -> tuple[Lengths, 
     return load_tokenizers(tokenizer_folders(find_source(model), tokenizer)).count_tokens, "CLIP tokens", _USED_TOKENS
 
 
-def _sample(prepared: PreparedSet, count: int, rules: CaptionRules) -> Sample:
+def _sample(prepared: PreparedSet, count: int, rules: CaptionRules, weights: LossWeights | None) -> Sample:
     total = min(count, sum(prepared.rows_per_bucket("train")))
     with tqdm(desc="reading a sample", total=total, unit="img", disable=None, leave=False) as bar:
-        for step in sample(prepared, count, rules):
+        for step in sample(prepared, count, rules, weights):
             if step is not None:
                 return step
             bar.update()

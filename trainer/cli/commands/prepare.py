@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from trainer.cli.arguments import add_config_arguments, read_run
-from trainer.cli.start_workers import prepare
+from trainer.cli.start_workers import count_run_tags, prepare
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,7 +27,10 @@ def main(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_intermixed_args(argv)
     config, model = read_run(arguments.config, arguments.overrides)
-    return prepare(config, model, arguments.repack, arguments.limit)
+    code = prepare(config, model, arguments.repack, arguments.limit)
+    if code == 0:
+        count_run_tags(config)
+    return code
 
 
 def _count(text: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer.checkpoint.run_dir import list_checkpoints, only_writer
 from trainer.cli.arguments import add_config_arguments, read_run
-from trainer.cli.start_workers import await_prepared, ensure_prepared, start_workers, write_resolved
+from trainer.cli.start_workers import await_prepared, count_run_tags, ensure_prepared, start_workers, write_resolved
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
         if code:
             return code
         check_captions(config)
+        count_run_tags(config)
         return start_workers("train", config, config.run.dir, {})
 
 
@@ -55,6 +56,7 @@ def _join(config: Config, model: RunModel, joined: dict[str, str]) -> int:
             if code:
                 return code
             check_captions(config)
+            count_run_tags(config)
             write_resolved(config, config.run.dir)
         else:
             await_prepared(config, model)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from trainer.data.buckets import Bucket, Placement
-from trainer.data.captions import caption_record
+from trainer.data.captions import has_no_text
 from trainer.data.sources.source import MaskPlace
 from trainer.errors import UserError
 
@@ -25,7 +25,6 @@ CATALOG_FORMAT = 3
 REFERENCES_PER_SHARD = 4
 """A shard that only says where the payload lies holds as many times more rows."""
 _CACHE_KIB = 32 * 1024
-_NO_CAPTION = caption_record("").decode()
 
 Payload = Literal["encode", "npz", "image", "repack"]
 """What a row's shard is to hold: latents that the VAE gives for an image (`encode`) or that lie in an `.npz`
@@ -179,7 +178,7 @@ def add_rows(connection: sqlite3.Connection, generation: int, rows: Sequence[Cat
                 *row.original_hw,
                 *row.placement.resized_hw,
                 *row.placement.crop_top_left,
-                row.caption == _NO_CAPTION,
+                has_no_text(row.caption),
                 None if row.mask is None else row.mask.to_text(),
             )
             for row in rows

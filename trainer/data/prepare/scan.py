@@ -22,7 +22,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from trainer.data.buckets import Bucket, Placement, make_buckets, place
-from trainer.data.captions import caption_record
+from trainer.data.captions import WEIGHT_MARK, caption_record
 from trainer.data.images import BadImage, has_alpha, image_hw, pillow_rules
 from trainer.data.masks import BadMask, check_mask_shape
 from trainer.data.prepare.catalog import (
@@ -272,8 +272,7 @@ def _judge(rules: _Rules, item: SourceItem, known: _Known | None, judged: tuple[
             file_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
         if item.mask is not None and item.mask.file and item.mask.length == WHOLE:
             mtime_ns ^= _mtime_ns(item.mask.file)  # an image that is bad by its mask is mended by it
-        caption_stamp = _mtime_ns(item.caption_path) if item.caption_path else zlib.crc32((item.caption or "").encode())
-        stamp = FileStamp(file_bytes, mtime_ns, caption_stamp)
+        stamp = FileStamp(file_bytes, mtime_ns, _caption_stamp(item))
         if known is not None:
             return "known" if known.place == (item.file, item.offset) and known.stamp == stamp else "changed"
         if judged == (file_bytes, mtime_ns):
@@ -365,6 +364,14 @@ def _bucket_hw(item: SourceItem) -> tuple[int, int]:
     hw = latents_hw_of_head(read_bytes(item.file, item.offset, min(size, HEAD_BYTES)))
     height, width = hw or latents_hw(read_bytes(item.file, item.offset, item.length))
     return height * LATENT_FACTOR, width * LATENT_FACTOR
+
+
+def _caption_stamp(item: SourceItem) -> int:
+    """Differs where the caption does, or the image's own loss weight."""
+    caption = item.caption or ""
+    if not item.caption_path:
+        return zlib.crc32(caption.encode())
+    return _mtime_ns(item.caption_path) + (zlib.crc32(caption.encode()) if WEIGHT_MARK in caption else 0)
 
 
 def _mtime_ns(path: str) -> int:

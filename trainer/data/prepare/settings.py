@@ -12,6 +12,8 @@ from trainer.data.buckets import BucketRules
 from trainer.errors import UserError
 
 SETTINGS_FORMAT = 2
+_READ_WHEN_TRAINED = ("loss_weight", "prior")  # of a source; may change at any time
+_OPTIONAL = ("weight_extension", "weight_field", "weight_column")  # left out where they are not given
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ def _source_to_json(source: Source) -> dict[str, Any]:
     """Without the keys of masks where there are none, as sets were before there were masks."""
     return {
         key: os.path.realpath(value) if isinstance(value, Path) else value
-        for key, value in source.model_dump().items()
-        if source.masks != "none" or not key.startswith("mask")
+        for key, value in source.model_dump(exclude={*_READ_WHEN_TRAINED}).items()
+        if (value is not None or key not in _OPTIONAL) and (source.masks != "none" or not key.startswith("mask"))
     }
 
 
@@ -160,10 +162,10 @@ def _source_problems(prepared: Path, old: list[dict[str, Any]], new: list[dict[s
             continue
         now, was = ({"masks": "none"} | source for source in (new[i], was))
         problems += [
-            f"data.prepared ({prepared}): was prepared with data.sources[{i}].{name} = {_shown(was[name])}, "
+            f"data.prepared ({prepared}): was prepared with data.sources[{i}].{name} = {_shown(was.get(name))}, "
             f"the configuration has {_shown(now.get(name))}"
-            for name in was
-            if was[name] != now.get(name) and (name in now or not name.startswith("mask_"))
+            for name in dict.fromkeys((*was, *_OPTIONAL))
+            if was.get(name) != now.get(name) and (name in now or not name.startswith("mask_"))
         ]
     return problems
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from trainer.data.buckets import Bucket
 from trainer.data.captions import CaptionRules, compose
+from trainer.data.loss_weights import LossWeights
 from trainer.data.sampler import pick_rows
 from trainer.data.store.shard_reader import RowRecord
 from trainer.data.store.shards import MaskCounts, ShardError, count_masks, read_info
@@ -45,6 +46,8 @@ class Sample:
     """int64 [n, 2]: their buckets, in pixels."""
     texts: tuple[str, ...]
     """As they are trained without anything random."""
+    loss_weights: np.ndarray
+    """float32 [n]; empty where all images count the same."""
     unreadable: int
 
 
@@ -80,11 +83,17 @@ def left_out(prepared: Path) -> Counter[str]:
     return reasons
 
 
-def sample(prepared: PreparedSet, count: int, rules: CaptionRules) -> Iterator[Sample | None]:
-    """Read the sizes and captions of at most `count` images; yields None after each, and the sample last."""
+def sample(
+    prepared: PreparedSet, count: int, rules: CaptionRules, weights: LossWeights | None = None
+) -> Iterator[Sample | None]:
+    """Read the sizes and captions of at most `count` images; yields None after each, and the sample last.
+
+    Args:
+        weights: of the images in the loss, where they differ.
+    """
     rows_per_bucket = prepared.rows_per_bucket("train")
     settled = rules.as_settled()
-    sizes, texts, unreadable = [], [], 0
+    sizes, texts, loss_weights, unreadable = [], [], [], 0
     for bucket, row in pick_rows(rows_per_bucket, count):
         record = prepared.read_record("train", bucket, row)
         if record is None:
@@ -92,9 +101,12 @@ def sample(prepared: PreparedSet, count: int, rules: CaptionRules) -> Iterator[S
         else:
             sizes.append(_known(record))
             texts.append(compose(record.caption, settled, 0, 0))
+            if weights is not None:
+                loss_weights.append(weights.weight(record.key, record.caption))
         yield None
     columns = np.array(sizes, dtype=np.int64).reshape(-1, 6)
-    yield Sample(sum(rows_per_bucket), columns[:, :2], columns[:, 4:], tuple(texts), unreadable)
+    found = np.array(loss_weights, dtype=np.float32)
+    yield Sample(sum(rows_per_bucket), columns[:, :2], columns[:, 4:], tuple(texts), found, unreadable)
 
 
 def _known(record: RowRecord) -> np.ndarray:

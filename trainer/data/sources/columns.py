@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.data.captions import caption_record
+from trainer.data.captions import MOST_LOSS_WEIGHT, caption_record
 from trainer.errors import UserError
 
 _WILDCARDS = ("*", "?", "[")
@@ -44,6 +44,19 @@ def text_of(value: object, joint: str = ", ") -> str:
     return ""
 
 
+def loss_weight_of(value: object) -> float:
+    """An image's own loss weight as it stands in data sets; 1 where there is none.
+
+    Raises:
+        ValueError: it is no weight, why, as the reason to leave the image out.
+    """
+    if value is None:
+        return 1.0
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MOST_LOSS_WEIGHT:
+        return float(value)
+    raise ValueError(f"its loss weight is {str(value)[:40]!r}, not a number above 0 and at most {MOST_LOSS_WEIGHT:g}")
+
+
 class TableColumns(Protocol):
     """What sources that are tables say of their columns."""
 
@@ -65,6 +78,9 @@ class TableColumns(Protocol):
     @property
     def mask_column(self) -> str: ...
 
+    @property
+    def weight_column(self) -> str | None: ...
+
 
 def text_columns(source: TableColumns, found: Collection[str], place: str) -> list[str]:
     """The columns that are read beside the image and its mask.
@@ -75,7 +91,7 @@ def text_columns(source: TableColumns, found: Collection[str], place: str) -> li
     Raises:
         UserError: the table lacks a column.
     """
-    fields = ("image_column", "caption_column", "tags_column", "key_column")
+    fields = ("image_column", "caption_column", "tags_column", "key_column", "weight_column")
     named = {field: column for field in fields if (column := getattr(source, field)) is not None}
     named |= {"mask_column": source.mask_column} if source.masks == "column" else {}
     for field, column in named.items():
@@ -90,9 +106,10 @@ def row_key(source: TableColumns, key: str, fields: Mapping[str, Any]) -> str:
 
 
 def row_captions(source: TableColumns, fields: Mapping[str, Any]) -> str:
-    """A row's caption and tags as a caption record."""
+    """A row's caption, tags and loss weight as a caption record; ValueError where the weight is none."""
     tags = text_of(fields[source.tags_column]) if source.tags_column else ""
-    return caption_record(text_of(fields[source.caption_column], "\n"), tags).decode()
+    weight = loss_weight_of(fields[source.weight_column]) if source.weight_column else 1.0
+    return caption_record(text_of(fields[source.caption_column], "\n"), tags, weight).decode()
 
 
 def path_problem(row: int, path: object, image: str = "") -> str:

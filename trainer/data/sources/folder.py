@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from trainer.data.captions import caption_record
 from trainer.data.images import EXTENSIONS
+from trainer.data.sources.columns import loss_weight_of
 from trainer.data.sources.source import OWN_MASK, MaskPlace, SourceItem
 from trainer.errors import UserError
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from trainer.config.sources import FolderSource
 
 _MASK_ENDINGS = (*sorted(EXTENSIONS), *sorted(extension.upper() for extension in EXTENSIONS))
+_EMPTY = '{"caption":""}'
+_MOST_WEIGHT_BYTES = 256  # what is longer is no number
+_NUMBER = re.compile(r"\d*\.?\d+([eE][+-]?\d+)?")
 _REPEATS = re.compile(r"(?P<repeats>[1-9]\d{0,8})_(?P<words>.*)")
 
 
@@ -85,15 +89,19 @@ def _walk(walk: _Walk, folder: str, above: tuple[tuple[int, int], ...]) -> Itera
                 elif extension.lower() in EXTENSIONS:
                     key = f"{walk.name}/{stem[walk.root_len :].lstrip('/')}"
                     caption_path = stem + caption_extension
+                    caption, problem = walk.caption, ""
+                    if walk.source.weight_extension is not None:
+                        caption, problem = _with_weight(caption, stem + walk.source.weight_extension)
                     yield SourceItem(
                         key,
                         entry.path,
-                        caption=walk.caption,
+                        caption=caption,
                         caption_path=caption_path,
                         repeats=walk.repeats,
                         mask=None if walk.source.masks == "none" else _mask(walk, stem),
+                        problem=problem,
                     )
-                elif extension != caption_extension:
+                elif extension not in (caption_extension, walk.source.weight_extension):
                     walk.ignored[extension.lower()[:20] or "(none)"] += 1
 
 
@@ -116,6 +124,23 @@ def _default(source: FolderSource, words: str = "") -> str | None:
     return json.dumps({source.caption_files_hold: words}, ensure_ascii=False, separators=(",", ":"))
 
 
+def _with_weight(caption: str | None, path: str) -> tuple[str | None, str]:
+    """The record of an image without a caption file, with the weight that the file holds; and what is wrong with it."""
+    try:
+        with Path(path).open("rb") as file:
+            text = file.read(_MOST_WEIGHT_BYTES).decode("utf-8-sig", errors="replace").strip()
+    except FileNotFoundError:
+        return caption, ""
+    except OSError as error:
+        return caption, f"its loss weight cannot be read: {error.strerror}"
+    try:
+        weight = loss_weight_of(float(text) if _NUMBER.fullmatch(text) else text)
+    except ValueError as error:
+        return caption, str(error)
+    fields = {**json.loads(caption or _EMPTY), "loss_weight": weight}
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")), ""
+
+
 def _identity(folder: str) -> tuple[int, int]:
     stat = os.stat(folder)  # noqa: PTH116 - no Path object per image
     return stat.st_dev, stat.st_ino
@@ -124,10 +149,12 @@ def _identity(folder: str) -> tuple[int, int]:
 def read_caption(path: str, default: str | None = None) -> str:
     """The caption file as the JSON text that shards hold; `default`, or an empty caption, where there is no file.
 
-    A default of tags alone says that the file holds tags as well. Bytes that are not UTF-8 are replaced; a byte order
-    mark and surrounding space are taken off.
+    A default of tags alone says that the file holds tags as well; its loss weight is kept. Bytes that are not UTF-8 are
+    replaced; a byte order mark and surrounding space are taken off.
     """
-    ((field, text),) = json.loads(default or '{"caption":""}').items()
+    fields = json.loads(default or _EMPTY)
+    weight = fields.pop("loss_weight", 1.0)
+    ((field, text),) = fields.items()
     with suppress(FileNotFoundError):
         text = Path(path).read_bytes().decode("utf-8-sig", errors="replace").strip()
-    return caption_record(**{field: text}).decode()
+    return caption_record(**{field: text}, loss_weight=weight).decode()

@@ -141,7 +141,10 @@ def _item(
     key = row_key(source, key, fields)
     if not cell.length and (problem := path_problem(row, cell.path)):
         return SourceItem(key, file, row, problem=problem)
-    caption = row_captions(source, fields)
+    try:
+        caption = row_captions(source, fields)
+    except ValueError as error:
+        return SourceItem(key, file, row, problem=str(error))
     if not cell.length:
         return SourceItem(key, str(cell.path).removeprefix("file://"), caption=caption, repeats=source.repeats)
     return SourceItem(

@@ -57,7 +57,7 @@ def image_stem(key: str) -> str:
 def _list_images(source: KohyaJsonSource, name: str, root: str) -> Iterator[SourceItem]:
     endings = ("", *sorted(EXTENSIONS), *sorted(extension.upper() for extension in EXTENSIONS))
     last = endings[0]
-    for entry in read_metadata(source.path):
+    for entry in read_metadata(source.path, source.weight_field):
         if entry.problem:
             yield _unusable(entry, name, str(source.path), entry.problem)
             continue
@@ -81,7 +81,7 @@ def _list_images(source: KohyaJsonSource, name: str, root: str) -> Iterator[Sour
 
 def _list_latents(source: KohyaJsonSource, name: str, root: str, scratch: Path) -> Iterator[SourceItem]:
     with tempfile.TemporaryDirectory(dir=scratch) as folder, closing(_WaitingEntries(Path(folder))) as waiting:
-        for entry in read_metadata(source.path):
+        for entry in read_metadata(source.path, source.weight_field):
             if entry.problem:
                 yield _unusable(entry, name, str(source.path), entry.problem)
                 continue

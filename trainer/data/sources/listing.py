@@ -70,7 +70,7 @@ def main_path(source: Source) -> Path:
 
 
 def _main_name(source: Source) -> str:
-    path = main_path(source)
+    path = main_path(source) if isinstance(source, HfSource) else main_path(source).absolute()
     if isinstance(source, KohyaJsonSource | LatentTarsSource):
         return path.stem
     if glob.has_magic(path.name):

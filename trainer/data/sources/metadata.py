@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ijson
 
 from trainer.data.captions import caption_record
+from trainer.data.sources.columns import loss_weight_of
 from trainer.errors import UserError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -35,14 +36,17 @@ class MetadataEntry(NamedTuple):
     """Why the entry cannot be used, or nothing."""
 
 
-def read_metadata(path: Path) -> Iterator[MetadataEntry]:
+def read_metadata(path: Path, weight_field: str | None = None) -> Iterator[MetadataEntry]:
     """All entries in the file's order; what is wrong with one is told in its `problem`.
+
+    Args:
+        weight_field: of an entry's own loss weight; None: it has none.
 
     Raises:
         UserError: the file as a whole cannot be read, or not beyond some place.
     """
     entries = _json_lines(path) if path.suffix.lower() == ".jsonl" else _json_object(path)
-    return (_entry(key, fields) for key, fields in entries)
+    return (_entry(key, fields, weight_field) for key, fields in entries)
 
 
 def _json_object(path: Path) -> Iterator[tuple[str, Any]]:
@@ -87,7 +91,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _entry(key: str, fields: Any) -> MetadataEntry:
+def _entry(key: str, fields: Any, weight_field: str | None) -> MetadataEntry:
     if not isinstance(fields, dict):
         reason = fields if key.startswith("line ") and isinstance(fields, str) else "its metadata is no JSON object"
         return MetadataEntry(key, "", None, None, reason)
@@ -102,6 +106,7 @@ def _entry(key: str, fields: Any) -> MetadataEntry:
             caption = _text(caption, "caption")
         if not isinstance(tags, str):
             tags = _text(tags, "tags")
+        weight = loss_weight_of(fields.get(weight_field)) if weight_field else 1.0
         original_hw, bucket_hw = _hw(fields, "image_size"), _hw(fields, "train_resolution")
     except ValueError as error:
         return MetadataEntry(key, "", None, None, str(error))
@@ -110,15 +115,15 @@ def _entry(key: str, fields: Any) -> MetadataEntry:
         bucket_hw = (bucket_hw[0] // _STEP_PX * _STEP_PX, bucket_hw[1] // _STEP_PX * _STEP_PX)
         if not all(bucket_hw):
             return MetadataEntry(key, "", None, None, "its metadata has a train_resolution below 8 px")
-    return MetadataEntry(key, _record(caption.strip(), tags.strip()), original_hw, bucket_hw, "")
+    return MetadataEntry(key, _record(caption.strip(), tags.strip(), weight), original_hw, bucket_hw, "")
 
 
-def _record(caption: str, tags: str) -> str:
+def _record(caption: str, tags: str, weight: float) -> str:
     try:
-        return caption_record(caption, tags).decode()
+        return caption_record(caption, tags, weight).decode()
     except UnicodeEncodeError:  # half a character, written as an escape
-        fixed = (text.encode(errors="replace").decode() for text in (caption, tags))
-        return caption_record(*fixed).decode()
+        caption, tags = (text.encode(errors="replace").decode() for text in (caption, tags))
+        return caption_record(caption, tags, weight).decode()
 
 
 def _text(value: object, name: str) -> str:

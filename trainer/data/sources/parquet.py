@@ -156,7 +156,11 @@ def _said(error: Exception) -> str:
 
 
 def _item(source: ParquetSource, path: str, key: str, row: int, fields: dict[str, Any], mtime_ns: int) -> SourceItem:
-    key, caption = row_key(source, key, fields), row_captions(source, fields)
+    key = row_key(source, key, fields)
+    try:
+        caption = row_captions(source, fields)
+    except ValueError as error:
+        return SourceItem(key, path, row, ROW, problem=str(error))
     column, place, image = _cell(source.image_column, fields)
     mask: MaskPlace | None = OWN_MASK if source.masks == "alpha" else None
     if isinstance(image, bytes):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.data.captions import caption_record
 from trainer.data.images import EXTENSIONS
-from trainer.data.sources.columns import files_below, text_of
+from trainer.data.sources.columns import files_below, loss_weight_of, text_of
 from trainer.data.sources.source import OWN_MASK, MaskPlace, SourceItem, read_bytes
 from trainer.data.sources.tar_members import BadTar, TarMember, walk_tar
 
@@ -92,7 +92,7 @@ def _items(
 
 
 def _caption(source: WebdatasetSource, path: str, by_ending: dict[str, TarMember]) -> str:
-    """The caption record: the text of `.txt` or `.caption`, else the field of `.json`; tags from `.json`."""
+    """The caption record: the text of `.txt` or `.caption`, else the field of `.json`; tags and weight from `.json`."""
     texts = {}
     for ending in _CAPTIONS:
         member = by_ending.get(ending)
@@ -107,7 +107,8 @@ def _caption(source: WebdatasetSource, path: str, by_ending: dict[str, TarMember
         if not isinstance(fields, dict):
             raise ValueError("its .json is no object")
     text = texts.get(".txt") or texts.get(".caption") or text_of(fields.get(source.caption_field))
-    return caption_record(text, text_of(fields.get(source.tags_field))).decode()
+    weight = loss_weight_of(fields.get(source.weight_field)) if source.weight_field else 1.0
+    return caption_record(text, text_of(fields.get(source.tags_field)), weight).decode()
 
 
 def _ending(name: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from trainer.data.augment import ChooseView, View, centred_view
 from trainer.data.buckets import Bucket, Placement
 from trainer.data.store.references import ReferencedFiles
-from trainer.data.store.shard_reader import OpenShard, PayloadError, RowRecord, read_record, read_row
+from trainer.data.store.shard_reader import OpenShard, PayloadError, RowRecord, read_captions, read_record, read_row
 from trainer.data.store.shards import LATENT_CHANNELS, LATENT_FACTOR, SECTIONS, ShardError, ShardInfo
 from trainer.data.store.snapshot_file import ShardEntry, current_snapshot, read_snapshot
 from trainer.errors import UserError
@@ -277,6 +277,10 @@ class PreparedSet:
             return read_record(shard, self._row_of(shard, shard_index, virtual_row - int(group.starts[place]))[0])
         except (ShardError, OSError):
             return None
+
+    def read_captions(self, shard: ShardSummary) -> tuple[list[bytes], list[int]]:
+        """All caption records of a shard and the rows' repeats; raises as `shard_reader.read_captions` does."""
+        return read_captions(self._shard(shard.index))
 
     def _text_buffer(self, m: int, hidden: bool) -> np.ndarray | None:
         if self.text_shape is None:

@@ -185,6 +185,7 @@ def synthetic_batch(data: SyntheticData, channels: int, images: int, seed: int, 
         masks=torch.randint(256, (images, height // 8, width // 8), generator=draw, dtype=torch.uint8)
         if data.has_masks
         else None,
+        loss_weights=torch.ones(images),
     )
     tensors = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
     return replace(batch, **{name: tensor.pin_memory() for name, tensor in tensors.items()}) if pin_memory else batch
