@@ -34,7 +34,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(photo_folder: Path) -> list[np.ndarray]:
-    names = ("astronaut-square-photograph", "chelsea-landscape-close-up", "coffee-portrait-photograph")
+    names = ("astronaut-square", "flower-landscape", "coffee-portrait")
     return [_pixels(photo_folder / f"{name}.jpg") for name in names]
 
 
@@ -116,7 +116,7 @@ def test_all_missing_photographs_are_named_at_once(tmp_path: Path, monkeypatch: 
 
 def test_photographs_are_many_varied_and_captioned(photo_folder: Path) -> None:
     paths = sorted(photo_folder.glob("*.jpg"))
-    assert len(paths) == 6 * len(photos.PHOTOS) >= 48
+    assert len(paths) == 3 * len(photos.PHOTOS) >= 18
     captions = {path.with_suffix(".txt").read_text(encoding="utf-8") for path in paths}
     assert len(captions) == len(paths)
     sizes = [_pixels(path).shape[1::-1] for path in paths]
