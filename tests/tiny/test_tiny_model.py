@@ -34,7 +34,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(photo_folder: Path) -> list[np.ndarray]:
-    names = ("astronaut-square", "flower-landscape", "coffee-portrait")
+    names = ("flower-landscape", "astronaut-square", "coffee-portrait")
     return [_pixels(photo_folder / f"{name}.jpg") for name in names]
 
 
