@@ -11,7 +11,7 @@ from trainer.errors import UserError
 
 _EXAMPLE = """\
 example:
-  sdxl-train make-tiny --out data/tiny        a minute and a half; again: at once
+  sdxl-train make-tiny --out data/tiny        one to three minutes; again: at once
   sdxl-train configs/tiny.yaml
 
 writes DIR/photos (captioned crops of photographs that installed packages ship) and DIR/model (SDXL in
