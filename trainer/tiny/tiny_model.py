@@ -101,7 +101,7 @@ def write_tiny_model(
     Args:
         folder: is made; must not exist, or be empty.
         seed: of the random weights.
-        vae: a trained one, with latents of the standard deviation 1 / 0.13025 as in SDXL. Default: an
+        vae: a trained one, with latents of the mean variance 1 / 0.13025^2 as in SDXL. Default: an
             untrained one, which blurs.
         captions: what they have in common is taken off the text encoders' outputs, for a UNet learns slowly from small
             differences of large numbers. Default: nothing is.
@@ -169,7 +169,9 @@ def _make_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     return one, two
 
 
-def _take_off_the_mean(encoder: CLIPTextModel, tokenizer_folder: Path, captions: Sequence[str]) -> None:
+def _take_off_the_mean(
+    encoder: CLIPTextModel | CLIPTextModelWithProjection, tokenizer_folder: Path, captions: Sequence[str]
+) -> None:
     """Fold minus the mean over captions into the biases before the outputs that SDXL takes."""
     import torch
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
