@@ -4,13 +4,13 @@
 source "$(dirname "$0")/venv.sh"
 sdxl-train make-tiny --out data/tiny
 sdxl-train configs/tiny.yaml "$@"
-scripts/eval.sh runs/tiny
+scripts/eval.sh runs/tiny --weights ema
 cat <<'TXT'
 
 Look at these:
   runs/tiny/loss.png                      how the loss fell
   runs/tiny/eval/*/samples.png            drawn by the model, above the data seen through the VAE
-  runs/tiny/checkpoints/step-*/unet/      the weights, as diffusers opens them
+  runs/tiny/checkpoints/step-*/unet/      the weights, as diffusers opens them; in unet_ema their average
   runs/tiny/metrics.jsonl                 every number of the run; TensorBoard: tensorboard --logdir runs/tiny
 
 Next: README.md, "Train on your own images".

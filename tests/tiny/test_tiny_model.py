@@ -34,7 +34,8 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(photo_folder: Path) -> list[np.ndarray]:
-    return [_pixels(photo_folder / f"{name}.jpg") for name in ("astronaut-1a", "chelsea-1b", "coffee-1b", "flower-2a")]
+    names = ("flower-landscape", "astronaut-square", "coffee-portrait")
+    return [_pixels(photo_folder / f"{name}.jpg") for name in names]
 
 
 def _pixels(path: Path) -> np.ndarray:
@@ -71,6 +72,30 @@ def test_the_tokenizers_give_clips_ids(tiny_folder: Path) -> None:
         assert len(tokenizer) == 49408
 
 
+def test_what_captions_have_in_common_is_taken_off(tmp_path: Path) -> None:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    captions = [f"a square photograph of {photo.subject}" for photo in photos.PHOTOS]
+    write_tiny_model(tmp_path / "plain")
+    write_tiny_model(tmp_path / "centred", captions=captions)
+    shares = {}
+    for name in ("plain", "centred"):
+        folder = tmp_path / name
+        one = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+        two = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", local_files_only=True)
+        outputs = []
+        for encoder, tokenizer_name in ((one, "tokenizer"), (two, "tokenizer_2")):
+            tokenizer = CLIPTokenizer.from_pretrained(folder / tokenizer_name, local_files_only=True)
+            ids = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                output = encoder(ids, output_hidden_states=True)
+            outputs.append(output.hidden_states[-2][:, 1:].mean(dim=1))
+        outputs.append(output.text_embeds)
+        shares[name] = [(x.mean(dim=0).square().sum() / x.square().sum(dim=1).mean()).item() for x in outputs]
+    assert min(shares["plain"]) > 0.5
+    assert max(shares["centred"]) < 1e-3
+
+
 def test_a_missing_vocabulary_is_one_line_with_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(UserError) as error:
@@ -91,14 +116,11 @@ def test_all_missing_photographs_are_named_at_once(tmp_path: Path, monkeypatch: 
 
 def test_photographs_are_many_varied_and_captioned(photo_folder: Path) -> None:
     paths = sorted(photo_folder.glob("*.jpg"))
-    assert len(paths) >= 120 and len(photos.PHOTOS) >= 12
+    assert len(paths) == 3 * len(photos.PHOTOS) >= 18
     captions = {path.with_suffix(".txt").read_text(encoding="utf-8") for path in paths}
     assert len(captions) == len(paths)
     sizes = [_pixels(path).shape[1::-1] for path in paths]
-    assert len({round(width / height, 1) for width, height in sizes}) >= 9
-    assert max(max(size) / min(size) for size in sizes) < 2.02
-    assert min(width * height for width, height in sizes) > 0.97 * 256 * 256
-    assert min(min(size) for size in sizes) >= 176
+    assert set(sizes) == {(256, 256), (320, 192), (192, 320)}  # twice the buckets of configs/tiny.yaml
     for photo in photos.PHOTOS:
         assert f"`{photo.name}-*.jpg`" in (photo_folder / "ORIGIN.md").read_text(encoding="utf-8")
         assert list(photo_folder.glob(f"{photo.name}-*.jpg"))
@@ -116,7 +138,7 @@ def test_a_few_steps_improve_the_vae_and_repeat_exactly(images: list[np.ndarray]
 
 
 @pytest.mark.e2e
-def test_scaled_latents_have_unit_covariance_and_decode_as_before(images: list[np.ndarray]) -> None:
+def test_scaled_latents_have_unit_variance_and_decode_as_before(images: list[np.ndarray]) -> None:
     vae = train_tiny_vae(images, 0, seed=0, show_progress=False)
     assert abs(reconstruction_psnr(vae, images) - reconstruction_psnr(make_tiny_vae(0), images)) < 1e-3
     with torch.no_grad():
@@ -124,14 +146,16 @@ def test_scaled_latents_have_unit_covariance_and_decode_as_before(images: list[n
         posteriors = [vae.encode(p[..., : p.shape[2] // 8 * 8, : p.shape[3] // 8 * 8]).latent_dist for p in pixels]
     latents = torch.cat([posterior.mean[0].flatten(1) for posterior in posteriors], dim=1) * SCALING_FACTOR
     torch.testing.assert_close(latents.mean(dim=1), torch.zeros(4), atol=1e-3, rtol=0)
-    torch.testing.assert_close(torch.cov(latents), torch.eye(4), atol=1e-3, rtol=0)
+    variances = torch.cov(latents).diag()
+    torch.testing.assert_close(torch.cov(latents), variances.diag(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(variances.mean(), torch.tensor(1.0), atol=1e-3, rtol=0)
 
 
 @pytest.mark.e2e
 def test_the_command_makes_only_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = tuple(photo for photo in photos.PHOTOS if photo.name in ("coins", "brick"))
+    few = tuple(photo for photo in photos.PHOTOS if photo.name in ("coffee", "flower"))
     monkeypatch.setattr(photos, "PHOTOS", few)
     arguments = ["--out", str(tmp_path / "tiny"), "--vae-steps", "0"]
     assert main(arguments) == 0

@@ -8,6 +8,7 @@ confuses them fails.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,15 +89,22 @@ _MODEL_INDEX: dict[str, Any] = {
 
 
 def write_tiny_model(
-    folder: Path, *, seed: int = 0, vae: AutoencoderKL | None = None, tokenizer_from: Path | None = None
+    folder: Path,
+    *,
+    seed: int = 0,
+    vae: AutoencoderKL | None = None,
+    captions: Sequence[str] = (),
+    tokenizer_from: Path | None = None,
 ) -> None:
     """Write the model; takes a second or two.
 
     Args:
         folder: is made; must not exist, or be empty.
         seed: of the random weights.
-        vae: a trained one, with latents of the standard deviation 1 / 0.13025 as in SDXL. Default: an
+        vae: a trained one, with latents of the mean variance 1 / 0.13025^2 as in SDXL. Default: an
             untrained one, which blurs.
+        captions: what they have in common is taken off the text encoders' outputs, for a UNet learns slowly from small
+            differences of large numbers. Default: nothing is.
         tokenizer_from: a tokenizer folder (`vocab.json`, `merges.txt`) to use in place of CLIP's, which is read
             from an installed package.
 
@@ -115,7 +123,9 @@ def write_tiny_model(
         torch.manual_seed(seed)
         make_tiny_unet().save_pretrained(folder / "unet")
         one, two = _make_text_encoders()
-    for encoder, name in ((one, "text_encoder"), (two, "text_encoder_2")):
+    for encoder, name, tokenizer in ((one, "text_encoder", "tokenizer"), (two, "text_encoder_2", "tokenizer_2")):
+        if captions:
+            _take_off_the_mean(encoder, folder / tokenizer, captions)
         encoder.config.save_pretrained(folder / name)
         # Not by `save_pretrained`, which draws a progress bar of its own.
         save_file(encoder.state_dict(), folder / name / "model.safetensors", metadata={"format": "pt"})
@@ -132,10 +142,10 @@ def make_tiny_unet() -> UNet2DConditionModel:
 
 
 def _make_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Both encoders with random weights whose outputs tell captions apart.
+    """Both encoders with random weights whose outputs tell captions apart, as those of a trained CLIP do.
 
     As CLIP begins its training, the end token hardly hears of the words before it. So words are large here,
-    positions small, and attention has three times its share: captions of one subject come out alike.
+    positions and padding small, and attention has three times its share: captions of one subject come out alike.
     """
     import torch
     from transformers.models.clip.configuration_clip import CLIPTextConfig
@@ -147,12 +157,35 @@ def _make_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
         for encoder in (one, two):
             for name, weight in encoder.named_parameters():
                 if name.endswith("token_embedding.weight"):
-                    weight.normal_(std=1.0)
+                    weight.normal_(std=4.0)
+                    weight[[0, -1]] *= 0.1  # what fills up short texts
                 elif name.endswith("position_embedding.weight"):
-                    weight.normal_(std=0.05)
+                    weight.normal_(std=0.2)
                 elif name.endswith("self_attn.out_proj.weight"):
-                    weight.mul_(3.0)
+                    weight.mul_(12.0)
+                elif name.endswith("mlp.fc2.weight"):
+                    weight.mul_(4.0)
+        two.text_projection.weight.mul_(3.0)
     return one, two
+
+
+def _take_off_the_mean(
+    encoder: CLIPTextModel | CLIPTextModelWithProjection, tokenizer_folder: Path, captions: Sequence[str]
+) -> None:
+    """Fold minus the mean over captions into the biases before the outputs that SDXL takes."""
+    import torch
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    ids = torch.tensor(tokenizer(list(captions), padding="max_length", max_length=77)["input_ids"])
+    # By the end of their names: how deep they lie differs between versions of transformers.
+    last_but_one = f"layers.{encoder.config.num_hidden_layers - 2}.mlp.fc2.bias"
+    (hidden_bias,) = (weight for name, weight in encoder.named_parameters() if name.endswith(last_but_one))
+    (pooled_bias,) = (weight for name, weight in encoder.named_parameters() if name.endswith("final_layer_norm.bias"))
+    with torch.no_grad():
+        hidden_bias -= encoder(ids, output_hidden_states=True).hidden_states[-2][:, 1:].mean((0, 1))
+        ends = ids.argmax(dim=1)
+        pooled_bias -= encoder(ids).last_hidden_state[torch.arange(len(ids)), ends].mean(0)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

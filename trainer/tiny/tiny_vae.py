@@ -33,8 +33,12 @@ _VAE: dict[str, Any] = {
 }
 _CONSTANT = 6.0  # size of the two constant channels beside the colours; large against the colours' -1..1
 _CROP_PX, _CROPS = 64, 3
-_LAST_CROP_PX, _LAST_SHARE = 176, 0.1  # group norms see larger images in use: the last steps train on such
-_PEAK_LR, _WARMUP_SHARE, _KL_WEIGHT = 4e-4, 0.15, 3e-4
+_LAST_CROP_PX, _LAST_CROPS, _LAST_SHARE = (
+    96,
+    2,
+    0.1,
+)  # group norms see larger images in use: the last steps train on such
+_PEAK_LR, _WARMUP_SHARE, _KL_WEIGHT = 4e-4, 0.15, 5e-3
 
 
 def make_tiny_vae(seed: int) -> AutoencoderKL:
@@ -107,11 +111,11 @@ def _carry(conv: nn.Module, kernel: Tensor) -> None:
 
 
 def train_tiny_vae(images: Sequence[np.ndarray], steps: int, seed: int, show_progress: bool = True) -> AutoencoderKL:
-    """Train a VAE on random crops and scale its latents to the deviation 1 / `SCALING_FACTOR`, uncorrelated.
+    """Train a VAE on random crops and scale its latents to the mean variance 1 / `SCALING_FACTOR`^2.
 
     Args:
-        images: [H, W, 3] uint8, no side under 176 px.
-        steps: optimizer steps of AdamW on three crops of 64 x 64 px, at the end on one of 176 x 176 px; about
+        images: [H, W, 3] uint8, no side under 96 px.
+        steps: optimizer steps of AdamW on three crops of 64 x 64 px, at the end on two of 96 x 96 px; about
             0.06 CPU seconds each. 0 scales the latents alone.
         seed: of the weights, the crops and the posterior's noise. With equal threads, equal results.
     """
@@ -125,7 +129,7 @@ def train_tiny_vae(images: Sequence[np.ndarray], steps: int, seed: int, show_pro
         for group in optimizer.param_groups:
             group["lr"] = _PEAK_LR * _lr_ratio(step / steps, 1 / steps)
         is_late = step >= steps * (1 - _LAST_SHARE)
-        count, side_px = (1, _LAST_CROP_PX) if is_late else (_CROPS, _CROP_PX)
+        count, side_px = (_LAST_CROPS, _LAST_CROP_PX) if is_late else (_CROPS, _CROP_PX)
         batch = _random_crops(pixels, count, side_px, generator)
         posterior = vae.encode(batch, return_dict=False)[0]
         decoded = vae.decode(posterior.sample(generator), return_dict=False)[0]
@@ -190,21 +194,22 @@ def _latent_statistics(vae: AutoencoderKL, pixels: list[Tensor]) -> tuple[Tensor
 def _normalize_latents(vae: AutoencoderKL, mean: Tensor, covariance: Tensor, posterior_variance: Tensor) -> None:
     """Fold an affine map into the two 1 x 1 convolutions around the latents, and its inverse.
 
-    After it, latents times `SCALING_FACTOR` have mean 0 and covariance 1, and the posterior's variance is the
-    same everywhere.
+    After it, latents times `SCALING_FACTOR` have mean 0, a diagonal covariance of mean 1, and the posterior's variance
+    is the same everywhere. Channels keep their share: were they all of deviation 1, three quarters of a diffusion
+    loss would be about detail that hardly shows.
     """
     into, out_of = vae.quant_conv, vae.post_quant_conv
     assert into is not None and into.bias is not None and out_of is not None and out_of.bias is not None
-    deviations_squared, axes = torch.linalg.eigh(covariance.double())
-    deviations = deviations_squared.clamp(min=1e-6).sqrt()
-    whiten = ((axes / deviations).T / SCALING_FACTOR).float()  # [4, 4], rows are the new channels
-    colour = ((axes * deviations) * SCALING_FACTOR).float()  # its inverse
-    into.weight[:4] = torch.einsum("ij,jkhw->ikhw", whiten, into.weight[:4])
-    into.bias[:4] = whiten @ (into.bias[:4] - mean)
+    variances, axes = torch.linalg.eigh(covariance.double())
+    divisor = variances.mean().sqrt() * SCALING_FACTOR
+    rotate = (axes.T / divisor).float()  # [4, 4], rows are the new channels
+    rotate_back = (axes * divisor).float()
+    into.weight[:4] = torch.einsum("ij,jkhw->ikhw", rotate, into.weight[:4])
+    into.bias[:4] = rotate @ (into.bias[:4] - mean)
     into.weight[4:] = 0
-    into.bias[4:] = (whiten.square() @ posterior_variance).log()
+    into.bias[4:] = (rotate.square() @ posterior_variance).log()
     out_of.bias += torch.einsum("ijhw,j->i", out_of.weight, mean)
-    out_of.weight.copy_(torch.einsum("ijhw,jk->ikhw", out_of.weight, colour))
+    out_of.weight.copy_(torch.einsum("ijhw,jk->ikhw", out_of.weight, rotate_back))
 
 
 @torch.no_grad()
