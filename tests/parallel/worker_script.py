@@ -60,6 +60,7 @@ def echo(stop_requested: StopRequested) -> None:
         await_files("ready-1")
         raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:50234")
     if RANK == 1:
+        stop_requested()  # from now on SIGTERM is a wish, as while training: the parent may be faster than this worker
         ready()
         await_files("rank-0.error.json")
         raise ValueError("the cause")
