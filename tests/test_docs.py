@@ -1,11 +1,13 @@
 """What the pages show can be typed: each example of a configuration is a valid one."""
 
+import configparser
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from trainer.cli import main as cli
 from trainer.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -37,3 +39,13 @@ def test_the_architecture_names_modules_that_are_there() -> None:
     assert not {name for name in named if not (ROOT / "trainer" / name).is_file() and "NAME" not in name}
     rooms = {folder.name for folder in (ROOT / "trainer").iterdir() if (folder / "__init__.py").is_file()}
     assert rooms == set(re.findall(r"^\| `(\w+)/` \|", text, flags=re.MULTILINE))
+
+
+def test_the_unit_of_systemd_lets_a_run_save_and_does_not_repeat_mistakes() -> None:
+    unit = configparser.ConfigParser(strict=True, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read(ROOT / "scripts" / "sdxl-train@.service")
+    service = unit["Service"]
+    assert service["ExecStart"].endswith(".venv/bin/sdxl-train configs/%i.yaml")
+    assert (service["KillMode"], service["Restart"]) == ("mixed", "on-failure")
+    assert service["RestartPreventExitStatus"] == str(cli.main(["no-such-command"]))
