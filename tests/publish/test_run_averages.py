@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.data.small_set import write_small_set
 from tests.train.real_run import run_config, watched_run
-from trainer.checkpoint.manifest import MANIFEST, find_damage
+from trainer.checkpoint.manifest import MANIFEST, STATE, find_damage, manifest_entry
 from trainer.checkpoint.run_dir import RESOLVED_CONFIG, checkpoint_dir
 from trainer.cli.main import main
 from trainer.cli.run_target import find_target
@@ -43,6 +43,10 @@ def run_dir(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         record = json.loads(state.read_text())
         record["ema"]["averages"] = {n: e for n, e in record["ema"]["averages"].items() if n not in ("p7", "p15")}
         state.write_text(json.dumps(record))
+        manifest = state.parents[1] / MANIFEST
+        listed = json.loads(manifest.read_text())
+        listed["files"][STATE] = manifest_entry(state)
+        manifest.write_text(json.dumps(listed))
     return folder / "run"
 
 

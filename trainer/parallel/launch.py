@@ -130,7 +130,17 @@ def run_workers(
             for w in started:
                 _tell(guard, f"-{w.process.pid}\n")
     steps_taken = max((beat.taken for w in started if (beat := read_beat(log_dir, w.rank))), default=0)
+    _remove_what_says_nothing(log_dir, workers)
     return replace(_result(started, ending.failures, signals.first), steps_taken=steps_taken)
+
+
+def _remove_what_says_nothing(log_dir: Path, workers: int) -> None:
+    """Heartbeats of workers that have ended, and files for stacks that nobody asked for."""
+    for rank in range(workers):
+        beat_path(log_dir, rank).unlink(missing_ok=True)
+        stacks = worker.stacks_path(log_dir, rank)
+        if stacks.exists() and not stacks.stat().st_size:
+            stacks.unlink()
 
 
 def _shared_environment(env: Mapping[str, str], workers: int, log_dir: Path, threads: int, gpu: bool) -> dict[str, str]:
@@ -235,9 +245,11 @@ def _end_if_hung(ending: _Ending, running: Sequence[_Worker], log_dir: Path) -> 
     if late is None or late != ending.late:  # twice in a row, for a record may be half written
         ending.late = late
         return
-    rank, beat = late
     pids = {w.rank: w.process.pid for w in running}
-    why = "; it is stopped by a signal or a debugger" if is_stopped(pids[rank]) else ""
+    # Of workers that wait for one another within a step, the beats do not tell who keeps the others waiting.
+    stopped = [(each, beat) for each, pid in pids.items() if is_stopped(pid) and (beat := read_beat(log_dir, each))]
+    rank, beat = stopped[0] if stopped else late
+    why = "; it is stopped by a signal or a debugger" if stopped else ""
     silent_s = time.monotonic() - beat.since_s
     text = f"has not moved for {silent_s:.0f} s, in {beat.part} after step {beat.step}{why}"
     for each, pid in pids.items():

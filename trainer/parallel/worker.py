@@ -82,11 +82,16 @@ def _report(error: Exception) -> int:
     return failure.exit_code
 
 
+def stacks_path(log_dir: Path, rank: int) -> Path:
+    """Where worker `rank` writes down where its threads are."""
+    return log_dir / f"rank-{rank}.stacks.txt"
+
+
 def _dump_stacks_when_asked() -> None:
     """On `DUMP_SIGNAL`, write where every thread is to a file beside the log."""
     if LOG_DIR not in os.environ:
         return
-    path = Path(os.environ[LOG_DIR]) / f"rank-{os.environ.get('RANK', '0')}.stacks.txt"
+    path = stacks_path(Path(os.environ[LOG_DIR]), int(os.environ.get("RANK", "0")))
     with contextlib.suppress(OSError):
         # Kept open: the handler has no time to open it.
         faulthandler.register(DUMP_SIGNAL, file=path.open("a"), all_threads=True)
