@@ -17,6 +17,7 @@ from trainer.diffusion.schedule import NoiseSchedule, scaled_linear, zero_termin
 
 PredictionType = Literal["epsilon", "v_prediction", "flow", "edm"]
 _STEPS = 1000
+SIGMA_DATA = 0.5  # of EDM: standard deviation of the scaled latents, as its models were trained
 _TINY = 1e-12
 _LEAST = 1e-6  # of noise, or of signal, that a mixture of flow matching has
 
@@ -123,7 +124,7 @@ def shifted(s: Tensor, shift: float) -> Tensor:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def edm(sigma_data: float = 0.5, mean: float = -1.2, std: float = 1.2) -> Prediction:
+def edm(sigma_data: float = SIGMA_DATA, mean: float = -1.2, std: float = 1.2) -> Prediction:
     """EDM's preconditioned network F (Karras et al. 2022, table 1, rightmost column, and eq. 7).
 
     The input is c_in (x0 + sigma n), the target (x0 - c_skip (x0 + sigma n)) / c_out, and the network is told

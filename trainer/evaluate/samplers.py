@@ -10,14 +10,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from trainer.diffusion.prediction import Prediction, shifted
+from trainer.diffusion.prediction import SIGMA_DATA, Prediction, shifted
 from trainer.diffusion.schedule import NoiseSchedule
 
 Model = Callable[[Tensor, float], Tensor]
 # Of the last timestep where nothing of the image is left, as diffusers has it: its alphas_cumprod is taken for 2^-24.
 _LARGEST_SIGMA = (2.0**24 - 1) ** 0.5
 _EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}  # of the paper and of diffusers' EDMEulerScheduler
-_SIGMA_DATA = 0.5
 
 
 def denoised(prediction: Prediction, model: Model, noise: Tensor, num_steps: int) -> Tensor:
@@ -93,9 +92,9 @@ def _by_edm(model: Model, noise: Tensor, num_steps: int) -> Tensor:
     sigmas = [*((most + ramp * (least - most)) ** rho).tolist(), 0.0]
     latents = noise * sigmas[0]
     for sigma, next_sigma in pairwise(sigmas):
-        total = sigma**2 + _SIGMA_DATA**2
+        total = sigma**2 + SIGMA_DATA**2
         timestep = float(torch.tensor(sigma).log() / 4)
         answer = model(latents / total**0.5, timestep)
-        image = latents * (_SIGMA_DATA**2 / total) + answer * (sigma * _SIGMA_DATA / total**0.5)
+        image = latents * (SIGMA_DATA**2 / total) + answer * (sigma * SIGMA_DATA / total**0.5)
         latents = latents + (next_sigma - sigma) * (latents - image) / sigma
     return latents
