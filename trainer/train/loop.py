@@ -29,7 +29,7 @@ from trainer.optim.loss_scale import LossScale
 from trainer.optim.lr_schedule import lr_at
 from trainer.optim.optimizers import first_lr
 from trainer.parallel.comm import Comm, barrier, broadcast_object
-from trainer.parallel.heartbeat import heartbeat_of_worker
+from trainer.parallel.heartbeat import Heartbeat, heartbeat_of_worker
 from trainer.parallel.worker import LOG_DIR
 from trainer.publish.during_training import Exports
 from trainer.train.arithmetic import arithmetic_of, batch_factors
@@ -106,9 +106,7 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
             if done or state.step % config.checkpoint.every_steps == 0:
                 heartbeat.begin("a checkpoint", state.step)
                 _save(config, comm, run, state, exports and exports.checkpoint, must_succeed=done)
-            if snapshot_is_due(config.ema, state.step):
-                heartbeat.begin("a snapshot", state.step)
-            save_snapshot_when_due(config.ema, config.run.dir, run.parts, state.step)
+            _save_snapshot(config, run, state, heartbeat)
             if bad.too_many(limit):
                 barrier(comm)  # the first worker to fail ends the others, and rank 0 may still be saving
                 raise bad.as_error(limit, config.run.dir)
@@ -137,6 +135,13 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
             _draw_loss_curve(config.run.dir)
     _announce_end(config, state, arithmetic.total_steps)
     return state
+
+
+def _save_snapshot(config: Config, run: Run, state: TrainState, heartbeat: Heartbeat) -> None:
+    """Of the averages, if `ema.snapshots` asks for one now."""
+    if snapshot_is_due(config.ema, state.step):
+        heartbeat.begin("a snapshot", state.step)
+        save_snapshot_when_due(config.ema, config.run.dir, run.parts, state.step)
 
 
 def _draw_loss_curve(run_dir: Path) -> None:
