@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from trainer.config.ema_config import EmaConfig
 from trainer.config.objective_config import ObjectiveConfig
+from trainer.config.sections.launch_config import LaunchConfig
 from trainer.config.sources import Source
 from trainer.config.values import (
     Count,
@@ -39,21 +40,6 @@ class RunConfig(Section):
     `true`: the same, but none is an error. `false`: start fresh; an existing run in the directory is an
     error. A path: start from that checkpoint, of this run or another; later checkpoints of the run are moved aside,
     and the same command, given again, goes on from what the run has written since."""
-
-
-class LaunchConfig(Section):
-    workers: PositiveInt | None = None
-    """Worker processes on this host. Default: one per GPU; without a GPU, one."""
-    threads_per_worker: PositiveInt | None = None
-    """OpenMP threads of each worker. Default: the CPU cores of this host divided by the workers."""
-    restarts: Count = 3
-    """After a fault (a worker that is killed, crashes or hangs), training goes on from the newest checkpoint by itself;
-    it ends when so many starts in a row have brought no new checkpoint. 0: every fault ends it."""
-    hang_after_s: Annotated[float, Field(gt=0)] = 60.0
-    """A worker hangs if a part of its work (data, a step, a checkpoint, ...) takes longer than this and than five times
-    the longest that this part took before. All are then ended; `logs/rank-K.stacks.txt` has where they were."""
-    hang_at_start_s: Annotated[float, Field(gt=0)] = 1800.0
-    """The same, while a part of the work has been done fewer than three times: loading, first steps, compilation."""
 
 
 class ModelConfig(Section):

@@ -27,14 +27,20 @@ _SLOWDOWNS = {
 }
 
 
+def uses_fake_cards() -> bool:
+    """Whether a file stands for the driver."""
+    return FAKE_CARDS in os.environ
+
+
 class KernelLog:
     """New lines of the kernel's log, where this user may read it."""
 
-    def __init__(self, path: Path = _KERNEL_LOG) -> None:
+    def __init__(self, path: Path = _KERNEL_LOG, *, from_start: bool = False) -> None:
         self._file: int | None = None
         with suppress(OSError):
             self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-            os.lseek(self._file, 0, os.SEEK_END)
+            if not from_start:
+                os.lseek(self._file, 0, os.SEEK_END)
 
     @property
     def is_readable(self) -> bool:

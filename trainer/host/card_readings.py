@@ -88,8 +88,7 @@ class Reading:
 
     def to_line(self) -> str:
         """As one line of JSON."""
-        return json.dumps({"cards": self.cards and [asdict(c) for c in self.cards], "xids": [asdict(x) for x in self.xids],
-                           "why": self.why})  # fmt: skip
+        return json.dumps(asdict(self))
 
 
 def reading_from_line(line: str) -> Reading:

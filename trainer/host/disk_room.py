@@ -74,7 +74,8 @@ class DiskAlarm:
         self.is_on = free < next_checkpoint
         if not self.is_on:
             return None
-        return f"{self.folder}: {told_bytes(free)} free, less than the next checkpoint takes ({told_bytes(next_checkpoint)})"
+        needed = told_bytes(next_checkpoint)
+        return f"{self.folder}: {told_bytes(free)} free, less than the next checkpoint takes ({needed})"
 
 
 def shared_memory_warning(workers: int, folder: Path = _SHM) -> str | None:
@@ -90,8 +91,8 @@ def shared_memory_warning(workers: int, folder: Path = _SHM) -> str | None:
     if workers < 2 or free >= needed:
         return None
     return (
-        f"{folder} has {told_bytes(free)} free, and {workers} workers on cards may need {told_bytes(needed)} of it; in a "
-        "container, give it more (docker run --shm-size=2g)"
+        f"{folder} has {told_bytes(free)} free, and {workers} workers on cards may need {told_bytes(needed)} of it; "
+        "in a container, give it more (docker run --shm-size=2g)"
     )
 
 

@@ -43,13 +43,15 @@ class Failure:
     `kind`: `user` (a `UserError`; `text` is its lines), `memory` (`OutOfMemory`, or a full card; `text` says so in a
     line), `error` (any other exception; `text` is the traceback), `lost_peer` (an exception that only says that another
     worker is gone), `signal` and `exit` (the worker ended without a word; `text` says how), `hang` (it did not move any
-    more; `text` says since when). `monotonic_s` is `time.monotonic()`, which all processes of a host share.
+    more; `text` says since when), `card` (its card is gone; `text` says so in a line). `alone`: it is this worker that
+    hangs, and the others wait for it. `monotonic_s` is `time.monotonic()`, which all processes of a host share.
     """
 
     rank: int
-    kind: Literal["user", "memory", "error", "lost_peer", "signal", "exit", "hang"]
+    kind: Literal["user", "memory", "error", "lost_peer", "signal", "exit", "hang", "card"]
     monotonic_s: float
     text: str
+    alone: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -58,7 +60,7 @@ class Failure:
 
     def message(self) -> str:
         """What the person reads."""
-        if self.kind in ("user", "memory"):
+        if self.kind in ("user", "memory", "card"):
             return self.text
         verb = "" if self.kind in ("signal", "exit", "hang") else "failed:\n"
         return f"worker {self.rank} {verb}{self.text}"
