@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.ema_folders import average_folder
 from trainer.checkpoint.resume_point import resume_from, resume_newest
-from trainer.checkpoint.run_dir import RESOLVED_CONFIG, read_state
+from trainer.checkpoint.run_dir import RESOLVED_CONFIG, fallback_run_dir, read_state
 from trainer.checkpoint.write import OPTIMIZER, read_tensors
 from trainer.config.ema_config import LIVE
 from trainer.config.schema import Config
@@ -119,7 +119,7 @@ def find_resume_point(config: Config, comm: Comm) -> Path | None:
     if comm.rank == 0:
         started = config.run.dir / RESOLVED_CONFIG
         if (memory_attempt() or os.environ.get(RESTARTS, "0") != "0") and started.is_file():
-            found = resume_newest(config.run.dir, _log.warning, written_after=started)
+            found = resume_newest(config.run.dir, _log.warning, started, _stand_in(config))
         found = found or _wished_checkpoint(config)
     agreed = broadcast_object(comm, str(found) if found else None)
     return Path(agreed) if agreed else None
@@ -130,8 +130,13 @@ def _wished_checkpoint(config: Config) -> Path | None:
     if wish is False:
         return None
     if wish is True or wish == "auto":
-        return resume_newest(config.run.dir, _log.warning)
+        return resume_newest(config.run.dir, _log.warning, stand_in=_stand_in(config))
     return resume_from(config.run.dir, Path(wish), _log.warning)
+
+
+def _stand_in(config: Config) -> Path | None:
+    fallback = config.checkpoint.fallback_dir
+    return fallback_run_dir(fallback, config.run.dir) if fallback else None
 
 
 def build_run(config: Config, model: RunModel, comm: Comm) -> Run:
