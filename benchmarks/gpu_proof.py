@@ -35,8 +35,8 @@ from trainer.optim.precision import set_fp32_arithmetic
 from trainer.parallel.comm import Comm, keep_group_alive
 from trainer.parallel.strategy import StrategyKind
 from trainer.train.build import build_parts, worker_setting
-from trainer.train.checkpoint_contents import checkpoint_files
 from trainer.train.memory_inputs import planned_run
+from trainer.train.saved.checkpoint_contents import checkpoint_files
 from trainer.train.step import StepParts, batch_losses, train_step
 from trainer.train.workers.bench_worker import SyntheticData, measured_row, synthetic_batch, synthetic_data, with_plan
 

@@ -14,7 +14,7 @@ from trainer.checkpoint.write import OPTIMIZER, TensorFile
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.parallel.local_shard import held
-from trainer.train.build import find_resume_point
+from trainer.train.saved.find_resume import find_resume_point
 
 COMMAND_STARTED = 1_000_000_000  # seconds since 1970
 

@@ -16,7 +16,7 @@ from trainer.config.rules_ema import ema_rules
 from trainer.config.rules_loss_weights import loss_weight_rules
 from trainer.config.rules_objective import objective_problems
 from trainer.config.schema import Config
-from trainer.config.sources import (
+from trainer.config.sections.sources import (
     FolderSource,
     KohyaJsonSource,
     LatentTarsSource,

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from trainer.config.checkpoint_config import CheckpointConfig
-from trainer.config.ema_config import EmaConfig
-from trainer.config.objective_config import ObjectiveConfig
-from trainer.config.sources import Source
+from trainer.config.sections.checkpoint_config import CheckpointConfig
+from trainer.config.sections.ema_config import EmaConfig
+from trainer.config.sections.objective_config import ObjectiveConfig
+from trainer.config.sections.sources import Source
 from trainer.config.values import (
     Count,
     Flag,

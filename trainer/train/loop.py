@@ -31,17 +31,17 @@ from trainer.parallel.heartbeat import heartbeat_of_worker
 from trainer.parallel.worker import LOG_DIR
 from trainer.publish.during_training import Exports
 from trainer.train.arithmetic import arithmetic_of, batch_factors
-from trainer.train.averages import (
-    follow,
-    forget_snapshots_after,
-    scored_weights,
-)
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.build import Run, build_run, make_scorer, newest_snapshot
 from trainer.train.caption_rules import caption_rules, caption_tokenizer, run_loss_weights
 from trainer.train.run_objective import describe_objective, guidance_warning
-from trainer.train.saving import Saving
-from trainer.train.state import TrainState
+from trainer.train.saved.averages import (
+    follow,
+    forget_snapshots_after,
+    scored_weights,
+)
+from trainer.train.saved.saving import Saving
+from trainer.train.saved.state import TrainState
 from trainer.train.step import StepResult, train_step
 
 _log = logging.getLogger(__name__)

@@ -52,7 +52,7 @@ class StepParts:
         weigh: `all_alike`, or `by_loss_weight` where images count more or less.
         blocks: of which the gradients' norms are told; None: none.
         meet: gives a step's micro-batches with what their images get of the step's others.
-        averages: of the weights, which follow the steps by `trainer.train.averages.follow`; None: there are none.
+        averages: of the weights, which follow the steps by `trainer.train.saved.averages.follow`; None: there are none.
     """
 
     comm: Comm

@@ -22,12 +22,12 @@ from trainer.memory.choice import parse_size
 from trainer.parallel.comm import broadcast_object, gather_objects, sum_floats
 from trainer.parallel.environment import free_memory_bytes
 from trainer.parallel.heartbeat import Heartbeat
-from trainer.train.averages import averages_record, snapshot_folder, snapshot_is_due
-from trainer.train.base_model import RECORD as FROZEN
 from trainer.train.build import Run
-from trainer.train.checkpoint_contents import checkpoint_files
-from trainer.train.objective_state import objective_record
-from trainer.train.state import TrainState
+from trainer.train.saved.averages import averages_record, snapshot_folder, snapshot_is_due
+from trainer.train.saved.base_model import RECORD as FROZEN
+from trainer.train.saved.checkpoint_contents import checkpoint_files
+from trainer.train.saved.objective_state import objective_record
+from trainer.train.saved.state import TrainState
 
 _log = logging.getLogger(__name__)
 _HOST_SHARE = 1 / 8  # of its free memory, for the copies of all workers
@@ -82,7 +82,7 @@ class Saving:
         """
         self._run = run
         busy, failed, due_by_clock = told
-        self._failed(self._saver.after_exchange(busy, failed))
+        self._ended(self._saver.after_exchange(busy, failed))
         wish, step = self._config.checkpoint, state.step
         due_by_step = any(every and step % every == 0 for every in (wish.every_steps, wish.keep_every_steps))
         snapshot = snapshot_is_due(self._config.ema, step)
@@ -92,7 +92,7 @@ class Saving:
             return
         self._heartbeat.begin("a checkpoint", step)
         begin = time.perf_counter()
-        self._failed(self._saver.finish(self._sums))
+        self._ended(self._saver.finish(self._sums))
         checkpoint = done or due_by_step or due_by_clock > 0 or self._again
         if folders := self._folders(state, checkpoint=checkpoint, snapshot=snapshot):
             self._begin(folders, step)
@@ -109,7 +109,7 @@ class Saving:
         """Wait for the last checkpoint; if it fails, try the fallback folder."""
         reason = self._saver.finish(self._sums)
         if reason is not None and self._config.checkpoint.fallback_dir and not self._to_fallback:
-            self._failed(reason)
+            self._ended(reason)
             self._begin(self._folders(state, checkpoint=True, snapshot=False), state.step)
             reason = self._saver.finish(self._sums)
         reasons = [said for said in gather_objects(self._comm, reason and _said(reason)) if said]
@@ -119,16 +119,16 @@ class Saving:
     def _sums(self, values: list[float]) -> list[float]:
         return sum_floats(self._comm, values)
 
-    def _failed(self, reason: Exception | None) -> None:
-        """A save was given up: say so, and where it is tried again."""
+    def _ended(self, reason: Exception | None) -> None:
+        """If a save was given up, say so, and where it is tried again. The one after that tries the run's own disk."""
         if reason is None:
+            self._to_fallback = self._to_fallback and self._saver.phase != "idle"
             return
         path, fallback = self._path(self._begun_step), self._config.checkpoint.fallback_dir
         again = "training goes on, the next one is tried as usual"
-        if fallback and not self._to_fallback:
-            self._again, again = True, f"trying again in {fallback}"
-        # Once in the fallback folder, the next save tries the run's own again.
-        self._to_fallback = bool(fallback) and not self._to_fallback
+        self._again = self._to_fallback = bool(fallback) and not self._to_fallback
+        if self._again:
+            again = f"trying again in {fallback}"
         _log.warning("%s: not written (%s); %s", path, _said(reason), again)
 
     def _tell_late(self) -> None:

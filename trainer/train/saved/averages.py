@@ -14,7 +14,7 @@ from trainer.checkpoint.ema_folders import SNAPSHOTS, average_folder, drop_snaps
 from trainer.checkpoint.run_dir import prune_checkpoints, read_state
 from trainer.checkpoint.saver import Folder
 from trainer.checkpoint.write import WEIGHTS_FILES, read_tensors
-from trainer.config.ema_config import LIVE, AverageConfig, EmaConfig
+from trainer.config.sections.ema_config import LIVE, AverageConfig, EmaConfig
 from trainer.optim.ema import (
     Averages,
     begin_average,
@@ -29,7 +29,7 @@ from trainer.optim.ema_profile import PlainEma, PowerEma, Profile
 from trainer.optim.ema_swap import averaged_weights
 from trainer.optim.precision import DTYPES
 from trainer.parallel.strategy import Strategy
-from trainer.train.checkpoint_contents import average_files, trained_components
+from trainer.train.saved.checkpoint_contents import average_files, trained_components
 from trainer.train.step import StepParts, StepResult
 
 _log = logging.getLogger(__name__)

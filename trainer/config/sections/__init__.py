@@ -1,0 +1,1 @@
+"""Sections of the configuration that fill a module of their own; `schema` puts them together."""
