@@ -57,7 +57,8 @@ def publish_folder(temporary: Path, path: Path, state: Mapping[str, object]) -> 
     for item in [*written, temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         sync_to_disk(item)
     temporary.rename(path)
-    sync_to_disk(path.parent)
+    for folder in (path.parent, path.parent.parent):  # the first one has made its folder, too
+        sync_to_disk(folder)
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
