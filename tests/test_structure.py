@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "model_files": set(),
     "data": {"config"},
     "tiny": {"model_files"},
-    "checkpoint": {"model_files"},
+    "checkpoint": {"model_files", "parallel"},
     "optim": {"config", "parallel"},
     "model": {"config", "data", "diffusion", "model_files"},
     "memory": {"config", "data", "measure", "model", "model_files", "optim", "parallel"},
@@ -81,8 +81,7 @@ def test_everything_public_is_documented(file: Path) -> None:
     assert file.name == "__main__.py" or ast.get_docstring(tree)
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            of_fields = ("schema.py", "sources.py", "objective_config.py", "ema_config.py", "launch_config.py")
-            documented_below_its_fields = file.parent.name == "config" and file.name in of_fields
+            documented_below_its_fields = file.name == "schema.py" or file.parent.name == "sections"
             assert ast.get_docstring(node) or node.name == "main" or documented_below_its_fields, node.name
 
 

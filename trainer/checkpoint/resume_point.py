@@ -18,17 +18,22 @@ RECORD = "resumed_from.json"
 Log = Callable[[str], None]
 
 
-def resume_newest(run_dir: Path, log: Log, written_after: Path | None = None) -> Path | None:
+def resume_newest(
+    run_dir: Path, log: Log, written_after: Path | None = None, stand_in: Path | None = None
+) -> Path | None:
     """The newest checkpoint whose files agree with its manifest, if there is one; damaged newer ones are set aside.
 
     Args:
         written_after: only what is newer than this file counts.
+        stand_in: a run directory on another disk, for checkpoints that could not be written to this one.
 
     Raises:
         UserError: there are checkpoints, and all of them are damaged.
     """
     after = written_after.stat().st_mtime_ns if written_after else 0
-    candidates = [path for path in list_checkpoints(run_dir) if (path / MANIFEST).stat().st_mtime_ns > after]
+    listed = list_checkpoints(run_dir) + (list_checkpoints(stand_in) if stand_in else [])
+    candidates = [path for path in listed if (path / MANIFEST).stat().st_mtime_ns > after]
+    candidates.sort(key=checkpoint_step)
     damaged: list[tuple[Path, str]] = []
     for path in reversed(candidates):
         damage = find_damage(path)
@@ -37,6 +42,8 @@ def resume_newest(run_dir: Path, log: Log, written_after: Path | None = None) ->
                 aside = _free_name(wrong.with_name(wrong.name + DAMAGED))
                 wrong.rename(aside)
                 log(f"{wrong}: {reason}; set aside as {aside.name}, its steps are done anew from {path.name}")
+            if path.parent.parent == stand_in:
+                log(f"{path}: the newest checkpoint, written there because {run_dir} could not be written to")
             return path
         damaged.append((path, damage))
     if damaged and written_after is None:

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from trainer.config.ema_config import EmaConfig
-from trainer.config.objective_config import ObjectiveConfig
+from trainer.config.sections.checkpoint_config import CheckpointConfig
+from trainer.config.sections.ema_config import EmaConfig
 from trainer.config.sections.launch_config import LaunchConfig
-from trainer.config.sources import Source
+from trainer.config.sections.objective_config import ObjectiveConfig
+from trainer.config.sections.sources import Source
 from trainer.config.values import (
     Count,
     Flag,
@@ -246,35 +247,6 @@ class LrScheduleConfig(Section):
     """Steps over which the learning rate rises linearly from 0."""
     final_ratio: Fraction = 0.0
     """Learning rate at the last step as a share of `optimizer.lr` (`linear` and `cosine`)."""
-
-
-class ExportConfig(Section):
-    when: Literal["never", "end", "checkpoints"] = "never"
-    """`end`: when the run is done, write the model as one file for A1111, ComfyUI, Forge, InvokeAI and diffusers, as
-    `sdxl-train export` does. `checkpoints`: after each checkpoint as well, while training goes on."""
-    dir: PathField | None = None
-    """Where the files go; default: `exports` in `run.dir`. They are named like `RUN-step-00001000.safetensors`."""
-    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Precision of the weights."""
-    weights: str = "live"
-    """`live`: the weights that train, or one of `ema.averages` by its name."""
-    keep: PositiveInt | None = None
-    """How many of the newest files are kept. Default: all."""
-    title: str = ""
-    """Title in the file's metadata; default: the file's name."""
-    author: str = ""
-    """Author in the file's metadata."""
-    license: str = ""
-    """License in the file's metadata."""
-
-
-class CheckpointConfig(Section):
-    every_steps: PositiveInt = 1000
-    """Optimizer steps between checkpoints; one is always written at the end and when interrupted."""
-    keep: Annotated[int, Field(ge=2)] = 3
-    """How many of the newest checkpoints are kept; at least 2, so that a damaged one has a forerunner."""
-    export: ExportConfig = ExportConfig()
-    """Files to publish, written by the run itself."""
 
 
 class ValidationConfig(Section):

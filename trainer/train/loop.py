@@ -8,9 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.checkpoint.manifest import MANIFEST
-from trainer.checkpoint.run_dir import checkpoint_dir, prune_checkpoints
-from trainer.checkpoint.write import write_checkpoint
+from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.config.schema import Config
 from trainer.data.augment import Augmentation
 from trainer.data.loader import BatchReader, Loader, open_loader
@@ -29,26 +27,21 @@ from trainer.optim.loss_scale import LossScale
 from trainer.optim.lr_schedule import lr_at
 from trainer.optim.optimizers import first_lr
 from trainer.parallel.comm import Comm, barrier, broadcast_object
-from trainer.parallel.heartbeat import Heartbeat, heartbeat_of_worker
+from trainer.parallel.heartbeat import heartbeat_of_worker
 from trainer.parallel.worker import LOG_DIR
 from trainer.publish.during_training import Exports
 from trainer.train.arithmetic import arithmetic_of, batch_factors
-from trainer.train.averages import (
-    averages_record,
-    follow,
-    forget_snapshots_after,
-    save_snapshot_when_due,
-    scored_weights,
-    snapshot_is_due,
-)
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
-from trainer.train.base_model import RECORD as FROZEN
 from trainer.train.build import Run, build_run, make_scorer, newest_snapshot
 from trainer.train.caption_rules import caption_rules, caption_tokenizer, run_loss_weights
-from trainer.train.checkpoint_contents import checkpoint_files
-from trainer.train.objective_state import objective_record
 from trainer.train.run_objective import describe_objective, guidance_warning
-from trainer.train.state import TrainState
+from trainer.train.saved.averages import (
+    follow,
+    forget_snapshots_after,
+    scored_weights,
+)
+from trainer.train.saved.saving import Saving
+from trainer.train.saved.state import TrainState
 from trainer.train.step import StepResult, train_step
 
 _log = logging.getLogger(__name__)
@@ -77,6 +70,7 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
             forget_snapshots_after(config.run.dir, state.step)
             outputs = _Outputs.open(stack, config, state, arithmetic.total_steps, fresh=run.state is None)
         exports = stack.enter_context(Exports(config)) if comm.rank == 0 else None
+        saving = Saving(config, run, heartbeat, lambda: exports and exports.checkpoint)
         weights = scored_weights(config.ema, run.parts)
         scorer = make_scorer(config, model, comm, run.parts.denoiser, run.prepared, weights)
         if run.state is None:
@@ -92,7 +86,15 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
             scale = state.loss_scale.scale if state.loss_scale else 1.0
             heartbeat.begin("a step", state.step)
             result = train_step(
-                run.parts, encoded, arithmetic.accumulation, batches.weight, lr_factor, stop_requested(), scale
+                run.parts,
+                encoded,
+                arithmetic.accumulation,
+                batches.weight,
+                lr_factor,
+                stop_requested(),
+                scale,
+                tell=saving.tell(),
+                before_update=saving.wait_copied,
             )
             state, unusable = state_after(state, result, batches.position_after), unusable_after(unusable, result)
             follow(run.parts, state.step, result)
@@ -103,21 +105,20 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
                 seconds, waited = time.perf_counter() - begin, loader.wait_s - waited_before
                 epoch = epochs_done(state.position, arithmetic.rows_per_bucket)
                 outputs.record(state, result, first_lr(run.parts.optimizer), seconds, waited, epoch, bad.total)
-            if done or state.step % config.checkpoint.every_steps == 0:
-                heartbeat.begin("a checkpoint", state.step)
-                _save(config, comm, run, state, exports and exports.checkpoint, must_succeed=done)
-            _save_snapshot(config, run, state, heartbeat)
+            saving.after_step(run, state, result.told, done=done)
             if bad.too_many(limit):
                 barrier(comm)  # the first worker to fail ends the others, and rank 0 may still be saving
                 raise bad.as_error(limit, config.run.dir)
             if not result.stop:
                 if due := scorer.due(state.step, at_end=done):
                     heartbeat.begin(due[-1], state.step)
+                    saving.wait_copied()  # an average may take the place of the weights
                 scorer.score_when_due(state.step, outputs and outputs.metrics, at_end=done)
             if done:
                 heartbeat.rest()
             if exports:  # after the samples, one of which is the file's thumbnail
-                exports.start_when_due(state.step, is_finished=state.step >= arithmetic.total_steps)
+                for step in saving.published():
+                    exports.start_when_due(step, is_finished=step >= arithmetic.total_steps)
             if not done and state.position.starts_epoch:
                 heartbeat.begin("new data", state.step)
                 newer = _newer_data(config, comm, state)
@@ -135,13 +136,6 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
             _draw_loss_curve(config.run.dir)
     _announce_end(config, state, arithmetic.total_steps)
     return state
-
-
-def _save_snapshot(config: Config, run: Run, state: TrainState, heartbeat: Heartbeat) -> None:
-    """Of the averages, if `ema.snapshots` asks for one now."""
-    if snapshot_is_due(config.ema, state.step):
-        heartbeat.begin("a snapshot", state.step)
-        save_snapshot_when_due(config.ema, config.run.dir, run.parts, state.step)
 
 
 def _draw_loss_curve(run_dir: Path) -> None:
@@ -263,31 +257,6 @@ def _loss_weights(config: Config, comm: Comm, prepared: PreparedSet) -> LossWeig
         return None
     found = run_loss_weights(config, prepared) if comm.rank == 0 else None
     return LossWeights.from_json(broadcast_object(comm, found and found.to_json()))
-
-
-def _save(config: Config, comm: Comm, run: Run, state: TrainState, in_use: Path | None, *, must_succeed: bool) -> None:
-    """Write the checkpoint of this step. While the run goes on, a full disk is no reason to end it.
-
-    Args:
-        in_use: a checkpoint that is to stay although it is old.
-    """
-    path = checkpoint_dir(config.run.dir, state.step)
-    if broadcast_object(comm, (path / MANIFEST).is_file()):
-        return
-    begin = time.perf_counter()
-    record = state.to_json() | averages_record(run.parts)
-    record |= objective_record(config.objective, run.parts.denoiser.objective) | {FROZEN: dict(run.frozen)}
-    whole_tensors = run.parts.strategy.whole_tensors
-    try:
-        write_checkpoint(path, checkpoint_files(run.parts), record, whole_tensors, writes=comm.rank == 0)
-    except OSError as error:
-        if must_succeed:
-            raise UserError(f"{path}: the checkpoint could not be written: {error.strerror}") from error
-        _log.warning("%s: not written (%s); training goes on, the next one is tried as usual", path, error.strerror)
-        return
-    if comm.rank == 0:
-        prune_checkpoints(config.run.dir, config.checkpoint.keep, in_use)
-        _log.info("saved %s in %.1f s", path, time.perf_counter() - begin)
 
 
 def _announce(config: Config, model: RunModel, run: Run, arithmetic: RunArithmetic, state: TrainState) -> None:

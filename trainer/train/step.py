@@ -7,7 +7,7 @@ weight count `w_i * weight_i` above the line and `w_i` below it.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,7 +52,7 @@ class StepParts:
         weigh: `all_alike`, or `by_loss_weight` where images count more or less.
         blocks: of which the gradients' norms are told; None: none.
         meet: gives a step's micro-batches with what their images get of the step's others.
-        averages: of the weights, which follow the steps by `trainer.train.averages.follow`; None: there are none.
+        averages: of the weights, which follow the steps by `trainer.train.saved.averages.follow`; None: there are none.
     """
 
     comm: Comm
@@ -79,6 +79,7 @@ class StepResult:
         bad_rows: rows that could not be read, over all workers.
         problems: this worker's among them.
         stop: any worker was asked to stop.
+        told: sums of `tell`.
         block_norms: of the gradients by block, before clipping, where they are wanted.
     """
 
@@ -88,6 +89,7 @@ class StepResult:
     bad_rows: int
     problems: tuple[RowProblem, ...]
     stop: bool
+    told: tuple[float, ...] = ()
     block_norms: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -138,6 +140,8 @@ def train_step(
     lr_factor: float,
     stop_asked: bool,
     loss_scale: float = 1.0,
+    tell: Sequence[float] = (),
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Run one optimizer step over this worker's micro-batches.
 
@@ -148,6 +152,8 @@ def train_step(
         lr_factor: learning rates of this step as a share of each part's peak.
         loss_scale: what the loss is multiplied by before the backward pass, in fp16.
         stop_asked: this worker received a signal; all workers learn of it in `StepResult.stop`.
+        tell: what else the workers add up, as many numbers on each; the sums are `StepResult.told`.
+        before_update: called before weights and optimizer change.
     """
     comm, strategy, seen = parts.comm, parts.strategy, _SeenLosses(parts.denoiser.objective.learner)
     weight_sum = 0.0
@@ -168,12 +174,14 @@ def train_step(
     parts.before_norm(loss_scale)
     names = parts.blocks.names if parts.blocks else ()
     norm, of_blocks = strategy.grad_norm(_gradients(parts), _blocks(parts), len(names))
-    told = torch.cat([torch.stack([loss_sum, norm.double()]), of_blocks, *seen.losses]).tolist()
-    (own_loss, scaled_norm), block_norms, factored = told[:2], told[2 : 2 + len(names)], told[2 + len(names) :]
+    read = torch.cat([torch.stack([loss_sum, norm.double()]), of_blocks, *seen.losses]).tolist()
+    (own_loss, scaled_norm), block_norms, factored = read[:2], read[2 : 2 + len(names)], read[2 + len(names) :]
     own_loss, lessons = seen.lessons(own_loss, factored)
-    total_loss, num_images, total_bad, stop, *lessons = sum_floats(
-        comm, [own_loss, weight_sum, float(len(problems)), float(stop_asked), *lessons]
+    total_loss, num_images, total_bad, stop, *sums = sum_floats(
+        comm, [own_loss, weight_sum, float(len(problems)), float(stop_asked), *tell, *lessons]
     )
+    told, lessons = sums[: len(tell)], sums[len(tell) :]
+    before_update()
     grad_norm = _update(parts, scaled_norm, planned_images, num_images, lr_factor, loss_scale)
     if num_images > 0 and math.isfinite(grad_norm):
         seen.learn(lessons)
@@ -184,6 +192,7 @@ def train_step(
         bad_rows=int(total_bad),
         problems=tuple(problems),
         stop=stop > 0,
+        told=tuple(told),
         block_norms={name: norm / loss_scale for name, norm in zip(names, block_norms, strict=True)},
     )
 

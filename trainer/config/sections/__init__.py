@@ -1,1 +1,1 @@
-"""Sections of the configuration that `schema.py` puts together, documented as those there are."""
+"""Sections of the configuration that fill a module of their own; `schema` puts them together."""

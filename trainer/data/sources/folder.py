@@ -22,7 +22,7 @@ from trainer.data.sources.source import OWN_MASK, MaskPlace, SourceItem
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from trainer.config.sources import FolderSource
+    from trainer.config.sections.sources import FolderSource
 
 _MASK_ENDINGS = (*sorted(EXTENSIONS), *sorted(extension.upper() for extension in EXTENSIONS))
 _EMPTY = '{"caption":""}'

@@ -24,7 +24,7 @@ from trainer.data.sources.source import OWN_MASK, SourceItem
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from trainer.config.sources import KohyaJsonSource
+    from trainer.config.sections.sources import KohyaJsonSource
 
 _LONGEST_EXTENSION = max(map(len, EXTENSIONS))
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")

@@ -28,7 +28,7 @@ from trainer.data.sources.webdataset import files_below
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from trainer.config.sources import LatentTarsSource
+    from trainer.config.sections.sources import LatentTarsSource
 
 _THREADS = 4
 _PAGE = 512

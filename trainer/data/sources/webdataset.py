@@ -20,7 +20,7 @@ from trainer.data.sources.source import OWN_MASK, MaskPlace, SourceItem, read_by
 from trainer.data.sources.tar_members import BadTar, TarMember, walk_tar
 
 if TYPE_CHECKING:
-    from trainer.config.sources import WebdatasetSource
+    from trainer.config.sections.sources import WebdatasetSource
 
 _CAPTIONS = (".txt", ".caption", ".json")
 _MOST_CAPTION_BYTES = 1 << 20
