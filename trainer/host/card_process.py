@@ -183,11 +183,13 @@ def main() -> None:
         return
     while True:
         try:
-            print(driver.read().to_line(), flush=True)
+            reading = driver.read()
+        except Exception as error:  # whatever the driver, or half a file, says: the next reading may be a good one
+            reading = Reading(None, why=str(error))
+        try:
+            print(reading.to_line(), flush=True)
         except BrokenPipeError:
             os._exit(0)
-        except ValueError:  # the file is being written
-            pass
         if interval_s is None:
             return
         driver.wait(interval_s)

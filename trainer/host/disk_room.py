@@ -31,32 +31,33 @@ def folder_bytes(folder: Path) -> int:
     return sum(Path(base, name).stat().st_size for base, _, names in os.walk(folder) for name in names)
 
 
-def require_room(run_dir: Path, checkpoint_bytes: int, held: Sequence[int], keep: int | None, to_write: int) -> None:
+def require_room(places: Sequence[Path], checkpoint_bytes: int, held: int, keep: int, to_write: int) -> None:
     """Refuse a run whose disk cannot hold the checkpoints that it keeps.
 
-    A new one is written before the oldest is deleted. Without a limit to their number, room for two is asked for.
+    A new one is written before the oldest is deleted.
 
     Args:
-        checkpoint_bytes: of the next checkpoint.
-        held: sizes of those that are there already, of this run.
-        keep: of the newest, how many stay.
-        to_write: checkpoints until the run's end.
+        places: the run's directory, and where checkpoints go if that is full; one with room suffices.
+        checkpoint_bytes: of one checkpoint.
+        held: checkpoints of this run that are there already.
+        keep: how many of the newest stay.
+        to_write: checkpoints until the run's end, at most.
 
     Raises:
         UserError: it does not suffice.
     """
     if not to_write:
         return
-    kept = keep or 1
-    new = min(to_write, max(1, kept + 1 - min(len(held), kept)))
-    needed, free = int((new + _SPARE) * checkpoint_bytes), free_bytes(run_dir)
-    if free < needed:
-        what = f"{new} more checkpoints of {told_bytes(checkpoint_bytes)} each" if new > 1 else (
-            f"the next checkpoint of {told_bytes(checkpoint_bytes)}")  # fmt: skip
-        raise UserError(
-            f"{run_dir}: its disk has {told_bytes(free)} free, and {what} need {told_bytes(needed)}: make room, lower "
-            f"checkpoint.keep, or choose another run.dir"
-        )
+    new = min(to_write, keep + 1 - min(held, keep))
+    needed, free = int((new + _SPARE) * checkpoint_bytes), max(free_bytes(place) for place in places)
+    if free >= needed:
+        return
+    size = told_bytes(checkpoint_bytes)
+    what = f"{new} more checkpoints of {size} each, and a little more," if new > 1 else f"a checkpoint of {size}"
+    raise UserError(
+        f"run.dir ({places[0]}): its disk has {told_bytes(free)} free, and {what} need {told_bytes(needed)}: "
+        "make room, lower checkpoint.keep (at least 2), or choose another place"
+    )
 
 
 @dataclass

@@ -28,6 +28,7 @@ from trainer.optim.lr_schedule import lr_at
 from trainer.optim.optimizers import first_lr
 from trainer.parallel.comm import Comm, barrier, broadcast_object
 from trainer.parallel.heartbeat import heartbeat_of_worker
+from trainer.parallel.planned_faults import act_out
 from trainer.parallel.worker import LOG_DIR
 from trainer.publish.during_training import Exports
 from trainer.train.arithmetic import arithmetic_of, batch_factors
@@ -40,6 +41,7 @@ from trainer.train.saved.averages import (
     forget_snapshots_after,
     scored_weights,
 )
+from trainer.train.saved.room import require_checkpoint_room
 from trainer.train.saved.saving import Saving
 from trainer.train.saved.state import TrainState
 from trainer.train.step import StepResult, train_step
@@ -66,6 +68,7 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
     with ExitStack() as stack:
         outputs = None
         if comm.rank == 0:
+            require_checkpoint_room(config, run.parts, state.step, arithmetic.total_steps)
             bad = forget_bad_rows_after(config.run.dir, state.step)
             forget_snapshots_after(config.run.dir, state.step)
             outputs = _Outputs.open(stack, config, state, arithmetic.total_steps, fresh=run.state is None)
@@ -85,6 +88,7 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
             encoded = encoded_batches(run.parts.denoiser.image_encoder, batches.batches)
             scale = state.loss_scale.scale if state.loss_scale else 1.0
             heartbeat.begin("a step", state.step)
+            act_out(comm.rank, state.step + 1)
             result = train_step(
                 run.parts,
                 encoded,
