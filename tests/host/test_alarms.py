@@ -1,6 +1,9 @@
 """Conditions are told once: by series of readings as a card gives them."""
 
 from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
 
 from trainer.host.alarms import Alarm, CardAlarms
 from trainer.host.card_readings import Card
@@ -68,3 +71,15 @@ def test_a_burst_of_replays_is_told_and_a_few_are_not() -> None:
 def test_a_card_that_tells_nothing_has_no_alarms() -> None:
     assert told(lambda _: Card("GPU-1"), 1000) == []
     assert told(lambda _: Card("GPU-1", lost=True, temperature_c=200), 1000) == []
+
+
+@pytest.mark.parametrize("every_s", [1, 5, 16, 30, 120, 600])
+def test_what_lasts_is_told_however_far_apart_the_readings_are(every_s: int) -> None:
+    bad = Card("GPU-1", temperature_c=95, slowed_by=("heat",), pcie_generation=4, pcie_width=4)
+    good = Card("GPU-1", temperature_c=60, pcie_generation=4, pcie_width=16, replays=0)
+    alarms, lines = CardAlarms("card 1", hot_c=85), []
+    for now in range(0, 20 * max(every_s, 60), every_s):
+        lines += alarms.add(now, replace(bad, replays=5 * now) if now > 5 * every_s else good)
+    assert len(lines) == 4
+    assert sum("packets" in line for line in lines) == sum("x4, and was at 4 x16" in line for line in lines) == 1
+    assert sum("at 95 C" in line for line in lines) == sum("slowed down by heat" in line for line in lines) == 1

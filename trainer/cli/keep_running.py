@@ -194,9 +194,10 @@ def _tell_end(
         summary |= {"cards": [asdict(card) for card in crew.in_use.cards], "steps_taken": result.steps_taken}
         if folder := write_bundle(out_dir, out_dir / "logs", summary):
             _tell(out_dir, f"logs, stacks, configuration and facts of the host are in {folder}")
-    for line in failure.message().splitlines():
-        known = failure.kind in ("user", "memory", "card")
-        print(f"sdxl-train: {line}" if known else line, file=sys.stderr)
+    known = failure.kind in ("user", "memory", "card")
+    with suppress(OSError):  # the exit code is to say why it ended, not that nobody could be told
+        for line in failure.message().splitlines():
+            print(f"sdxl-train: {line}" if known else line, file=sys.stderr)
 
 
 def _newest_name(config: Config) -> str | None:
@@ -206,7 +207,8 @@ def _newest_name(config: Config) -> str | None:
 
 def _tell(out_dir: Path, line: str) -> None:
     """On the screen and in `events.txt`, which says what happened to a run in one line each."""
-    print(f"sdxl-train: {line}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the terminal may be gone, or a file on a full disk, and the run goes on
+        print(f"sdxl-train: {line}", file=sys.stderr, flush=True)
     with suppress(OSError), (out_dir / EVENTS).open("a", encoding="utf-8") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 

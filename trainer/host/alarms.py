@@ -11,13 +11,15 @@ _LINK_FOR_S = 60.0
 _REPLAYS_FOR_S = 60.0
 MANY_REPLAYS = 50  # in a minute; a sound link has none in weeks
 _COOLER_BY_C = 4
+_FEWEST = 3  # readings that stand for a window which is shorter than they are apart
 
 
 @dataclass
 class Alarm:
     """Begins when a condition held in half of the readings of `window_s`, and ends when it did in hardly any.
 
-    Single readings say little: a card idles between two steps, a clock comes back for a second.
+    Single readings say little: a card idles between two steps, a clock comes back for a second. Where readings are far
+    apart, it takes three of them; one, if `window_s` is 0.
     """
 
     window_s: float
@@ -27,10 +29,11 @@ class Alarm:
     def begins(self, now_s: float, holds: bool) -> bool:
         """Take a reading; whether the condition begins with it."""
         self._seen.append((now_s, holds))
-        while now_s - self._seen[0][0] > self.window_s:
+        fewest = _FEWEST if self.window_s else 1
+        while len(self._seen) > fewest and now_s - self._seen[0][0] > self.window_s:
             self._seen.popleft()
         share = sum(held for _, held in self._seen) / len(self._seen)
-        is_covered = now_s - self._seen[0][0] >= 0.8 * self.window_s
+        is_covered = len(self._seen) >= fewest and now_s - self._seen[0][0] >= 0.8 * self.window_s
         if self.is_on:
             self.is_on = not (is_covered and share <= _OFF_SHARE)
             return False
@@ -101,9 +104,11 @@ class CardAlarms:
         if card.replays is None:
             return []
         self._replays.append((now_s, card.replays))
-        while now_s - self._replays[0][0] > _REPLAYS_FOR_S:
+        while len(self._replays) > 2 and now_s - self._replays[0][0] > _REPLAYS_FOR_S:
             self._replays.popleft()
-        new = card.replays - self._replays[0][1]
-        if not self._begins("replays", 0.0, now_s, new >= MANY_REPLAYS):
+        since_s, before = self._replays[0]
+        minutes = max(1.0, (now_s - since_s) / 60)
+        per_minute = round((card.replays - before) / minutes)
+        if not self._begins("replays", 0.0, now_s, per_minute >= MANY_REPLAYS):
             return []
-        return [f"{self.label}: its PCIe link had to repeat {new} packets within a minute; check riser, slot and cable"]
+        return [f"{self.label}: its PCIe link had to repeat {per_minute} packets in a minute; check riser, slot, cable"]

@@ -131,9 +131,10 @@ class HostWatch:
         if self._reader is None:
             return [], None
         reading, silent_s, lines = self._reader.latest(), self._reader.silent_s(), []
-        if silent_s > max(SILENT_AFTER_S, 3 * self._settings.every_s) and not self._told_silent:
+        is_silent = silent_s > max(SILENT_AFTER_S, 3 * self._settings.every_s)
+        if is_silent and not self._told_silent:
             lines.append(f"the cards' driver has not answered for {silent_s:.0f} s")
-        self._told_silent = silent_s > SILENT_AFTER_S
+        self._told_silent = is_silent
         with self._lock:
             in_use, alarms = self._cards, self._alarms
             self._xids += reading.xids
