@@ -1,6 +1,7 @@
 """The workers of a command and the cards that they run on, and what stays the same when they become fewer."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,10 +13,11 @@ from trainer.config.schema import Config
 from trainer.host.card_choice import CardsInUse
 from trainer.host.card_process import uses_fake_cards
 from trainer.host.card_readings import Card
-from trainer.host.cards import read_cards
+from trainer.host.cards import has_cards, read_cards
 from trainer.parallel.environment import choose_workers, detect_gpus
 
 RECORD = "cards.json"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LISTED = re.compile(r"GPU \d+: (?P<name>.*) \(UUID: (?P<uuid>GPU-[^)]+)\)")
 
 
@@ -24,7 +26,7 @@ class Crew:
     """Who works.
 
     Attributes:
-        workers: processes, one a card where `gpu`.
+        workers: processes, one a card where `gpu`; 0 where a run that began on cards finds none.
         in_use: the cards, bound by UUID: numbers change when one falls off the bus. Without any, workers take the cards
             as CUDA numbers them.
         began_with: workers that the run began with, whose images a step goes on to have.
@@ -49,15 +51,21 @@ class Crew:
 def first_crew(config: Config, task: str) -> Crew:
     """One worker for each card that is there, or as many as `launch.workers` says.
 
+    A run that began on cards does not go on without any, unless `CUDA_VISIBLE_DEVICES` hides them: a driver that is not
+    there yet, or not any more, would turn it into a run on the CPU.
+
     Raises:
         UserError: more workers than cards; but a run that began with more goes on with what is left of them.
     """
-    gpus = detect_gpus()
+    trains, gpus = task == "train", detect_gpus()
     cards = _cards(gpus)
-    if task == "train" and not gpus and uses_fake_cards():
+    if trains and not gpus and has_cards() and _VISIBLE not in os.environ:
         reading = read_cards()
         cards = tuple(card for card in (reading and reading.cards) or () if not card.lost)
-    before = _began_with(config) if task == "train" and cards else None
+        gpus = [] if uses_fake_cards() else [card.uuid for card in cards]
+    if trains and not cards and not gpus and _VISIBLE not in os.environ and _has_begun_on_cards(config):
+        return Crew(0, False, CardsInUse(()), 0)
+    before = _began_with(config) if trains and cards else None
     wanted = config.launch.workers
     if before is not None and wanted == before and len(cards) < before:
         wanted = None
@@ -100,6 +108,10 @@ def _began_with(config: Config) -> int | None:
     workers = record.get("workers")
     same = all(record.get(name, "") == value for name, value in _settings(config).items())
     return workers if isinstance(workers, int) and same else None
+
+
+def _has_begun_on_cards(config: Config) -> bool:
+    return bool(_read(config.run.dir / RECORD)) and bool(list_checkpoints(config.run.dir))
 
 
 def _settings(config: Config) -> dict[str, object]:

@@ -46,6 +46,9 @@ def keep_running(
         launch: passed on to `run_workers`.
     """
     trains = task == "train"
+    if not crew.workers:
+        _tell(out_dir, "the run began on cards, and there is none now; CUDA_VISIBLE_DEVICES= goes on without")
+        return 1
     attempts, started_ns = Attempts(checkpoint=_newest_name(config)), None
     if trains:
         _tell_at_start(config, crew, out_dir)

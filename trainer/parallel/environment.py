@@ -44,14 +44,14 @@ def detect_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 def _nvidia_smi_lines() -> list[str] | None:
     try:
-        listing = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=30, check=True
-        )
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=30)
     except FileNotFoundError:
         return None
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.strip() for line in listing.stdout.splitlines() if line.strip()]
+    lines = [line.strip() for line in listing.stdout.splitlines() if line.strip()]
+    # It may fail for one card that is gone, and still list the others.
+    return lines if not listing.returncode else [line for line in lines if line.startswith("GPU ")]
 
 
 def free_memory_bytes(environ: Mapping[str, str] = os.environ) -> int | None:
