@@ -15,7 +15,7 @@ from typing import Any
 from trainer.host.card_readings import Card, Reading, Xid, card_from, xids_of_log
 
 FAKE_CARDS = "SDXL_TRAIN_FAKE_CARDS"
-_KERNEL_LOG = Path("/dev/kmsg")
+KERNEL_LOG = "SDXL_TRAIN_KERNEL_LOG"  # another file than /dev/kmsg, for tests
 _MIB = 1 << 20
 _SLOWDOWNS = {
     0x1: "idle",
@@ -35,10 +35,10 @@ def uses_fake_cards() -> bool:
 class KernelLog:
     """New lines of the kernel's log, where this user may read it."""
 
-    def __init__(self, path: Path = _KERNEL_LOG, *, from_start: bool = False) -> None:
+    def __init__(self, *, from_start: bool = False) -> None:
         self._file: int | None = None
         with suppress(OSError):
-            self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            self._file = os.open(os.environ.get(KERNEL_LOG, "/dev/kmsg"), os.O_RDONLY | os.O_NONBLOCK)
             if not from_start:
                 os.lseek(self._file, 0, os.SEEK_END)
 
@@ -125,7 +125,9 @@ class _Driver:
             if gone:
                 return Card(uuid, known.name, known.bus, lost=True)
             temperature = None
-        reasons = self._value(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle) or 0
+        reasons = self._value(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+        if reasons is None:  # drivers before 535 have the function by its old name
+            reasons = self._value(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
         power_mw = self._value(nvml.nvmlDeviceGetPowerUsage, handle)
         memory = self._value(nvml.nvmlDeviceGetMemoryInfo, handle)
         return Card(
