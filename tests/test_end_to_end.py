@@ -98,6 +98,7 @@ def test_smoke(tmp_path: Path, model_folder: Path, photos: Path, config_file: Pa
     expected = {f"checkpoints/step-{step:08d}/{name}" for step in (3, 6, 8) for name in checkpoint_files}
     expected |= {f"samples/step-00000008/{index:02d}.png" for index in range(3)} | {"samples/step-00000008.png"}
     expected |= {"config.resolved.yaml", "metrics.jsonl", "log.txt", "loss.png", "run.lock", "logs/rank-1.log"}
+    expected |= {"host.jsonl"}
     assert names - events == expected
 
     from diffusers import UNet2DConditionModel
