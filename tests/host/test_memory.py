@@ -90,3 +90,14 @@ def test_a_slow_leak_is_foretold() -> None:
     for step in range(200, 3000, 10):
         after(flat, step, (GIB,), 20 * GIB)
     assert flat.warning() is None
+
+
+def test_copies_for_a_checkpoint_are_no_leak() -> None:
+    """Without them, a run whose share of a checkpoint is larger than the limit would start anew at each."""
+    growth = MemoryGrowth(RecycleRule(8 * GIB, 2 * GIB))
+    for step in range(200, 210):
+        assert growth.add(step * 5.0, step, HostMemory(99 * GIB, 128 * GIB, (GIB,)), 10 * GIB) is None
+    for step in range(210, 300):  # the first save, and what is kept of it
+        assert growth.add(step * 5.0, step, HostMemory(GIB, 128 * GIB, (11 * GIB,)), 10 * GIB) is None
+    why = growth.add(1500.0, 300, HostMemory(99 * GIB, 128 * GIB, (20 * GIB,)), 10 * GIB)
+    assert why == "worker 0 has grown by 9.0 GiB"

@@ -66,8 +66,11 @@ def wish_of(watch: HostWatch, process_ids: list[int], steps: int) -> HostWish:
 def test_a_lost_card_is_noticed_while_workers_run(tmp_path: Path, cards_file: Path) -> None:
     told: list[str] = []
     with watching(tmp_path, RecycleRule(0, 0), told) as watch:
-        time.sleep(0.5)
+        while not (watch._reader and watch._reader.latest().cards):
+            time.sleep(0.01)
         assert watch.look([os.getpid()], 0) is None
+        while not (tmp_path / RECORD).exists():
+            time.sleep(0.01)
         write_cards(cards_file, {"uuid": "GPU-a"}, {"uuid": "GPU-b", "lost": True})
         assert wish_of(watch, [os.getpid()], 0) == HostWish(
             "the card of worker 1 (GPU-b) is gone from the bus", "GPU-b"

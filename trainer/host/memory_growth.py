@@ -48,18 +48,20 @@ class MemoryGrowth:
     _stride: int = 1
     _seen: int = 0
 
-    def add(self, now_s: float, steps_taken: int, memory: HostMemory) -> str | None:
+    def add(self, now_s: float, steps_taken: int, memory: HostMemory, copies: int = 0) -> str | None:
         """Take a reading; returns why the workers should start anew, in words, or None.
 
         Args:
             steps_taken: since these workers were started.
+            copies: bytes that a worker may hold while a checkpoint is written, and keep for the next one: no leak, and
+                there again after a new start.
         """
         if steps_taken < self.settled_after_steps:
             return None
         if len(self._settling) < _LEVEL_OF:
             self._settling.append(memory.by_worker)
         self._keep(now_s, steps_taken, memory)
-        grown = self._grown(memory)
+        grown = [bytes_ - copies for bytes_ in self._grown(memory)]
         return self._too_much(grown) or self._too_little_left(grown, memory)
 
     def _keep(self, now_s: float, steps_taken: int, memory: HostMemory) -> None:

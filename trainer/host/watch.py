@@ -23,6 +23,7 @@ from trainer.host.process_memory import HostMemory, read_memory
 RECORD = "host.jsonl"
 _RECORD_EVERY_S = 60.0
 _MIB = 1 << 20
+_COPIES_SHARE = 2  # of its tensors: pinned memory comes in powers of two
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class HostWatch:
     def _look_at_memory(self, now: float, memory: HostMemory | None, steps: int, growth: MemoryGrowth) -> list[str]:
         if memory is None:
             return []
-        why = growth.add(now, steps, memory)
+        why = growth.add(now, steps, memory, self._copies(len(memory.by_worker)))
         if why:
             with self._lock:
                 if growth is self._growth:
@@ -167,6 +168,14 @@ class HostWatch:
         warning = None if self._told_growth else growth.warning()
         self._told_growth = self._told_growth or warning is not None
         return [warning] if warning else []
+
+    def _copies(self, workers: int) -> int:
+        """What a worker's share of a checkpoint may take of its memory."""
+        try:
+            newest = self._settings.newest_checkpoint()
+            return _COPIES_SHARE * folder_bytes(newest) // max(1, workers) if newest else 0
+        except OSError:
+            return 0
 
     def _look_at_disk(self, lines: list[str]) -> int | None:
         try:

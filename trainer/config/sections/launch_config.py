@@ -24,8 +24,8 @@ class LaunchConfig(Section):
     """When a card is gone from the bus, has broken memory, or its worker alone fails twice in a row, go on without it,
     with the same images in each step; the command's next start takes all cards that are there. `false`: end."""
     recycle_at_growth_gib: Annotated[float, Field(ge=0)] = 8.0
-    """When a worker, with its readers, holds so many GiB more memory than after its first 200 steps, all workers save,
-    end and start again, which changes nothing of the result. 0: never."""
+    """When a worker, with its readers, holds so many GiB more memory than after its first 200 steps, the copies for a
+    checkpoint aside, all workers save, end and start again, which changes nothing of the result. 0: never."""
     recycle_at_free_gib: Annotated[float, Field(ge=0)] = 2.0
     """The same when the host has fewer GiB left than this and the workers have grown by at least a quarter of it. 0:
     never."""
