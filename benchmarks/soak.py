@@ -3,7 +3,7 @@
     python benchmarks/soak.py --faults 50 --strategy ddp
 
 Faults come at random moments, of which some lie in the start of the workers and some within a save: SIGKILL of a
-worker, of all workers, of the whole command (which is then given again, as a service manager does), SIGSTOP of a worker,
+worker, of all workers, of the whole command (which is then given again, as a service manager does), SIGSTOP of one,
 and a flipped bit in the newest checkpoint before the command is given again. Each is told with the seconds until the
 line about it and until the next step. At the end weights, averages and optimizer are compared byte for byte.
 
@@ -246,7 +246,7 @@ def elastic(arguments: argparse.Namespace, folder: Path) -> bool:
 
 
 def memory(arguments: argparse.Namespace, folder: Path) -> bool:
-    """The slope of each process's memory after the first tenth of the steps, by least squares, in MB per 1,000 steps."""
+    """The slope of each process's memory after a tenth of the steps, by least squares, in MB per 1,000 steps."""
     run_dir, steps = folder / "run", arguments.memory_steps
     command = Command([*settings(arguments, run_dir, steps), "checkpoint.every_steps=2000"], run_dir)
     samples: dict[str, list[tuple[int, float]]] = {}
