@@ -267,7 +267,10 @@ class Disk:
             file.live[offset : offset + len(added)] = added
         elif kind == "sync":
             node = self._at(path)
-            node.flushed = dict(node.live) if isinstance(node, _Folder) else bytes(node.live)
+            if isinstance(node, _Folder):
+                node.flushed = dict(node.live)
+            else:
+                node.flushed = bytes(node.live)
         elif kind == "rename":
             self._holder(data).live[Path(data).name] = self._holder(path).live.pop(name)
         elif kind in ("unlink", "rmtree"):

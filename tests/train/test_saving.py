@@ -91,3 +91,19 @@ def test_only_at_the_end_it_is_an_error(
     with pytest.raises(UserError, match=r"step-00000003: the checkpoint could not be written: Not a directory"):
         watched_run(configured(3, every="never", every_steps=1))
     assert "step-00000001: not written (Not a directory); training goes on" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["disk_full", "disk_gone"])
+def test_a_disk_that_fails_once_costs_one_checkpoint(
+    configured: Callable[..., Config],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    monkeypatch.setenv("FAULT", f"{kind}@0:4")
+    watched_run(configured(8, every="never", every_steps=2, keep=9))
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path / "run")] == [2, 6, 8]
+    said = "No space left on device" if kind == "disk_full" else "Input/output error"
+    assert f"step-00000004: not written ({said}); training goes on, the next one is tried as usual" in caplog.text
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.suffix == ".tmp"]

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from trainer.checkpoint.pieces import FileLayout, Piece, bytes_of, lay_out
 from trainer.checkpoint.write import TensorFile, publish_folder
+from trainer.faults import planned
 
 _log = logging.getLogger(__name__)
 _SMALL_BYTES = 64 << 10
@@ -78,8 +79,8 @@ class Saver:
         self._publishing: threading.Thread | None = None
         self._reason: Exception | None = None
 
-    def begin(self, folders: Sequence[Folder]) -> None:
-        """Start saving; what is copied must not change until `wait_copied` has returned.
+    def begin(self, folders: Sequence[Folder], step: int = 0) -> None:
+        """Start saving after `step` steps; what is copied must not change until `wait_copied` has returned.
 
         All workers call it with the same folders, in phase "idle".
         """
@@ -89,7 +90,7 @@ class Saver:
         self.folders, self.phase = folders, "writing"
         places = [self._temporary(folder) for folder in folders]
         files = [(place / f.name, f) for place, folder in zip(places, folders, strict=True) for f in folder.files]
-        self._work = _Work(self._rank, self._world, self._device, files, self._staging_bytes)
+        self._work = _Work(self._rank, self._world, self._device, files, self._staging_bytes, step)
 
     def _temporary(self, folder: Folder) -> Path:
         return folder.path.with_name(f"{folder.path.name}.{self._token}-{self._count}.tmp")
@@ -214,9 +215,10 @@ class _Work:
         device: torch.device,
         files: Sequence[tuple[Path, TensorFile]],
         staging_bytes: int | None,
+        step: int,
     ) -> None:
         """Start them. `files`: each with the place where it is written."""
-        self._device, self._begins_files = device, rank == 0
+        self._rank, self._step, self._device, self._begins_files = rank, step, device, rank == 0
         self._jobs = [(place, file, lay_out(file, rank, world)) for place, file in files]
         mine = bytes_of([layout for _, _, layout in self._jobs])
         self._room = _Room(mine if staging_bytes is None else min(mine, staging_bytes))
@@ -261,6 +263,7 @@ class _Work:
                 descriptors.append(self._open(path, file, layout))
             while (job := self._full.get()) is not None:
                 number, piece, buffer = job
+                _fail_if_planned(self._rank, self._step)
                 _require_finite(self._jobs[number][1].name, piece, buffer)
                 _write_all(descriptors[number], buffer.numpy().data, piece.offset)
                 self._room.give_back(piece.num_bytes)
@@ -304,6 +307,13 @@ def _buffer(num_bytes: int, *, pinned: bool) -> Tensor:
     if pinned or num_bytes < _SMALL_BYTES:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
     return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+
+
+def _fail_if_planned(rank: int, step: int) -> None:
+    """As a disk does that is full, or gone."""
+    for kind, number in (("disk_full", errno.ENOSPC), ("disk_gone", errno.EIO)):
+        if planned(kind, rank, step) is not None:
+            raise OSError(number, os.strerror(number))
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -103,7 +103,7 @@ class Saving:
     def _begin(self, folders: list[Folder], step: int) -> None:
         self._again, self._begun_s, self._begun_step, self._waited_s = False, time.monotonic(), step, 0.0
         self._told_late = False
-        self._saver.begin(folders)
+        self._saver.begin(folders, step)
 
     def _finish_run(self, state: TrainState) -> None:
         """Wait for the last checkpoint; if it fails, try the fallback folder."""
