@@ -1,4 +1,26 @@
-"""The exceptions that a user may see: a mistake that the user can mend, and memory that does not suffice."""
+"""The exceptions that a user may see, and how text from outside is shown: nothing in it steers the terminal."""
+
+import unicodedata
+
+MOST_OF_A_LINE = 2000
+_STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, marks of direction, half characters (bad file names), line breaks
+
+
+def printable(text: str, most: int = 200) -> str:
+    r"""Text of unknown origin for the screen or a log, on one line: what steers is shown as `\x1b`, `\u202e`, `\n`.
+
+    Args:
+        most: characters of `text` that are shown; what is cut off is told by an ellipsis.
+    """
+    cut = text[:most]
+    if not cut.isprintable():
+        cut = "".join(_escape(character) for character in cut)
+    return cut if len(text) <= most else cut + "..."
+
+
+def _escape(character: str) -> str:
+    steers = unicodedata.category(character) in _STEERS
+    return ascii(character)[1:-1] if steers else character
 
 
 class UserError(Exception):
@@ -6,12 +28,16 @@ class UserError(Exception):
 
     Args:
         lines: one problem per line, each naming the place, the value, the rule and, where there is
-            one, the mend. Never a traceback.
+            one, the mend. Never a traceback. What they quote may come from outside, so they are made printable here.
     """
 
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = lines
+        self.lines = tuple(printable(line, MOST_OF_A_LINE) for line in lines)
+        super().__init__("\n".join(self.lines))
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        """Between processes the lines stay what they are; one text of them would be one line."""
+        return type(self), self.lines
 
 
 class OutOfMemory(Exception):

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from trainer.config.ema_config import EmaConfig
 from trainer.config.objective_config import ObjectiveConfig
+from trainer.config.sections.limits_config import LimitsConfig
 from trainer.config.sources import Source
 from trainer.config.values import (
     Count,
@@ -385,3 +386,5 @@ class Config(Section):
     """What is held where."""
     log: LogConfig = LogConfig()
     """Records of the run."""
+    limits: LimitsConfig = LimitsConfig()
+    """What is read of files from outside; see `docs/untrusted-files.md`."""

@@ -1,0 +1,1 @@
+"""Sections of the configuration that are not in `schema.py`."""
