@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from trainer.errors import UserError, printable
 
 __all__ = [
+    "DEFAULT_LIMITS",
     "Limits",
     "Refused",
     "deadline",
@@ -50,6 +51,9 @@ class Limits:
     archive_members: int = 100_000
     folder_depth: int = 64
     seconds_per_file: float = 60.0
+
+
+DEFAULT_LIMITS = Limits()
 
 
 class Refused(UserError):
@@ -114,7 +118,7 @@ def read_text(path: Path, most_bytes: int, encoding: str = "utf-8-sig") -> str:
         raise Refused(f"{path}:{line}: not {name} text (byte 0x{error.object[error.start]:02x})") from None
 
 
-def read_json(path: Path, limits: Limits = Limits(), *, most_bytes: int | None = None) -> Any:
+def read_json(path: Path, limits: Limits = DEFAULT_LIMITS, *, most_bytes: int | None = None) -> Any:
     """The value in a JSON file of at most `most_bytes`, else `limits.json_bytes`.
 
     Raises:
