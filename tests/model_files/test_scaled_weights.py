@@ -24,7 +24,9 @@ def single_file(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def scaled(tensors: dict[str, torch.Tensor], prefix: str, scale: str) -> dict[str, torch.Tensor]:
     """One matrix of a part as ComfyUI's scaled files have it."""
-    name = next(name for name in tensors if name.startswith(prefix) and tensors[name].ndim > 1 and "emb" not in name)
+    name = next(
+        name for name in tensors if name.startswith(prefix) and tensors[name].ndim > 1 and "embedding" not in name
+    )
     factor = tensors[name].float().abs().max() / 448
     changed = {name: (tensors[name].float() / factor).to(torch.float8_e4m3fn)}
     return tensors | changed | {f"{name.removesuffix('.weight')}.{scale}": factor.reshape(1)}
