@@ -1,4 +1,39 @@
-"""The exceptions that a user may see: a mistake that the user can mend, and memory that does not suffice."""
+"""The exceptions that a user may see, and how text from outside is shown: nothing in it steers the terminal."""
+
+import json
+import unicodedata
+
+MOST_OF_A_LINE = 2000
+_STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, marks of direction, half characters (bad file names), line breaks
+
+
+def printable(text: str, most: int = 200) -> str:
+    r"""Text of unknown origin for the screen or a log, on one line: what steers is shown as `\x1b`, `\u202e`, `\n`.
+
+    Args:
+        most: characters of `text` that are shown; what is cut off is told by an ellipsis.
+    """
+    cut = text[:most]
+    if not cut.isprintable():
+        cut = "".join(_escape(character) for character in cut)
+    return cut if len(text) <= most else cut + "..."
+
+
+def printable_lines(text: str) -> str:
+    """Text with line breaks of its own, each line of it as by `printable`, of any length."""
+    return text if text.isprintable() else "\n".join(printable(line, len(line)) for line in text.split("\n"))
+
+
+def json_text(value: object) -> str:
+    """JSON for a person or a program, indented; texts in it steer no terminal, and are the same once it is read."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    steering = {c for c in set(text) if c != "\n" and unicodedata.category(c) in _STEERS}
+    return text.translate({ord(c): json.dumps(c)[1:-1] for c in steering})
+
+
+def _escape(character: str) -> str:
+    steers = unicodedata.category(character) in _STEERS
+    return ascii(character)[1:-1] if steers else character
 
 
 class UserError(Exception):
@@ -6,12 +41,16 @@ class UserError(Exception):
 
     Args:
         lines: one problem per line, each naming the place, the value, the rule and, where there is
-            one, the mend. Never a traceback.
+            one, the mend. Never a traceback. What they quote may come from outside, so they are made printable here.
     """
 
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = lines
+        self.lines = tuple(printable(line, MOST_OF_A_LINE) for line in lines)
+        super().__init__("\n".join(self.lines))
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        """Between processes the lines stay what they are; one text of them would be one line."""
+        return type(self), self.lines
 
 
 class OutOfMemory(Exception):

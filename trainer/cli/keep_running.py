@@ -13,7 +13,7 @@ from trainer.checkpoint.run_dir import RESOLVED_CONFIG, list_checkpoints
 from trainer.cli.crew import Crew, config_of, note_crew
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
-from trainer.errors import UserError
+from trainer.errors import UserError, printable_lines
 from trainer.host.bundle import write_bundle
 from trainer.host.card_choice import choose_cards, suspected_rank
 from trainer.host.cards import read_cards
@@ -199,7 +199,7 @@ def _tell_end(
             _tell(out_dir, f"logs, stacks, configuration and facts of the host are in {folder}")
     known = failure.kind in ("user", "memory", "card")
     with suppress(OSError):  # the exit code is to say why it ended, not that nobody could be told
-        for line in failure.message().splitlines():
+        for line in printable_lines(failure.message()).split("\n"):
             print(f"sdxl-train: {line}" if known else line, file=sys.stderr)
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from trainer import __version__
-from trainer.errors import UserError
+from trainer.errors import UserError, printable
 
 COMMANDS = {
     "train": "train from a config; the word may be left out",
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        print(f"sdxl-train: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        print(f"sdxl-train: {printable(str(error.filename or 'writing'))}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

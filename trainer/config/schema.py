@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 from trainer.config.sections.checkpoint_config import CheckpointConfig
 from trainer.config.sections.ema_config import EmaConfig
 from trainer.config.sections.launch_config import LaunchConfig
+from trainer.config.sections.limits_config import LimitsConfig
 from trainer.config.sections.objective_config import ObjectiveConfig
 from trainer.config.sections.sources import Source
 from trainer.config.values import (
@@ -343,3 +344,5 @@ class Config(Section):
     """What is held where."""
     log: LogConfig = LogConfig()
     """Records of the run."""
+    limits: LimitsConfig = LimitsConfig()
+    """What is read of files from outside; see `docs/untrusted-files.md`."""

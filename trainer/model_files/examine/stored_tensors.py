@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.model_files.components import CONFIGS_KEY, name_in_module, told_config
-from trainer.model_files.diffusers_folder import read_json, weight_files
+from trainer.model_files.diffusers_folder import object_or_nothing, weight_files
 from trainer.model_files.examine.identify import Identity, identify
 from trainer.model_files.header import Header, read_header
 from trainer.model_files.key_map import COMPONENTS, PREFIXES, UNET_PREFIX, KeyEntry, block_of, single_file_keys
@@ -193,7 +193,7 @@ def _table_of(header: Header) -> tuple[str, dict[str, KeyEntry]]:
 
 def _component_files(folder: Path, component: str) -> tuple[StoredFile, ...]:
     component = component if component in COMPONENTS else "other"
-    table = _table(component, read_json(folder / "config.json"))
+    table = _table(component, object_or_nothing(folder / "config.json"))
     files = []
     for path in weight_files(folder):
         header = read_header(path)

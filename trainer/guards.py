@@ -1,0 +1,219 @@
+"""The guards that every byte from outside passes: kind of file, size, depth, number; printable text; nothing runs.
+
+Whoever reads a file that a user may have downloaded opens it here. Standard library alone.
+"""
+
+import json
+import math
+import os
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from trainer.errors import UserError, printable
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "Limits",
+    "Refused",
+    "deadline",
+    "open_regular",
+    "parse_json",
+    "printable",
+    "read_bytes",
+    "read_json",
+    "read_text",
+]
+
+MOST_DIGITS = 40  # of a whole number in JSON; converting thousands of digits takes seconds
+_JSON_DEPTH, _JSON_ITEMS = 64, 1_500_000  # each item costs up to 100 bytes of memory
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is read of files from outside, at most; the section `limits` of the configuration, which documents each."""
+
+    image_bytes: int = 512 << 20
+    image_pixels: int = 100_000_000
+    caption_bytes: int = 1 << 20
+    json_bytes: int = 256 << 20
+    json_depth: int = _JSON_DEPTH
+    json_items: int = 10_000_000
+    header_bytes: int = 32 << 20
+    config_bytes: int = 1 << 20
+    tokenizer_bytes: int = 16 << 20
+    vocabulary: int = 200_000
+    pickle_bytes: int = 64 << 20
+    archive_members: int = 100_000
+    folder_depth: int = 64
+    seconds_per_file: float = 60.0
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class Refused(UserError):
+    """Bytes from outside that break a rule; one line, `FILE: what; rule`."""
+
+
+def open_regular(path: Path, most_bytes: int | None = None) -> BinaryIO:
+    """Open a file for reading, if it is one: a FIFO would wait for ever, and a device gives bytes without end.
+
+    A link to a regular file is as good as the file.
+
+    Raises:
+        Refused: it is something else, or larger than `most_bytes`.
+        OSError: it is not there, or cannot be read.
+    """
+    _require_regular(path, path.stat(), most_bytes)  # opening alone may already do something to a device
+    # What was put there in the meantime does not block either.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _require_regular(path, os.fstat(descriptor), most_bytes)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _require_regular(path: Path, found: os.stat_result, most_bytes: int | None) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        raise Refused(f"{path}: is {kinds.get(stat.S_IFMT(found.st_mode), 'a device')}, not a regular file")
+    if most_bytes is not None and found.st_size > most_bytes:
+        raise Refused(f"{path}: has {found.st_size:,} bytes; at most {most_bytes:,} are read")
+
+
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """All of a regular file.
+
+    Raises:
+        Refused: it is no regular file, or larger than `most_bytes`.
+        OSError: it is not there, or cannot be read.
+    """
+    with open_regular(path, most_bytes) as stream:
+        data = stream.read(most_bytes + 1)
+    if len(data) > most_bytes:  # it grew, or is of a kind that tells no size, as in /proc
+        raise Refused(f"{path}: has more than {most_bytes:,} bytes; no more are read")
+    return data
+
+
+def read_text(path: Path, most_bytes: int, encoding: str = "utf-8-sig") -> str:
+    """All of a regular text file.
+
+    Raises:
+        Refused: as `read_bytes`, or it is not in this encoding.
+        OSError: it is not there, or cannot be read.
+    """
+    data = read_bytes(path, most_bytes)
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1  # without the mark that may stand before the text
+        name = encoding.upper().removesuffix("-SIG")
+        raise Refused(f"{path}:{line}: not {name} text (byte 0x{error.object[error.start]:02x})") from None
+
+
+def read_json(path: Path, limits: Limits = DEFAULT_LIMITS, *, most_bytes: int | None = None) -> Any:
+    """The value in a JSON file of at most `most_bytes`, else `limits.json_bytes`.
+
+    Raises:
+        Refused: as `read_bytes` and `parse_json`.
+        OSError: it is not there, or cannot be read.
+    """
+    most = limits.json_bytes if most_bytes is None else most_bytes
+    data = read_bytes(path, most)
+    return parse_json(data, str(path), most_bytes=most, most_depth=limits.json_depth, most_items=limits.json_items)
+
+
+def parse_json(
+    data: bytes, where: str, *, most_bytes: int, most_depth: int = _JSON_DEPTH, most_items: int = _JSON_ITEMS
+) -> Any:
+    """The value of a JSON text; time and memory are bounded before the parser sees it.
+
+    Args:
+        where: the place that a refusal names: a file, a file's header, a line of a file.
+        most_depth: levels of lists and objects inside one another.
+        most_items: entries of all lists and objects together, which memory goes by.
+
+    Raises:
+        Refused: a limit is passed; it is not UTF-8 or not JSON; a name stands twice in an object; a number is not
+            finite or of more than 40 digits.
+    """
+    if len(data) > most_bytes:
+        raise Refused(f"{where}: its JSON has {len(data):,} bytes; at most {most_bytes:,} are read")
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if data.count(b'"') > 4 * most_items + 4:
+        raise Refused(f"{where}: its JSON holds more than {most_items:,} values; no more are read")
+    marks = _marks_outside_texts(data)
+    if _depth(marks) > most_depth:
+        raise Refused(f"{where}: its JSON is nested more than {most_depth} levels deep")
+    if sum(marks.count(mark) for mark in (b",", b"[", b"{")) > most_items:
+        raise Refused(f"{where}: its JSON holds more than {most_items:,} values; no more are read")
+    try:
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_without_doubles,
+            parse_int=_bounded_int,
+            parse_float=_finite,
+            parse_constant=_no_constant,
+        )
+    except UnicodeDecodeError as error:
+        raise Refused(f"{where}: not UTF-8 (byte 0x{data[error.start]:02x} at {error.start:,})") from None
+    except ValueError as error:
+        raise Refused(f"{where}: not valid JSON ({printable(str(error))})") from None
+
+
+def _marks_outside_texts(data: bytes) -> bytes:
+    """Commas and brackets that are no part of a text, in their order."""
+    unescaped = data.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in data else data
+    others = bytes(byte for byte in range(256) if byte not in b',[]{}"')
+    return b"".join(unescaped.translate(None, others).split(b'"')[::2])
+
+
+def _depth(marks: bytes) -> int:
+    steps = [0] * 256
+    for opens, closes in (b"[]", b"{}"):
+        steps[opens], steps[closes] = 1, -1
+    return max(accumulate(map(steps.__getitem__, marks.replace(b",", b""))), default=0)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        seen = set[str]()
+        double = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the name {printable(double, 60)} stands twice in it")
+    return content
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{printable(text, 40)} is not a finite number")
+    return number
+
+
+def _no_constant(word: str) -> float:
+    raise ValueError(f"{word} is not a finite number")
+
+
+def deadline(seconds: float, where: str) -> Callable[[], None]:
+    """A function to call between pieces of work on one file; it raises Refused when `seconds` have passed."""
+    end = time.monotonic() + seconds
+
+    def check() -> None:
+        if time.monotonic() > end:
+            raise Refused(f"{where}: takes longer than {seconds:g} s to read; left")
+
+    return check
