@@ -81,8 +81,7 @@ def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str
         _tell(out_dir, verdict.line)
     if result.failure is not None:
         for line in result.failure.message().splitlines():
-            known = result.failure.kind in ("user", "memory")
-            print(f"sdxl-train: {line}" if known else line, file=sys.stderr)
+            print(f"sdxl-train: {line}" if result.failure.is_told else line, file=sys.stderr)
     return result.exit_code
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from trainer.parallel.launch import WorkersResult
 
 MOST_MEMORY_ATTEMPTS = 8
+_GOES_BACK = ("numerics", "corrupt")  # failures whose words name the checkpoint from which the next start goes on
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 300.0
 
 
@@ -59,17 +60,19 @@ def judge(
         return Verdict(replace(attempts, memory=attempts.memory + 1), 0.0, f"{failure.text}; trying again with less")
     if not most_fruitless:
         return Verdict(None)
-    if not result.steps_taken and failure.kind not in ("signal", "hang"):
+    if not result.steps_taken and failure.kind not in ("signal", "hang", *_GOES_BACK):
         return Verdict(None, 0.0, "no step was taken before that, so that another start would end alike")
     fruitless = 1 if newest != attempts.checkpoint else attempts.fruitless + 1
     if fruitless > most_fruitless:
         return Verdict(None, 0.0, f"{most_fruitless} starts in a row brought no new checkpoint; giving up")
     following = replace(attempts, restarts=attempts.restarts + 1, fruitless=fruitless, checkpoint=newest)
-    return _again(following, failure.message().splitlines()[0].removesuffix(":"), most_fruitless)
+    words = failure.message().splitlines()[0].removesuffix(":")
+    if failure.kind in _GOES_BACK:
+        return _again(following, words, most_fruitless, "there")
+    return _again(following, words, most_fruitless, f"from {newest}" if newest else "from the start")
 
 
-def _again(attempts: Attempts, words: str, most_fruitless: int) -> Verdict:
+def _again(attempts: Attempts, words: str, most_fruitless: int, place: str) -> Verdict:
     pause_s = min(_FIRST_PAUSE_S * 2 ** (attempts.fruitless - 1), _LONGEST_PAUSE_S)
-    place = f"from {attempts.checkpoint}" if attempts.checkpoint else "from the start"
     count = f"{attempts.fruitless} of {most_fruitless} without a new checkpoint"
     return Verdict(attempts, pause_s, f"{words}; starting again {place} in {pause_s:.0f} s ({count})")
