@@ -12,8 +12,8 @@ class GuardConfig(Section):
 
     spike_sigma: Annotated[float, Field(ge=0)] = 6.0
     """A step is skipped, on all workers, if its loss or gradient norm lies more than so many standard deviations (of
-    the logarithms) above the mean of the latest `window` steps, and above twice of it. 0: only a loss or gradients that
-    are not finite are. What was skipped, with the images' keys, is in `skipped.jsonl` in `run.dir`."""
+    the logarithms) above the mean of the latest `window` steps, the loss also above twice of it, the norm above four
+    times. 0: only a loss or gradients that are not finite are. `skipped.jsonl` in `run.dir` has the images' keys."""
     window: Annotated[int, Field(ge=16, le=65536)] = 128
     """Steps that are looked back on; nothing is called a spike before half as many are known. After a roll-back, at
     most so many steps of data are left out."""

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 IN_A_ROW = 3
 """Skipped steps in a row after which the run goes back: one comes of a bad batch or of a card's slip, three do not."""
-_LEAST_RISE = math.log(2.0)  # in large batches 6 standard deviations are a few percent, which do no harm
+# In large batches 6 standard deviations are a few percent, which do no harm; and long gradients are clipped as well.
+_LEAST_RISE_OF_LOSS, _LEAST_RISE_OF_NORM = math.log(2.0), math.log(4.0)
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class NumericsGuard:
             return Verdict(f"{which} not finite", is_fault=not rules.in_fp16)
         if not rules.sigma:
             return TAKEN
-        loss_limit = self._limit(rules, [step.loss for step in self.taken], images)
-        norm_limit = self._limit(rules, [step.norm for step in self.taken], images)
+        loss_limit = self._limit(rules, [step.loss for step in self.taken], images, _LEAST_RISE_OF_LOSS)
+        norm_limit = self._limit(rules, [step.norm for step in self.taken], images, _LEAST_RISE_OF_NORM)
         reasons = [
             f"{name} {value:.4g}, above {limit:.4g}"
             for name, value, limit in (("loss", loss, loss_limit), ("gradient norm", norm, norm_limit))
@@ -104,7 +105,7 @@ class NumericsGuard:
             return self
         return NumericsGuard((*self.taken, step)[-rules.window :])
 
-    def _limit(self, rules: GuardRules, values: Sequence[float], images: float) -> float:
+    def _limit(self, rules: GuardRules, values: Sequence[float], images: float, least_rise: float) -> float:
         """Of a step with so many images; infinite where half a window is not known yet."""
         # What is not above 0, as the loss of contrastive objectives may be, is no spike, and has no logarithm.
         logs = [math.log(value) for value in values if value > 0]
@@ -115,7 +116,7 @@ class NumericsGuard:
         # A mean over fewer images, such as the last ones of an epoch, strays farther, and its gradient is longer.
         usual = math.fsum(step.images for step in self.taken) / len(self.taken)
         wider = math.sqrt(max(usual / images, 1.0))
-        height = mean + math.log(wider) + max(rules.sigma * deviation * wider, _LEAST_RISE)
+        height = mean + math.log(wider) + max(rules.sigma * deviation * wider, least_rise)
         return math.exp(height) if height < 700 else math.inf
 
     def to_json(self) -> dict[str, Any]:
