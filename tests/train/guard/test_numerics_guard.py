@@ -23,7 +23,7 @@ def known(steps: int = 128, seed: int = 0) -> NumericsGuard:
     """One that has seen so many healthy steps."""
     random, guard = np.random.default_rng(seed), NumericsGuard()
     for step in range(steps):
-        guard, verdict = after(guard, step, *np.exp(random.normal([-2.0, 0.0], 0.2)).tolist())
+        guard, verdict = after(guard, step, *np.exp(random.normal([-2.0, 0.0], 0.3)).tolist())
         assert not verdict.reason
     return guard
 

@@ -29,7 +29,6 @@ from trainer.train.step import StepParts
 CARD_FAULTS = "card_faults.json"  # in the run directory: whose weights were others, and when
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20  # words that are hashed at once: 8 MiB for each step of the arithmetic
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _STEP = 0x2545F4914F6CDD1D  # odd
 
 
@@ -37,20 +36,27 @@ _STEP = 0x2545F4914F6CDD1D  # odd
 def tensors_hash(tensors: Iterable[Tensor], device: torch.device) -> int:
     """64 bits that hang on every bit of all tensors, computed where they lie and waited for once.
 
-    Each word times an odd number of its own, summed modulo 2^64: one flipped bit always changes the sum, and several
-    cancel out by chance alone; the order in which a device adds changes nothing, as it would in floats.
+    Each word of 32 bits times an odd number of its own, summed modulo 2^64: one flipped bit always changes the sum, and
+    several cancel out by chance alone; the order in which a device adds changes nothing, as it would in floats.
 
     Args:
         device: where most of them are.
     """
     total = torch.zeros((), dtype=torch.int64, device=device)
     for tensor in tensors:
-        words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
+        words = _words(tensor.detach().contiguous().view(-1).view(torch.uint8))
         for begin in range(0, len(words), _CHUNK):
             part = words[begin : begin + _CHUNK].to(torch.int64)
             part = part * _odd_numbers(part.device)[: len(part)]
             total = total * _STEP + part.sum().to(device)
     return int(total)
+
+
+def _words(content: Tensor) -> Tensor:
+    """Bytes as int32 [n], or as they are where there is a rest."""
+    if content.numel() % 4:
+        return content
+    return (content.clone() if content.storage_offset() % 4 else content).view(torch.int32)
 
 
 @cache
