@@ -112,10 +112,10 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
                 seconds, waited = time.perf_counter() - begin, loader.wait_s - waited_before
                 epoch = epochs_done(state.position, arithmetic.rows_per_bucket)
                 outputs.record(state, result, first_lr(run.parts.optimizer), seconds, waited, epoch, bad.total)
-            watch.react(state, result, arithmetic.rows_per_bucket)
+            watch.react(state, result, arithmetic.rows_per_bucket, saving.settle)
             if replicas.due(state.step):
                 heartbeat.begin("a comparison of weights", state.step)
-                replicas.compare(state.step)
+                replicas.compare(state.step, saving.settle)
             saving.after_step(run, state, result.told, done=done)
             if bad.too_many(limit):
                 barrier(comm)  # the first worker to fail ends the others, and rank 0 may still be saving

@@ -115,11 +115,11 @@ def test_a_run_that_is_resumed_with_other_workers_decides_alike(
     tmp_path: Path, model_folder: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four workers for 9 steps; three for the rest, or one: the same limits, the same step is skipped."""
-    config = config_of(model_folder, prepared, tmp_path / "three", 4, steps=9)
+    config = config_of(model_folder, prepared, tmp_path / "three", 4, steps=9, optimizer=SMOOTH)
     assert started(config) == 0
-    straight = config_of(model_folder, prepared, tmp_path / "straight", steps=12)
+    straight = config_of(model_folder, prepared, tmp_path / "straight", optimizer=SMOOTH)
     monkeypatch.setenv(FAULT, "loss_spike@*:11:1e3")
-    assert started(config_of(model_folder, prepared, tmp_path / "three", 3, steps=12)) == 0
+    assert started(config_of(model_folder, prepared, tmp_path / "three", 3, optimizer=SMOOTH)) == 0
     watched_run(straight)
     (alone,), by_three = skipped(tmp_path / "straight"), skipped(tmp_path / "three")
     assert Counter(key for line in by_three for key in line["keys"]) == Counter(alone["keys"])
@@ -127,7 +127,7 @@ def test_a_run_that_is_resumed_with_other_workers_decides_alike(
     for line in by_three:
         assert [line[name] for name in numbers] == pytest.approx([alone[name] for name in numbers], rel=1e-4)
     one, other = weights_of(tmp_path / "straight", 12), weights_of(tmp_path / "three", 12)
-    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-4
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 2e-6
 
 
 def test_three_bad_steps_in_a_row_are_gone_round(

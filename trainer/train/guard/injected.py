@@ -42,8 +42,8 @@ def _poison(parts: StepParts, loss_scale: float) -> None:
 
 @torch.no_grad()
 def flip_bit_if_planned(parts: StepParts, step: int) -> None:
-    """The lowest bit of one weight, which no loss would tell."""
+    """A low bit of one weight, which no loss would tell."""
     if planned("flip_bit", parts.comm.rank, step) is None:
         return
     weight = local_tensor(next(iter(parts.strategy.parameters.values()))).view(-1)
-    weight.view(torch.int16)[0] ^= 1
+    weight.view(torch.int16)[0] ^= 1 << 6  # the next steps would round the lowest ones away

@@ -61,6 +61,8 @@ def read_left_out(run_dir: Path) -> LeftOutRecord:
 def agreed_left_out(run_dir: Path, comm: Comm) -> tuple[Stretch, ...]:
     """As rank 0 finds it, on all workers."""
     found = [part.to_json() for part in read_left_out(run_dir).stretches] if comm.rank == 0 else None
+    if found:
+        _log.info("the run goes past the data of %s, because of its numbers there", run_dir / LEFT_OUT)
     return tuple(Stretch.from_json(part) for part in broadcast_object(comm, found))
 
 

@@ -1,7 +1,7 @@
 """What a run does about steps that its guard skips: writes them down, goes back after three in a row, or ends."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,8 +54,13 @@ class NumericsWatch:
         """Of the step that follows `state`."""
         return partial(state.guard.judge, self.rules)
 
-    def react(self, state: TrainState, result: StepResult, rows_per_bucket: Sequence[int]) -> None:
+    def react(
+        self, state: TrainState, result: StepResult, rows_per_bucket: Sequence[int], settle: Callable[[], None]
+    ) -> None:
         """After a step, on all workers; `state` is the one with it.
+
+        Args:
+            settle: waits for a save that is under way, before the run ends.
 
         Raises:
             NumbersGoneWrong: it was the third in a row, and the next start goes back.
@@ -74,6 +79,7 @@ class NumericsWatch:
         if self.comm.rank == 0:
             _log.warning("step %d is skipped: %s; its images are in %s", state.step, verdict.reason, SKIPPED_FILE)
         if state.guard.in_a_row >= IN_A_ROW:
+            settle()
             self._end(state, verdict.reason, rows_per_bucket)
 
     def _note_overflow(self) -> None:

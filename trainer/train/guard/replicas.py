@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -130,8 +130,11 @@ class Replicas:
         """Whether the weights are to be compared after this step, checkpoints aside."""
         return bool(self.every) and step % self.every == 0
 
-    def compare(self, step: int) -> None:
+    def compare(self, step: int, settle: Callable[[], None] = lambda: None) -> None:
         """After a step, on all workers; before a checkpoint is written, so that each is of weights that agreed.
+
+        Args:
+            settle: waits for a save that is under way, before the run ends.
 
         Raises:
             WeightsDiffer: the next start goes back.
@@ -146,6 +149,7 @@ class Replicas:
         if odd is None:
             self.agreed_step = step
             return
+        settle()
         told = self._tell(step, odd) if self.parts.comm.rank == 0 else None
         goes_back, text = broadcast_object(self.parts.comm, told)
         raise WeightsDiffer(text) if goes_back else UserError(text)

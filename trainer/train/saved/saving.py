@@ -76,6 +76,10 @@ class Saving:
         found, self._published = self._published, []
         return found
 
+    def settle(self) -> None:
+        """Until no save is under way, before the run ends for a reason of its own; all workers call it."""
+        self._ended(self._saver.finish(self._sums))
+
     def after_step(self, run: Run, state: TrainState, told: Sequence[float], *, done: bool) -> None:
         """Go on with a save under way, and begin one if it is time.
 
