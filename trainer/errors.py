@@ -1,4 +1,4 @@
-"""The exceptions that a user may see, and how text from outside is shown: nothing in it steers the terminal."""
+"""The exceptions that a user may see or another start may get round, and how text from outside is shown: nothing in it steers the terminal."""
 
 import json
 import unicodedata
@@ -55,3 +55,11 @@ class UserError(Exception):
 
 class OutOfMemory(Exception):
     """A run does not fit as it was planned; the command tries again with less, or says what would fit."""
+
+
+class NumbersGoneWrong(Exception):
+    """Several steps in a row could not be taken; the next start goes back, and past the data of these steps."""
+
+
+class WeightsDiffer(Exception):
+    """Workers that hold the same weights hold them no more; the next start goes back to when they did."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from trainer.errors import NumbersGoneWrong, WeightsDiffer
 from trainer.parallel.failure import failure_from
 
 ECHO = "[gloo/transport/tcp/pair.cc:538] Connection closed by peer"
@@ -32,6 +33,12 @@ def test_what_an_error_was_raised_from_counts() -> None:
             raise ValueError("the block could not be run") from cause
     except ValueError as error:
         assert failure_from(0, error).kind == "memory"
+
+
+@pytest.mark.parametrize(("error", "kind"), [(NumbersGoneWrong, "numerics"), (WeightsDiffer, "corrupt")])
+def test_what_goes_back_is_told_without_a_traceback(error: type[Exception], kind: str) -> None:
+    failure = failure_from(1, error("so it is"))
+    assert (failure.kind, failure.exit_code, failure.message()) == (kind, 1, "so it is")
 
 
 @pytest.mark.parametrize(
