@@ -47,6 +47,14 @@ def test_clocks_that_are_held_down_for_minutes() -> None:
     assert told(lambda _: Card("GPU-1", slowed_by=("idle",)), 2000) == []
 
 
+def test_a_power_limit_is_told_where_it_costs_much_of_the_clock() -> None:
+    alarms = CardAlarms("card 1", hot_c=85)
+    limited = Card("GPU-1", clock_mhz=1700, power_w=350.0, slowed_by=("its power limit",))
+    assert told(lambda now: limited if now else Card("GPU-1", clock_mhz=1995), 3000, alarms) == []
+    (line,) = told(lambda _: replace(limited, clock_mhz=1300, power_w=200.0), 3000, alarms, 3000)
+    assert line == "card 1 has been slowed down by its power limit at 200 W for 5 minutes, its clock is 1300 MHz"
+
+
 def test_a_link_that_is_narrower_than_before_under_load() -> None:
     alarms = CardAlarms("card 1", hot_c=85)
     full = Card("GPU-1", pcie_generation=4, pcie_width=16)

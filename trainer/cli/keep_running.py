@@ -20,7 +20,7 @@ from trainer.host.cards import read_cards
 from trainer.host.disk_room import shared_memory_warning
 from trainer.host.memory_growth import SETTLED_AFTER_STEPS, RecycleRule
 from trainer.host.watch import HostWatch, WatchSettings
-from trainer.parallel.launch import Wish, WorkersResult, run_workers
+from trainer.parallel.launch import FLIGHT_RECORDS, Wish, WorkersResult, run_workers
 from trainer.parallel.supervise import Attempts, Verdict, judge
 from trainer.parallel.worker import MEMORY_ATTEMPT, RESTARTS
 
@@ -53,6 +53,7 @@ def keep_running(
     if trains:
         _tell_at_start(config, crew, out_dir)
         note_crew(config, crew)
+        _forget_flight_records(out_dir / "logs")
     used_before_mib = _used_mib(crew) if trains else {}
     with HostWatch(_watch_settings(config, out_dir, crew, trains), lambda line: _tell(out_dir, line)) as watch:
         while True:
@@ -71,6 +72,13 @@ def keep_running(
             _await_card_memory(crew, used_before_mib)
     _tell_end(result, verdict, attempts, crew, out_dir, trains)
     return result.exit_code
+
+
+def _forget_flight_records(log_dir: Path) -> None:
+    """Of an earlier command, which say nothing of this one."""
+    for record in log_dir.glob(f"{FLIGHT_RECORDS}*"):
+        with suppress(OSError):
+            record.unlink()
 
 
 def _attempt(

@@ -11,6 +11,8 @@ _LINK_FOR_S = 60.0
 _REPLAYS_FOR_S = 60.0
 MANY_REPLAYS = 50  # in a minute; a sound link has none in weeks
 _COOLER_BY_C = 4
+_POWER_LIMIT = "its power limit"
+_SLOW_CLOCK = 0.7  # of the highest clock that was seen
 _FEWEST = 3  # readings that stand for a window which is shorter than they are apart
 
 
@@ -49,6 +51,7 @@ class CardAlarms:
     hot_c: int
     _alarms: dict[str, Alarm] = field(default_factory=dict)
     _best_link: tuple[int, int] = (0, 0)
+    _best_clock_mhz: int = 0
     _replays: deque[tuple[float, int]] = field(default_factory=deque)
 
     def add(self, now_s: float, card: Card) -> list[str]:
@@ -78,14 +81,20 @@ class CardAlarms:
         return [f"{self.label} is at {card.temperature_c} C (launch.hot_c is {self.hot_c}{slows}){power}"]
 
     def _slowdown(self, now_s: float, card: Card) -> list[str]:
+        self._best_clock_mhz = max(self._best_clock_mhz, card.clock_mhz or 0)
         reasons = {*card.slowed_by, *(name[5:] for name in self._alarms if name.startswith("slow "))} - {"idle"}
         clock = f", its clock is {card.clock_mhz} MHz" if card.clock_mhz else ""
         power = f" at {card.power_w:.0f} W" if card.power_w is not None else ""
         return [
             f"{self.label} has been slowed down by {reason}{power} for {SLOWED_FOR_S / 60:.0f} minutes{clock}"
             for reason in sorted(reasons)
-            if self._begins(f"slow {reason}", SLOWED_FOR_S, now_s, reason in card.slowed_by)
+            if self._begins(f"slow {reason}", SLOWED_FOR_S, now_s, self._is_slowed_by(reason, card))
         ]
+
+    def _is_slowed_by(self, reason: str, card: Card) -> bool:
+        """A card at work is always at its power limit: only where that costs much of its clock is it worth a word."""
+        is_slow = reason != _POWER_LIMIT or (card.clock_mhz or 0) < _SLOW_CLOCK * self._best_clock_mhz
+        return reason in card.slowed_by and is_slow
 
     def _link(self, now_s: float, card: Card) -> list[str]:
         """Against the best that was seen under load, for an idle card's link rests in a lower generation."""
