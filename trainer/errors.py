@@ -1,4 +1,4 @@
-"""The exceptions that a user may see or another start may get round, and outside text so shown that it steers nothing."""
+"""Exceptions that a user may see or another start may get round, and outside text so shown that it steers nothing."""
 
 import json
 import unicodedata
