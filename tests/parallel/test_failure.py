@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from trainer.errors import NumbersGoneWrong, WeightsDiffer
 from trainer.parallel.failure import failure_from
 
 ECHO = "[gloo/transport/tcp/pair.cc:538] Connection closed by peer"
@@ -32,6 +33,18 @@ def test_what_an_error_was_raised_from_counts() -> None:
             raise ValueError("the block could not be run") from cause
     except ValueError as error:
         assert failure_from(0, error).kind == "memory"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(NumbersGoneWrong("so it is"), "numerics"), (WeightsDiffer("so it is", 1), "corrupt")]
+)
+def test_what_goes_back_is_told_without_a_traceback(error: Exception, kind: str) -> None:
+    failure = failure_from(1, error)
+    assert (failure.kind, failure.exit_code, failure.message()) == (kind, 1, "so it is")
+
+
+def test_of_those_whose_weights_differ_one_is_at_fault() -> None:
+    assert failure_from(0, WeightsDiffer("so it is", 1)).kind == "lost_peer"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ of another way are moved.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainer.checkpoint.manifest import MANIFEST, find_damage, manifest_entry
@@ -77,17 +77,23 @@ def resume_from(run_dir: Path, wish: Path, log: Log) -> Path:
         return own
     left = [path for path in list_checkpoints(run_dir) if not is_own or checkpoint_step(path) > step]
     if left:
-        aside = _free_name(run_dir / CHECKPOINTS / time.strftime("before-resume-%Y-%m-%d"))
-        aside.mkdir()
-        for path in left:
-            path.rename(aside / path.name)
-        moved = f"{left[0].name} to {left[-1].name}" if len(left) > 1 else left[0].name
+        aside, moved = move_aside(run_dir, left, "before-resume")
         log(f"{moved}: of the run as it was before; moved to {aside}")
     run_dir.mkdir(parents=True, exist_ok=True)
     partial = before.with_suffix(".tmp")
     partial.write_text(json.dumps(record) + "\n")
     partial.replace(before)
     return wish
+
+
+def move_aside(run_dir: Path, checkpoints: Sequence[Path], name: str) -> tuple[Path, str]:
+    """Move checkpoints of a run, oldest first, into a folder beside them; its path, and theirs in words."""
+    aside = _free_name(run_dir / CHECKPOINTS / time.strftime(f"{name}-%Y-%m-%d"))
+    aside.mkdir()
+    for path in checkpoints:
+        path.rename(aside / path.name)
+    first, last = checkpoints[0].name, checkpoints[-1].name
+    return aside, f"{first} to {last}" if len(checkpoints) > 1 else first
 
 
 def _read(file: Path) -> object:

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from trainer.config.sections.checkpoint_config import CheckpointConfig
 from trainer.config.sections.ema_config import EmaConfig
+from trainer.config.sections.guard_config import GuardConfig
 from trainer.config.sections.launch_config import LaunchConfig
 from trainer.config.sections.limits_config import LimitsConfig
 from trainer.config.sections.objective_config import ObjectiveConfig
@@ -334,6 +335,8 @@ class Config(Section):
     """The learning rate as a function of the step."""
     ema: EmaConfig = EmaConfig()
     """Running averages of the weights; off where `ema.averages` is empty. See `docs/ema.md`."""
+    guard: GuardConfig = GuardConfig()
+    """What is done about numbers that cannot be right; see `docs/reliability.md`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When weights and training state are saved."""
     validation: ValidationConfig = ValidationConfig()

@@ -6,6 +6,7 @@ from trainer.parallel.failure import Failure
 from trainer.parallel.launch import WorkersResult
 
 MOST_MEMORY_ATTEMPTS = 8
+_GOES_BACK = ("numerics", "corrupt")  # failures whose words name the checkpoint from which the next start goes on
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 300.0
 
 
@@ -75,15 +76,16 @@ def judge(
         return Verdict(replace(attempts, memory=attempts.memory + 1), 0.0, f"{failure.text}; trying again with less")
     if not most_fruitless:
         return Verdict(None)
-    if not result.steps_taken and failure.kind not in ("signal", "hang"):
+    if not result.steps_taken and failure.kind not in ("signal", "hang", *_GOES_BACK):
         return Verdict(None, 0.0, "no step was taken before that, so that another start would end alike")
     fruitless = 1 if newest != attempts.checkpoint else attempts.fruitless + 1
     if fruitless > most_fruitless:
         return Verdict(None, 0.0, f"{most_fruitless} starts in a row brought no new checkpoint; giving up")
     following = replace(attempts, restarts=attempts.restarts + 1, fruitless=fruitless, checkpoint=newest)
     pause_s = min(_FIRST_PAUSE_S * 2 ** (fruitless - 1), _LONGEST_PAUSE_S)
+    place = "starting again there" if failure.kind in _GOES_BACK else _place(newest)
     count = f"{fruitless} of {most_fruitless} without a new checkpoint"
-    return Verdict(following, pause_s, f"{_words(failure)}; {_place(newest)} in {pause_s:.0f} s ({count})")
+    return Verdict(following, pause_s, f"{_words(failure)}; {place} in {pause_s:.0f} s ({count})")
 
 
 def _recycled(why: str, attempts: Attempts, newest: str | None) -> Verdict:

@@ -19,6 +19,7 @@ from trainer.checkpoint.write import OPTIMIZER, read_tensors
 from trainer.config.schema import Config
 from trainer.config.sections.ema_config import LIVE
 from trainer.data.buckets import Bucket
+from trainer.data.left_out import Stretch
 from trainer.data.prepare.image_weights import weighs_images
 from trainer.data.store.snapshot import SPLITS, PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
@@ -51,6 +52,7 @@ from trainer.train.arithmetic import arithmetic_of
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.dry_run import dry_run
 from trainer.train.gradient_blocks import gradient_blocks
+from trainer.train.guard.left_out_record import agreed_left_out, merged
 from trainer.train.memory_inputs import make_setting, planned_run
 from trainer.train.run_objective import make_objective
 from trainer.train.saved.averages import averages_of, take_up_averages
@@ -74,12 +76,14 @@ class Run:
         state: where the resumed run stands; None for a fresh one.
         frozen: what of the model does not train, by `frozen_fingerprints`.
         prepared: the data set, opened at the snapshot that `state` refers to, or the newest at an epoch's start.
+        left_out: data that the run goes past.
     """
 
     parts: StepParts
     state: TrainState | None
     prepared: PreparedSet
     frozen: Mapping[str, str]
+    left_out: tuple[Stretch, ...] = ()
 
 
 class BucketedData(Protocol):
@@ -126,7 +130,8 @@ def build_run(config: Config, model: RunModel, comm: Comm) -> Run:
     _check_shards(prepared, config.data.max_bad_fraction)
     setting = worker_setting(config, comm, prepared, smallest_card(comm))
     choice = choose_memory(planned_run(config, model), comm, setting)
-    return Run(build_parts(config, model, comm, prepared, choice, checkpoint), state, prepared, frozen)
+    left_out = merged(state.left_out if state else (), agreed_left_out(config.run.dir, comm))
+    return Run(build_parts(config, model, comm, prepared, choice, checkpoint), state, prepared, frozen, left_out)
 
 
 def build_parts(

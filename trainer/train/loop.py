@@ -11,12 +11,12 @@ from pathlib import Path
 from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.config.schema import Config
 from trainer.data.augment import Augmentation
+from trainer.data.left_out import steps_left_out, stretches_of
 from trainer.data.loader import BatchReader, Loader, open_loader
 from trainer.data.loss_weights import LossWeights
 from trainer.data.prepare.image_weights import weighs_images
 from trainer.data.sampler import EpochPlan, Position, epochs_done, steps_per_epoch, with_global_batch
 from trainer.data.store.snapshot import PreparedSet
-from trainer.errors import UserError
 from trainer.evaluate.pictures import loss_curve_png
 from trainer.measure.progress import ProgressLine
 from trainer.measure.run_arithmetic import RunArithmetic
@@ -35,6 +35,10 @@ from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
 from trainer.train.build import Run, build_run, make_scorer, newest_snapshot
 from trainer.train.caption_rules import caption_rules, caption_tokenizer, run_loss_weights
+from trainer.train.guard.injected import flip_bit_if_planned, with_faults
+from trainer.train.guard.numerics_guard import GuardRules, TakenStep
+from trainer.train.guard.numerics_watch import NumericsWatch
+from trainer.train.guard.replicas import Replicas
 from trainer.train.run_objective import describe_objective, guidance_warning
 from trainer.train.saved.averages import (
     follow,
@@ -47,7 +51,6 @@ from trainer.train.saved.state import TrainState
 from trainer.train.step import StepResult, train_step
 
 _log = logging.getLogger(__name__)
-_MOST_UNUSABLE = 30  # in a row; fp16 begins with a few
 
 
 def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[[], bool]) -> TrainState:
@@ -64,7 +67,9 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
     run = build_run(config, model, comm)
     state, arithmetic = _place_in_data(config, run)
     _announce(config, model, run, arithmetic, state)
-    bad, limit, unusable = BadRows(), config.data.max_bad_fraction, 0
+    bad, limit = BadRows(), config.data.max_bad_fraction
+    watch = NumericsWatch.of(config, comm, state)
+    replicas = Replicas.of(config, run.parts, state.step)
     with ExitStack() as stack:
         outputs = None
         if comm.rank == 0:
@@ -73,7 +78,7 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
             forget_snapshots_after(config.run.dir, state.step)
             outputs = _Outputs.open(stack, config, state, arithmetic.total_steps, fresh=run.state is None)
         exports = stack.enter_context(Exports(config)) if comm.rank == 0 else None
-        saving = Saving(config, run, heartbeat, lambda: exports and exports.checkpoint)
+        saving = Saving(config, run, heartbeat, lambda: exports and exports.checkpoint, replicas.compare)
         weights = scored_weights(config.ema, run.parts)
         scorer = make_scorer(config, model, comm, run.parts.denoiser, run.prepared, weights)
         if run.state is None:
@@ -90,7 +95,7 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
             heartbeat.begin("a step", state.step)
             act_out(comm.rank, state.step + 1)
             result = train_step(
-                run.parts,
+                with_faults(run.parts, state.step + 1),
                 encoded,
                 arithmetic.accumulation,
                 batches.weight,
@@ -99,8 +104,10 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
                 scale,
                 tell=saving.tell(),
                 before_update=saving.wait_copied,
+                judge=watch.judge(state),
             )
-            state, unusable = state_after(state, result, batches.position_after), unusable_after(unusable, result)
+            state = state_after(state, result, batches.position_after, watch.rules)
+            flip_bit_if_planned(run.parts, state.step)
             follow(run.parts, state.step, result)
             record_bad_rows(config.run.dir, state.step, comm.rank, result.problems)
             bad = bad.after(round(result.num_images) + result.bad_rows, result.bad_rows)
@@ -109,6 +116,10 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
                 seconds, waited = time.perf_counter() - begin, loader.wait_s - waited_before
                 epoch = epochs_done(state.position, arithmetic.rows_per_bucket)
                 outputs.record(state, result, first_lr(run.parts.optimizer), seconds, waited, epoch, bad.total)
+            watch.react(state, result, arithmetic.rows_per_bucket, saving.settle)
+            if replicas.due(state.step):
+                heartbeat.begin("a comparison of weights", state.step)
+                replicas.compare(state.step, saving.settle)
             saving.after_step(run, state, result.told, done=done)
             if bad.too_many(limit):
                 barrier(comm)  # the first worker to fail ends the others, and rank 0 may still be saving
@@ -149,32 +160,17 @@ def _draw_loss_curve(run_dir: Path) -> None:
         _log.warning("%s: not drawn: %s", run_dir / "loss.png", error)
 
 
-def state_after(state: TrainState, result: StepResult, position: Position) -> TrainState:
+def state_after(state: TrainState, result: StepResult, position: Position, rules: GuardRules) -> TrainState:
     """Where the run stands after a step."""
+    taken = TakenStep(result.loss, result.grad_norm, result.num_images)
     return replace(
         state,
         step=state.step + 1,
-        images_seen=state.images_seen + round(result.num_images),
+        images_seen=state.images_seen + (round(result.num_images) if result.took_effect else 0),
         position=position,
         loss_scale=state.loss_scale and state.loss_scale.after(math.isfinite(result.grad_norm)),
+        guard=state.guard.after(rules, result.verdict, taken, state.step),
     )
-
-
-def unusable_after(before: int, result: StepResult) -> int:
-    """How many steps in a row changed nothing, because their gradients were not finite.
-
-    Raises:
-        UserError: there were too many: the run has diverged, or its loss scale finds no end.
-    """
-    if math.isfinite(result.grad_norm):
-        return 0
-    _log.warning("the gradients are not finite; this step changes nothing")
-    if before + 1 == _MOST_UNUSABLE:
-        raise UserError(
-            f"the gradients of {_MOST_UNUSABLE} steps in a row were not finite: the run has diverged; go on from an "
-            "earlier checkpoint with a lower optimizer.lr, or with train.precision=bf16 if it is fp16"
-        )
-    return before + 1
 
 
 def starting_state(config: Config, run: Run, global_batch: int) -> TrainState:
@@ -183,14 +179,15 @@ def starting_state(config: Config, run: Run, global_batch: int) -> TrainState:
     factors, in_fp16 = batch_factors(config, run.prepared.buckets("train")), config.train.precision == "fp16"
     if run.state is None:
         start = Position.start(len(rows_per_bucket), global_batch, batch_factors=factors)
-        return TrainState(0, 0, start, snapshot, config.run.seed, LossScale() if in_fp16 else None)
+        scale = LossScale() if in_fp16 else None
+        return TrainState(0, 0, start, snapshot, config.run.seed, scale, left_out=run.left_out)
     position = run.state.position
     if position.starts_epoch:  # whatever the snapshot before: this one's buckets may be others
         position = Position.start(len(rows_per_bucket), global_batch, position.epoch, factors)
     else:
         position = with_global_batch(position, rows_per_bucket, config.run.seed, global_batch, factors)
     scale = (run.state.loss_scale or LossScale()) if in_fp16 else None
-    return replace(run.state, position=position, snapshot=snapshot, loss_scale=scale)
+    return replace(run.state, position=position, snapshot=snapshot, loss_scale=scale, left_out=run.left_out)
 
 
 def _place_in_data(config: Config, run: Run) -> tuple[TrainState, RunArithmetic]:
@@ -219,10 +216,11 @@ def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainSta
     epochs_after_this = (config.train.epochs or 0) - state.position.epoch - 1
     if epochs_after_this < 0:
         return state.step
-    this_epoch = EpochPlan(rows_per_bucket, config.run.seed, state.position).num_steps - state.position.step
-    position = state.position
+    position, left_out = state.position, stretches_of(state.left_out, state.snapshot, config.run.seed)
+    this_epoch = EpochPlan(rows_per_bucket, config.run.seed, position).num_steps - position.step
     per_epoch = steps_per_epoch(rows_per_bucket, position.global_batch, position.batch_factors)
-    return state.step + this_epoch + epochs_after_this * per_epoch
+    none = steps_left_out(rows_per_bucket, config.run.seed, position, left_out, epochs_after_this + 1)
+    return state.step + this_epoch + epochs_after_this * per_epoch - none
 
 
 def open_training_loader(
@@ -252,6 +250,7 @@ def open_training_loader(
         workers=config.data.workers,
         prefetch_batches=config.data.prefetch_batches,
         pin_memory=comm.device.type == "cuda",
+        left_out=stretches_of(state.left_out, state.snapshot, config.run.seed),
     )
 
 

@@ -1,7 +1,6 @@
 """A run's averages of its weights: begun, taken up again, kept up with the steps, saved, and scored in the model."""
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -101,12 +100,12 @@ def _corrections(parts: StepParts, averages: Averages) -> Mapping[str, Tensor]:
 def follow(parts: StepParts, step: int, result: StepResult) -> None:
     """Take the weights after `step` steps of the run into the averages, if there are any, and if the step changed them.
 
-    A step whose gradients were not finite, or that had no image, is no step of the averages.
+    A step that was skipped, or that had no image, is no step of the averages.
     """
     averages = parts.averages
     if averages is None:
         return
-    if result.num_images > 0 and math.isfinite(result.grad_norm):
+    if result.took_effect:
         update_when_due(averages, parts.strategy.parameters, step, _corrections(parts, averages))
     else:
         leave_out_step(averages)

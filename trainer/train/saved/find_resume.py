@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from trainer.checkpoint.resume_point import resume_from, resume_newest
+from trainer.checkpoint.roll_back import checkpoint_places, obey_roll_back
 from trainer.checkpoint.run_dir import RESOLVED_CONFIG, fallback_run_dir
 from trainer.config.schema import Config
 from trainer.memory.run_choice import memory_attempt
@@ -22,6 +23,7 @@ def find_resume_point(config: Config, comm: Comm) -> Path | None:
     """
     found: Path | None = None
     if comm.rank == 0:
+        obey_roll_back(checkpoint_places(config.run.dir, config.checkpoint.fallback_dir), _log.warning)
         started = config.run.dir / RESOLVED_CONFIG
         if (memory_attempt() or os.environ.get(RESTARTS, "0") != "0") and started.is_file():
             found = resume_newest(config.run.dir, _log.warning, started, _stand_in(config))

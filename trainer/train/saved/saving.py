@@ -40,10 +40,17 @@ class Saving:
     In each step: `tell` before the exchange, `after_step` behind it with the sums; `wait_copied` before weights change.
     """
 
-    def __init__(self, config: Config, run: Run, heartbeat: Heartbeat, in_use: Callable[[], Path | None]) -> None:
-        """`in_use`: a checkpoint that is to stay although it is old."""
+    def __init__(
+        self,
+        config: Config,
+        run: Run,
+        heartbeat: Heartbeat,
+        in_use: Callable[[], Path | None],
+        before: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """`in_use`: a checkpoint that is to stay although it is old; `before`: called before one is written."""
         self._config, self._run, self._comm = config, run, run.parts.comm
-        self._heartbeat, self._in_use = heartbeat, in_use
+        self._heartbeat, self._in_use, self._before = heartbeat, in_use, before
         token = broadcast_object(self._comm, secrets.token_hex(3))
         staging = _staging_bytes(config)
         self._saver = Saver(self._comm.rank, self._comm.world, token, self._comm.device, staging)
@@ -68,6 +75,10 @@ class Saving:
         """Steps whose checkpoints have become whole since the last call; on rank 0."""
         found, self._published = self._published, []
         return found
+
+    def settle(self) -> None:
+        """Until no save is under way, before the run ends for a reason of its own; all workers call it."""
+        self._ended(self._saver.finish(self._sums))
 
     def after_step(self, run: Run, state: TrainState, told: Sequence[float], *, done: bool) -> None:
         """Go on with a save under way, and begin one if it is time.
@@ -101,6 +112,7 @@ class Saving:
             self._finish_run(state)
 
     def _begin(self, folders: list[Folder], step: int) -> None:
+        self._before(step)
         self._again, self._begun_s, self._begun_step, self._waited_s = False, time.monotonic(), step, 0.0
         self._told_late = False
         self._saver.begin(folders, step)
