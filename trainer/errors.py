@@ -58,8 +58,16 @@ class OutOfMemory(Exception):
 
 
 class NumbersGoneWrong(Exception):
-    """Several steps in a row could not be taken; the next start goes back, and past the data of these steps."""
+    """Steps in a row could not be taken, or weights are wrong, nobody can say whose; the next start goes back."""
 
 
 class WeightsDiffer(Exception):
-    """Workers that hold the same weights hold them no more; the next start goes back to when they did."""
+    """Workers that hold the same weights hold them no more; the next start goes back to when they did.
+
+    Args:
+        rank: of the one whose weights are not those of most.
+    """
+
+    def __init__(self, text: str, rank: int) -> None:
+        super().__init__(text)
+        self.rank = rank

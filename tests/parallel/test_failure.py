@@ -42,6 +42,18 @@ def test_what_goes_back_is_told_without_a_traceback(error: type[Exception], kind
 
 
 @pytest.mark.parametrize(
+    ("error", "kind"), [(NumbersGoneWrong("so it is"), "numerics"), (WeightsDiffer("so it is", 1), "corrupt")]
+)
+def test_what_goes_back_is_told_without_a_traceback(error: Exception, kind: str) -> None:
+    failure = failure_from(1, error)
+    assert (failure.kind, failure.exit_code, failure.message()) == (kind, 1, "so it is")
+
+
+def test_of_those_whose_weights_differ_one_is_at_fault() -> None:
+    assert failure_from(0, WeightsDiffer("so it is", 1)).kind == "lost_peer"
+
+
+@pytest.mark.parametrize(
     ("error", "kind"),
     [(RuntimeError(ECHO), "lost_peer"), (RuntimeError("shapes do not match"), "error")],
 )

@@ -205,7 +205,7 @@ def _tell_end(
         summary |= {"cards": [asdict(card) for card in crew.in_use.cards], "steps_taken": result.steps_taken}
         if folder := write_bundle(out_dir, out_dir / "logs", summary):
             _tell(out_dir, f"logs, stacks, configuration and facts of the host are in {folder}")
-    known = failure.kind in ("user", "memory", "card")
+    known = failure.is_told
     with suppress(OSError):  # the exit code is to say why it ended, not that nobody could be told
         for line in printable_lines(failure.message()).split("\n"):
             print(f"sdxl-train: {line}" if known else line, file=sys.stderr)

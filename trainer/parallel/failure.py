@@ -79,9 +79,10 @@ def failure_from(rank: int, error: BaseException) -> Failure:
     if isinstance(error, OSError) and error.errno in _FULL:
         place = f"{error.filename}: " if error.filename else ""
         return Failure(rank, "user", time.monotonic(), f"{place}{error.strerror}; nothing can be written there")
-    if isinstance(error, NumbersGoneWrong | WeightsDiffer):
-        kind = "numerics" if isinstance(error, NumbersGoneWrong) else "corrupt"
-        return Failure(rank, kind, time.monotonic(), str(error))
+    if isinstance(error, NumbersGoneWrong):
+        return Failure(rank, "numerics", time.monotonic(), str(error))
+    if isinstance(error, WeightsDiffer):  # all workers raise it; it is one of them that is at fault
+        return Failure(rank, "corrupt" if rank == error.rank else "lost_peer", time.monotonic(), str(error))
     if isinstance(error, OutOfMemory):
         return Failure(rank, "memory", time.monotonic(), str(error))
     if card_is_full(error):

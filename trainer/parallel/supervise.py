@@ -83,8 +83,8 @@ def judge(
         return Verdict(None, 0.0, f"{most_fruitless} starts in a row brought no new checkpoint; giving up")
     following = replace(attempts, restarts=attempts.restarts + 1, fruitless=fruitless, checkpoint=newest)
     pause_s = min(_FIRST_PAUSE_S * 2 ** (fruitless - 1), _LONGEST_PAUSE_S)
-    count = f"{fruitless} of {most_fruitless} without a new checkpoint"
     place = "starting again there" if failure.kind in _GOES_BACK else _place(newest)
+    count = f"{fruitless} of {most_fruitless} without a new checkpoint"
     return Verdict(following, pause_s, f"{_words(failure)}; {place} in {pause_s:.0f} s ({count})")
 
 

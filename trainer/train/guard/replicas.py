@@ -8,6 +8,7 @@ read from the weights.
 
 import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from trainer.checkpoint.roll_back import checkpoint_places, newest_up_to, order_roll_back, write_record
 from trainer.config.schema import Config
-from trainer.errors import UserError, WeightsDiffer
+from trainer.errors import NumbersGoneWrong, UserError, WeightsDiffer
 from trainer.optim.optimizers import optimizer_tensors
 from trainer.parallel.comm import Comm, broadcast_object, gather_objects
+from trainer.parallel.worker import PARENT_PID
 from trainer.train.step import StepParts
 
 CARD_FAULTS = "card_faults.json"  # in the run directory: whose weights were others, and when
@@ -99,6 +101,9 @@ class Replicas:
         places: where checkpoints are, the run directory first.
         every: optimizer steps between comparisons; 0 where there is nothing to compare.
         agreed_step: the latest step of the run after which all were the same.
+        cards: of the workers, by rank.
+        chances: times that a card may differ before the run ends: one, and one more where the command leaves a card out
+            at the second.
     """
 
     parts: StepParts
@@ -106,6 +111,7 @@ class Replicas:
     every: int
     agreed_step: int
     cards: Sequence[str] = ()
+    chances: int = 1
 
     @property
     def run_dir(self) -> Path:
@@ -124,7 +130,8 @@ class Replicas:
             if parts.comm.rank == 0:
                 _log.info("cards of several kinds: their weights may differ in last bits, and are not compared")
             every = 0
-        return Replicas(parts, places, every, step, cards)
+        leaves_out = config.launch.fewer_cards and parts.comm.device.type == "cuda" and PARENT_PID in os.environ
+        return Replicas(parts, places, every, step, cards, chances=1 + leaves_out)
 
     def due(self, step: int) -> bool:
         """Whether the weights are to be compared after this step, checkpoints aside."""
@@ -137,8 +144,9 @@ class Replicas:
             settle: waits for a save that is under way, before the run ends.
 
         Raises:
-            WeightsDiffer: the next start goes back.
-            UserError: for the second time with the same card.
+            WeightsDiffer: of one worker; the next start goes back.
+            NumbersGoneWrong: of whom, nobody can say; it goes back as well.
+            UserError: it was the same card too often.
         """
         if not self.every or step == self.agreed_step:
             return
@@ -152,7 +160,9 @@ class Replicas:
         settle()
         told = self._tell(step, odd) if self.parts.comm.rank == 0 else None
         goes_back, text = broadcast_object(self.parts.comm, told)
-        raise WeightsDiffer(text) if goes_back else UserError(text)
+        if not goes_back:
+            raise UserError(text)
+        raise WeightsDiffer(text, odd.ranks[0]) if odd.is_certain else NumbersGoneWrong(text)
 
     def _tell(self, step: int, odd: Odd) -> tuple[bool, str]:
         """Write it down, order the roll-back, and find words; rank 0."""
@@ -173,7 +183,7 @@ class Replicas:
             order_roll_back(self.run_dir, self.agreed_step)
         except OSError as error:
             return False, f"{what}, and {error.filename or self.run_dir} cannot be written: {error.strerror}"
-        again = [card for card in cards if any(card in fault["cards"] for fault in before)]
+        again = [card for card in cards if sum(card in fault["cards"] for fault in before) >= self.chances]
         if again:
             return False, (
                 f"{what}; it is not the first time for {' and '.join(again)}: test the card and the host's memory, or "
