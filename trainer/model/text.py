@@ -113,7 +113,7 @@ def load_tokenizers(folders: tuple[Path, Path | None], chunks: int = 1) -> Capti
     )
 
 
-def _read_tokenizer(kind: type[CLIPTokenizer], folder: Path, **own: Any) -> CLIPTokenizer:
+def _read_tokenizer(kind: type[CLIPTokenizer], folder: Path, **own: Any) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True, model_max_length=_CHUNK_LENGTH, **own)
     except Exception as error:  # the library in Rust knows no finer kinds
