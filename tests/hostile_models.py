@@ -19,9 +19,12 @@ ESCAPES = ("\x1b[2J\x1b[31mred", "a\u202eexe.safe", "bell\x07\x08", "two\nlines\
 
 
 _BUILDERS = (
-    "accelerate.big_modeling", "diffusers.models.unets.unet_2d_condition",
-    "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip",
-)  # fmt: skip
+    "accelerate.big_modeling",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+)
 
 
 def inspected(path: Path, may_pass: bool = False) -> Hostile:
