@@ -19,6 +19,7 @@ COUNTS = {
     "safetensors-header": 28, "safetensors-length": 20, "safetensors-names": 24, "no-model": 20, "pickle-program": 42,
     "pickle-archive": 24, "unet-config": 40, "text-encoder-config": 24, "model-folder-file": 24, "weights-index": 10,
     "tokenizer": 16, "yaml": 36, "no-yaml": 7, "override": 12, "manifest": 14,
+    "two-models": 18, "path": 42,
 }  # fmt: skip
 OF_ANOTHER_KIND = 12
 BUILDS = ("unet-config", "text-encoder-config")  # these import what networks are built of
