@@ -35,12 +35,6 @@ def test_what_an_error_was_raised_from_counts() -> None:
         assert failure_from(0, error).kind == "memory"
 
 
-@pytest.mark.parametrize(("error", "kind"), [(NumbersGoneWrong, "numerics"), (WeightsDiffer, "corrupt")])
-def test_what_goes_back_is_told_without_a_traceback(error: type[Exception], kind: str) -> None:
-    failure = failure_from(1, error("so it is"))
-    assert (failure.kind, failure.exit_code, failure.message()) == (kind, 1, "so it is")
-
-
 @pytest.mark.parametrize(
     ("error", "kind"), [(NumbersGoneWrong("so it is"), "numerics"), (WeightsDiffer("so it is", 1), "corrupt")]
 )

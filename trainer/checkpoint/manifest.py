@@ -37,6 +37,8 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     for name, entry in entries.items():
         path = PurePosixPath(name)
         sound = isinstance(entry, dict) and not path.is_absolute() and ".." not in path.parts
+        if sound and not name.isprintable():
+            raise Damage(f"{MANIFEST} lists a file by a name that no checkpoint has ({printable(name, 80)})")
         if not sound or type(entry.get("size")) is not int or not isinstance(entry.get("xxh3_128"), str):
             raise Damage(f"{MANIFEST} is not what was written (entry {printable(name, 80)!r})")
     return entries

@@ -44,7 +44,7 @@ _UNCHANGED: dict[str, Any] = {
 }
 _LOG_FROM = 30.0  # the ratio of the largest to the smallest bar above which small ones would not be seen
 _MOST_OTHER = 60
-_MOST_LETTERS = 60  # of a label
+_MOST_LETTERS = 32  # of a label
 _FEWEST_SLOTS = 8  # fewer bars than these would be planks
 
 

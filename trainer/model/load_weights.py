@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import StrictDataclassError
-
 from trainer.errors import UserError, printable
 from trainer.model.text import ChunkJoin, TextEncoders
 from trainer.model_files.components import Component
@@ -106,7 +104,7 @@ _CLIP_KEYS = (
 )  # fmt: skip
 _CANNOT_BUILD = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError, AssertionError,
-    ImportError, MemoryError, StrictDataclassError,
+    ImportError, MemoryError,
 )  # fmt: skip
 
 
@@ -118,9 +116,11 @@ def _clip_config(model: RunModel, component: str) -> dict[str, Any]:
 @contextmanager
 def _built_from(model: RunModel, component: str) -> Iterator[None]:
     """A configuration that the library builds nothing of is the file's mistake."""
+    from huggingface_hub.errors import StrictDataclassError  # which checks the types in transformers' configurations
+
     try:
         yield
-    except _CANNOT_BUILD as error:
+    except (*_CANNOT_BUILD, StrictDataclassError) as error:
         said = printable(" ".join(str(error).split()) or type(error).__name__)
         raise UserError(
             f"{model.source_of(component).path}: no network can be built by the {component}'s configuration: {said}"

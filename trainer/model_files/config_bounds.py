@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from trainer.guards import printable
 
 MOST_BLOCKS = 8
+MOST_TRANSFORMERS = 500  # blocks of all levels together; SDXL has 70, and each takes 4 ms to lay out
 _MOST_OF_ANY = 1_000_000  # of keys that are not listed: no size of a network is beyond
 _MOST_ENTRIES, _MOST_TEXT, _MOST_DEPTH = 1000, 1000, 6
 _Range = tuple[int, int]
@@ -128,6 +129,23 @@ def _check_levels(component: str, config: Mapping[str, Any]) -> None:
         if isinstance(values, list | tuple) and len(values) != len(channels):
             told = f"{key} has {len(values)} entries, and block_out_channels {len(channels)}"
             raise ConfigFault(f"{told}; wanted as many")
+    if component == "unet":
+        _check_transformers(config, len(channels))
+
+
+def _check_transformers(config: Mapping[str, Any], levels: int) -> None:
+    """Bounds of one key each would still allow thousands of blocks together."""
+    depths, layers = config.get("transformer_layers_per_block") or 1, config.get("layers_per_block") or 2
+    count = 0
+    for level, kind in enumerate(config["down_block_types"]):
+        if kind.startswith("CrossAttn"):
+            depth = depths[level] if isinstance(depths, list | tuple) else depths
+            each = layers[level] if isinstance(layers, list | tuple) else layers
+            count += 2 * sum(depth) if isinstance(depth, list) else depth * (2 * each + 1)
+    if count > MOST_TRANSFORMERS:
+        raise ConfigFault(
+            f"asks for {count:,} transformer blocks in {levels} levels; wanted at most {MOST_TRANSFORMERS}"
+        )
 
 
 def _shown(value: object) -> str:

@@ -91,13 +91,13 @@ def _named_files(index: Path, limits: Limits) -> list[str]:
     return sorted(set(names))
 
 
-def weights_fingerprint(folder: Path) -> str:
+def weights_fingerprint(folder: Path, limits: Limits = DEFAULT_LIMITS) -> str:
     """32 hex digits that change with a component's weights or configuration, and not with its place or writer.
 
     xxh3 over the sorted configuration and the bytes of the weight files, read in pieces.
     """
-    digest = config_digest(read_config(folder))
-    for file in weight_files(folder):
+    digest = config_digest(read_config(folder, limits))
+    for file in weight_files(folder, limits):
         with file.open("rb") as stream:
             while piece := stream.read(_PIECE_BYTES):
                 digest.update(piece)
@@ -110,13 +110,13 @@ def config_digest(config: dict[str, Any]) -> xxhash.xxh3_128:
     return xxhash.xxh3_128(json.dumps(meaning, sort_keys=True).encode())
 
 
-def count_weights(folder: Path) -> int:
+def count_weights(folder: Path, limits: Limits = DEFAULT_LIMITS) -> int:
     """Number of weights in a component's folder, from the headers of its files."""
-    return sum(map(_count_elements, weight_files(folder)))
+    return sum(_count_elements(file, limits) for file in weight_files(folder, limits))
 
 
-def _count_elements(file: Path) -> int:
+def _count_elements(file: Path, limits: Limits) -> int:
     try:
-        return sum(entry.count for entry in read_header(file).tensors.values())
+        return sum(entry.count for entry in read_header(file, limits).tensors.values())
     except HeaderFault as fault:
         raise Refused(f"{file}: is {fault.description}") from None

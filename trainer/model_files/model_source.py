@@ -185,7 +185,7 @@ def open_component(source: ModelSource, component: str, text_projection: TextPro
     if not keys:
         raise UserError(f"{source.path}: holds no {PREFIXES[component]} tensors")
     require_unscaled(source.path, names_of(header, component))
-    reader = _pickle_tensors(source.path) if source.kind == "pickle" else _file_tensors(source.path, header)
+    reader = _pickle_tensors(source) if source.kind == "pickle" else _file_tensors(source.path, header)
     tensors: dict[str, ComponentTensor] = {}
     for key in keys:
         tensors |= reader(key)
@@ -250,14 +250,14 @@ def _file_tensors(path: Path, header: Header) -> Callable[[KeyEntry], dict[str, 
     return tensors
 
 
-def _pickle_tensors(path: Path) -> Callable[[KeyEntry], dict[str, ComponentTensor]]:
+def _pickle_tensors(source: ModelSource) -> Callable[[KeyEntry], dict[str, ComponentTensor]]:
     import torch
 
     from trainer.model_files.pickle_file import read_pickle
     from trainer.model_files.single_file import from_file
     from trainer.model_files.tensor_file import dtype_name
 
-    stored = read_pickle(path)
+    stored = read_pickle(source.path, source.limits)
 
     def reader(tensor: Tensor) -> Callable[[], Tensor]:
         return lambda: tensor
@@ -266,7 +266,7 @@ def _pickle_tensors(path: Path) -> Callable[[KeyEntry], dict[str, ComponentTenso
         try:
             views = from_file(key, stored[key.file_name])
         except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{source.path}: {error}") from None
         return {
             name: ComponentTensor(
                 dtype_name(view.dtype), torch.empty(view.shape, dtype=view.dtype, device="meta"), reader(view)
@@ -280,7 +280,7 @@ def _pickle_tensors(path: Path) -> Callable[[KeyEntry], dict[str, ComponentTenso
 def count_weights(source: ModelSource, component: str) -> int:
     """Number of weights of a component, from headers."""
     if source.kind == "folder":
-        return model_folder.count_weights(component_folder(source, component))
+        return model_folder.count_weights(component_folder(source, component), source.limits)
     tensors = source.header
     keys = file_keys(tensors, component)
     return sum(math.prod(tensors.tensors[key.file_name].shape) for key in keys if key.file_name in tensors.tensors)
@@ -292,7 +292,7 @@ def weights_fingerprint(source: ModelSource, component: str, text_projection: Te
     The same weights in a folder and in a single file have fingerprints of their own.
     """
     if source.kind == "folder":
-        return model_folder.weights_fingerprint(component_folder(source, component))
+        return model_folder.weights_fingerprint(component_folder(source, component), source.limits)
     header = source.header
     digest = model_folder.config_digest(file_config(header, component))
     keys = sorted(file_keys(header, component, text_projection), key=lambda key: key.names)
@@ -301,7 +301,7 @@ def weights_fingerprint(source: ModelSource, component: str, text_projection: Te
     if source.kind == "pickle":
         from trainer.model_files.pickle_file import read_pickle
 
-        pickled = read_pickle(source.path)
+        pickled = read_pickle(source.path, source.limits)
     with source.path.open("rb") as stream:
         for key in keys:
             entry = header.tensors[key.file_name]

@@ -1,6 +1,6 @@
 """The program in a pickled checkpoint, carried out with nothing but plain values: tensors are described, nothing runs.
 
-Python's unpickler of the standard library with all but 35 of its operations taken out. What a pickle may call is the
+Python's unpickler of the standard library with all but 42 of its operations taken out. What a pickle may call is the
 list below, and each stands here for a description or for nothing: no class or function is ever looked up by its name.
 """
 

@@ -95,7 +95,8 @@ def stored_files(path: Path, found: Identity) -> tuple[StoredFile, ...]:
 
 def split_stacked(tensor: StoredTensor) -> tuple[StoredTensor, ...]:
     """The three parts of OpenCLIP's stacked query, key and value; any other tensor itself."""
-    if not tensor.name.endswith((".attn.in_proj_weight", ".attn.in_proj_bias")) or tensor.shape[0] % 3:
+    is_stacked = tensor.name.endswith((".attn.in_proj_weight", ".attn.in_proj_bias"))
+    if not is_stacked or not tensor.shape or tensor.shape[0] % 3:
         return (tensor,)
     shape = (tensor.shape[0] // 3, *tensor.shape[1:])
     size = tensor.num_bytes // 3
