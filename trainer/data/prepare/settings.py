@@ -10,6 +10,7 @@ from typing import Any, Literal
 from trainer.config.sources import Source
 from trainer.data.buckets import BucketRules
 from trainer.errors import UserError
+from trainer.guards import DEFAULT_LIMITS, Limits
 
 SETTINGS_FORMAT = 2
 _READ_WHEN_TRAINED = ("loss_weight", "prior")  # of a source; may change at any time
@@ -35,6 +36,8 @@ class PrepareSettings:
     validation_fraction: float = 0.0
     rows_per_shard: int = 2048
     mode: Literal["latents", "images"] = "latents"
+    limits: Limits = DEFAULT_LIMITS
+    """Of what is read; what was prepared within others stays."""
 
     def to_json(self) -> dict[str, Any]:
         """Flat, under the names of the configuration; sources as absolute paths."""
