@@ -38,7 +38,7 @@ class Limits:
     """What is read of files from outside, at most; the section `limits` of the configuration, which documents each."""
 
     image_bytes: int = 512 << 20
-    image_pixels: int = 100_000_000
+    image_pixels: int = 90_000_000
     caption_bytes: int = 1 << 20
     json_bytes: int = 256 << 20
     json_depth: int = _JSON_DEPTH
