@@ -62,7 +62,8 @@ class Refused(UserError):
 
     def reason_for(self, place: object) -> str:
         """The line without the place, where that is told beside it."""
-        return str(self).removeprefix(printable(f"{place}: ", MOST_OF_A_LINE))
+        reason = str(self).removeprefix(printable(f"{place}: ", MOST_OF_A_LINE))
+        return reason or f"is not read; its path has {len(str(place)):,} characters"
 
 
 def open_regular(path: Path | str, most_bytes: int | None = None) -> BinaryIO:

@@ -88,8 +88,9 @@ def load_pixels(
         if alpha is not None:
             alpha[:] = FULL
             if image.has_transparency_data:
-                channel = _upright(_alpha_of(image), orientation)
-                fill_mask(np.asarray(channel), original_hw, View(placement, False), alpha)
+                channel = np.asarray(_upright(_alpha_of(image), orientation))
+                fill_mask(channel, original_hw, View(placement, False), alpha)
+                del channel
         rgb = _upright(_to_rgb(image), orientation)
         top, left, bottom, right = source_box(original_hw, placement)
         size = placement.bucket.width_px, placement.bucket.height_px
@@ -216,7 +217,10 @@ def _scaled_to_bytes(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise BadImage("has integer pixels beyond 16 bits, whose range is not known")
-        return Image.fromarray((values.astype(np.float32) / 257.0 + 0.5).astype(np.uint8))
+        scaled = values.astype(np.float32)
+        scaled /= 257.0
+        scaled += 0.5
+        return Image.fromarray(scaled.astype(np.uint8))
     if image.mode == "F":
         raise BadImage("has floating-point pixels, whose range is not known")
     return image
