@@ -1,5 +1,6 @@
 """The exceptions that a user may see, and how text from outside is shown: nothing in it steers the terminal."""
 
+import json
 import unicodedata
 
 MOST_OF_A_LINE = 2000
@@ -16,6 +17,18 @@ def printable(text: str, most: int = 200) -> str:
     if not cut.isprintable():
         cut = "".join(_escape(character) for character in cut)
     return cut if len(text) <= most else cut + "..."
+
+
+def printable_lines(text: str) -> str:
+    """Text with line breaks of its own, each line of it as by `printable`, of any length."""
+    return text if text.isprintable() else "\n".join(printable(line, len(line)) for line in text.split("\n"))
+
+
+def json_text(value: object) -> str:
+    """JSON for a person or a program, indented; texts in it steer no terminal, and are the same once it is read."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    steering = {c for c in set(text) if c != "\n" and unicodedata.category(c) in _STEERS}
+    return text.translate({ord(c): json.dumps(c)[1:-1] for c in steering})
 
 
 def _escape(character: str) -> str:

@@ -125,7 +125,7 @@ def read_text(path: Path, most_bytes: int, encoding: str = "utf-8-sig") -> str:
         raise Refused(f"{path}:{line}: not {name} text (byte 0x{error.object[error.start]:02x})") from None
 
 
-def read_json(path: Path, limits: Limits = Limits(), *, most_bytes: int | None = None) -> Any:
+def read_json(path: Path, limits: Limits = DEFAULT_LIMITS, *, most_bytes: int | None = None) -> Any:
     """The value in a JSON file of at most `most_bytes`, else `limits.json_bytes`.
 
     Raises:

@@ -146,10 +146,10 @@ def test_every_key_says_what_it_is_for() -> None:
             "confgs/tiny.yaml: no such file (`confgs` does not exist); did you mean `configs/tiny.yaml`?",
         ),
         ("none/of.yaml", "none/of.yaml: no such file (`none` does not exist)"),
-        ("photos", "photos: cannot be read: Is a directory; give a YAML file"),
+        ("photos", "photos: is a folder, not a regular file; give a YAML file"),
         ("tiny.yaml/x", "tiny.yaml/x: cannot be read: Not a directory"),
         ("a\0b", "a\\x00b: cannot be read: embedded null byte"),
-        ("/dev/zero", "/dev/zero: larger than 512 KiB; this is no configuration"),
+        ("/dev/zero", "/dev/zero: is a device, not a regular file; give a YAML file"),
     ],
 )
 def test_a_file_that_cannot_be_read(folder: Path, path: str, expected: str) -> None:

@@ -1,10 +1,11 @@
 """A checkpoint's list of its files with sizes and checksums, and what is wrong with one by it. Free of torch."""
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
+
+from trainer.guards import Refused, printable, read_json
 
 MANIFEST = "manifest.json"
 STATE = "training_state/state.json"
@@ -26,18 +27,20 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """
     file = checkpoint / MANIFEST
     try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise Damage(f"{MANIFEST} has {file.stat().st_size:,} bytes, which no list of files has")
-        entries = json.loads(file.read_bytes())["files"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        entries = read_json(file, most_bytes=_MOST_BYTES)["files"]
+    except Refused as refused:
+        raise Damage(refused.lines[0].removeprefix(f"{checkpoint}/")) from None
+    except (OSError, KeyError, TypeError):
         raise Damage(f"{MANIFEST} is missing or unreadable") from None
     if not isinstance(entries, dict) or not entries:
         raise Damage(f"{MANIFEST} lists no files")
     for name, entry in entries.items():
         path = PurePosixPath(name)
         sound = isinstance(entry, dict) and not path.is_absolute() and ".." not in path.parts
+        if sound and not name.isprintable():
+            raise Damage(f"{MANIFEST} lists a file by a name that no checkpoint has ({printable(name, 80)})")
         if not sound or type(entry.get("size")) is not int or not isinstance(entry.get("xxh3_128"), str):
-            raise Damage(f"{MANIFEST} is not what was written (entry {name[:80]!r})")
+            raise Damage(f"{MANIFEST} is not what was written (entry {printable(name, 80)!r})")
     return entries
 
 
@@ -69,7 +72,7 @@ def find_damage(checkpoint: Path, *, contents: bool = True) -> str | None:
             if contents and manifest_entry(file) != expected:
                 return f"{name} has changed (checksum)"
         except (OSError, ValueError) as error:
-            return f"{name[:80]!r} cannot be read: {error}"
+            return f"{printable(name, 80)} cannot be read: {error}"
     return None
 
 

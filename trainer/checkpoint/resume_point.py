@@ -12,6 +12,7 @@ from pathlib import Path
 from trainer.checkpoint.manifest import MANIFEST, find_damage, manifest_entry
 from trainer.checkpoint.run_dir import CHECKPOINTS, DAMAGED, checkpoint_step, list_checkpoints
 from trainer.errors import UserError
+from trainer.guards import Refused, read_json
 
 RECORD = "resumed_from.json"
 
@@ -84,8 +85,8 @@ def resume_from(run_dir: Path, wish: Path, log: Log) -> Path:
 
 def _read(file: Path) -> object:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        return read_json(file)
+    except (OSError, Refused):
         return None
 
 

@@ -1,7 +1,6 @@
 """The run directory: where its files lie, which checkpoints are whole, and who may write. Free of torch."""
 
 import fcntl
-import json
 import logging
 import re
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from trainer.checkpoint.manifest import MANIFEST, STATE, find_damage
 from trainer.errors import UserError
+from trainer.guards import read_json
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def checkpoint_at(place: Path) -> Path | None:
 
 def read_state(path: Path) -> dict[str, object]:
     """The JSON part of a checkpoint's training state."""
-    return json.loads((path / STATE).read_text())
+    return read_json(path / STATE)
 
 
 @contextmanager

@@ -35,6 +35,6 @@ def read_run(path: Path, overrides: Sequence[str]) -> tuple[Config, RunModel]:
     require_whole_captions()
     config = in_its_directory(load_config(path, overrides), path, overrides)
     place = config.model
-    model = check_model(place.path, place.vae, place.tokenizer, place.text_projection)
+    model = check_model(place.path, place.vae, place.tokenizer, place.text_projection, config.limits.plain())
     chosen_prediction(config.objective, model)
     return config, model

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from trainer import __version__
-from trainer.errors import UserError
+from trainer.errors import UserError, printable
 
 COMMANDS = {
     "train": "train from a config; the word may be left out",
@@ -29,6 +29,10 @@ COMMANDS = {
     "make-tiny": "make a tiny SDXL and a data set of real photographs, to try everything out",
 }
 
+# What a disk or a path is to blame for, wherever it turns up.
+_OF_THE_PLACE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EIO,
+)  # fmt: skip
 USAGE = f"""\
 usage: sdxl-train CONFIG.yaml [section.key=value ...] [--resume auto|true|false|CHECKPOINT]
        sdxl-train COMMAND ...
@@ -72,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in _OF_THE_PLACE:
             raise
-        print(f"sdxl-train: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        print(f"sdxl-train: {printable(str(error.filename or 'writing'))}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

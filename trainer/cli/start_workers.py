@@ -26,7 +26,7 @@ from trainer.data.prepare.stages import (
     progress,
 )
 from trainer.data.store.snapshot import PreparedSet
-from trainer.errors import UserError
+from trainer.errors import UserError, printable_lines
 from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
 from trainer.parallel.launch import run_workers
@@ -80,7 +80,7 @@ def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str
     if verdict.line:
         _tell(out_dir, verdict.line)
     if result.failure is not None:
-        for line in result.failure.message().splitlines():
+        for line in printable_lines(result.failure.message()).split("\n"):
             known = result.failure.kind in ("user", "memory")
             print(f"sdxl-train: {line}" if known else line, file=sys.stderr)
     return result.exit_code

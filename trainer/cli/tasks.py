@@ -59,4 +59,4 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
 
 def _model_of(config: Config) -> RunModel:
     model = config.model
-    return open_model(model.path, model.vae, model.tokenizer, model.text_projection)
+    return open_model(model.path, model.vae, model.tokenizer, model.text_projection, config.limits.plain())

@@ -17,6 +17,7 @@ from trainer.config.spelling import nearest_path
 from trainer.config.wording import problems_of, short, shown
 from trainer.config.yaml_source import YamlError, dump, parse
 from trainer.errors import UserError
+from trainer.guards import Refused, open_regular
 
 MAX_BYTES = 512 * 1024
 
@@ -74,7 +75,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, check_paths: bool 
     written.problems += [(_place(written, p), p) for p in found if not _touches(p, settled)]
     if config is None or written.problems:
         written.problems.sort(key=lambda pair: pair[0])
-        raise UserError(*(_one_line(f"{place.words}: {problem.text}") for place, problem in written.problems))
+        raise UserError(*(f"{place.words}: {problem.text}" for place, problem in written.problems))
     return config
 
 
@@ -93,29 +94,30 @@ def _plain(value: object) -> object:
 
 def _read(path: Path) -> Written:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
+    except Refused as refused:
+        raise UserError(f"{refused.lines[0]}; give a YAML file") from None
     except FileNotFoundError:
-        raise UserError(_one_line(f"{path}: no such file{nearest_path(path)}")) from None
+        raise UserError(f"{path}: no such file{nearest_path(path)}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        mend = "; give a YAML file" if isinstance(error, IsADirectoryError) else ""
-        raise UserError(_one_line(f"{path}: cannot be read: {reason}{mend}")) from None
+        raise UserError(f"{path}: cannot be read: {reason}") from None
     if len(data) > MAX_BYTES:
-        raise UserError(_one_line(f"{path}: larger than {MAX_BYTES // 1024} KiB; this is no configuration"))
+        raise UserError(f"{path}: larger than {MAX_BYTES // 1024} KiB; this is no configuration")
     try:
         document = parse(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        text = f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); save the file as UTF-8"
-        raise UserError(_one_line(text)) from None
+        told = f"not UTF-8 text (byte 0x{data[error.start]:02x}); save the file as UTF-8"
+        raise UserError(f"{path}:{line}: {told}") from None
     except YamlError as error:
-        raise UserError(_one_line(f"{path}:{error.line}: {error.rule}")) from None
+        raise UserError(f"{path}:{error.line}: {error.rule}") from None
     if document.value is None:
-        raise UserError(_one_line(f"{path}: empty; it must hold at least run, model, data, train and optimizer"))
+        raise UserError(f"{path}: empty; it must hold at least run, model, data, train and optimizer")
     if not isinstance(document.value, dict):
         line = document.lines[()]
-        raise UserError(_one_line(f"{path}:{line}: must hold sections, such as `run:`, not {shown(document.value)}"))
+        raise UserError(f"{path}:{line}: must hold sections, such as `run:`, not {shown(document.value)}")
     del document.lines[()]
     places = {key: Place(0, line, f"{path}:{line}") for key, line in document.lines.items()}
     problems = [(Place(0, line, f"{path}:{line}"), problem) for line, problem in document.problems]
@@ -234,7 +236,3 @@ def _with_standins(section: type[BaseModel], tree: object, settled: list[Key], a
             is_text = declared.annotation is str or Path in (declared.annotation, *choices)
             filled[name] = "." if is_text else choices[0] if choices else 1
     return filled
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.errors import printable_lines
 from trainer.model_files.examine.compare import Change, Comparison
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ _UNCHANGED: dict[str, Any] = {
 }
 _LOG_FROM = 30.0  # the ratio of the largest to the smallest bar above which small ones would not be seen
 _MOST_OTHER = 60
+_MOST_LETTERS = 32  # of a label
 _FEWEST_SLOTS = 8  # fewer bars than these would be planks
 
 
@@ -52,6 +54,13 @@ def change_chart_png(comparison: Comparison, path: Path) -> None:
     Args:
         path: the PNG; its folder must exist.
     """
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # names of unknown origin are no formulas
+        _draw_chart(comparison, path)
+
+
+def _draw_chart(comparison: Comparison, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -107,7 +116,7 @@ def _slots(comparison: Comparison, component: str) -> _Slots:
         largest = sorted(blocks, key=lambda block: -block.squared_difference)[:_MOST_OTHER]
         blocks = [block for block in blocks if block in largest]
     for block in blocks:
-        slot = slots.setdefault(_label(block.name), {})
+        slot = slots.setdefault(printable_lines(_label(block.name)[:_MOST_LETTERS]), {})
         slot[roles.get(block.name, ""), len(slot)] = block
     return slots
 

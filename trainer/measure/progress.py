@@ -14,6 +14,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from trainer.errors import printable_lines
 from trainer.measure.run_arithmetic import format_duration
 from trainer.measure.telemetry import StepMetrics
 
@@ -211,8 +212,8 @@ class _BarSafeHandler(logging.Handler):
 
 
 class _LevelFormatter(logging.Formatter):
-    """Names the level where it is a warning or worse, as `%(level)s`."""
+    """Names the level where it is a warning or worse, as `%(level)s`; nothing in a record steers the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         record.level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return super().format(record)
+        return printable_lines(super().format(record))

@@ -6,10 +6,11 @@ beside the model itself there is at most one tensor more. Importing this module 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from trainer.errors import UserError
+from trainer.errors import UserError, printable
 from trainer.model.text import ChunkJoin, TextEncoders
 from trainer.model_files.components import Component
 from trainer.model_files.run_model import RunModel
@@ -36,7 +37,7 @@ def empty_unet(model: RunModel) -> UNet2DConditionModel:
     from accelerate.big_modeling import init_empty_weights
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    with init_empty_weights():
+    with _built_from(model, "unet"), init_empty_weights():
         unet = UNet2DConditionModel.from_config(model.config("unet"))
     assert isinstance(unet, UNet2DConditionModel)
     return unet
@@ -58,7 +59,7 @@ def empty_vae(model: RunModel) -> AutoencoderKL:
     from accelerate.big_modeling import init_empty_weights
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    with init_empty_weights():
+    with _built_from(model, "vae"), init_empty_weights():
         vae = AutoencoderKL.from_config(model.config("vae"))
     assert isinstance(vae, AutoencoderKL)
     return vae
@@ -88,11 +89,42 @@ def empty_text_encoders(model: RunModel, join: ChunkJoin = "a1111") -> TextEncod
     from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
     with init_empty_weights():
-        return TextEncoders(
-            CLIPTextModel(CLIPTextConfig.from_dict(model.config("text_encoder"))),
-            CLIPTextModelWithProjection(CLIPTextConfig.from_dict(model.config("text_encoder_2"))),
-            join,
-        )
+        with _built_from(model, "text_encoder"):
+            one = CLIPTextModel(CLIPTextConfig.from_dict(_clip_config(model, "text_encoder")))
+        with _built_from(model, "text_encoder_2"):
+            two = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(_clip_config(model, "text_encoder_2")))
+    return TextEncoders(one, two, join)
+
+
+# All that CLIP's text model is made of. Other keys say how a library should load it, some of them from where.
+_CLIP_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings", "hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range",
+    "initializer_factor", "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+_CANNOT_BUILD = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError, AssertionError,
+    ImportError, MemoryError,
+)  # fmt: skip
+
+
+def _clip_config(model: RunModel, component: str) -> dict[str, Any]:
+    config = model.config(component)
+    return {key: config[key] for key in _CLIP_KEYS if key in config}
+
+
+@contextmanager
+def _built_from(model: RunModel, component: str) -> Iterator[None]:
+    """A configuration that the library builds nothing of is the file's mistake."""
+    from huggingface_hub.errors import StrictDataclassError  # which checks the types in transformers' configurations
+
+    try:
+        yield
+    except (*_CANNOT_BUILD, StrictDataclassError) as error:
+        said = printable(" ".join(str(error).split()) or type(error).__name__)
+        raise UserError(
+            f"{model.source_of(component).path}: no network can be built by the {component}'s configuration: {said}"
+        ) from None
 
 
 def _fill(model: torch.nn.Module, part: Component, dtype: torch.dtype, device: torch.device | str) -> None:

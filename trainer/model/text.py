@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from trainer.errors import UserError, printable
 from trainer.model_files.tokenizer_files import require_whole_captions
 
 if TYPE_CHECKING:
@@ -90,18 +91,16 @@ def load_tokenizers(folders: tuple[Path, Path | None], chunks: int = 1) -> Capti
         folders: `RunModel.tokenizers`.
         chunks: how many each caption gets.
     Raises:
-        UserError: transformers is too old; see `require_whole_captions`.
+        UserError: transformers is too old, see `require_whole_captions`; or a tokenizer cannot be read.
     """
     require_whole_captions()
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     folder_one, folder_two = folders
-    one = CLIPTokenizer.from_pretrained(folder_one, local_files_only=True, model_max_length=_CHUNK_LENGTH)
+    one = _read_tokenizer(CLIPTokenizer, folder_one)
     # SDXL's second tokenizer pads with OpenCLIP's id 0, which is "!", and has all else in common with the first.
     own: dict[str, Any] = {} if folder_two else {"pad_token": "!"}
-    two = CLIPTokenizer.from_pretrained(
-        folder_two or folder_one, local_files_only=True, model_max_length=_CHUNK_LENGTH, **own
-    )
+    two = _read_tokenizer(CLIPTokenizer, folder_two or folder_one, **own)
     alike = one.get_vocab() == two.get_vocab() and one.model_max_length == two.model_max_length
     # Special tokens are found in the raw text; all but the padding token are the same in both.
     specials = set(two.all_special_tokens) ^ set(one.all_special_tokens)
@@ -112,6 +111,14 @@ def load_tokenizers(folders: tuple[Path, Path | None], chunks: int = 1) -> Capti
         pad_id_two=two.pad_token_id,
         chunks=chunks,
     )
+
+
+def _read_tokenizer(kind: type[CLIPTokenizer], folder: Path, **own: Any) -> Any:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, model_max_length=_CHUNK_LENGTH, **own)
+    except Exception as error:  # the library in Rust knows no finer kinds
+        said = printable(" ".join(str(error).split()) or type(error).__name__)
+        raise UserError(f"{folder}: cannot be read as CLIP's tokenizer: {said}") from None
 
 
 def _fixed_length(tokenizer: CLIPTokenizer) -> Tokenizer:

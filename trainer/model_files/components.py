@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.errors import UserError
+from trainer.guards import DEFAULT_LIMITS, Refused, parse_json, printable
+from trainer.model_files.config_bounds import ConfigFault
 from trainer.model_files.key_map import single_file_keys
 from trainer.model_files.presets import preset
 
@@ -54,12 +55,18 @@ def told_config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
     Raises:
         ValueError: what the metadata hold is no configuration of SDXL's kind.
     """
-    own = json.loads(metadata.get(CONFIGS_KEY, "{}"))
+    text = metadata.get(CONFIGS_KEY, "{}").encode(errors="replace")
+    try:
+        own = parse_json(text, CONFIGS_KEY, most_bytes=DEFAULT_LIMITS.config_bytes)
+    except Refused as refused:
+        raise ValueError(refused.lines[0]) from None
     if not isinstance(own, dict):
         raise ValueError("not a JSON object")
     config = own.get(component) or preset(component)
     try:
         single_file_keys({component: config})
+    except ConfigFault as fault:
+        raise ValueError(f"that of the {component}: {fault}") from None
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"that of the {component} is not of SDXL's kind ({error!r})") from None
     return config
@@ -121,6 +128,27 @@ def name_in_module(stored_name: str, wanted: Container[str]) -> str | None:
         if old in stored_name:
             candidates.append(stored_name.replace(old, new))
     return next((name for name in candidates if name in wanted), None)
+
+
+_SCALES = ("scale_weight", "weight_scale", "weight_scale_2", "weight_scale_inv", "scale_input", "input_scale")
+_SCALED_MARKS = ("scaled_fp8", "comfy_quant")
+
+
+def require_unscaled(origin: Path, names: Iterable[str]) -> None:
+    """Refuse weights that mean something else than they say: numbers in 8 bits, their scales in tensors beside them.
+
+    One rule for every part of a model, however it is stored. Read without the scales, weights would be thousands of
+    times too large.
+
+    Raises:
+        UserError: one of the names is that of a scale.
+    """
+    for name in names:
+        if name.rpartition(".")[2] in (*_SCALES, *_SCALED_MARKS):
+            raise UserError(
+                f"{origin}: holds {printable(name)}: its weights are scaled fp8, which is not read; wanted fp32, bf16, "
+                "fp16 or fp8 that is not scaled"
+            )
 
 
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}

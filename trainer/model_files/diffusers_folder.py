@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from trainer.guards import DEFAULT_LIMITS, Limits, Refused, printable, read_json
+from trainer.model_files.header import HeaderFault, read_header
 
 WEIGHTS_STEMS = {
     "unet": "diffusion_pytorch_model",
@@ -19,27 +21,48 @@ _VARIANTS = ("", ".fp16", ".bf16")
 # Who wrote a configuration and in which dtype says nothing about the function that the weights compute.
 _ORIGIN_KEYS = {"transformers_version", "dtype", "torch_dtype"}
 _PIECE_BYTES = 8 << 20
+MOST_FILES = 1000  # of the weights of one component
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of one component's folder."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def read_config(folder: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
+    """The `config.json` of one component's folder.
+
+    Raises:
+        UserError: it is missing, or no JSON object.
+    """
+    return read_object(folder / "config.json", limits)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A configuration of unknown origin, of at most 1 MiB; {} if it is missing, larger or not an object."""
+def read_object(file: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
+    """The JSON object in a small file of a model folder, of at most `limits.config_bytes`.
+
+    Raises:
+        UserError: it is missing, or no JSON object.
+    """
     try:
-        with file.open("rb") as stream:
-            content = json.loads(stream.read(1 << 20))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(file, limits, most_bytes=limits.config_bytes)
+    except OSError as error:
+        raise Refused(f"{file}: cannot be read: {error.strerror or error}") from None
+    if not isinstance(content, dict):
+        raise Refused(f"{file}: not a JSON object")
+    return content
+
+
+def object_or_nothing(file: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
+    """As `read_object`; {} of what it refuses."""
+    try:
+        return read_object(file, limits)
+    except Refused:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
-def weight_files(folder: Path) -> tuple[Path, ...]:
+def weight_files(folder: Path, limits: Limits = DEFAULT_LIMITS) -> tuple[Path, ...]:
     """The safetensors files of one component's folder: one file, or all that its index names; () if there are none.
 
     A file without a variant name is preferred to an fp16 or bf16 variant.
+
+    Raises:
+        UserError: the index cannot be read, or names files elsewhere.
     """
     for stem in dict.fromkeys(WEIGHTS_STEMS.values()):
         for variant in _VARIANTS:
@@ -49,18 +72,32 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             for index_name in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
                 index = folder / index_name
                 if index.is_file():
-                    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                    return tuple(folder / name for name in sorted(set(names)))
+                    return tuple(folder / name for name in _named_files(index, limits))
     return ()
 
 
-def weights_fingerprint(folder: Path) -> str:
+def _named_files(index: Path, limits: Limits) -> list[str]:
+    content = read_json(index, limits, most_bytes=limits.header_bytes)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict):
+        raise Refused(f"{index}: not an index of weight files, which has a `weight_map`")
+    names = [name for name in places.values() if isinstance(name, str)]
+    strange = next((name for name in names if Path(name).name != name or not name.endswith(".safetensors")), None)
+    if strange is not None or len(names) != len(places):
+        told = printable(str(strange), 80) if strange is not None else "what is no name"
+        raise Refused(f"{index}: names {told}; wanted safetensors files beside it")
+    if len(set(names)) > MOST_FILES:
+        raise Refused(f"{index}: names {len(set(names)):,} files; at most {MOST_FILES} are read")
+    return sorted(set(names))
+
+
+def weights_fingerprint(folder: Path, limits: Limits = DEFAULT_LIMITS) -> str:
     """32 hex digits that change with a component's weights or configuration, and not with its place or writer.
 
     xxh3 over the sorted configuration and the bytes of the weight files, read in pieces.
     """
-    digest = config_digest(read_config(folder))
-    for file in weight_files(folder):
+    digest = config_digest(read_config(folder, limits))
+    for file in weight_files(folder, limits):
         with file.open("rb") as stream:
             while piece := stream.read(_PIECE_BYTES):
                 digest.update(piece)
@@ -69,15 +106,17 @@ def weights_fingerprint(folder: Path) -> str:
 
 def config_digest(config: dict[str, Any]) -> xxhash.xxh3_128:
     """A digest that has begun with what a configuration says of the function that the weights compute."""
-    meaning = {key: value for key, value in config.items() if key[0] != "_" and key not in _ORIGIN_KEYS}
+    meaning = {key: value for key, value in config.items() if not key.startswith("_") and key not in _ORIGIN_KEYS}
     return xxhash.xxh3_128(json.dumps(meaning, sort_keys=True).encode())
 
 
-def count_weights(folder: Path) -> int:
+def count_weights(folder: Path, limits: Limits = DEFAULT_LIMITS) -> int:
     """Number of weights in a component's folder, from the headers of its files."""
-    count = 0
-    for file in weight_files(folder):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return count
+    return sum(_count_elements(file, limits) for file in weight_files(folder, limits))
+
+
+def _count_elements(file: Path, limits: Limits) -> int:
+    try:
+        return sum(entry.count for entry in read_header(file, limits).tensors.values())
+    except HeaderFault as fault:
+        raise Refused(f"{file}: is {fault.description}") from None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from trainer.guards import DEFAULT_LIMITS, Limits, Refused, open_regular, parse_json, printable
 
 DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -20,10 +22,8 @@ DTYPE_BITS = {
 }
 """Bits of an element of each dtype that safetensors knows."""
 
-MAX_HEADER_BYTES = 32 << 20  # SDXL's is 0.3 MB; the largest known, with a LoRA's whole tag statistics, a few MB
 MAX_TENSORS = 100_000
 _MAX_PUNCTUATION = 1_500_000  # what a header's values can number: each costs up to 100 bytes of memory
-_MAX_DIGITS = 19
 _MAX_AXES, _MAX_BYTES = 8, 1 << 48
 _SAFETENSORS_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _START_BYTES = 4096
@@ -70,17 +70,17 @@ class Header:
     file_bytes: int
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
     """The checked header of a safetensors file: dtypes known, sizes right, data without gaps, file complete.
 
-    Memory is bounded whatever the file says: a header is at most 32 MiB, of at most 100,000 tensors.
+    Memory is bounded whatever the file says: a header has at most `limits.header_bytes`, of at most 100,000 tensors.
 
     Raises:
         HeaderFault: the file is another thing, damaged or cut short.
         OSError: it cannot be read.
     """
-    file_bytes = path.stat().st_size
-    with path.open("rb") as stream:
+    with _opened(path) as stream:
+        file_bytes = os.fstat(stream.fileno()).st_size
         start = stream.read(_START_BYTES)
         header_bytes = int.from_bytes(start[:8], "little")
         if start[8:9] != b"{":
@@ -89,11 +89,12 @@ def read_header(path: Path) -> Header:
             raise _other_file(start, file_bytes, stream)
         if header_bytes > file_bytes - 8:
             raise _cut_short(file_bytes, f"more than {8 + header_bytes:,}")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise _damaged(f"its header has {header_bytes:,} bytes, more than the {MAX_HEADER_BYTES:,} that are read")
+        if header_bytes > limits.header_bytes:
+            most = f"more than the {limits.header_bytes:,} that are read"
+            raise _damaged(f"its header has {header_bytes:,} bytes, {most}")
         stream.seek(8)
         text = stream.read(header_bytes)
-    tensors, metadata = _parsed(text)
+    tensors, metadata = _parsed(text, limits)
     entries = _checked(tensors, 8 + header_bytes)
     end = 8 + header_bytes + sum(entry.num_bytes for entry in entries.values())
     if file_bytes < end:
@@ -103,10 +104,17 @@ def read_header(path: Path) -> Header:
     return Header(entries, metadata, 8 + header_bytes, file_bytes)
 
 
-def header_fault(path: Path) -> HeaderFault | None:
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except Refused:
+        raise HeaderFault("not-a-model", "no regular file") from None
+
+
+def header_fault(path: Path, limits: Limits = DEFAULT_LIMITS) -> HeaderFault | None:
     """What `read_header` finds wrong with a file; None if it is whole."""
     try:
-        read_header(path)
+        read_header(path, limits)
     except HeaderFault as fault:
         return fault
     return None
@@ -124,16 +132,12 @@ def _damaged(why: str) -> HeaderFault:
     return HeaderFault("damaged", f"a damaged safetensors file: {why}", "download or copy it again")
 
 
-def _parsed(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+def _parsed(text: bytes, limits: Limits) -> tuple[dict[str, Any], dict[str, str]]:
     """Tensors' entries as they stand, and the metadata."""
-    if sum(text.count(mark) for mark in (b",", b"[", b"{")) > _MAX_PUNCTUATION:
-        raise _damaged("its header holds more values than a model can have")
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles, parse_int=_bounded_int)
-    except RecursionError:
-        raise _damaged("its header is nested too deep") from None
-    except ValueError as error:
-        raise _damaged(f"its header is not valid JSON ({str(error)[:80]})") from None
+        header = parse_json(text, "it", most_bytes=len(text), most_depth=limits.json_depth, most_items=_MAX_PUNCTUATION)
+    except Refused as refused:
+        raise _damaged(f"its header is wrong: {refused.lines[0].removeprefix('it: ')}") from None
     if not isinstance(header, dict):
         raise _damaged("its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
@@ -142,19 +146,6 @@ def _parsed(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     if len(header) > MAX_TENSORS:
         raise _damaged(f"its header names {len(header):,} tensors, more than the {MAX_TENSORS:,} that are read")
     return header, metadata
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a name stands twice in it")
-    return content
-
-
-def _bounded_int(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits):,} digits")
-    return int(digits)
 
 
 def _checked(tensors: Mapping[str, Any], data_begin: int) -> dict[str, TensorEntry]:
@@ -181,7 +172,7 @@ def _checked_entry(shown: str, entry: Any, data_begin: int) -> TensorEntry:
     num_bytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
     if offsets[1] - offsets[0] != num_bytes:
         raise _damaged(
-            f"{shown} of shape {shape} and dtype {dtype} takes {num_bytes:,} bytes, "
+            f"{shown} of shape {_shown(str(shape))} and dtype {dtype} takes {num_bytes:,} bytes, "
             f"and its header says {offsets[1] - offsets[0]:,}"
         )
     return TensorEntry(dtype, tuple(shape), data_begin + offsets[0], num_bytes)
@@ -193,8 +184,7 @@ def _is_counts(values: Any) -> bool:
 
 def _shown(text: str) -> str:
     """A name from a file of unknown origin, fit for a terminal."""
-    plain = "".join(character if character.isprintable() else "?" for character in text[:100])
-    return plain + ("..." if len(text) > 100 else "")
+    return printable(text, 100)
 
 
 def _other_file(start: bytes, file_bytes: int, stream: BinaryIO) -> HeaderFault:

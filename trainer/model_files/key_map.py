@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trainer.model_files.config_bounds import require_bounded
+
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -83,7 +85,11 @@ def single_file_keys(configs: Mapping[str, Mapping[str, Any]]) -> tuple[KeyEntry
     Args:
         configs: `config.json` of any of `COMPONENTS`, by name. The UNet is of SDXL's kind: its middle block has
             attention, its residual blocks take the time embedding.
+    Raises:
+        ConfigFault: a configuration has no sensible size.
     """
+    for name, config in configs.items():
+        require_bounded(name, config)
     makers = {"unet": _unet, "vae": _vae, "text_encoder": _text_encoder, "text_encoder_2": _text_encoder_2}
     return tuple(entry for name in COMPONENTS if name in configs for entry in makers[name](configs[name]))
 

@@ -15,8 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import xxhash
 
 from trainer.errors import UserError
+from trainer.guards import DEFAULT_LIMITS, Limits, open_regular
 from trainer.model_files import diffusers_folder as model_folder
-from trainer.model_files.components import Component, ComponentTensor, TextProjection, name_in_module, told_config
+from trainer.model_files.components import (
+    Component,
+    ComponentTensor,
+    TextProjection,
+    name_in_module,
+    require_unscaled,
+    told_config,
+)
+from trainer.model_files.config_bounds import ConfigFault
 from trainer.model_files.header import Header, HeaderFault, TensorEntry, read_header
 from trainer.model_files.hub import cached_model
 from trainer.model_files.key_map import PREFIXES, TEXT_PROJECTION, VAE_PREFIX, KeyEntry, single_file_keys
@@ -38,10 +47,12 @@ class ModelSource:
     Attributes:
         kind: `folder`: diffusers' layout, or a VAE's own folder; `file`: a single .safetensors file; `pickle`: a
             checkpoint of torch.
+        limits: what is read of its small files and headers.
     """
 
     path: Path
     kind: Literal["folder", "file", "pickle"]
+    limits: Limits = DEFAULT_LIMITS
 
     @cached_property
     def header(self) -> Header:
@@ -53,15 +64,15 @@ class ModelSource:
         if self.kind == "pickle":
             from trainer.model_files.pickle_file import pickle_header
 
-            return pickle_header(self.path)
+            return pickle_header(self.path, self.limits)
         try:
-            return read_header(self.path)
+            return read_header(self.path, self.limits)
         except HeaderFault as fault:
             mend = f"; {fault.mend}" if fault.mend else ""
             raise UserError(f"{self.path}: is {fault.description}{mend}") from None
 
 
-def find_source(model: ModelPath) -> ModelSource:
+def find_source(model: ModelPath, limits: Limits = DEFAULT_LIMITS) -> ModelSource:
     """What `model.path` or `model.vae` names; of a hub id, the folder in the hub's cache.
 
     Raises:
@@ -73,20 +84,35 @@ def find_source(model: ModelPath) -> ModelSource:
             raise UserError(f"model.path = {model}: not in the hub's cache of this host; run `hf download {model}`")
         model = cached
     if model.is_dir():
-        return ModelSource(model, "folder")
+        return ModelSource(model, "folder", limits)
     try:
-        with model.open("rb") as stream:
+        with open_regular(model) as stream:
             start = stream.read(9)
     except OSError as error:
         raise UserError(f"{model}: cannot be read: {error.strerror}") from None
-    return ModelSource(model, "file" if start[8:] == b"{" else "pickle")
+    return ModelSource(model, "file" if start[8:] == b"{" else "pickle", limits)
 
 
 def component_config(source: ModelSource, component: str) -> dict[str, Any]:
     """The configuration of one of `COMPONENTS`: a single file's own, or SDXL's."""
     if source.kind == "folder":
-        return model_folder.read_config(component_folder(source, component))
+        folder = component_folder(source, component)
+        return bounded_config(component, folder, model_folder.read_config(folder, source.limits))
     return file_config(source.header if source.kind == "file" else None, component)
+
+
+def bounded_config(component: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration itself, if it is of SDXL's kind and of a sensible size.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        single_file_keys({component: config})
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        told = str(error) if isinstance(error, ConfigFault) else f"not of SDXL's kind ({error!r})"
+        raise UserError(f"{folder / 'config.json'}: {told}") from None
+    return config
 
 
 def file_config(header: Header | None, component: str) -> dict[str, Any]:
@@ -149,7 +175,7 @@ def open_component(source: ModelSource, component: str, text_projection: TextPro
         UserError: the source cannot be read, or has none of the component's tensors.
     """
     if source.kind == "folder":
-        return open_folder_component(component, component_folder(source, component))
+        return open_folder_component(component, component_folder(source, component), source.limits)
     header = source.header
     try:
         config = file_config(header, component)
@@ -158,20 +184,32 @@ def open_component(source: ModelSource, component: str, text_projection: TextPro
     keys = [key for key in file_keys(header, component, text_projection) if key.file_name in header.tensors]
     if not keys:
         raise UserError(f"{source.path}: holds no {PREFIXES[component]} tensors")
-    reader = _pickle_tensors(source.path) if source.kind == "pickle" else _file_tensors(source.path, header)
+    require_unscaled(source.path, names_of(header, component))
+    reader = _pickle_tensors(source) if source.kind == "pickle" else _file_tensors(source.path, header)
     tensors: dict[str, ComponentTensor] = {}
     for key in keys:
         tensors |= reader(key)
     return Component(component, source.path, config, tensors)
 
 
-def open_folder_component(component: str, folder: Path) -> Component:
-    """A component in a folder of any name: `config.json` and weights."""
-    config = model_folder.read_config(folder)
+def names_of(header: Header, component: str) -> list[str]:
+    """Names of a single file's tensors that are a component's; all of them in a file of one component alone."""
+    own = [name for name in header.tensors if name.startswith(PREFIXES[component])]
+    return own or list(header.tensors)
+
+
+def open_folder_component(component: str, folder: Path, limits: Limits = DEFAULT_LIMITS) -> Component:
+    """A component in a folder of any name: `config.json` and weights.
+
+    Raises:
+        UserError: the configuration or a file cannot be read, or the weights are scaled.
+    """
+    config = bounded_config(component, folder, model_folder.read_config(folder, limits))
     wanted = {name for entry in single_file_keys({component: config}) for name in entry.names}
     tensors: dict[str, ComponentTensor] = {}
-    for file in model_folder.weight_files(folder):
-        header = ModelSource(file, "file").header
+    for file in model_folder.weight_files(folder, limits):
+        header = ModelSource(file, "file", limits).header
+        require_unscaled(file, header.tensors)
         for stored_name, entry in header.tensors.items():
             if not stored_name.endswith("position_ids"):
                 tensors[name_in_module(stored_name, wanted) or stored_name] = _part_tensor(file, entry)
@@ -212,14 +250,14 @@ def _file_tensors(path: Path, header: Header) -> Callable[[KeyEntry], dict[str, 
     return tensors
 
 
-def _pickle_tensors(path: Path) -> Callable[[KeyEntry], dict[str, ComponentTensor]]:
+def _pickle_tensors(source: ModelSource) -> Callable[[KeyEntry], dict[str, ComponentTensor]]:
     import torch
 
     from trainer.model_files.pickle_file import read_pickle
     from trainer.model_files.single_file import from_file
     from trainer.model_files.tensor_file import dtype_name
 
-    stored = read_pickle(path)
+    stored = read_pickle(source.path, source.limits)
 
     def reader(tensor: Tensor) -> Callable[[], Tensor]:
         return lambda: tensor
@@ -228,7 +266,7 @@ def _pickle_tensors(path: Path) -> Callable[[KeyEntry], dict[str, ComponentTenso
         try:
             views = from_file(key, stored[key.file_name])
         except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{source.path}: {error}") from None
         return {
             name: ComponentTensor(
                 dtype_name(view.dtype), torch.empty(view.shape, dtype=view.dtype, device="meta"), reader(view)
@@ -242,7 +280,7 @@ def _pickle_tensors(path: Path) -> Callable[[KeyEntry], dict[str, ComponentTenso
 def count_weights(source: ModelSource, component: str) -> int:
     """Number of weights of a component, from headers."""
     if source.kind == "folder":
-        return model_folder.count_weights(component_folder(source, component))
+        return model_folder.count_weights(component_folder(source, component), source.limits)
     tensors = source.header
     keys = file_keys(tensors, component)
     return sum(math.prod(tensors.tensors[key.file_name].shape) for key in keys if key.file_name in tensors.tensors)
@@ -254,7 +292,7 @@ def weights_fingerprint(source: ModelSource, component: str, text_projection: Te
     The same weights in a folder and in a single file have fingerprints of their own.
     """
     if source.kind == "folder":
-        return model_folder.weights_fingerprint(component_folder(source, component))
+        return model_folder.weights_fingerprint(component_folder(source, component), source.limits)
     header = source.header
     digest = model_folder.config_digest(file_config(header, component))
     keys = sorted(file_keys(header, component, text_projection), key=lambda key: key.names)
@@ -263,7 +301,7 @@ def weights_fingerprint(source: ModelSource, component: str, text_projection: Te
     if source.kind == "pickle":
         from trainer.model_files.pickle_file import read_pickle
 
-        pickled = read_pickle(source.path)
+        pickled = read_pickle(source.path, source.limits)
     with source.path.open("rb") as stream:
         for key in keys:
             entry = header.tensors[key.file_name]

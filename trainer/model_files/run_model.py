@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainer.guards import DEFAULT_LIMITS, Limits
 from trainer.model_files.components import Component, TextProjection
 from trainer.model_files.model_source import (
     ModelPath,
@@ -94,13 +95,15 @@ def open_model(
     vae: Path | None = None,
     tokenizer: Path | None = None,
     text_projection: TextProjection = "correct",
+    limits: Limits = DEFAULT_LIMITS,
 ) -> RunModel:
     """Find a run's model; nothing below opens these places again. As `check_model`, without its checks.
 
     Args:
         path, vae, tokenizer, text_projection: as in the configuration's `model`.
+        limits: what is read of its small files and headers.
     Raises:
         UserError: there is nothing.
     """
-    source = find_source(path)
-    return RunModel(source, source if vae is None else find_source(vae), tokenizer, text_projection)
+    source = find_source(path, limits)
+    return RunModel(source, source if vae is None else find_source(vae, limits), tokenizer, text_projection)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from trainer.errors import UserError
+from trainer.guards import Refused, printable
+from trainer.model_files.diffusers_folder import read_object
 from trainer.model_files.model_source import ModelSource
 from trainer.model_files.modelspec import told_prediction_type
 
@@ -45,7 +46,7 @@ def told_prediction(source: ModelSource) -> ToldPrediction:
     told = source.header.metadata.get("modelspec.prediction_type", "")
     kind = told_prediction_type(source.header.metadata)
     if told and kind is None and told != "eps":
-        return ToldPrediction(told[:40], zero, "its modelspec.prediction_type")
+        return ToldPrediction(printable(told, 40), zero, "its modelspec.prediction_type")
     # Loaders ignore the marker of zero terminal SNR where it stands alone.
     return ToldPrediction(kind or "epsilon", False, "its modelspec.prediction_type" if kind else "it says nothing else")
 
@@ -55,10 +56,11 @@ def _of_folder(source: ModelSource) -> ToldPrediction:
     if not file.is_file():
         return ToldPrediction("epsilon", False, "it says nothing else")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind, zero = str(config.get("prediction_type", "epsilon")), config.get("rescale_betas_zero_snr") is True
+        config = read_object(file, source.limits)
+        kind = printable(str(config.get("prediction_type", "epsilon")), 40)
+        zero = config.get("rescale_betas_zero_snr") is True
         if str(config.get("_class_name", "")).startswith("EDM"):
             kind = {"epsilon": "edm", "v_prediction": "edm_v_prediction"}.get(kind, kind)
         return ToldPrediction(kind, zero and kind == "v_prediction", f"its {file.parent.name}/{file.name}")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"model.path: {file}: cannot be read: {error}") from None
+    except Refused as refused:
+        raise UserError(f"model.path: {refused.lines[0]}") from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from trainer.errors import printable_lines
 from trainer.parallel.failure import failure_from, record_failure
 
 # The launching process tells its workers these; absent under torchrun and SLURM.
@@ -78,7 +79,7 @@ def _report(error: Exception) -> int:
     # The parent prints what was recorded, so rank 0, which shares its terminal, stays silent.
     if rank != 0 or not recorded:
         with contextlib.suppress(OSError):
-            print(failure.message(), file=sys.stderr)
+            print(printable_lines(failure.message()), file=sys.stderr)
     return failure.exit_code
 
 

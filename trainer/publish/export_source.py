@@ -1,6 +1,5 @@
 """What is published: the parts of a checkpoint and of the model that its run started from, and what they say."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from trainer.config.schema import Config
 from trainer.config.spelling import nearest
 from trainer.errors import UserError
 from trainer.model_files.components import PROJECTION_KEY, Component, TextProjection, require_whole
+from trainer.model_files.diffusers_folder import read_object
 from trainer.model_files.examine.identify import wrong_model_line
 from trainer.model_files.examine.inspection import look
 from trainer.model_files.key_map import COMPONENTS
@@ -209,7 +209,7 @@ def _told_prediction(source: Source) -> tuple[str, bool]:
 
 def _read_scheduler(base: ModelSource) -> dict[str, Any]:
     file = base.path / "scheduler" / "scheduler_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else preset("scheduler")
+    return read_object(file, base.limits) if file.is_file() else preset("scheduler")
 
 
 def scheduler_of(source: Source, prediction: str, ztsnr: bool) -> dict[str, Any]:

@@ -4,7 +4,6 @@ averages/step-00001000-length-0.05/unet/...    what `sdxl-train ema RUN --length
                                                `sample` take it as they take a checkpoint
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from trainer.checkpoint.manifest import STATE, Damage, manifest_entry, read_mani
 from trainer.checkpoint.run_dir import CHECKPOINTS, RESOLVED_CONFIG, checkpoint_step, list_checkpoints
 from trainer.checkpoint.write import WEIGHTS_FILES, publish_folder
 from trainer.errors import UserError
+from trainer.guards import Refused, read_json
 from trainer.model_files.header import read_header
 from trainer.optim.ema_profile import Reconstruction
 from trainer.publish.reconstruct_ema import StoredAverage, plan_reconstruction, write_reconstruction
@@ -115,8 +115,8 @@ def kept_averages(run_dir: Path) -> list[KeptAverage]:
 
 def _averages_at(place: Path) -> Iterator[KeptAverage]:
     try:
-        averages = json.loads((place / STATE).read_text())["ema"]["averages"]
-    except (OSError, ValueError, KeyError):
+        averages = read_json(place / STATE)["ema"]["averages"]
+    except (OSError, Refused, KeyError, TypeError):
         return
     for name, each in averages.items():
         if each["kind"] == "power" and each["steps"] > 0:

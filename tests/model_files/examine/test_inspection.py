@@ -154,7 +154,7 @@ def test_metadata_are_summarised() -> None:
             "other": "x" * 1000,
         }
     )
-    assert shown["modelspec.title"] == "Foxes [2J"
+    assert shown["modelspec.title"] == r"Foxes\x1b[2J"
     assert shown["modelspec.thumbnail"] == "image/jpeg, 3,000 bytes"
     assert shown["ss_network_dim"] == "32"
     assert shown["ss_tag_frequency"] == "3 tags of 2 folders, most often fox, dog, snow"

@@ -1,7 +1,6 @@
 """`sdxl-train inspect FILE|DIR [OTHER]`: what a model is, what is in it, and what differs between two."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from tqdm import tqdm
 from trainer.checkpoint.run_dir import list_checkpoints
 from trainer.cli.compare_text import comparison_lines
 from trainer.cli.inspect_text import inspection_lines
-from trainer.errors import UserError
+from trainer.errors import MOST_OF_A_LINE, UserError, json_text, printable
 from trainer.evaluate.change_chart import change_chart_png
 from trainer.model_files.examine.compare import as_json as comparison_json
 from trainer.model_files.examine.compare import comparable_bytes, compare
@@ -102,10 +101,10 @@ def _show(arguments: argparse.Namespace) -> None:
     with _faults_named(str(path)), progress(path.name, 0 if arguments.quick else total_bytes(path)) as advance:
         found = inspect(path, quick=arguments.quick, reference=arguments.reference, on_bytes=advance)
     if arguments.json:
-        print(json.dumps(as_json(found), indent=2, ensure_ascii=False))
+        print(json_text(as_json(found)))
         return
     for line in inspection_lines(found):
-        print(line)
+        print(printable(line, MOST_OF_A_LINE))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -130,8 +129,8 @@ def _compare(arguments: argparse.Namespace) -> None:
             f"{out}: the chart could not be written ({error.strerror or error}); --out names another place"
         ) from None
     if arguments.json:
-        print(json.dumps(comparison_json(found) | {"chart": str(out)}, indent=2, ensure_ascii=False))
+        print(json_text(comparison_json(found) | {"chart": str(out)}))
         return
     for line in comparison_lines(found):
-        print(line)
+        print(printable(line, MOST_OF_A_LINE))
     print(f"\nchart: {out}")

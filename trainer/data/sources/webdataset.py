@@ -88,6 +88,9 @@ def _items(
     if len(images) > 1:
         ignored["(further image of a sample)"] += len(images) - 1
     image, caption, problem = images[0], None, ""
+    if not image.size:  # told at once, because a small tar may hold any number of them
+        yield SourceItem(key, path, image.offset, 0, problem="is empty")
+        return
     try:
         caption = _caption(source, path, by_ending, limits.caption_bytes)
     except (ValueError, OSError, EOFError, RecursionError, Refused) as error:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.model_files.diffusers_folder import read_json
+from trainer.guards import DEFAULT_LIMITS, Limits, printable
+from trainer.model_files.diffusers_folder import object_or_nothing
 from trainer.model_files.examine.adapter_kinds import adapter
 from trainer.model_files.header import Header, HeaderFault, header_fault, read_header
 
@@ -55,7 +56,7 @@ class Identity:
         return KINDS.index(self.kind) < KINDS.index("missing")
 
 
-def identify(path: Path) -> Identity:
+def identify(path: Path, limits: Limits = DEFAULT_LIMITS) -> Identity:
     """What a file or folder is. Reads headers and configurations, never the weights; raises nothing."""
     try:
         if path.is_dir():
@@ -64,7 +65,7 @@ def identify(path: Path) -> Identity:
             return Identity("missing", "file", "not there", "check the path")
         if not path.is_file():
             return Identity("not-a-model", "file", "neither a file nor a folder")
-        return classify(read_header(path))
+        return classify(read_header(path, limits))
     except HeaderFault as fault:
         return Identity(fault.kind, "file", fault.description, fault.mend)
     except OSError as error:
@@ -213,7 +214,7 @@ def _part(shapes: Mapping[str, tuple[int, ...]]) -> Identity:
         return _transformer(shapes, "single-file")
     if any(re.match(r"(model\.\d+\.sub\.|conv_first\.|body\.\d+\.rdb)", name) for name in shapes):
         return Identity("upscaler", "single-file", "an image upscaler (ESRGAN's kind)")
-    some = ", ".join(sorted(shapes)[:2])[:80]
+    some = printable(", ".join(sorted(shapes)[:2]), 80)
     return Identity("not-a-model", "file", f"a safetensors file of no model known here ({len(shapes)} tensors: {some})")
 
 
@@ -244,7 +245,7 @@ def _folder(path: Path) -> Identity:
         return Identity("folder", "run", "a run directory", "give one of the checkpoints in it")
     if (path / "adapter_config.json").is_file():
         return Identity("lora", "folder", "a LoRA in PEFT's layout")
-    pipeline = read_json(path / "model_index.json").get("_class_name")
+    pipeline = object_or_nothing(path / "model_index.json").get("_class_name")
     if (path / "unet").is_dir():
         return _pipeline(path)
     if isinstance(pipeline, str):
@@ -293,7 +294,7 @@ def _pipeline(path: Path) -> Identity:
 
 def _component(folder: Path, name: str) -> Identity:
     """A component's folder, by its configuration and by the headers of its weights."""
-    config = read_json(folder / "config.json")
+    config = object_or_nothing(folder / "config.json")
     if not config:
         return Identity("damaged", "component", f"without a readable {name}/config.json", "copy it again")
     fault = _fault_in(folder, name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from trainer.model_files.diffusers_folder import read_json
+from trainer.guards import DEFAULT_LIMITS, Refused, parse_json, printable
+from trainer.model_files.diffusers_folder import object_or_nothing
 from trainer.model_files.examine.identify import Identity
 from trainer.model_files.examine.stored_tensors import StoredFile
 from trainer.model_files.modelspec import PREFIX, told_prediction_type
@@ -40,6 +41,7 @@ _SS_SHOWN = (
     "training_comment",
 )
 _MOST_SHOWN = 160
+_MOST_KEYS = 100
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,13 @@ def prediction(path: Path, found: Identity, files: tuple[StoredFile, ...]) -> Pr
     if path.is_file():
         return _of_single_file(names, told_prediction_type(files[0].header.metadata))
     file = path / "scheduler" / "scheduler_config.json"
-    config = read_json(file)
+    config = object_or_nothing(file)
     if not config:
         where = "in the run's configuration" if found.layout == "checkpoint" else "nowhere in this folder"
         return Prediction("unknown", False, f"it stands {where}")
     told = config.get("prediction_type", "epsilon")
-    return Prediction(str(told)[:40], config.get("rescale_betas_zero_snr") is True, "scheduler/scheduler_config.json")
+    zero = config.get("rescale_betas_zero_snr") is True
+    return Prediction(printable(str(told), 40), zero, "scheduler/scheduler_config.json")
 
 
 def _of_single_file(names: set[str], told: str | None) -> Prediction:
@@ -94,28 +97,34 @@ def _of_single_file(names: set[str], told: str | None) -> Prediction:
 
 def readable_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata fit to be read: modelspec first, pictures as their size, a LoRA's training record as a summary."""
-    spec = {key: _shown(key, value) for key, value in metadata.items() if key.startswith(PREFIX)}
+    spec = {_printable(key): _shown(value) for key, value in metadata.items() if key.startswith(PREFIX)}
     record = {key.removeprefix("ss_"): value for key, value in metadata.items() if key.startswith("ss_")}
     other = {
-        _printable(key): _shown(key, value)
+        _printable(key): _shown(value)
         for key, value in metadata.items()
         if not key.startswith((PREFIX, "ss_")) and key != "format"
     }
-    summary = {f"ss_{key}": _shown(key, record[key]) for key in _SS_SHOWN if _is_told(record.get(key))}
+    summary = {f"ss_{key}": _shown(record[key]) for key in _SS_SHOWN if _is_told(record.get(key))}
     tags = _tag_summary(record.get("tag_frequency", ""))
     if tags:
         summary["ss_tag_frequency"] = tags
     rest = len(record) - len(summary)
     if rest:
         summary["ss_..."] = f"{rest} more keys of kohya's training record (--json has all)"
-    return spec | other | summary
+    return _first(spec) | _first(other) | summary
+
+
+def _first(told: dict[str, str]) -> dict[str, str]:
+    if len(told) <= _MOST_KEYS:
+        return told
+    return dict(islice(told.items(), _MOST_KEYS)) | {"...": f"{len(told) - _MOST_KEYS:,} more (--json has all)"}
 
 
 def _is_told(value: str | None) -> bool:
     return value not in (None, "", "None", "null")
 
 
-def _shown(key: str, value: str) -> str:
+def _shown(value: str) -> str:
     picture = re.match(r"data:([\w/+.-]{1,40});base64,", value)
     if picture:
         return f"{picture[1]}, {(len(value) - picture.end()) * 3 // 4:,} bytes"
@@ -124,19 +133,19 @@ def _shown(key: str, value: str) -> str:
 
 
 def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text[: 2 * _MOST_SHOWN]).strip()
+    return printable(" ".join(text[: 2 * _MOST_SHOWN].split()), 2 * _MOST_SHOWN)
 
 
 def _tag_summary(text: str) -> str:
     """Counts of kohya's tag statistics: {folder: {tag: count}}."""
     try:
-        folders = json.loads(text)
+        folders = parse_json(text.encode(errors="replace"), "", most_bytes=DEFAULT_LIMITS.header_bytes)
         counts = [tags for tags in folders.values() if isinstance(tags, dict)]
         frequent: dict[str, int] = {}
         for tags in counts:
             for tag, count in tags.items():
                 frequent[tag] = frequent.get(tag, 0) + int(count)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (Refused, ValueError, TypeError, AttributeError, OverflowError):
         return ""
     first = ", ".join(_printable(tag)[:40] for tag in sorted(frequent, key=lambda tag: -frequent[tag])[:5])
     return f"{len(frequent):,} tags of {len(counts)} folders, most often {first}"

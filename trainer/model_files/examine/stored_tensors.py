@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.model_files.components import CONFIGS_KEY, name_in_module, told_config
-from trainer.model_files.diffusers_folder import read_json, weight_files
+from trainer.model_files.diffusers_folder import object_or_nothing, weight_files
 from trainer.model_files.examine.identify import Identity, identify
 from trainer.model_files.header import Header, read_header
 from trainer.model_files.key_map import COMPONENTS, PREFIXES, UNET_PREFIX, KeyEntry, block_of, single_file_keys
@@ -95,7 +95,8 @@ def stored_files(path: Path, found: Identity) -> tuple[StoredFile, ...]:
 
 def split_stacked(tensor: StoredTensor) -> tuple[StoredTensor, ...]:
     """The three parts of OpenCLIP's stacked query, key and value; any other tensor itself."""
-    if not tensor.name.endswith((".attn.in_proj_weight", ".attn.in_proj_bias")) or tensor.shape[0] % 3:
+    is_stacked = tensor.name.endswith((".attn.in_proj_weight", ".attn.in_proj_bias"))
+    if not is_stacked or not tensor.shape or tensor.shape[0] % 3:
         return (tensor,)
     shape = (tensor.shape[0] // 3, *tensor.shape[1:])
     size = tensor.num_bytes // 3
@@ -193,7 +194,7 @@ def _table_of(header: Header) -> tuple[str, dict[str, KeyEntry]]:
 
 def _component_files(folder: Path, component: str) -> tuple[StoredFile, ...]:
     component = component if component in COMPONENTS else "other"
-    table = _table(component, read_json(folder / "config.json"))
+    table = _table(component, object_or_nothing(folder / "config.json"))
     files = []
     for path in weight_files(folder):
         header = read_header(path)

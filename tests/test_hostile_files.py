@@ -1,0 +1,80 @@
+"""Files that somebody made to crash, stall, fill or take over the program: each is told in one line or does no harm."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.hostile_files import KINDS, Verdict, load_kinds
+
+ROOT = Path(__file__).parent.parent
+MOST_CPU_S, MOST_MB = 5.0, 1024.0
+load_kinds()
+# How many files of each kind are tried: each way that a kind has, some of them again with other numbers.
+COUNTS = {
+    "safetensors-header": 28, "safetensors-length": 20, "safetensors-names": 24, "no-model": 20, "pickle-program": 42,
+    "pickle-archive": 24, "unet-config": 40, "text-encoder-config": 24, "model-folder-file": 24, "weights-index": 10,
+    "tokenizer": 16, "yaml": 36, "no-yaml": 7, "override": 12, "manifest": 14,
+    "two-models": 18, "path": 42,
+}  # fmt: skip
+OF_DATA = {
+    "image-of-another-kind": 20, "image-bomb": 14, "large-image": 7, "damaged-image": 14, "odd-file-as-image": 10,
+    "caption": 16, "mask": 20, "weight-file": 14, "folder": 10, "pixels-that-change": 16, "metadata": 40,
+    "odd-file-as-table": 14, "webdataset": 48, "latent-tar": 24, "latents": 40, "parquet": 26, "hf-folder": 13,
+    "tag-file": 30,
+}  # fmt: skip
+OF_ANOTHER_KIND = 12
+# These import what networks are built of, or `datasets`, or are large.
+SLOW = ("unet-config", "text-encoder-config", "hf-folder", "large-image")
+
+
+def judged(files: Sequence[tuple[str, int]], model: Path, folder: Path) -> list[Verdict]:
+    """What became of each file, in one process of its own."""
+    result = folder / "verdicts.jsonl"
+    environment = {**os.environ, "HOSTILE_MODEL": str(model), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    names = [f"{name}:{seed}" for name, seed in files]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hostile_files", str(folder / "files"), str(result), *names],
+        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    verdicts = [Verdict(**json.loads(line)) for line in result.read_text().splitlines()]
+    assert done.returncode == 0, f"after {verdicts[-1:]}: {done.stderr[-2000:]}"
+    assert len(verdicts) == len(files)
+    return verdicts
+
+
+def assert_harmless(verdicts: Sequence[Verdict]) -> None:
+    """No code was run, no traceback, no hang, nothing that steers the terminal, little memory and time."""
+    faults = [v for v in verdicts if v.fault or v.cpu_s > MOST_CPU_S or v.rss_mb > MOST_MB]
+    assert not faults, "\n".join(map(str, faults))
+
+
+def test_some_of_every_kind_that_needs_no_networks(model_folder: Path, tmp_path: Path) -> None:
+    files = [(name, seed) for name in sorted(KINDS) if name not in SLOW for seed in (5, 10)]
+    assert_harmless(judged(files, model_folder, tmp_path))
+
+
+@pytest.mark.e2e
+def test_every_kind(model_folder: Path, tmp_path: Path) -> None:
+    kinds = sorted(KINDS.keys() - OF_DATA)
+    files = [(name, seed) for name in kinds for seed in range(COUNTS.get(name, OF_ANOTHER_KIND))]
+    assert len(files) >= 300 and len(kinds) >= 12
+    assert_all_harmless(files, model_folder, tmp_path)
+
+
+@pytest.mark.e2e
+def test_every_kind_of_data(model_folder: Path, tmp_path: Path) -> None:
+    files = [(name, seed) for name, count in OF_DATA.items() for seed in range(count)]
+    assert len(files) >= 300 and OF_DATA.keys() <= KINDS.keys()
+    assert_all_harmless(files, model_folder, tmp_path)
+
+
+def assert_all_harmless(files: Sequence[tuple[str, int]], model_folder: Path, tmp_path: Path) -> None:
+    verdicts = judged(files, model_folder, tmp_path)
+    assert_harmless(verdicts)
+    most = max(v.cpu_s for v in verdicts), max(v.rss_mb for v in verdicts)
+    print(f"{len(files)} files of {len(dict(files))} kinds: at most {most[0]:.1f} s of CPU and {most[1]:.0f} MB each")
