@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainer.errors import UserError, printable
+from trainer.errors import MOST_OF_A_LINE, UserError, printable
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -38,7 +38,7 @@ class Limits:
     """What is read of files from outside, at most; the section `limits` of the configuration, which documents each."""
 
     image_bytes: int = 512 << 20
-    image_pixels: int = 100_000_000
+    image_pixels: int = 90_000_000
     caption_bytes: int = 1 << 20
     json_bytes: int = 256 << 20
     json_depth: int = _JSON_DEPTH
@@ -54,13 +54,19 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+"""Where no configuration says otherwise."""
 
 
 class Refused(UserError):
     """Bytes from outside that break a rule; one line, `FILE: what; rule`."""
 
+    def reason_for(self, place: object) -> str:
+        """The line without the place, where that is told beside it."""
+        reason = str(self).removeprefix(printable(f"{place}: ", MOST_OF_A_LINE))
+        return reason or f"is not read; its path has {len(str(place)):,} characters"
 
-def open_regular(path: Path, most_bytes: int | None = None) -> BinaryIO:
+
+def open_regular(path: Path | str, most_bytes: int | None = None) -> BinaryIO:
     """Open a file for reading, if it is one: a FIFO would wait for ever, and a device gives bytes without end.
 
     A link to a regular file is as good as the file.
@@ -69,7 +75,8 @@ def open_regular(path: Path, most_bytes: int | None = None) -> BinaryIO:
         Refused: it is something else, or larger than `most_bytes`.
         OSError: it is not there, or cannot be read.
     """
-    _require_regular(path, path.stat(), most_bytes)  # opening alone may already do something to a device
+    # Opening alone may already do something to a device.
+    _require_regular(path, os.stat(path), most_bytes)  # noqa: PTH116 - may be text
     # What was put there in the meantime does not block either.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -80,7 +87,7 @@ def open_regular(path: Path, most_bytes: int | None = None) -> BinaryIO:
         raise
 
 
-def _require_regular(path: Path, found: os.stat_result, most_bytes: int | None) -> None:
+def _require_regular(path: Path | str, found: os.stat_result, most_bytes: int | None) -> None:
     if not stat.S_ISREG(found.st_mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         raise Refused(f"{path}: is {kinds.get(stat.S_IFMT(found.st_mode), 'a device')}, not a regular file")
@@ -88,7 +95,7 @@ def _require_regular(path: Path, found: os.stat_result, most_bytes: int | None) 
         raise Refused(f"{path}: has {found.st_size:,} bytes; at most {most_bytes:,} are read")
 
 
-def read_bytes(path: Path, most_bytes: int) -> bytes:
+def read_bytes(path: Path | str, most_bytes: int) -> bytes:
     """All of a regular file.
 
     Raises:

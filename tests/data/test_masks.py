@@ -111,7 +111,7 @@ def test_bad_masks_say_why() -> None:
     whole = encoded(drawn((600, 400)))
     wrong = {
         b"": "its mask is empty",
-        b"no image": "its mask is not an image that Pillow knows",
+        b"no image": "its mask is not an image of a known kind",
         whole[: len(whole) // 2]: "its mask cannot be decoded: image file is truncated",
         encoded(Image.new("F", (600, 400)), "TIFF"): "its mask has floating-point pixels, whose range is not known",
         encoded(drawn((400, 600))): "its mask is 400x600 px, no size of the image as displayed, 600x400 px",

@@ -1,14 +1,13 @@
 """One image file, on the disk or in memory: its size as displayed, from the header alone, and its pixels in a bucket.
 
-Pillow's exceptions for hostile files are many; they all become `BadImage` with one line of reason.
+Pillow's exceptions for hostile files are many; they all become `BadImage` with one line of reason. A decoder that runs
+cannot be interrupted: what bounds its time are the pixels that the header tells (`trainer.raster`).
 """
 
 import contextlib
 import errno
-import io
-import struct
+import threading
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -19,27 +18,12 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from trainer.data.augment import View
 from trainer.data.buckets import Placement, source_box
 from trainer.data.masks import FULL, BadMask, check_mask_shape, fill_mask
+from trainer.errors import printable
+from trainer.guards import DEFAULT_LIMITS, Limits, Refused
+from trainer.raster import DECODE_ERRORS, FORMATS, check_scans, open_image
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
 
-# What Pillow's decoders have been seen to raise on damaged files.
-_DECODE_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    SyntaxError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    AssertionError,
-    MemoryError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _TRANSPOSITIONS = {
     2: (Image.Transpose.FLIP_LEFT_RIGHT,),
@@ -51,6 +35,9 @@ _TRANSPOSITIONS = {
     8: (Image.Transpose.ROTATE_90,),
 }
 _SIDEWAYS = (5, 6, 7, 8)
+_LARGE_PIXELS = 25_000_000
+_STRIP_PIXELS = 1 << 22
+_one_large = threading.Lock()
 
 
 class BadImage(Exception):
@@ -59,23 +46,22 @@ class BadImage(Exception):
 
 @contextlib.contextmanager
 def pillow_rules() -> Iterator[None]:
-    """Within, in all threads: an image beyond Pillow's pixel limit is an error; remarks on odd files are not shown."""
+    """Within, in all threads: Pillow's remarks on odd files are not shown."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
         yield
 
 
-def image_hw(file: Path | bytes | IO[bytes]) -> tuple[int, int]:
+def image_hw(file: Path | bytes | IO[bytes], limits: Limits = DEFAULT_LIMITS) -> tuple[int, int]:
     """Height and width as displayed (after the EXIF orientation), without decoding the pixels; raises BadImage."""
-    with _reasons(), Image.open(_source(file)) as image:
+    with _reasons(file), open_image(file, limits) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
 def has_alpha(file: Path | bytes | IO[bytes]) -> bool:
     """Whether the image has transparency, as its header says, without decoding the pixels; raises BadImage."""
-    with _reasons(), Image.open(_source(file)) as image:
+    with _reasons(file), open_image(file) as image:
         return image.has_transparency_data
 
 
@@ -93,16 +79,18 @@ def load_pixels(
     Raises:
         BadImage: it cannot be decoded, or its size is not `original_hw` any more.
     """
-    with _reasons(), Image.open(_source(file)) as image:
+    with _reasons(file), open_image(file) as image, _in_turn(image):
         orientation = _orientation(image)
         width, height = image.size[::-1] if orientation in _SIDEWAYS else image.size
         if (height, width) != original_hw:  # told from the header, before a hostile size can take the memory
             raise BadImage(f"is {width}x{height} px, but was {original_hw[1]}x{original_hw[0]} px when it was listed")
+        check_scans(image)
         if alpha is not None:
             alpha[:] = FULL
             if image.has_transparency_data:
-                channel = _upright(image.convert("RGBA").getchannel("A"), orientation)
-                fill_mask(np.asarray(channel), original_hw, View(placement, False), alpha)
+                channel = np.asarray(_upright(_alpha_of(image), orientation))
+                fill_mask(channel, original_hw, View(placement, False), alpha)
+                del channel
         rgb = _upright(_to_rgb(image), orientation)
         top, left, bottom, right = source_box(original_hw, placement)
         size = placement.bucket.width_px, placement.bucket.height_px
@@ -138,10 +126,12 @@ def load_mask(file: Path | bytes, image_hw: tuple[int, int], view: View, mask: n
         BadMask: it cannot be decoded, or has another aspect ratio than the image.
     """
     try:
-        with _reasons(), Image.open(_source(file)) as image:
+        most_pixels = max(Limits.image_pixels, image_hw[0] * image_hw[1])
+        with _reasons(file), open_image(file, Limits(image_pixels=most_pixels)) as image, _in_turn(image):
             orientation = _orientation(image)
-            mask_hw = image.size if orientation in _SIDEWAYS else image.size[::-1]
-            check_mask_shape(mask_hw, image_hw)
+            width, height = image.size[::-1] if orientation in _SIDEWAYS else image.size
+            check_mask_shape((height, width), image_hw)
+            check_scans(image)
             fill_mask(np.asarray(_upright(_to_grey(image), orientation)), image_hw, view, mask)
     except BadImage as error:
         raise BadMask(f"its mask {error}") from error
@@ -153,33 +143,32 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image
 
 
-def _source(file: Path | bytes | IO[bytes]) -> Path | IO[bytes]:
-    if isinstance(file, Path):
-        empty = file.stat().st_size == 0
-    elif isinstance(file, bytes):
-        empty, file = not file, io.BytesIO(file)
+@contextlib.contextmanager
+def _in_turn(image: Image.Image) -> Iterator[None]:
+    """Large images are decoded one at a time, whatever the number of threads: each takes 8 bytes a pixel."""
+    if image.width * image.height < _LARGE_PIXELS:
+        yield
     else:
-        empty = not file.read(1)
-        file.seek(0)
-    if empty:
-        raise BadImage("is empty")
-    return file
+        with _one_large:
+            yield
 
 
 @contextlib.contextmanager
-def _reasons() -> Iterator[None]:
+def _reasons(file: Path | bytes | IO[bytes]) -> Iterator[None]:
     try:
         yield
     except BadImage:
         raise
+    except Refused as error:
+        raise BadImage(error.reason_for(file)) from None
     except UnidentifiedImageError:
-        raise BadImage("is not an image that Pillow knows") from None
-    except _DECODE_ERRORS as error:
+        raise BadImage(f"is not an image of a known kind ({', '.join(FORMATS)})") from None
+    except DECODE_ERRORS as error:
         if isinstance(error, OSError) and error.errno in _OUT_OF_RESOURCES:
             raise
         if isinstance(error, OSError) and error.strerror:
             raise BadImage(f"cannot be read: {error.strerror}") from error
-        raise BadImage(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise BadImage(f"cannot be decoded: {printable(str(error)) or type(error).__name__}") from error
 
 
 def _orientation(image: Image.Image) -> int:
@@ -189,7 +178,7 @@ def _orientation(image: Image.Image) -> int:
     # The base class's method: PNG's own would decode the whole image to look for EXIF data behind the pixels.
     try:
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return 1  # damaged EXIF data says nothing about the pixels
     return value if value in _TRANSPOSITIONS else 1
 
@@ -197,8 +186,8 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image) -> Image.Image:
     image = _scaled_to_bytes(image)
     if image.has_transparency_data:
-        return _over(image, 255).convert("RGB")
-    return image.convert("RGB")
+        return _over(image, 255)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
@@ -206,9 +195,20 @@ def _to_grey(image: Image.Image) -> Image.Image:
     return (_over(image, 0) if image.has_transparency_data else image.convert("RGB")).convert("L")
 
 
+def _alpha_of(image: Image.Image) -> Image.Image:
+    return (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A")
+
+
 def _over(image: Image.Image, background: int) -> Image.Image:
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, (background, background, background, 255)), rgba)
+    """In RGB, over a grey; in strips, because each step of it would take a copy of the whole."""
+    width, height = image.size
+    flat = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(height, top + rows))).convert("RGBA")
+        under = Image.new("RGBA", strip.size, (background, background, background, 255))
+        flat.paste(Image.alpha_composite(under, strip).convert("RGB"), (0, top))
+    return flat
 
 
 def _scaled_to_bytes(image: Image.Image) -> Image.Image:
@@ -217,7 +217,10 @@ def _scaled_to_bytes(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise BadImage("has integer pixels beyond 16 bits, whose range is not known")
-        return Image.fromarray((values.astype(np.float32) / 257.0 + 0.5).astype(np.uint8))
+        scaled = values.astype(np.float32)
+        scaled /= 257.0
+        scaled += 0.5
+        return Image.fromarray(scaled.astype(np.uint8))
     if image.mode == "F":
         raise BadImage("has floating-point pixels, whose range is not known")
     return image

@@ -11,6 +11,7 @@ from trainer.data.buckets import source_box
 
 FULL = 255
 _TOLERANCE_PX = 1.0
+_VALUES_AT_ONCE = 1 << 20
 
 
 class BadMask(Exception):
@@ -62,6 +63,10 @@ def _means_between(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Means of [n, m] over the intervals between ascending `edges` in 0..n, [len(edges) - 1, m] float64; a row that an
     edge cuts counts by its share."""
     rows = np.minimum(edges.astype(np.int64), len(values) - 1)
-    sums = np.add.reduceat(values, rows, axis=0, dtype=np.float64)[:-1]
+    sums = np.empty((len(rows) - 1, values.shape[1]))
+    width = max(1, _VALUES_AT_ONCE // len(values))
+    for left in range(0, values.shape[1], width):  # which is cast to float64 for the sum
+        part = values[:, left : left + width]
+        sums[:, left : left + width] = np.add.reduceat(part, rows, axis=0, dtype=np.float64)[:-1]
     sums[rows[1:] == rows[:-1]] = 0  # reduceat gives the row itself where the interval lies within one
     return (sums + np.diff((edges - rows)[:, None] * values[rows], axis=0)) / np.diff(edges)[:, None]

@@ -27,6 +27,7 @@ from trainer.model.denoiser import Denoiser
 from trainer.model.latents import encoded_batches
 from trainer.model.text import CaptionTokenizer, TextEncoders
 from trainer.parallel.comm import Comm, failing_together
+from trainer.raster import open_image
 
 _log = logging.getLogger(__name__)
 _RESCALE = 0.7  # Lin et al. 2023, section 3.4
@@ -254,5 +255,5 @@ def _image_name(index: int, way: str, ways: Sequence[str]) -> str:
 
 
 def _read_image(path: Path) -> Image.Image:
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return image.convert("RGB")

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.guards import open_regular
+from trainer.guards import DEFAULT_LIMITS
 
 PREFIX = "modelspec."
 HASH_KEY = PREFIX + "hash_sha256"
 THUMBNAIL_PX = 256  # the specification's recommendation
-_RASTER = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # of others, Pillow starts programs on some
 _FIXED = {
     "sai_model_spec": "1.0.1",
     "architecture": "stable-diffusion-xl-v1-base",
@@ -83,14 +82,16 @@ def thumbnail_of(image_files: Sequence[Path]) -> str:
     """
     from PIL import Image, ImageOps
 
+    from trainer.raster import DECODE_ERRORS, open_image
+
     per_side = 2 if len(image_files) >= 4 else 1
     side = THUMBNAIL_PX // per_side
     whole = Image.new("RGB", (THUMBNAIL_PX, THUMBNAIL_PX))
     for i, file in enumerate(image_files[: per_side**2]):
         try:
-            with open_regular(file) as stream, Image.open(stream, formats=_RASTER) as image:
+            with open_image(file, DEFAULT_LIMITS) as image:
                 square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except DECODE_ERRORS as error:
             raise UserError(f"{file}: not an image that can be read ({error})") from None
         whole.paste(square, (side * (i % per_side), side * (i // per_side)))
     data = io.BytesIO()

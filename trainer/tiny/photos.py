@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from trainer.errors import UserError
 from trainer.package_files import find_package_file
+from trainer.raster import open_image
 
 
 class Framing(NamedTuple):
@@ -165,7 +166,7 @@ def write_photos(folder: Path, show_progress: bool = True) -> int:
         unit="photo",
         disable=None if show_progress else True,
     ):
-        with Image.open(path) as file:
+        with open_image(path) as file:
             image = file.convert("RGB")
         for view in views(photo, image.size):
             crop = image.resize(view.size_wh, Image.Resampling.LANCZOS, box=view.box)

@@ -99,3 +99,23 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError), catalog.open_catalog(tmp_path / "nowhere", read_only=True):
         pass
+
+
+@pytest.mark.parametrize("altered", ["DROP TABLE rows", "ALTER TABLE rows RENAME COLUMN key TO kex", "a page"])
+def test_an_altered_catalogue_is_one_line(tmp_path: Path, altered: str) -> None:
+    with catalog.open_catalog(tmp_path) as connection:
+        with catalog.transaction(connection):
+            catalog.add_rows(connection, 1, [_row(f"p/{i:03d}", BUCKETS[0]) for i in range(300)])
+        if altered != "a page":
+            connection.execute(altered)
+    if altered == "a page":
+        path = tmp_path / "catalog.sqlite"
+        data = path.read_bytes()
+        path.write_bytes(data[:4096] + b"\xff" * (len(data) - 4096))
+    with (
+        pytest.raises(UserError, match=r"catalog\.sqlite: cannot be read"),
+        catalog.open_catalog(tmp_path) as connection,
+    ):
+        catalog.count_new(connection)
+        catalog.plan_generation(connection, rows_per_shard=16)
+        catalog.pending_shards(connection)

@@ -262,7 +262,7 @@ def test_a_bad_mask_is_one_line_and_can_be_mended(tmp_path: Path, mode: str) -> 
     expected = {
         "photos/sub/0": "its mask is empty",
         "photos/sub/1": "its mask is 150x100 px, no size of the image as displayed, 150x150 px",
-        "photos/sub/2": "its mask is not an image that Pillow knows",
+        "photos/sub/2": "its mask is not an image of a known kind",
     }
     if mode == "latents":
         expected["photos/sub/3"] = "its mask cannot be decoded: image file is truncated"

@@ -23,7 +23,7 @@ def test_lists_images_below_the_folder(tmp_path: Path) -> None:
     assert sorted(items) == ["photos/a", "photos/e.x", "photos/sub/a", "photos/sub/deep/b"]
     assert items["photos/sub/a"].file == str(root / "sub/a.webp")
     assert items["photos/e.x"].caption_path == str(root / "e.x.txt")
-    assert ignored == {"(hidden)": 1, ".npz": 1, "(none)": 1}
+    assert ignored == {"(hidden)": 1, ".npz": 1, "(none)": 1, "(link to a folder that was visited)": 1}
 
 
 def test_names_stay_when_a_source_is_added() -> None:

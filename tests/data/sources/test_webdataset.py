@@ -111,11 +111,18 @@ def test_damage_costs_what_it_touches(tmp_path: Path) -> None:
     assert problems == {"web/a/0": "", "web/b/0": ""}
 
 
+def test_an_empty_image_is_told_without_a_look_at_it(tmp_path: Path) -> None:
+    """A header of 512 bytes makes one: a small tar may hold any number of them."""
+    write_tar(tmp_path / "a.tar", {"0.jpg": b"", "0.txt": b"a cup", "1.jpg": COFFEE})
+    items, _ = _list(WebdatasetSource(type="webdataset", tars=tmp_path))
+    assert [item.problem for item in items.values()] == ["is empty", ""]
+
+
 def test_which_files(tmp_path: Path) -> None:
     for name in ("x/0.tar", "x/1.tar", "y/0.tar", "y/1.txt"):
         write_tar(tmp_path / name, {"0.jpg": COFFEE})
-    assert [stem for _, stem in files_below(tmp_path, ".tar", "tars")] == ["x/0", "x/1", "y/0"]
-    assert [stem for _, stem in files_below(tmp_path / "*" / "0.tar", ".tar", "tars")] == ["x/0", "y/0"]
-    assert [stem for _, stem in files_below(tmp_path / "x" / "1.tar", ".tar", "tars")] == ["1"]
+    assert [stem for _, stem in files_below(tmp_path, ".tar", "tars", Counter())] == ["x/0", "x/1", "y/0"]
+    assert [stem for _, stem in files_below(tmp_path / "*" / "0.tar", ".tar", "tars", Counter())] == ["x/0", "y/0"]
+    assert [stem for _, stem in files_below(tmp_path / "x" / "1.tar", ".tar", "tars", Counter())] == ["1"]
     with pytest.raises(UserError, match=r"there is no \.tar file"):
-        files_below(tmp_path / "z", ".tar", "tars")
+        files_below(tmp_path / "z", ".tar", "tars", Counter())

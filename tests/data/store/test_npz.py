@@ -1,5 +1,9 @@
 """kohya's `.npz`: the values come out as they are, and nothing damaged goes unnoticed."""
 
+import io
+import resource
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -139,3 +143,68 @@ def test_an_archive_that_claims_to_be_huge_is_refused() -> None:
     data[at : at + 4] = (0xF0000000).to_bytes(4, "little")
     with pytest.raises(BadNpz, match="damaged zip"):
         read_latents(data, _room())
+
+
+def _npz_with_header(header: str, name: str = "latents.npy", method: int = zipfile.ZIP_STORED) -> bytes:
+    text = header.encode("latin-1").ljust(118) + b"\n"
+    npy = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(4 * 4 * 8 * 16)
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        archive.writestr(name, npy)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    ("descr", "shape"),
+    [
+        ("'<f4'", f"(4, {10**30}, 8)"),
+        ("'<f4'", "(4, 1e400, 8)"),
+        ("'<f4'", "(4, 8, 16.0)"),
+        ("'<f4'", "(4, -8, -16)"),
+        ("'<f4'", "(4, True, 512)"),
+        ("'<f4'", "4"),
+        ("'<f4'", "(4, 0x" + "f" * 60 + ", 8)"),
+        ("'<f4'", "(" * 40 + ")" * 40),
+        ("'|O'", "(4, 8, 16)"),
+        ("'O'", "(4, 8, 16)"),
+        ("'<f4,<f4'", "(4, 8, 8)"),
+        ("[('a', '<f4')]", "(4, 8, 16)"),
+        ("'\x1b[31m'", "(4, 8, 16)"),
+        ("'<f4'", "(4, 60000, 60000)"),
+    ],
+)
+def test_a_hostile_header_is_a_bad_row(descr: str, shape: str, method: int) -> None:
+    data = _npz_with_header(f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}", method=method)
+    for read in (lambda: read_latents(data, _room()), lambda: latents_hw(data)):
+        with pytest.raises(BadNpz) as error:
+            read()
+        assert str(error.value).isprintable()
+    if method == zipfile.ZIP_STORED:
+        with pytest.raises(BadNpz):
+            latents_hw_of_head(data[:HEAD_BYTES], len(data))
+
+
+@pytest.mark.parametrize("told", [0, 1000, 1 << 27], ids=["nothing", "less", "more"])
+def test_no_more_is_inflated_than_an_archive_tells(told: int) -> None:
+    """A size of 0 would be no limit for zlib."""
+    data = bytearray(_npz_with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (4, 8, 16), }" + " " * 60_000,
+                                      method=zipfile.ZIP_DEFLATED))  # fmt: skip
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 24 : entry + 28] = told.to_bytes(4, "little")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadNpz):
+        read_latents(data, _room())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 16
+
+
+def test_sizes_are_not_read_from_large_members() -> None:
+    data = npz_bytes(compressed=True, latents=latents_of(1), original_size=np.zeros(1 << 20))
+    with pytest.raises(BadNpz, match="original_size of 8,388,736 bytes; at most 4,096"):
+        read_latents(data, _room())
+
+
+def test_names_of_members_do_not_steer_the_terminal() -> None:
+    with pytest.raises(BadNpz) as error:
+        read_latents(_npz_with_header("{}", "\x1b]0;owned\x07.npy"), _room())
+    assert str(error.value) == "holds no latents_8x16, but \\x1b]0;owned\\x07"

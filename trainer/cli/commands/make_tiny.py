@@ -112,9 +112,11 @@ def _read_images(photos: Path) -> list[Any]:
     import numpy as np
     from PIL import Image
 
+    from trainer.raster import open_image
+
     arrays = []
     for path in sorted(photos.glob("*.jpg")):
-        with Image.open(path) as image:
+        with open_image(path) as image:
             size = (image.width // 2, image.height // 2)
             arrays.append(np.array(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)))
     return arrays

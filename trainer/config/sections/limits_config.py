@@ -14,7 +14,7 @@ class LimitsConfig(Section):
     image_bytes: _Bytes = Limits.image_bytes
     """Bytes of an image file."""
     image_pixels: PositiveInt = Limits.image_pixels
-    """Pixels of an image, by its header: decoded, each takes 3 to 8 bytes of memory."""
+    """Pixels of an image, by its header, of a WebP half as many; one at a time is decoded, in up to 1 GB of memory."""
     caption_bytes: _Bytes = Limits.caption_bytes
     """Bytes of a caption or of a file of tags."""
     json_bytes: _Bytes = Limits.json_bytes

@@ -25,6 +25,8 @@ CATALOG_FORMAT = 3
 REFERENCES_PER_SHARD = 4
 """A shard that only says where the payload lies holds as many times more rows."""
 _CACHE_KIB = 32 * 1024
+_DAMAGE = (1, 11, 20, 26)
+"""SQLite's codes ERROR (no such table or column), CORRUPT, MISMATCH, NOTADB; a full disk is no fault of the file."""
 
 Payload = Literal["encode", "npz", "image", "repack"]
 """What a row's shard is to hold: latents that the VAE gives for an image (`encode`) or that lie in an `.npz`
@@ -125,10 +127,14 @@ def open_catalog(prepared: Path, read_only: bool = False) -> Iterator[sqlite3.Co
         raise UserError(f"{path}: {error}") from error
     with closing(connection):
         try:
+            # Of a catalogue that somebody else has made, no view or trigger calls a function of SQLite's extensions.
+            connection.execute("PRAGMA trusted_schema = OFF")
             _check_format(connection, path, read_only)
+            yield connection
         except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", _DAMAGE[0]) & 0xFF not in _DAMAGE:
+                raise
             raise UserError(f"{path}: cannot be read ({error}); delete the folder to prepare it anew") from error
-        yield connection
 
 
 def _check_format(connection: sqlite3.Connection, path: Path, read_only: bool) -> None:

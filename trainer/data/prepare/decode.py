@@ -18,6 +18,7 @@ from trainer.data.prepare.catalog import BadRow, CatalogRow
 from trainer.data.sources.parquet import CellReader
 from trainer.data.sources.source import OWN_MASK, ROW, WHOLE, MaskPlace, read_bytes
 from trainer.data.store.shards import LATENT_FACTOR
+from trainer.guards import Refused
 
 
 class DecodedImage(NamedTuple):
@@ -158,5 +159,7 @@ def _located(path: str, offset: int, length: int, cells: CellReader) -> Path | b
         return cells.read(path, offset)
     try:
         return read_bytes(path, offset, length)
+    except Refused as error:
+        raise BadImage(error.reason_for(path)) from error
     except (OSError, EOFError) as error:
         raise BadImage(f"cannot be read: {error}") from error

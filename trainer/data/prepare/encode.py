@@ -31,6 +31,7 @@ from trainer.data.store.references import Reference, ReferencedFiles
 from trainer.data.store.shard_reader import read_npz
 from trainer.data.store.shards import EncodeText, RowBatch, ShardHead, write_shard
 from trainer.errors import UserError
+from trainer.guards import Refused
 from trainer.keyed import draw_seed
 
 Encode = Callable[[np.ndarray, np.ndarray], Any]
@@ -231,6 +232,8 @@ def _converted(
         try:
             data = files.read(Reference(row.path, row.offset, row.length, (0, 0)))
             return latents, mask, read_npz(data, np.array(_sizes(row)), latents, mask=mask if row.mask else None)
+        except Refused as error:
+            return error.reason_for(row.path)
         except OSError as error:
             return f"cannot be read: {error.strerror}"
         except (BadNpz, BadMask, EOFError) as error:

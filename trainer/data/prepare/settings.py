@@ -10,9 +10,19 @@ from typing import Any, Literal
 from trainer.config.sections.sources import Source
 from trainer.data.buckets import BucketRules
 from trainer.errors import UserError
+from trainer.guards import DEFAULT_LIMITS, Limits, Refused, read_json
 
 SETTINGS_FORMAT = 2
 _READ_WHEN_TRAINED = ("loss_weight", "prior")  # of a source; may change at any time
+_USED: dict[str, Any] = {
+    "data.rows_per_shard": int,
+    "data.buckets.resolution": int,
+    "data.cache_text": bool,
+    "the VAE's scaling_factor": int | float,
+    "the VAE (weights and model.vae_precision)": str,
+}
+"""What is read of the settings by what goes on with a set."""
+_MOST = 1 << 24
 _OPTIONAL = ("weight_extension", "weight_field", "weight_column")  # left out where they are not given
 
 
@@ -35,6 +45,8 @@ class PrepareSettings:
     validation_fraction: float = 0.0
     rows_per_shard: int = 2048
     mode: Literal["latents", "images"] = "latents"
+    limits: Limits = DEFAULT_LIMITS
+    """Of what is read; what was prepared within others stays."""
 
     def to_json(self) -> dict[str, Any]:
         """Flat, under the names of the configuration; sources as absolute paths."""
@@ -119,6 +131,10 @@ def stored_settings(prepared: Path) -> dict[str, Any]:
     stored = _stored(prepared)
     if stored is None:
         raise UserError(f"data.prepared ({prepared}): nothing has been planned there yet")
+    for name, kind in _USED.items():
+        if not isinstance(stored.get(name), kind) or (kind is not str and not 0 <= stored[name] < _MOST):
+            path = prepared / "settings.json"
+            raise UserError(f"{path}: was altered: {name} = {_shown(stored.get(name))[:60]}; restore it")
     return stored
 
 
@@ -145,11 +161,17 @@ def sync_folder(folder: Path) -> None:
 def _stored(prepared: Path) -> dict[str, Any] | None:
     path = prepared / "settings.json"
     try:
-        return json.loads(path.read_text())
+        stored = read_json(path)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it or delete the folder") from error
+    except Refused as error:
+        raise UserError(
+            f"{path}: cannot be read ({str(error).removeprefix(f'{path}: ')}); restore it or delete the folder"
+        ) from error
+    sources = stored.get("data.sources", []) if isinstance(stored, dict) else None
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+        raise UserError(f"{path}: was altered, it holds no settings; restore it or delete the folder")
+    return stored
 
 
 def _source_problems(prepared: Path, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:

@@ -31,7 +31,8 @@ from trainer.data.prepare.settings import (
     stored_settings,
 )
 from trainer.data.sources.listing import main_path
-from trainer.data.store.shards import HEADER_BYTES, MaskCounts, ShardError, ShardInfo, count_masks, read_info
+from trainer.data.store.mask_counts import MaskCounts
+from trainer.data.store.shards import HEADER_BYTES, ShardError, ShardInfo, count_masks, read_info
 from trainer.data.store.snapshot_file import (
     ShardEntry,
     Snapshot,
@@ -41,6 +42,8 @@ from trainer.data.store.snapshot_file import (
     snapshot_to_json,
 )
 from trainer.errors import UserError
+
+_NO_ROW = {"path": "", "key": "", "file_bytes": -1, "mtime_ns": -1, "reason": ""}
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ def commit(prepared: Path) -> Committed:
             replace_file(prepared / "snapshots" / snapshot_name(base.number), snapshot_to_json(base))
             replace_file(prepared / "CURRENT", snapshot_name(base.number) + "\n")
         with catalog.transaction(connection):
-            excluded = [BadRow(**row) for _, entry in entries for row in entry.info.excluded]
+            excluded = [BadRow(**_NO_ROW | row) for _, entry in entries for row in entry.info.excluded]
             catalog.mark_committed(connection, generations, excluded, replaced)
             left_out = _write_bad(prepared, connection)
     infos = [entry.info for entry in base.shards]

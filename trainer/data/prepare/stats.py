@@ -14,9 +14,11 @@ from trainer.data.buckets import Bucket
 from trainer.data.captions import CaptionRules, compose
 from trainer.data.loss_weights import LossWeights
 from trainer.data.sampler import pick_rows
+from trainer.data.store.mask_counts import MaskCounts
 from trainer.data.store.shard_reader import RowRecord
-from trainer.data.store.shards import MaskCounts, ShardError, count_masks, read_info
+from trainer.data.store.shards import ShardError, count_masks, read_info
 from trainer.data.store.snapshot import SPLITS, PreparedSet
+from trainer.errors import printable
 
 BAD_FILE = "bad.jsonl"
 """In the prepared folder: the images that `prepare` left out."""
@@ -77,7 +79,7 @@ def left_out(prepared: Path) -> Counter[str]:
     reasons: Counter[str] = Counter()
     try:
         with (prepared / BAD_FILE).open(encoding="utf-8") as file:
-            reasons.update(_kind(json.loads(line)["reason"]) for line in file)
+            reasons.update(map(_reason, file))
     except FileNotFoundError:
         pass
     return reasons
@@ -115,6 +117,13 @@ def _known(record: RowRecord) -> np.ndarray:
     if is_latents and (record.sizes[:2] == record.sizes[4:]).all():
         return record.sizes * np.array([0, 0, 1, 1, 1, 1])
     return record.sizes
+
+
+def _reason(line: str) -> str:
+    try:
+        return _kind(printable(json.loads(line)["reason"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "(a line that cannot be read)"
 
 
 def _kind(reason: str) -> str:

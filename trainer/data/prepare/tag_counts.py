@@ -20,6 +20,7 @@ from trainer.data.prepare.settings import replace_file
 from trainer.data.store.shards import ShardError
 from trainer.data.store.snapshot import PreparedSet, ShardSummary
 from trainer.errors import UserError
+from trainer.guards import Refused, read_json
 
 FORMAT = "sdxl-train tag counts 1"
 MOST_TAGS = 3_000_000
@@ -148,7 +149,7 @@ def _count_shards(prepared: PreparedSet, separators: TagSeparators, shards: Sequ
         for record, times in zip(records, repeats, strict=True):
             try:
                 names = separators.split(json.loads(record))
-            except ValueError:
+            except (ValueError, AttributeError, TypeError, RecursionError):
                 continue  # damaged; told when the row is read
             if not names:
                 untagged += times
@@ -189,9 +190,9 @@ def _kept_in(prepared: PreparedSet, separators: TagSeparators) -> tuple[Path, di
 
 def _read(path: Path, head: Mapping[str, Any]) -> TagCounts | None:
     try:
-        document = json.loads(path.read_bytes())
+        document = read_json(path)
         if {name: document.get(name) for name in head} != head:
             return None
         return TagCounts(*(document[field.name] for field in fields(TagCounts)))
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, Refused, KeyError, AttributeError, TypeError):
         return None  # not there, or damaged

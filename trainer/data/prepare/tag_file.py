@@ -8,9 +8,13 @@ from pathlib import Path
 
 from trainer.config.yaml_source import YamlError, parse
 from trainer.data.captions import MOST_LOSS_WEIGHT
-from trainer.errors import UserError
+from trainer.errors import UserError, printable
+from trainer.guards import Refused, read_bytes
 
 MAX_BYTES = 32 << 20
+MAX_YAML_BYTES = 4 << 20
+"""YAML is parsed a hundred times more slowly than JSON."""
+_MOST_OBJECTS = 1 << 20  # in the names of tags, too
 _NUMBER = re.compile(r"\d*\.?\d+([eE][+-]?\d+)?")
 
 
@@ -27,15 +31,13 @@ def read_tag_file(path: Path) -> dict[str, float]:
     if kind not in (".json", ".yaml", ".yml", ".csv"):
         raise UserError(f"{said}: must be a .json, .yaml or .csv file")
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        text = data.decode("utf-8-sig")
+        text = read_bytes(path, MAX_BYTES if kind in (".json", ".csv") else MAX_YAML_BYTES).decode("utf-8-sig")
+    except Refused as error:
+        raise UserError(f"{said}: {error.reason_for(path)}") from error
     except OSError as error:
         raise UserError(f"{said}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{said}: is no UTF-8 text (byte {error.start:,})") from error
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{said}: is larger than {MAX_BYTES >> 20} MiB; list only the tags that are to count otherwise")
     try:
         pairs = list(_lines(text)) if kind == ".csv" else _object(text, kind)
     except (ValueError, csv.Error, RecursionError) as error:
@@ -58,6 +60,8 @@ def read_tag_file(path: Path) -> dict[str, float]:
 def _object(text: str, kind: str) -> list[tuple[str, object]]:
     """The pairs of an object; a name that stands twice is given twice."""
     if kind == ".json":
+        if text.count("{") + text.count("[") > _MOST_OBJECTS:
+            raise ValueError("must hold one object of tags and weights, no others within it")
         found = json.loads(text, object_pairs_hook=list)
         if not isinstance(found, list) or not all(isinstance(pair, tuple) for pair in found):
             raise ValueError("must hold one object of tags and weights")
@@ -87,5 +91,4 @@ def _lines(text: str) -> Iterator[tuple[str, object]]:
 
 
 def _short(value: object, longest: int = 60) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+    return printable(" ".join(str(value).split()), longest)

@@ -2,17 +2,27 @@
 
 import glob
 import os
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
 from trainer.data.captions import MOST_LOSS_WEIGHT, caption_record
+from trainer.data.sources.folder_walk import walk_folders
 from trainer.errors import UserError
+from trainer.guards import DEFAULT_LIMITS, Limits
 
 _WILDCARDS = ("*", "?", "[")
 
 
-def files_below(place: Path, ending: str, field: str) -> list[tuple[str, str]]:
+def files_below(
+    place: Path,
+    ending: str,
+    field: str,
+    ignored: Counter[str],
+    limits: Limits = DEFAULT_LIMITS,
+) -> list[tuple[str, str]]:
     """The files that a folder (searched recursively), a pattern or a single path names, sorted by path.
 
     Returns:
@@ -22,17 +32,41 @@ def files_below(place: Path, ending: str, field: str) -> list[tuple[str, str]]:
     Raises:
         UserError: there are none.
     """
-    if place.is_dir():
-        root, found = str(place), [str(path) for path in place.rglob(f"*{ending}")]
-    elif place.is_file():
-        root, found = str(place.parent), [str(place)]
-    else:
-        parts = place.parts
-        fixed = next((i for i, part in enumerate(parts) if any(sign in part for sign in _WILDCARDS)), len(parts) - 1)
-        root, found = str(Path(*parts[:fixed])), glob.glob(str(place), recursive=True)  # noqa: PTH207 - may be absolute
+    try:
+        if place.is_dir():
+            root = str(place)
+            found = [entry.path for _, entry in walk_folders([root], limits, ignored) if entry.name.endswith(ending)]
+        elif place.is_file():
+            root, found = str(place.parent), [str(place)]
+        else:
+            root, found = _matches(place, limits)
+    except OSError as error:
+        raise UserError(
+            f"data.sources: {field} ({place}): {error.filename} cannot be read: {error.strerror}"
+        ) from error
     if not found:
         raise UserError(f"data.sources: {field} ({place}): there is no {ending} file")
     return [(path, os.path.relpath(path, root).removesuffix(ending)) for path in sorted(found)]
+
+
+def _matches(place: Path, limits: Limits) -> tuple[str, list[str]]:
+    """The part of a pattern that holds no wildcards, and what the pattern names; `**` stands for any folders."""
+    parts = place.parts
+    fixed = next((i for i, part in enumerate(parts) if any(sign in part for sign in _WILDCARDS)), len(parts) - 1)
+    root = str(Path(*parts[:fixed]))
+    if "**" not in parts:
+        return root, glob.glob(str(place))  # noqa: PTH207 - may be absolute
+    # `glob` would follow links that lead in circles.
+    found = [entry.path for _, entry in walk_folders([root], limits, Counter())] if Path(root).is_dir() else []
+    return root, [path for path in found if _fits(Path(os.path.relpath(path, root)).parts, parts[fixed:])]
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern or not parts:
+        return not pattern and not parts
+    if pattern[0] == "**":
+        return any(_fits(parts[i:], pattern[1:]) for i in range(len(parts)))
+    return fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def text_of(value: object, joint: str = ", ") -> str:

@@ -10,16 +10,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.data.captions import caption_record
 from trainer.data.images import EXTENSIONS
 from trainer.data.sources.columns import loss_weight_of
+from trainer.data.sources.folder_walk import is_folder, walk_folders
 from trainer.data.sources.source import OWN_MASK, MaskPlace, SourceItem
-from trainer.errors import UserError
+from trainer.errors import UserError, printable
+from trainer.guards import DEFAULT_LIMITS, Limits, Refused, open_regular, read_bytes
 
 if TYPE_CHECKING:
     from trainer.config.sections.sources import FolderSource
@@ -31,31 +31,32 @@ _NUMBER = re.compile(r"\d*\.?\d+([eE][+-]?\d+)?")
 _REPEATS = re.compile(r"(?P<repeats>[1-9]\d{0,8})_(?P<words>.*)")
 
 
-def list_folder(source: FolderSource, name: str, ignored: Counter[str]) -> Iterator[SourceItem]:
+def list_folder(
+    source: FolderSource,
+    name: str,
+    ignored: Counter[str],
+    limits: Limits = DEFAULT_LIMITS,
+) -> Iterator[SourceItem]:
     """All images under the folder. Files that are neither images nor captions are counted by ending in `ignored`.
 
-    Links to folders are followed, except to a folder that the link itself lies in. Names that begin with a dot are
-    ignored; with `kohya_repeats` also what lies in no folder of that layout.
+    Links to folders are followed, each folder is visited once. Names that begin with a dot are ignored; with
+    `kohya_repeats` also what lies in no folder of that layout.
     """
     root = str(source.path)
     if not source.path.is_dir():
         raise UserError(f"data.sources: path ({root}): there is no such folder")
     try:
-        if not source.kohya_repeats:
-            yield from _walk(
-                _Walk(source, name, len(root), source.repeats, _default(source), ignored), root, (_identity(root),)
-            )
-            return
-        for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-            counted = _REPEATS.fullmatch(entry.name) if entry.is_dir() else None
-            if counted is None:
-                ignored["(outside of <repeats>_<words> folders)"] += 1
-                continue
-            repeats = source.repeats * int(counted["repeats"])
-            walk = _Walk(source, name, len(root), repeats, _default(source, counted["words"]), ignored)
-            yield from _walk(walk, entry.path, (_identity(root), _identity(entry.path)))
+        walks = dict(_walks(source, name, root, ignored))
+        for folder, entry in walk_folders(list(walks), limits, ignored):
+            item = _item(walks[folder], entry)
+            if item is not None:
+                yield item
     except OSError as error:
         raise UserError(f"data.sources: path ({root}): {error.filename} cannot be read: {error.strerror}") from error
+
+
+class BadCaption(ValueError):
+    """A caption that cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -71,38 +72,44 @@ class _Walk:
     ignored: Counter[str]
 
 
-def _walk(walk: _Walk, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[SourceItem]:
-    caption_extension = walk.source.caption_extension
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                walk.ignored["(hidden)"] += 1
-            elif entry.is_dir():
-                identity = _identity(entry.path)
-                if identity not in above:
-                    yield from _walk(walk, entry.path, (*above, identity))
+def _walks(source: FolderSource, name: str, root: str, ignored: Counter[str]) -> Iterator[tuple[str, _Walk]]:
+    """The folders that are searched: the root, or in kohya's layout those in it that say how often they count."""
+    if not source.kohya_repeats:
+        yield root, _Walk(source, name, len(root), source.repeats, _default(source), ignored)
+        return
+    with os.scandir(root) as entries:
+        for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name)):
+            counted = _REPEATS.fullmatch(entry.name) if is_folder(entry) else None
+            if counted is None:
+                ignored["(outside of <repeats>_<words> folders)"] += 1
             else:
-                stem, extension = os.path.splitext(entry.path)  # noqa: PTH122 - no Path object per image
-                if entry.name.endswith(walk.source.mask_suffix):
-                    if walk.source.masks != "files":
-                        walk.ignored["(mask that is not used)"] += 1
-                elif extension.lower() in EXTENSIONS:
-                    key = f"{walk.name}/{stem[walk.root_len :].lstrip('/')}"
-                    caption_path = stem + caption_extension
-                    caption, problem = walk.caption, ""
-                    if walk.source.weight_extension is not None:
-                        caption, problem = _with_weight(caption, stem + walk.source.weight_extension)
-                    yield SourceItem(
-                        key,
-                        entry.path,
-                        caption=caption,
-                        caption_path=caption_path,
-                        repeats=walk.repeats,
-                        mask=None if walk.source.masks == "none" else _mask(walk, stem),
-                        problem=problem,
-                    )
-                elif extension not in (caption_extension, walk.source.weight_extension):
-                    walk.ignored[extension.lower()[:20] or "(none)"] += 1
+                repeats = source.repeats * int(counted["repeats"])
+                yield entry.path, _Walk(source, name, len(root), repeats, _default(source, counted["words"]), ignored)
+
+
+def _item(walk: _Walk, entry: os.DirEntry[str]) -> SourceItem | None:
+    caption_extension = walk.source.caption_extension
+    stem, extension = os.path.splitext(entry.path)  # noqa: PTH122 - no Path object per image
+    if entry.name.endswith(walk.source.mask_suffix):
+        if walk.source.masks != "files":
+            walk.ignored["(mask that is not used)"] += 1
+        return None
+    if extension.lower() not in EXTENSIONS:
+        if extension not in (caption_extension, walk.source.weight_extension):
+            walk.ignored[printable(extension.lower()[:20]) or "(none)"] += 1
+        return None
+    caption, problem = walk.caption, ""
+    if walk.source.weight_extension is not None:
+        caption, problem = _with_weight(caption, stem + walk.source.weight_extension)
+    return SourceItem(
+        f"{walk.name}/{stem[walk.root_len :].lstrip('/')}",
+        entry.path,
+        caption=caption,
+        caption_path=stem + caption_extension,
+        repeats=walk.repeats,
+        mask=None if walk.source.masks == "none" else _mask(walk, stem),
+        problem=problem,
+    )
 
 
 def _mask(walk: _Walk, stem: str) -> MaskPlace | None:
@@ -127,12 +134,14 @@ def _default(source: FolderSource, words: str = "") -> str | None:
 def _with_weight(caption: str | None, path: str) -> tuple[str | None, str]:
     """The record of an image without a caption file, with the weight that the file holds; and what is wrong with it."""
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(path) as file:
             text = file.read(_MOST_WEIGHT_BYTES).decode("utf-8-sig", errors="replace").strip()
     except FileNotFoundError:
         return caption, ""
     except OSError as error:
         return caption, f"its loss weight cannot be read: {error.strerror}"
+    except Refused as error:
+        return caption, f"its loss weight {error.reason_for(path)}"
     try:
         weight = loss_weight_of(float(text) if _NUMBER.fullmatch(text) else text)
     except ValueError as error:
@@ -141,20 +150,23 @@ def _with_weight(caption: str | None, path: str) -> tuple[str | None, str]:
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")), ""
 
 
-def _identity(folder: str) -> tuple[int, int]:
-    stat = os.stat(folder)  # noqa: PTH116 - no Path object per image
-    return stat.st_dev, stat.st_ino
-
-
-def read_caption(path: str, default: str | None = None) -> str:
+def read_caption(path: str, default: str | None = None, most_bytes: int = Limits.caption_bytes) -> str:
     """The caption file as the JSON text that shards hold; `default`, or an empty caption, where there is no file.
 
     A default of tags alone says that the file holds tags as well; its loss weight is kept. Bytes that are not UTF-8 are
     replaced; a byte order mark and surrounding space are taken off.
+
+    Raises:
+        BadCaption: it is no regular file, or larger than `most_bytes`.
+        OSError: it cannot be read.
     """
     fields = json.loads(default or _EMPTY)
     weight = fields.pop("loss_weight", 1.0)
     ((field, text),) = fields.items()
-    with suppress(FileNotFoundError):
-        text = Path(path).read_bytes().decode("utf-8-sig", errors="replace").strip()
+    try:
+        text = read_bytes(path, most_bytes).decode("utf-8-sig", errors="replace").strip()
+    except FileNotFoundError:
+        pass
+    except Refused as error:
+        raise BadCaption(f"its caption {error.reason_for(path)}") from None
     return caption_record(**{field: text}, loss_weight=weight).decode()

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from trainer.data.sources.columns import path_problem, row_captions, row_key, text_columns
+from trainer.data.sources.folder_walk import walk_folders
+from trainer.data.sources.parquet import arrow_errors
 from trainer.data.sources.source import OWN_MASK, MaskPlace, SourceItem
-from trainer.errors import UserError
+from trainer.errors import UserError, printable
+from trainer.guards import DEFAULT_LIMITS, Limits, read_json
 
 if TYPE_CHECKING:
     import datasets
@@ -26,25 +29,32 @@ if TYPE_CHECKING:
     from trainer.config.sections.sources import HfSource
 
 
-def list_hf(source: HfSource, name: str, ignored: Counter[str]) -> Iterator[SourceItem]:
+def list_hf(
+    source: HfSource,
+    name: str,
+    ignored: Counter[str],
+    limits: Limits = DEFAULT_LIMITS,
+) -> Iterator[SourceItem]:
     """All rows of the data set. A key is `<name>/<row>`, with the key column's value behind it.
 
     Raises:
-        UserError: it cannot be loaded, lacks a column, or is a part of a data set that is not stored by itself.
+        UserError: it cannot be loaded, lacks a column, or is a part of a data set that is not stored by itself; or one
+            of its files is damaged.
     """
-    dataset = _load(source)
+    dataset = _load(source, limits)
     columns = text_columns(source, dataset.column_names, source.path)
     files = [entry["filename"] for entry in dataset.cache_files]
     row = 0
     for file in files:
-        mtime_ns = os.stat(file).st_mtime_ns  # noqa: PTH116 - a string is at hand
+        found = os.stat(file)  # noqa: PTH116 - a string is at hand
         for batch, base in _batches(source, file):
-            cells = _cells("image_column", source.image_column, batch, base)
+            cells = _cells("image_column", source.image_column, batch, base, found.st_size)
             masks = repeat(OWN_MASK if source.masks == "alpha" else None, len(cells))
             if source.masks == "column":
-                masks = (_mask(file, cell) for cell in _cells("mask_column", source.mask_column, batch, base))
+                cells_of_masks = _cells("mask_column", source.mask_column, batch, base, found.st_size)
+                masks = (_mask(file, cell) for cell in cells_of_masks)
             for fields, cell, mask in zip(batch.select(columns).to_pylist(), cells, masks, strict=True):
-                yield _item(source, f"{name}/{row:09d}", file, row, fields, cell, mtime_ns)._replace(mask=mask)
+                yield _item(source, f"{name}/{row:09d}", file, row, fields, cell, found.st_mtime_ns)._replace(mask=mask)
                 row += 1
     if row != dataset.num_rows:
         raise UserError(
@@ -61,21 +71,21 @@ class _Cell(NamedTuple):
     path: str | None
 
 
-def _load(source: HfSource) -> datasets.Dataset:
+def _load(source: HfSource, limits: Limits) -> datasets.Dataset:
     import datasets
     import datasets.exceptions
 
     folder = Path(source.path)
+    if folder.is_dir():
+        _check_folder(folder, limits)
     try:
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(source.path)
         else:
             loaded = datasets.load_dataset(source.path, source.subset, split=source.split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (*arrow_errors(), AttributeError, datasets.exceptions.DatasetsError) as error:
         # The loaders of `datasets` and its hub client raise many kinds, all of them of these.
-        raise UserError(
-            f"data.sources: path = {source.path}: cannot be loaded: {' '.join(str(error).split())}"
-        ) from error
+        raise _damaged(source, "cannot be loaded", error) from error
     if isinstance(loaded, datasets.DatasetDict):
         if source.split not in loaded:
             splits = ", ".join(map(str, loaded))
@@ -85,19 +95,37 @@ def _load(source: HfSource) -> datasets.Dataset:
     return loaded
 
 
+def _check_folder(folder: Path, limits: Limits) -> None:
+    """Whether `datasets` can be let into a folder: it opens whatever is there, and believes what JSON says."""
+    for _, entry in walk_folders([str(folder)], limits, Counter()):
+        if not entry.is_file():
+            raise UserError(f"data.sources: path = {folder}: {entry.path} is no regular file")
+        if entry.name.endswith(".json") and (folder / "state.json").exists():
+            read_json(Path(entry.path), limits)
+
+
+def _damaged(source: HfSource, what: str, error: Exception) -> UserError:
+    said = printable(" ".join(str(error).split())) or type(error).__name__
+    return UserError(f"data.sources: path = {source.path}: {what}: {said}")
+
+
 def _batches(source: HfSource, file: str) -> Iterator[tuple[pa.RecordBatch, int]]:
     """The record batches of an Arrow file as windows on it, and the memory address of the file's first byte."""
     import pyarrow as pa
 
-    with pa.memory_map(file) as mapped:
-        base = mapped.read_buffer(1).address
-        mapped.seek(0)
-        with pa.ipc.open_stream(mapped) as reader:
-            for batch in reader:
-                yield batch, base
+    try:
+        with pa.memory_map(file) as mapped:
+            base = mapped.read_buffer(1).address
+            mapped.seek(0)
+            with pa.ipc.open_stream(mapped) as reader:
+                for batch in reader:
+                    batch.validate(full=True)
+                    yield batch, base
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise _damaged(source, f"{file} is damaged", error) from error
 
 
-def _cells(field: str, name: str, batch: pa.RecordBatch, base: int) -> list[_Cell]:
+def _cells(field: str, name: str, batch: pa.RecordBatch, base: int, file_bytes: int) -> list[_Cell]:
     """Where the images of a column lie: a struct of bytes and path as `datasets` stores images, bytes, or paths.
 
     Args:
@@ -123,6 +151,8 @@ def _cells(field: str, name: str, batch: pa.RecordBatch, base: int) -> list[_Cel
     _, offsets, content = column.buffers()
     if content is None:
         return [_Cell(0, 0, path) for path in paths]
+    if not 0 <= content.address - base <= file_bytes - content.size:
+        raise UserError(f"data.sources: {field} = {name}: is compressed; write it anew with `save_to_disk`")
     ends = np.frombuffer(offsets, dtype=dtype)[column.offset : column.offset + len(column) + 1].astype(np.int64)
     begins = (ends[:-1] + (content.address - base)).tolist()
     return [_Cell(*cell) for cell in zip(begins, np.diff(ends).tolist(), paths, strict=True)]

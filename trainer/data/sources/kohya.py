@@ -22,6 +22,7 @@ from trainer.data.images import EXTENSIONS
 from trainer.data.sources.metadata import MetadataEntry, read_metadata
 from trainer.data.sources.source import OWN_MASK, SourceItem
 from trainer.errors import UserError
+from trainer.guards import DEFAULT_LIMITS, Limits
 
 if TYPE_CHECKING:
     from trainer.config.sections.sources import KohyaJsonSource
@@ -31,7 +32,13 @@ _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _SIZED = re.compile(r"(?P<stem>.+)_\d{4,}x\d{4,}_sdxl\.npz")
 
 
-def list_kohya_json(source: KohyaJsonSource, name: str, ignored: Counter[str], scratch: Path) -> Iterator[SourceItem]:
+def list_kohya_json(
+    source: KohyaJsonSource,
+    name: str,
+    ignored: Counter[str],
+    scratch: Path,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Iterator[SourceItem]:
     """An item for each entry of the metadata; one whose file is not there has a `problem`.
 
     Args:
@@ -42,8 +49,8 @@ def list_kohya_json(source: KohyaJsonSource, name: str, ignored: Counter[str], s
     if folder is None or not folder.is_dir():
         raise UserError(f"data.sources: ({folder}): there is no such folder")
     if source.latents is None:
-        return _list_images(source, name, str(folder))
-    return _list_latents(source, name, str(folder), scratch)
+        return _list_images(source, name, str(folder), limits)
+    return _list_latents(source, name, str(folder), scratch, limits)
 
 
 def image_stem(key: str) -> str:
@@ -54,10 +61,10 @@ def image_stem(key: str) -> str:
     return stem if extension.lower() in EXTENSIONS else key
 
 
-def _list_images(source: KohyaJsonSource, name: str, root: str) -> Iterator[SourceItem]:
+def _list_images(source: KohyaJsonSource, name: str, root: str, limits: Limits) -> Iterator[SourceItem]:
     endings = ("", *sorted(EXTENSIONS), *sorted(extension.upper() for extension in EXTENSIONS))
     last = endings[0]
-    for entry in read_metadata(source.path, source.weight_field):
+    for entry in read_metadata(source.path, source.weight_field, limits):
         if entry.problem:
             yield _unusable(entry, name, str(source.path), entry.problem)
             continue
@@ -79,9 +86,9 @@ def _list_images(source: KohyaJsonSource, name: str, root: str) -> Iterator[Sour
             yield _unusable(entry, name, path, "there is no image of this name")
 
 
-def _list_latents(source: KohyaJsonSource, name: str, root: str, scratch: Path) -> Iterator[SourceItem]:
+def _list_latents(source: KohyaJsonSource, name: str, root: str, scratch: Path, limits: Limits) -> Iterator[SourceItem]:
     with tempfile.TemporaryDirectory(dir=scratch) as folder, closing(_WaitingEntries(Path(folder))) as waiting:
-        for entry in read_metadata(source.path, source.weight_field):
+        for entry in read_metadata(source.path, source.weight_field, limits):
             if entry.problem:
                 yield _unusable(entry, name, str(source.path), entry.problem)
                 continue
@@ -125,12 +132,12 @@ def _unusable(entry: MetadataEntry, name: str, file: str, problem: str) -> Sourc
 
 
 def _stamp(file: str) -> tuple[int, int] | None:
-    """Size and time of a file, or None where there is none, or a folder."""
+    """Size and time of a file, or None where there is none, or what is there is a folder or a device."""
     try:
         found = os.stat(file)  # noqa: PTH116 - no Path object per image
     except (OSError, ValueError):
         return None
-    return None if stat.S_ISDIR(found.st_mode) else (found.st_size, found.st_mtime_ns)
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
 
 class _WaitingEntries:

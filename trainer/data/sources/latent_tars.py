@@ -20,12 +20,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.data.sources.columns import files_below
 from trainer.data.sources.kohya import image_stem
 from trainer.data.sources.metadata import MetadataEntry, read_metadata
 from trainer.data.sources.source import OWN_MASK, SourceItem
 from trainer.data.sources.tar_members import BadTar, TarMember, walk_tar
-from trainer.data.sources.webdataset import files_below
 from trainer.errors import UserError
+from trainer.guards import DEFAULT_LIMITS, Limits, Refused
 
 if TYPE_CHECKING:
     from trainer.config.sections.sources import LatentTarsSource
@@ -35,7 +36,13 @@ _PAGE = 512
 _Found = tuple[int, int, int, int]  # number of the member, number of the tar, offset, length
 
 
-def list_latent_tars(source: LatentTarsSource, name: str, ignored: Counter[str], scratch: Path) -> Iterator[SourceItem]:
+def list_latent_tars(
+    source: LatentTarsSource,
+    name: str,
+    ignored: Counter[str],
+    scratch: Path,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Iterator[SourceItem]:
     """An item for each entry of the metadata that has a member.
 
     Args:
@@ -43,7 +50,7 @@ def list_latent_tars(source: LatentTarsSource, name: str, ignored: Counter[str],
             members that are no latents.
         scratch: a folder for a temporary table of all members.
     """
-    tars = [path for path, _ in files_below(source.tars, ".tar", "tars")]
+    tars = [path for path, _ in files_below(source.tars, ".tar", "tars", ignored, limits)]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         connection = sqlite3.connect(Path(folder) / "members.sqlite", isolation_level=None)
         with closing(connection):
@@ -51,7 +58,7 @@ def list_latent_tars(source: LatentTarsSource, name: str, ignored: Counter[str],
             used_by = array("I", [0]) * (1 + members)  # for each member a checksum of its key, never 0
             folders = [frozenset(Path(tar).parts[:-1]) for tar in tars]
             stamps = [os.stat(tar).st_mtime_ns for tar in tars]  # noqa: PTH116
-            for page in _pages(read_metadata(source.metadata, source.weight_field)):
+            for page in _pages(read_metadata(source.metadata, source.weight_field, limits)):
                 for entry, found in zip(page, _look_up(connection, page, folders), strict=True):
                     if entry.problem:
                         yield SourceItem(f"{name}/{entry.key}", str(source.metadata), problem=entry.problem)
@@ -94,10 +101,13 @@ def _list_members(
             for number, (found, problem) in enumerate(pool.map(_members, some), start=first):
                 if problem:
                     yield SourceItem(f"{name}/{tars[number]}", tars[number], problem=problem)
+                for member in found:
+                    if member.problem:
+                        yield SourceItem(f"{name}/{tars[number]}/{member.name}", tars[number], problem=member.problem)
                 rows = [
                     (member.name.rpartition("/")[2][:-4], number, member.offset, member.size)
                     for member in found
-                    if member.name.endswith(".npz")
+                    if member.name.endswith(".npz") and not member.problem
                 ]
                 if len(rows) < len(found):
                     ignored["tar members that are no .npz"] += len(found) - len(rows)
@@ -118,6 +128,8 @@ def _members(tar: str) -> tuple[list[TarMember], str]:
         found.extend(walk_tar(tar))
     except BadTar as error:
         return found, str(error)
+    except Refused as error:
+        return found, error.reason_for(tar)
     except OSError as error:
         return found, f"cannot be read: {error.strerror}"
     return found, ""

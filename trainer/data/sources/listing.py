@@ -21,6 +21,7 @@ from trainer.data.sources.latent_tars import list_latent_tars
 from trainer.data.sources.parquet import list_parquet
 from trainer.data.sources.source import SourceItem
 from trainer.data.sources.webdataset import list_webdataset
+from trainer.guards import DEFAULT_LIMITS, Limits
 
 
 def source_names(sources: tuple[Source, ...]) -> tuple[str, ...]:
@@ -37,7 +38,13 @@ def source_names(sources: tuple[Source, ...]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def list_source(source: Source, name: str, ignored: Counter[str], scratch: Path) -> Iterator[SourceItem]:
+def list_source(
+    source: Source,
+    name: str,
+    ignored: Counter[str],
+    scratch: Path,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Iterator[SourceItem]:
     """Every item of a source, as a stream, in any order.
 
     Args:
@@ -48,16 +55,16 @@ def list_source(source: Source, name: str, ignored: Counter[str], scratch: Path)
         UserError: the source as a whole cannot be read. What is wrong with one item is its `problem`.
     """
     if isinstance(source, FolderSource):
-        return list_folder(source, name, ignored)
+        return list_folder(source, name, ignored, limits)
     if isinstance(source, KohyaJsonSource):
-        return list_kohya_json(source, name, ignored, scratch)
+        return list_kohya_json(source, name, ignored, scratch, limits)
     if isinstance(source, WebdatasetSource):
-        return list_webdataset(source, name, ignored)
+        return list_webdataset(source, name, ignored, limits)
     if isinstance(source, ParquetSource):
-        return list_parquet(source, name, ignored)
+        return list_parquet(source, name, ignored, limits)
     if isinstance(source, HfSource):
-        return list_hf(source, name, ignored)
-    return list_latent_tars(source, name, ignored, scratch)
+        return list_hf(source, name, ignored, limits)
+    return list_latent_tars(source, name, ignored, scratch, limits)
 
 
 def main_path(source: Source) -> Path:

@@ -8,14 +8,17 @@ Every field but the key may be missing. Pairs are width, then height.
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ijson
 
 from trainer.data.captions import caption_record
+from trainer.data.sources.bounded_json import BoundedJson
 from trainer.data.sources.columns import loss_weight_of
-from trainer.errors import UserError
+from trainer.errors import UserError, printable
+from trainer.guards import DEFAULT_LIMITS, Limits, open_regular
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLANK_BYTES = 4096
@@ -36,7 +39,11 @@ class MetadataEntry(NamedTuple):
     """Why the entry cannot be used, or nothing."""
 
 
-def read_metadata(path: Path, weight_field: str | None = None) -> Iterator[MetadataEntry]:
+def read_metadata(
+    path: Path,
+    weight_field: str | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Iterator[MetadataEntry]:
     """All entries in the file's order; what is wrong with one is told in its `problem`.
 
     Args:
@@ -45,53 +52,61 @@ def read_metadata(path: Path, weight_field: str | None = None) -> Iterator[Metad
     Raises:
         UserError: the file as a whole cannot be read, or not beyond some place.
     """
-    entries = _json_lines(path) if path.suffix.lower() == ".jsonl" else _json_object(path)
-    return (_entry(key, fields, weight_field) for key, fields in entries)
-
-
-def _json_object(path: Path) -> Iterator[tuple[str, Any]]:
+    entries = _json_lines if path.suffix.lower() == ".jsonl" else _json_object
+    rules = _Rules(weight_field, limits.image_pixels)
     try:
-        with path.open("rb") as file:
-            if file.read(3) != _BYTE_ORDER_MARK:
-                file.seek(0)
-            begin = file.tell()
-            first = file.read(_BLANK_BYTES).lstrip()[:1]
-            if first and first != b"{":
-                raise UserError(
-                    f"{path}: must be one JSON object of entries; it begins with {first.decode('latin-1')!r}"
-                )
-            file.seek(begin)
-            try:
-                yield from ijson.kvitems(file, "", use_float=True)
-            except ijson.JSONError as error:
-                hint = "; if each line is an object, name it .jsonl" if "trailing" in _one_line(error) else ""
-                said = f"{path}: is not valid JSON ({_one_line(error)}), near byte {file.tell():,}{hint}"
-                raise UserError(said) from error
+        with open_regular(path) as file:
+            for key, fields in entries(file, str(path), limits):
+                yield _entry(key, fields, rules)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+@dataclass(frozen=True)
+class _Rules:
+    weight_field: str | None
+    most_pixels: int
+
+
+def _json_object(file: BinaryIO, said: str, limits: Limits) -> Iterator[tuple[str, Any]]:
+    if file.read(3) != _BYTE_ORDER_MARK:
+        file.seek(0)
+    begin = file.tell()
+    first = file.read(_BLANK_BYTES).lstrip()[:1]
+    if first and first != b"{":
+        raise UserError(f"{said}: must be one JSON object of entries; it begins with {first.decode('latin-1')!r}")
+    file.seek(begin)
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    fields = json.loads(line)
-                except ValueError as error:
-                    yield f"line {number}", f"is not valid JSON ({_one_line(error)})"
-                    continue
-                key = fields.get("image_path") if isinstance(fields, dict) else None
-                if isinstance(key, str) and key:
-                    yield key, fields
-                else:
-                    yield f"line {number}", "has no image_path"
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        yield from ijson.kvitems(BoundedJson(file, said, limits), "", use_float=True)
+    except (ijson.JSONError, ValueError, OverflowError) as error:
+        hint = "; if each line is an object, name it .jsonl" if "trailing" in _one_line(error) else ""
+        raise UserError(f"{said}: is not valid JSON ({_one_line(error)}), near byte {file.tell():,}{hint}") from error
 
 
-def _entry(key: str, fields: Any, weight_field: str | None) -> MetadataEntry:
+def _json_lines(file: BinaryIO, said: str, limits: Limits) -> Iterator[tuple[str, Any]]:
+    longest, number = 4 * limits.caption_bytes, 0
+    while line := file.readline(longest + 1):
+        number += 1
+        if len(line) > longest:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(longest)
+            yield f"line {number}", f"has more than {longest:,} bytes; no more are read"
+            continue
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield f"line {number}", f"is not valid JSON ({_one_line(error)})"
+            continue
+        key = fields.get("image_path") if isinstance(fields, dict) else None
+        if isinstance(key, str) and key:
+            yield key, fields
+        else:
+            yield f"line {number}", "has no image_path"
+
+
+def _entry(key: str, fields: Any, rules: _Rules) -> MetadataEntry:
     if not isinstance(fields, dict):
         reason = fields if key.startswith("line ") and isinstance(fields, str) else "its metadata is no JSON object"
         return MetadataEntry(key, "", None, None, reason)
@@ -106,7 +121,7 @@ def _entry(key: str, fields: Any, weight_field: str | None) -> MetadataEntry:
             caption = _text(caption, "caption")
         if not isinstance(tags, str):
             tags = _text(tags, "tags")
-        weight = loss_weight_of(fields.get(weight_field)) if weight_field else 1.0
+        weight = loss_weight_of(fields.get(rules.weight_field)) if rules.weight_field else 1.0
         original_hw, bucket_hw = _hw(fields, "image_size"), _hw(fields, "train_resolution")
     except ValueError as error:
         return MetadataEntry(key, "", None, None, str(error))
@@ -115,6 +130,8 @@ def _entry(key: str, fields: Any, weight_field: str | None) -> MetadataEntry:
         bucket_hw = (bucket_hw[0] // _STEP_PX * _STEP_PX, bucket_hw[1] // _STEP_PX * _STEP_PX)
         if not all(bucket_hw):
             return MetadataEntry(key, "", None, None, "its metadata has a train_resolution below 8 px")
+        if bucket_hw[0] * bucket_hw[1] > rules.most_pixels:
+            return MetadataEntry(key, "", None, None, f"its train_resolution is beyond {rules.most_pixels:,} pixels")
     return MetadataEntry(key, _record(caption.strip(), tags.strip(), weight), original_hw, bucket_hw, "")
 
 
@@ -152,4 +169,4 @@ def _hw(fields: dict[str, Any], name: str) -> tuple[int, int] | None:
 def _one_line(error: Exception) -> str:
     text = error.args[0] if error.args else error
     text = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
-    return " ".join(text.split("\n")[0].split())
+    return printable(text.split("\n")[0].strip())

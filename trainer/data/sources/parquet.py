@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 from trainer.data.images import BadImage, has_alpha, image_hw
 from trainer.data.masks import BadMask, check_mask_shape
 from trainer.data.sources.columns import files_below, path_problem, row_captions, row_key, text_columns
+from trainer.data.sources.parquet_pages import check_pages
 from trainer.data.sources.source import OWN_MASK, ROW, MaskPlace, SourceItem
+from trainer.errors import printable
+from trainer.guards import DEFAULT_LIMITS, Limits, Refused, open_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,7 +33,12 @@ _READ_BYTES = 1 << 20
 _SPLIT = "::"
 
 
-def list_parquet(source: ParquetSource, name: str, ignored: Counter[str]) -> Iterator[SourceItem]:
+def list_parquet(
+    source: ParquetSource,
+    name: str,
+    ignored: Counter[str],
+    limits: Limits = DEFAULT_LIMITS,
+) -> Iterator[SourceItem]:
     """All rows of all files. A key is `<name>/<file below the folder>/<row>`, with the key column's value behind it.
 
     Reads every image that the files hold, for its size. A damaged row group ends with an item that says so.
@@ -38,9 +46,7 @@ def list_parquet(source: ParquetSource, name: str, ignored: Counter[str]) -> Ite
     Raises:
         UserError: there are no files, or a file lacks a column or holds no images in it.
     """
-    import pyarrow as pa
-
-    for path, stem in files_below(source.files, ".parquet", "files"):
+    for path, stem in files_below(source.files, ".parquet", "files", ignored, limits):
         prefix = f"{name}/{stem}"
         try:
             mtime_ns = os.stat(path).st_mtime_ns  # noqa: PTH116 - a string is at hand
@@ -48,9 +54,11 @@ def list_parquet(source: ParquetSource, name: str, ignored: Counter[str]) -> Ite
                 columns = [source.image_column, *text_columns(source, file.schema_arrow.names, path)]
                 columns += [source.mask_column] if source.masks == "column" else []
                 for group, first in enumerate(_group_starts(file)):
-                    yield from _items(source, path, prefix, file, columns, group, first, mtime_ns)
-        except (pa.ArrowException, OSError) as error:
+                    yield from _items(source, path, prefix, file, columns, group, first, mtime_ns, limits)
+        except arrow_errors() as error:
             yield SourceItem(f"{prefix}/", path, problem=_said(error))
+        except Refused as error:
+            yield SourceItem(f"{prefix}/", path, problem=error.reason_for(path))
 
 
 def _items(
@@ -62,16 +70,16 @@ def _items(
     group: int,
     row: int,
     mtime_ns: int,
+    limits: Limits,
 ) -> Iterator[SourceItem]:
     """The items of one row group, whose first row is `row`."""
-    import pyarrow as pa
-
     try:
+        check_pages(path, file.metadata.row_group(group), columns)
         for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
             for fields in batch.to_pylist():
-                yield _item(source, path, f"{prefix}/{row:09d}", row, fields, mtime_ns)
+                yield _item(source, path, f"{prefix}/{row:09d}", row, fields, mtime_ns, limits)
                 row += 1
-    except (pa.ArrowException, OSError) as error:
+    except (*arrow_errors(), Refused) as error:
         problem = f"row group {group}, from row {row} on: {_said(error)}"
         yield SourceItem(f"{prefix}/{row:09d}", path, row, ROW, problem=problem)
 
@@ -89,7 +97,7 @@ class CellReader:
         self._group = -1
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._first_row = 0
-        self._cells: list[bytes | None] = []
+        self._cells: list[Any] = []
 
     def read(self, place: str, row: int) -> bytes:
         """The image of a row; `place` is the `file` of its item.
@@ -97,8 +105,6 @@ class CellReader:
         Raises:
             BadImage: it cannot be read.
         """
-        import pyarrow as pa
-
         try:
             if place != self._place:
                 self._open(place)
@@ -110,11 +116,11 @@ class CellReader:
                 if batch is None:
                     raise BadImage("the file has fewer rows than when it was listed")
                 self._first_row, self._cells = self._first_row + len(self._cells), _images(batch.column(0))
-        except (pa.ArrowException, OSError) as error:
+        except (*arrow_errors(), Refused) as error:
             self.close()
             raise BadImage(f"the parquet file cannot be read: {_said(error)}") from error
         cell = self._cells[row - self._first_row]
-        if cell is None:
+        if not isinstance(cell, bytes):
             raise BadImage("the row holds no image")
         return cell
 
@@ -137,9 +143,17 @@ class CellReader:
         self._group, self._first_row, self._cells = group, self._group_starts[group], []
 
 
+def arrow_errors() -> tuple[type[Exception], ...]:
+    """What Arrow has been seen to raise on damaged files, as it reads or makes Python's values of what it read."""
+    import pyarrow as pa
+
+    return (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RuntimeError)
+
+
 def _open(path: str) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
+    open_regular(path).close()
     # Buffered, because otherwise a whole row group of images would be read at once.
     return pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False)
 
@@ -152,10 +166,12 @@ def _group_starts(file: pq.ParquetFile) -> list[int]:
 
 
 def _said(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
-def _item(source: ParquetSource, path: str, key: str, row: int, fields: dict[str, Any], mtime_ns: int) -> SourceItem:
+def _item(
+    source: ParquetSource, path: str, key: str, row: int, fields: dict[str, Any], mtime_ns: int, limits: Limits
+) -> SourceItem:
     key = row_key(source, key, fields)
     try:
         caption = row_captions(source, fields)
@@ -166,9 +182,9 @@ def _item(source: ParquetSource, path: str, key: str, row: int, fields: dict[str
     if isinstance(image, bytes):
         hw, problem = None, ""
         try:
-            hw = image_hw(image)
+            hw = image_hw(image, limits)
             mask = mask if mask and has_alpha(image) else None
-            mask = _mask(source, path, row, fields, hw) if source.masks == "column" else mask
+            mask = _mask(source, path, row, fields, limits, hw) if source.masks == "column" else mask
         except (BadImage, BadMask) as error:
             problem = str(error)
         return SourceItem(
@@ -187,7 +203,7 @@ def _item(source: ParquetSource, path: str, key: str, row: int, fields: dict[str
     if problem := path_problem(row, place, column):
         return SourceItem(key, path, row, ROW, problem=problem)
     try:
-        mask = _mask(source, path, row, fields) if source.masks == "column" else mask
+        mask = _mask(source, path, row, fields, limits) if source.masks == "column" else mask
     except BadMask as error:
         problem = str(error)
     file = _file(source, path, place)
@@ -195,14 +211,19 @@ def _item(source: ParquetSource, path: str, key: str, row: int, fields: dict[str
 
 
 def _mask(
-    source: ParquetSource, path: str, row: int, fields: dict[str, Any], hw: tuple[int, int] | None = None
+    source: ParquetSource,
+    path: str,
+    row: int,
+    fields: dict[str, Any],
+    limits: Limits,
+    hw: tuple[int, int] | None = None,
 ) -> MaskPlace | None:
     """Where the mask of a row's image lies, whose size may be known; raises BadMask."""
     column, place, mask = _cell(source.mask_column, fields)
     if not isinstance(mask, bytes):
-        return MaskPlace(_file(source, path, place)) if place else None
+        return MaskPlace(_file(source, path, place)) if isinstance(place, str) and place else None
     try:
-        mask_hw = image_hw(mask)
+        mask_hw = image_hw(mask, limits)
     except BadImage as error:
         raise BadMask(f"its mask {error}") from error
     if hw is not None:
@@ -222,7 +243,7 @@ def _file(source: ParquetSource, path: str, place: object) -> str:
     return str((source.images or Path(path).parent) / str(place).removeprefix("file://"))
 
 
-def _images(column: pa.Array) -> list[bytes | None]:
+def _images(column: pa.Array) -> list[Any]:
     import pyarrow as pa
 
     cells = column.flatten()[0] if pa.types.is_struct(column.type) else column

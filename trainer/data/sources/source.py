@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Literal, NamedTuple
 
+from trainer.guards import Limits, Refused, open_regular
+
 WHOLE = -1
 """As a length: the file as a whole."""
 ROW = -2
@@ -76,27 +78,39 @@ class SourceItem(NamedTuple):
 
 
 def read_bytes(file: str, offset: int, length: int) -> bytes:
-    """The bytes at a locator; OSError where they cannot be read, EOFError where the file ends before."""
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(fd).st_size - offset if length == WHOLE else length
-        data = os.pread(fd, size, offset)
-    finally:
-        os.close(fd)
-    if len(data) != size:
-        raise EOFError(f"the file ends after {offset + len(data)} bytes, before the image does")
-    return data
+    """The bytes at a locator.
+
+    Raises:
+        OSError: they cannot be read.
+        EOFError: the file ends before.
+        Refused: it is no regular file, or they are more than an image has.
+    """
+    with open_regular(file) as stream:
+        size = stretch(stream.fileno(), offset, length)
+        if size > Limits.image_bytes:
+            raise Refused(f"{file}: has {size:,} bytes; at most {Limits.image_bytes:,} are read")
+        return os.pread(stream.fileno(), size, offset)
+
+
+def stretch(fd: int, offset: int, length: int) -> int:
+    """How many bytes a locator stands for in an open file; EOFError where the file does not hold them."""
+    end = os.fstat(fd).st_size
+    size = end - offset if length == WHOLE else length
+    if size < 0 or offset + size > end:
+        raise EOFError("the file ends before the row does")
+    return size
 
 
 @contextmanager
 def open_range(file: str, offset: int, length: int) -> Iterator[IO[bytes]]:
-    """The bytes at a locator as a file of their own, of which only what is asked for is read; OSError as usual."""
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size = os.fstat(fd).st_size - offset if length == WHOLE else length
+    """The bytes at a locator as a file of their own, of which only what is asked for is read.
+
+    Raises OSError as usual, and Refused where it is no regular file.
+    """
+    with open_regular(file) as stream:
+        fd = stream.fileno()
+        size = max(0, os.fstat(fd).st_size - offset) if length == WHOLE else max(0, length)
         yield io.BufferedReader(_Range(fd, offset, size), _HEADER_BYTES)
-    finally:
-        os.close(fd)
 
 
 class _Range(io.RawIOBase):

@@ -18,23 +18,29 @@ from trainer.data.images import EXTENSIONS
 from trainer.data.sources.columns import files_below, loss_weight_of, text_of
 from trainer.data.sources.source import OWN_MASK, MaskPlace, SourceItem, read_bytes
 from trainer.data.sources.tar_members import BadTar, TarMember, walk_tar
+from trainer.errors import printable
+from trainer.guards import DEFAULT_LIMITS, Limits, Refused
 
 if TYPE_CHECKING:
     from trainer.config.sections.sources import WebdatasetSource
 
 _CAPTIONS = (".txt", ".caption", ".json")
-_MOST_CAPTION_BYTES = 1 << 20
 
 
-def list_webdataset(source: WebdatasetSource, name: str, ignored: Counter[str]) -> Iterator[SourceItem]:
+def list_webdataset(
+    source: WebdatasetSource,
+    name: str,
+    ignored: Counter[str],
+    limits: Limits = DEFAULT_LIMITS,
+) -> Iterator[SourceItem]:
     """All images of all tars. A key is `<name>/<tar below the folder, without .tar>/<name within the tar>`.
 
     A tar that is damaged gives what lies before the damage and an item that says where it is.
     """
-    for path, stem in files_below(source.tars, ".tar", "tars"):
+    for path, stem in files_below(source.tars, ".tar", "tars", ignored, limits):
         damage: list[str] = []
         for sample, members in groupby(_members(path, ignored, damage), key=_sample):
-            yield from _items(source, path, f"{name}/{stem}/{sample}", list(members), ignored)
+            yield from _items(source, path, f"{name}/{stem}/{sample}", list(members), ignored, limits)
         for problem in damage:
             yield SourceItem(f"{name}/{stem}/", path, problem=problem)
 
@@ -44,22 +50,31 @@ def _members(path: str, ignored: Counter[str], damage: list[str]) -> Iterator[Ta
     try:
         for member in walk_tar(path):
             ending = _ending(member.name)
-            if os.path.basename(member.name).startswith("."):  # noqa: PTH119 - a name, not a path
+            if member.problem:
+                yield member
+            elif os.path.basename(member.name).startswith("."):  # noqa: PTH119 - a name, not a path
                 ignored["(hidden)"] += 1
             elif ending in EXTENSIONS or ending in _CAPTIONS:
                 yield member
             else:
-                ignored[ending[:20] or "(none)"] += 1
-    except (BadTar, OSError) as error:
+                ignored[printable(ending[:20]) or "(none)"] += 1
+    except BadTar as error:
         damage.append(str(error))
+    except Refused as error:
+        damage.append(error.reason_for(path))
+    except OSError as error:
+        damage.append(f"cannot be read: {error.strerror}")
 
 
 def _items(
-    source: WebdatasetSource, path: str, key: str, members: list[TarMember], ignored: Counter[str]
+    source: WebdatasetSource, path: str, key: str, members: list[TarMember], ignored: Counter[str], limits: Limits
 ) -> Iterator[SourceItem]:
     """The item of one sample, if it has an image."""
+    if problem := next((member.problem for member in members if member.problem), ""):
+        yield SourceItem(key, path, problem=problem)
+        return
     masks = [member for member in members if member.name.endswith(source.mask_suffix)]
-    members = [member for member in members if member not in masks] if masks else members
+    members = [member for member in members if not member.name.endswith(source.mask_suffix)] if masks else members
     by_ending = {_ending(member.name): member for member in reversed(members)}
     images = [member for member in members if _ending(member.name) in EXTENSIONS]
     if not images:
@@ -73,10 +88,13 @@ def _items(
     if len(images) > 1:
         ignored["(further image of a sample)"] += len(images) - 1
     image, caption, problem = images[0], None, ""
+    if not image.size:  # told at once, because a small tar may hold any number of them
+        yield SourceItem(key, path, image.offset, 0, problem="is empty")
+        return
     try:
-        caption = _caption(source, path, by_ending)
-    except (ValueError, OSError, EOFError) as error:
-        problem = f"its caption cannot be read: {error}"
+        caption = _caption(source, path, by_ending, limits.caption_bytes)
+    except (ValueError, OSError, EOFError, RecursionError, Refused) as error:
+        problem = f"its caption cannot be read: {printable(str(error))}"
     yield SourceItem(
         key,
         path,
@@ -91,14 +109,14 @@ def _items(
     )
 
 
-def _caption(source: WebdatasetSource, path: str, by_ending: dict[str, TarMember]) -> str:
+def _caption(source: WebdatasetSource, path: str, by_ending: dict[str, TarMember], most_bytes: int) -> str:
     """The caption record: the text of `.txt` or `.caption`, else the field of `.json`; tags and weight from `.json`."""
     texts = {}
     for ending in _CAPTIONS:
         member = by_ending.get(ending)
         if member is not None:
-            if member.size > _MOST_CAPTION_BYTES:
-                raise ValueError(f"{member.name} has {member.size} bytes")
+            if member.size > most_bytes:
+                raise ValueError(f"{member.name} has {member.size:,} bytes; at most {most_bytes:,} are read")
             data = read_bytes(path, member.offset, member.size)
             texts[ending] = data.decode("utf-8-sig", errors="replace").strip()
     fields: dict[str, Any] = {}

@@ -12,15 +12,18 @@ and `np.load` take longer than all the rest of reading a row.
 """
 
 import ast
+import math
 import re
 import struct
 import zlib
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from trainer.data.masks import FULL, fill_stored_mask
+from trainer.errors import printable
 
 _END = struct.Struct("<4s6xHII2x")
 _ENTRY = struct.Struct("<4s4xHH4xIIIHHH8xI")
@@ -30,6 +33,9 @@ _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 1
 _LONGEST_COMMENT = 0xFFFF
 _MOST_BYTES = 1 << 28
+_MOST_NUMBERS_BYTES = 4096
+_MOST_LATENTS = 1 << 21  # height x width: an image of 134 megapixels
+_TYPE = re.compile("[<>|=]?(?:f[248]|[iu][1248]|b1)")  # of numbers; others may hold Python objects
 HEAD_BYTES = 1024
 _F16_EXPONENT = np.uint16(0x7C00)
 _SIZED = re.compile(r"latents_([1-9]\d{0,4})x([1-9]\d{0,4})")
@@ -124,7 +130,7 @@ def latents_hw(data: bytes) -> tuple[int, int]:
     return _checked_hw(_array(data, members, "latents").shape)
 
 
-def latents_hw_of_head(head: bytes) -> tuple[int, int] | None:
+def latents_hw_of_head(head: bytes, file_bytes: int = _MOST_BYTES) -> tuple[int, int] | None:
     """The same from the archive's first `HEAD_BYTES`; None where they do not tell."""
     if len(head) < _LOCAL.size or not head.startswith(_LOCAL_SIGN):
         return None
@@ -133,12 +139,18 @@ def latents_hw_of_head(head: bytes) -> tuple[int, int] | None:
     method = int.from_bytes(head[8:10], "little")
     if head[_LOCAL.size : _LOCAL.size + name_bytes] != b"latents.npy" or method != _STORED or begin + 256 > len(head):
         return None
-    return _checked_hw(_npy_header(bytes(head[begin:]))[1])
+    dtype, shape, _, _ = _npy_header(bytes(head[begin:]))
+    height_width = _checked_hw(shape)
+    if math.prod(shape) * dtype.itemsize > file_bytes:
+        raise BadNpz(f"latents of shape {list(shape)}, for which the archive is too short")
+    return height_width
 
 
 def _checked_hw(shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) != 3 or shape[0] != 4 or not all(shape):
         raise BadNpz(f"latents of shape {list(shape)}, not [4, height, width]")
+    if shape[1] * shape[2] > _MOST_LATENTS:
+        raise BadNpz(f"latents of shape {list(shape)}; at most {_MOST_LATENTS:,} places are read")
     return shape[1], shape[2]
 
 
@@ -172,14 +184,20 @@ def _members(data: bytes | bytearray) -> dict[str, _Member]:
     return members
 
 
-def _array(data: bytes | bytearray, members: dict[str, _Member], name: str) -> np.ndarray:
+def _array(
+    data: bytes | bytearray, members: dict[str, _Member], name: str, most_bytes: int = _MOST_BYTES
+) -> np.ndarray:
     member = members.get(name)
     if member is None:
-        raise BadNpz(f"holds no {name}" + (f", but {', '.join(members)}"[:100] if members else ""))
+        others = printable(", ".join(islice(members, 5)), 90)
+        raise BadNpz(f"holds no {name}" + (f", but {others}" if members else ""))
+    if not 0 < member.full_size <= most_bytes:
+        raise BadNpz(f"{name} of {member.full_size:,} bytes; at most {most_bytes:,} are read")
     raw: bytes | memoryview = memoryview(data)[member.begin : member.begin + member.size]
     if member.method == _DEFLATED:
         try:
-            raw = zlib.decompressobj(-zlib.MAX_WBITS).decompress(raw, member.full_size)
+            # One byte more than it should have would show that it has others; and 0 would be no limit.
+            raw = zlib.decompressobj(-zlib.MAX_WBITS).decompress(raw, member.full_size + 1)
         except zlib.error as error:
             raise BadNpz(f"damaged {name} ({error})") from error
     elif member.method != _STORED:
@@ -187,7 +205,7 @@ def _array(data: bytes | bytearray, members: dict[str, _Member], name: str) -> n
     if len(raw) != member.full_size or zlib.crc32(raw) != member.crc32:
         raise BadNpz(f"checksum mismatch in {name}")
     dtype, shape, fortran, begin = _npy_header(bytes(raw[:HEAD_BYTES]))
-    if len(raw) - begin != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+    if len(raw) - begin != dtype.itemsize * math.prod(shape):
         raise BadNpz(f"{name} of another size than its header tells")
     return np.frombuffer(raw, dtype=dtype, offset=begin).reshape(shape, order="F" if fortran else "C")
 
@@ -209,18 +227,25 @@ def _described(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
     try:
         fields = ast.literal_eval(header.decode("latin-1"))
         descr, shape = fields["descr"], fields["shape"]
-        dtype = np.dtype(descr) if isinstance(descr, str) else None
-        sizes = tuple(int(size) for size in shape)
-    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
+    except (ValueError, SyntaxError, TypeError, KeyError, ArithmeticError, MemoryError, RecursionError) as error:
         raise BadNpz("an array with a damaged header") from error
-    if dtype is None or dtype.kind not in "fiub" or any(size < 0 for size in sizes):
-        raise BadNpz(f"an array of type {descr}")
-    return dtype, sizes, bool(fields.get("fortran_order"))
+    if not isinstance(descr, str) or not _TYPE.fullmatch(descr):
+        raise BadNpz(f"an array of type {printable(str(descr), 60)}")
+    if not isinstance(shape, tuple) or any(type(size) is not int or not 0 <= size <= _MOST_BYTES for size in shape):
+        raise BadNpz(f"an array of shape {_shown(shape)}")
+    return np.dtype(descr), shape, bool(fields.get("fortran_order"))
+
+
+def _shown(shape: object) -> str:
+    try:
+        return printable(repr(shape), 60)
+    except ValueError:  # a number of thousands of digits
+        return "with a size of thousands of digits"
 
 
 def _numbers(data: bytes | bytearray, members: dict[str, _Member], name: str, count: int) -> list[int]:
     """A few pixels, stored as integers or as floats."""
-    values = _array(data, members, name)
+    values = _array(data, members, name, _MOST_NUMBERS_BYTES)
     if values.shape != (count,) or not np.isfinite(values).all() or np.abs(values).max(initial=0) > _MOST_BYTES:
         raise BadNpz(f"{name} is not {count} numbers of pixels")
     return [int(value) for value in values.tolist()]

@@ -11,13 +11,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from trainer.data.sources.source import OWN_MASK, ROW, WHOLE, MaskPlace, read_bytes
+from trainer.data.sources.source import OWN_MASK, ROW, WHOLE, MaskPlace, stretch
+from trainer.guards import Refused, open_regular
 
 OPEN_FILES = 128
+MOST_PAYLOAD_BYTES = 1 << 28
+"""Of an `.npz`, or of an image within a larger file: neither is larger, and it is held in memory."""
 _SPECIAL: dict[int, int] = {WHOLE: 0xFFFFFFFF, ROW: 0xFFFFFFFE}
 _LENGTHS: dict[int, int] = {code: length for length, code in _SPECIAL.items()}
 _LINE = struct.Struct("<6I")
@@ -118,16 +121,17 @@ def mask_place_of(record: bytes, file: str) -> MaskPlace | None:
 class _OpenFile:
     """A descriptor that is closed when the last holder lets go of it."""
 
-    __slots__ = ("fd",)
+    __slots__ = ("_file", "fd")
 
     def __init__(self, path: str) -> None:
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._file: BinaryIO | None = None
+        self._file = open_regular(path)
+        self.fd = self._file.fileno()
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+        if self._file is not None:
+            self._file.close()
 
 
 class ReferencedFiles:
@@ -146,23 +150,13 @@ class ReferencedFiles:
         Raises:
             OSError: the file cannot be read.
             EOFError: it ends before the payload does.
+            Refused: it is no regular file, or the payload is larger than any is.
         """
         file, offset, length, _ = reference
-        if length == ROW:
-            return read_bytes(file, offset, length)
         if length == WHOLE:
-            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                data = bytearray(os.fstat(fd).st_size - offset)
-                filled = os.preadv(fd, [data], offset)
-            finally:
-                os.close(fd)
-        else:
-            data = bytearray(length)
-            filled = os.preadv(self._file(file).fd, [data], offset)
-        if filled != len(data):
-            raise EOFError("the file ends before the row does")
-        return data
+            with open_regular(file) as stream:
+                return _payload(file, stream.fileno(), offset, length)
+        return _payload(file, self._file(file).fd, offset, length)
 
     def forget(self, reference: Reference) -> None:
         """Drop what the kernel has cached of a payload, so that the next read is one of the drive."""
@@ -171,7 +165,7 @@ class ReferencedFiles:
             self._open.pop(file, None)
         try:
             opened = _OpenFile(file.partition("::")[0] if length == ROW else file)
-        except OSError:
+        except (OSError, Refused):
             return
         os.posix_fadvise(opened.fd, offset if length >= 0 else 0, max(0, length), os.POSIX_FADV_DONTNEED)
 
@@ -187,3 +181,13 @@ class ReferencedFiles:
             while len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
         return opened
+
+
+def _payload(file: str, fd: int, offset: int, length: int) -> bytearray:
+    size = stretch(fd, offset, length)
+    if size > MOST_PAYLOAD_BYTES:
+        raise Refused(f"{file}: has {size:,} bytes; at most {MOST_PAYLOAD_BYTES:,} are read")
+    data = bytearray(size)
+    if os.preadv(fd, [data], offset) != size:
+        raise EOFError("the file ends before the row does")
+    return data

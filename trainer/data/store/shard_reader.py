@@ -27,6 +27,8 @@ from trainer.data.store.references import (
 )
 from trainer.data.store.shards import HEADER_BYTES, ShardError, chained_crc
 
+_MOST_CAPTION_BYTES = 16 << 20
+
 ChoosePlace = Callable[[str, Placement], View]
 """(key, placement at the centre) -> the view of an image that this read is to give.
 
@@ -87,7 +89,7 @@ class OpenShard:
             files: through which the files are read that rows refer to; default: of this shard alone.
         """
         self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self.rows, self.offsets = rows, offsets
         self.key_bytes = offsets["caption_bytes"] - offsets["key_bytes"]
         self.caption_bytes = offsets["excluded_bytes"] - offsets["caption_bytes"]
@@ -102,8 +104,11 @@ class OpenShard:
         self.payload, self.root = "latents", ""
         self.files = files or ReferencedFiles()
         if offsets["references"] >= 0:
-            metadata = json.loads(header[8:])["__metadata__"]
-            self.payload, self.root = metadata["payload"], metadata["root"]
+            try:
+                metadata = json.loads(header[8:])["__metadata__"]
+                self.payload, self.root = str(metadata["payload"]), str(metadata["root"])
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ShardError("its header does not tell what its rows refer to") from error
         # Rows are read in random order: reading ahead would only evict others from the page cache.
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
@@ -175,13 +180,30 @@ def read_record(shard: OpenShard, row: int) -> RowRecord:
         mask = line, path
     if crc32c(b"".join(parts)) != _u32(shard, "meta_crc32c", row):
         raise ShardError("checksum mismatch in the caption, key or sizes")
-    return RowRecord(
-        caption.decode(),
-        key.decode(),
-        np.frombuffer(sizes, dtype="<u4"),
-        reference_of(reference[0], shard.root + reference[1].decode()) if reference else None,
-        mask_place_of(mask[0], shard.root + mask[1].decode()) if mask else None,
-    )
+    _check_caption(caption)
+    try:
+        return RowRecord(
+            caption.decode(),
+            key.decode(),
+            np.frombuffer(sizes, dtype="<u4"),
+            reference_of(reference[0], shard.root + reference[1].decode()) if reference else None,
+            mask_place_of(mask[0], shard.root + mask[1].decode()) if mask else None,
+        )
+    except UnicodeDecodeError as error:
+        raise ShardError("a key or a path is no Unicode text") from error
+
+
+def _check_caption(caption: bytes) -> None:
+    """A checksum tells damage, but not what somebody else has written; captions are composed with no further check."""
+    try:
+        fields = json.loads(caption) if len(caption) <= _MOST_CAPTION_BYTES else None
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict) or not all(
+        value is None or isinstance(value, float | int if name == "loss_weight" else str)
+        for name, value in fields.items()
+    ):
+        raise ShardError("the caption is no record of a caption")
 
 
 def read_captions(shard: OpenShard) -> tuple[list[bytes], list[int]]:
@@ -227,8 +249,8 @@ def read_payload(
             mirrored = choose_place is not None and choose_place(record.key, _as_stored(record.sizes)).flipped
             return read_npz(shard.files.read(reference), record.sizes, payload, mirrored, own_mask)
         data = Path(reference.file) if reference.length == WHOLE else bytes(shard.files.read(reference))
-        view = _view(record, reference, choose_place)
         original_hw = int(record.sizes[0]), int(record.sizes[1])
+        view = _view(record, reference, payload.shape[1:], choose_place)
         load_view(data, original_hw, view, payload, own_mask)
     except (BadNpz, BadImage, BadMask, EOFError) as error:
         raise PayloadError(reference, str(error)) from error
@@ -287,8 +309,11 @@ def read_npz(
     )
 
 
-def _view(record: RowRecord, reference: Reference, choose_place: ChoosePlace | None) -> View:
+def _view(record: RowRecord, reference: Reference, hw: tuple[int, ...], choose_place: ChoosePlace | None) -> View:
     top, left, height, width = record.sizes[2:].tolist()
+    resized_h, resized_w = reference.resized_hw
+    if (height, width) != hw or top + height > resized_h or left + width > resized_w or not record.sizes[:2].all():
+        raise ShardError(f"sizes {record.sizes.tolist()} that do not fit its bucket, {hw[0]} x {hw[1]}")
     centred = Placement(Bucket(height, width), reference.resized_hw, (top, left))
     return choose_place(record.key, centred) if choose_place else View(centred, False)
 

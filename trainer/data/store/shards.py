@@ -31,16 +31,17 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from crc32c import crc32c
 
 from trainer.data.buckets import Bucket
-from trainer.data.masks import FULL
 from trainer.data.sources.source import MaskPlace
+from trainer.data.store.mask_counts import MaskCounts, mask_counts
 from trainer.data.store.references import FileTable, Reference, file_table
-from trainer.errors import UserError
+from trainer.errors import UserError, printable
+from trainer.guards import Refused, open_regular, parse_json
 
 FORMAT = "sdxl-train shard 1"
 HEADER_BYTES = 4096
@@ -68,6 +69,9 @@ SECTIONS: tuple[str, ...] = (
     "caption_bytes",
     "excluded_bytes",
 )
+_MOST_EXCLUDED_BYTES = 64 << 20
+_EXCLUDED = {"path": str, "key": str, "reason": str, "file_bytes": int, "mtime_ns": int}
+_NOT_AS_WRITTEN = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError)
 _DTYPES = {np.dtype("<f2"): "F16", np.dtype("<u8"): "U64", np.dtype("<u4"): "U32", np.dtype("u1"): "U8"}
 
 EncodeText = Callable[[Sequence[str]], tuple[Any, Any]]
@@ -114,18 +118,6 @@ class RowBatch:
     references: Sequence[Reference] = ()
     masks: np.ndarray | None = None
     mask_places: Sequence[MaskPlace | None] = ()
-
-
-class MaskCounts(NamedTuple):
-    """Of a number of images how many are not trained as a whole, and the mean of the trained shares of all."""
-
-    images: int
-    masked: int
-    trained: float
-
-    def __str__(self) -> str:
-        trained = f"{100 * self.trained:.3g} % of the area of all is trained"
-        return f"masks: {self.masked:,} of {self.images:,} images are trained in part; {trained}"
 
 
 @dataclass(frozen=True)
@@ -321,7 +313,7 @@ def _header(
             "vae": head.vae_fingerprint,
             "excluded_crc32c": str(excluded_crc),
             **({} if head.payload == "latents" else {"payload": head.payload, "root": root}),
-            **({} if masks is None else {"masks": json.dumps(_mask_counts(masks))}),
+            **({} if masks is None else {"masks": json.dumps(mask_counts(masks))}),
         }
     }
     end = 0
@@ -344,38 +336,43 @@ def count_masks(shards: Sequence[ShardInfo]) -> MaskCounts | None:
     return MaskCounts(images, sum(count.masked for count in counts), 1 - left_out / images)
 
 
-def _mask_counts(masks: np.ndarray) -> MaskCounts:
-    if not len(masks):
-        return MaskCounts(0, 0, 1.0)
-    masked = masks.reshape(len(masks), -1).min(axis=1) < FULL
-    return MaskCounts(len(masks), int(masked.sum()), float(masks.mean()) / FULL)
-
-
 def read_info(path: Path) -> ShardInfo:
     """Read a finished shard's header and small sections; ShardError where they are not as written."""
-    with path.open("rb") as file:
-        raw = file.read(HEADER_BYTES)
-        file_bytes = os.fstat(file.fileno()).st_size
-        try:
-            header = json.loads(raw[8:])
-            metadata = header.pop("__metadata__")
-            if metadata["format"] != FORMAT:
-                raise ShardError(f"{path}: made in the format '{metadata['format']}', this version reads '{FORMAT}'")
-            if HEADER_BYTES + max(entry["data_offsets"][1] for entry in header.values()) != file_bytes:
-                raise ShardError(f"{path}: has {file_bytes} bytes, its header tells another number")
-        except (ValueError, KeyError) as error:
-            raise ShardError(f"{path}: the header cannot be read ({error})") from error
-        offsets = {name: HEADER_BYTES + header[name]["data_offsets"][0] if name in header else -1 for name in SECTIONS}
-        rows = header["repeats"]["shape"][0]
-        file.seek(offsets["repeats"])
-        repeats = np.frombuffer(file.read(4 * rows), dtype="<u4")
-        file.seek(offsets["excluded_bytes"])
-        lines = file.read()
+    try:
+        with open_regular(path) as file:
+            return _info(path, file)
+    except Refused as error:
+        raise ShardError(str(error)) from error
+    except _NOT_AS_WRITTEN as error:
+        raise ShardError(f"{path}: the header cannot be read ({printable(str(error))})") from error
+
+
+def _info(path: Path, file: BinaryIO) -> ShardInfo:
+    raw = file.read(HEADER_BYTES)
+    file_bytes = os.fstat(file.fileno()).st_size
+    header = parse_json(raw[8:], str(path), most_bytes=HEADER_BYTES)
+    metadata = header.pop("__metadata__")
+    if metadata["format"] != FORMAT:
+        found = printable(str(metadata["format"]), 60)
+        raise ShardError(f"{path}: made in the format '{found}', this version reads '{FORMAT}'")
+    if HEADER_BYTES + max(entry["data_offsets"][1] for entry in header.values()) != file_bytes:
+        raise ShardError(f"{path}: has {file_bytes} bytes, its header tells another number")
+    offsets = {name: HEADER_BYTES + header[name]["data_offsets"][0] if name in header else -1 for name in SECTIONS}
+    if not all(type(at) is int and -1 <= at <= file_bytes for at in offsets.values()) or offsets["excluded_bytes"] < 0:
+        raise ShardError(f"{path}: its header tells of sections that the file has not")
+    rows = header["repeats"]["shape"][0]
+    if type(rows) is not int or not 0 <= rows <= file_bytes // 4:
+        raise ShardError(f"{path}: has {file_bytes} bytes, its header tells of {printable(str(rows), 40)} rows")
+    file.seek(offsets["repeats"])
+    repeats = np.frombuffer(file.read(4 * rows), dtype="<u4")
+    file.seek(offsets["excluded_bytes"])
+    lines = file.read(_MOST_EXCLUDED_BYTES)
     if crc32c(lines) != int(metadata["excluded_crc32c"]):
         raise ShardError(f"{path}: checksum mismatch in excluded_bytes")
     text_shape = None
     if "text_hidden" in header:
-        text_shape = (*header["text_hidden"]["shape"][1:], header["text_pooled"]["shape"][1])
+        positions, width = header["text_hidden"]["shape"][1:]
+        text_shape = positions, width, header["text_pooled"]["shape"][1]
     return ShardInfo(
         rows=rows,
         virtual_rows=int(repeats.sum(dtype=np.int64)),
@@ -384,6 +381,16 @@ def read_info(path: Path) -> ShardInfo:
         header_crc32c=crc32c(raw),
         offsets=offsets,
         text_shape=text_shape,
-        excluded=tuple(json.loads(line) for line in lines.splitlines()),
+        excluded=tuple(_excluded(line) for line in lines.splitlines()),
         masks=MaskCounts(*json.loads(metadata["masks"])) if "masks" in metadata else None,
     )
+
+
+def _excluded(line: bytes) -> dict[str, Any]:
+    """A line on an image that was left out; raises one of `_NOT_AS_WRITTEN`."""
+    fields = json.loads(line)
+    for name, value in fields.items():
+        is_right = abs(value) < 1 << 63 if type(value) is int else isinstance(value, str)
+        if name not in _EXCLUDED or type(value) is not _EXCLUDED[name] or not is_right:
+            raise ValueError("excluded_bytes holds other lines")
+    return fields

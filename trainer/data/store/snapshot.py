@@ -133,8 +133,11 @@ class PreparedSet:
 
     @property
     def scaling_factor(self) -> float:
-        """What the UNet sees are the stored latents times this."""
-        return self.settings["the VAE's scaling_factor"]
+        """What the UNet sees are the stored latents times this. UserError where the snapshot does not tell."""
+        factor = self.settings.get("the VAE's scaling_factor")
+        if not isinstance(factor, float | int) or not 0 < factor < float("inf"):
+            raise UserError(f"{self.path}/snapshots/{self.snapshot_name}: has no scaling factor of a VAE")
+        return factor
 
     def images(self, split: str) -> int:
         """Images of the split, each counted once."""
@@ -177,7 +180,8 @@ class PreparedSet:
     @property
     def has_masks(self) -> bool:
         """Whether it was prepared with masks, of all images or some."""
-        return any(source.get("masks", "none") != "none" for source in self.settings.get("data.sources", ()))
+        sources = self.settings.get("data.sources", ())
+        return any(isinstance(source, dict) and source.get("masks", "none") != "none" for source in sources)
 
     def payload_shape(self, split: str, bucket_index: int) -> tuple[tuple[int, int, int], np.dtype]:
         """Shape and dtype of one row's latents, or pixels, of a bucket."""

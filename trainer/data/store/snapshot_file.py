@@ -1,6 +1,7 @@
 """The snapshot file: which shards a prepared data set consists of, as JSON; `CURRENT` names the newest."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,13 @@ from typing import Any
 from trainer.data.buckets import Bucket
 from trainer.data.store.shards import SECTIONS, ShardInfo
 from trainer.errors import UserError
+from trainer.guards import Refused, read_json, read_text
 
 SNAPSHOT_FORMAT = "sdxl-train snapshot 1"
+_NAME = re.compile(r"\d{6,12}\.json")
+_SPLITS = ("train", "validation")
+_MOST_NAME_BYTES = 4096
+_MOST_COUNT, _MOST_SIZE = 1 << 48, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,15 @@ def snapshot_name(number: int) -> str:
 
 
 def current_snapshot(prepared: Path) -> str | None:
-    """The name that CURRENT holds, such as `000001.json`; None where nothing has been committed."""
+    """The name that CURRENT holds, such as `000001.json`; None where nothing has been committed. UserError where it
+    cannot be read."""
+    path = prepared / "CURRENT"
     try:
-        return (prepared / "CURRENT").read_text().strip()
+        return read_text(path, _MOST_NAME_BYTES).strip()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def snapshot_to_json(snapshot: Snapshot) -> str:
@@ -71,18 +81,40 @@ def snapshot_to_json(snapshot: Snapshot) -> str:
 
 
 def read_snapshot(prepared: Path, name: str) -> Snapshot:
-    """UserError where the file is missing or is no snapshot that this version reads."""
+    """UserError where the file is missing, was altered, or is no snapshot that this version reads."""
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{prepared / 'CURRENT'}: must name a snapshot, such as 000001.json; it holds {name[:60]!r}")
     path = prepared / "snapshots" / name
     try:
-        document = json.loads(path.read_text())
+        document = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such snapshot of the prepared data set") from None
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read as a snapshot ({error})") from error
-    if document.get("format") != SNAPSHOT_FORMAT:
-        raise UserError(f"{path}: is of format '{document.get('format')}', this version reads '{SNAPSHOT_FORMAT}'")
-    columns = document["shards"]
-    offsets, text_shape = columns["offsets"], columns["text_shape"]
+    except Refused as error:
+        raise UserError(f"{path}: cannot be read as a snapshot ({str(error).removeprefix(f'{path}: ')})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != SNAPSHOT_FORMAT:
+        raise UserError(f"{path}: is of format '{str(found)[:60]}', this version reads '{SNAPSHOT_FORMAT}'")
+    try:
+        return _snapshot(document)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path}: was altered or is damaged: {reason}") from error
+
+
+def _snapshot(document: dict[str, Any]) -> Snapshot:
+    """Raises any of what `read_snapshot` catches where the document is not as `snapshot_to_json` makes it."""
+    columns, settings = document["shards"], document["settings"]
+    offsets, shape = columns["offsets"], columns["text_shape"]
+    if not isinstance(settings, dict):
+        raise ValueError("its settings are no object")
+    if not (shape is None or (len(shape) == 3 and all(map(_is_size, shape)))):
+        raise ValueError("text_shape is not three sizes")
+    count = len(columns["name"])
+    for column, values in [*columns.items(), *offsets.items()]:
+        if column not in ("text_shape", "offsets") and (not isinstance(values, list) or len(values) != count):
+            raise ValueError(f"{column} is not {count} values")
     entries = tuple(
         ShardEntry(
             name=shard_name,
@@ -95,10 +127,40 @@ def read_snapshot(prepared: Path, name: str) -> Snapshot:
                 file_bytes=columns["file_bytes"][i],
                 header_crc32c=columns["header_crc32c"][i],
                 offsets={name: offsets[name][i] if name in offsets else -1 for name in SECTIONS},
-                text_shape=tuple(text_shape) if text_shape else None,
+                text_shape=(shape[0], shape[1], shape[2]) if shape else None,
                 excluded=(),
             ),
         )
         for i, shard_name in enumerate(columns["name"])
     )
-    return Snapshot(document["number"], tuple(document["generations"]), document["settings"], entries)
+    for entry in entries:
+        _check_entry(entry)
+    number, generations = document["number"], document["generations"]
+    if not _is_count(number) or not all(map(_is_count, generations)):
+        raise ValueError("its number or its generations are no whole numbers")
+    return Snapshot(number, tuple(generations), settings, entries)
+
+
+def _check_entry(entry: ShardEntry) -> None:
+    """Raises ValueError where a shard's facts cannot be those of a file: memory and reads go by them."""
+    info, name = entry.info, entry.name
+    if not isinstance(name, str) or name.startswith("/") or not name.isprintable() or ".." in name.split("/"):
+        raise ValueError(f"{str(name)[:60]!r} is no name of a shard")
+    counts = (info.rows, info.virtual_rows, info.uniform_repeats, info.file_bytes, info.header_crc32c)
+    if not all(map(_is_count, counts)) or not all(type(at) is int for at in info.offsets.values()):
+        raise ValueError(f"{name} has facts that are no whole numbers")
+    if not all(map(_is_size, (entry.bucket.height_px, entry.bucket.width_px))) or entry.split not in _SPLITS:
+        raise ValueError(f"{name} has no split or no bucket that there is")
+    repeats_fit = info.virtual_rows == info.rows * info.uniform_repeats or not info.uniform_repeats
+    if not repeats_fit or info.rows > info.file_bytes or (info.virtual_rows and not info.rows):
+        raise ValueError(f"{name} has {info.rows} rows and {info.virtual_rows} with repeats, which do not go together")
+    if not all(-1 <= at <= info.file_bytes for at in info.offsets.values()):
+        raise ValueError(f"{name} has sections beyond its end")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < _MOST_COUNT
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 < value <= _MOST_SIZE

@@ -43,6 +43,7 @@ def prepare_settings(config: Config, model: RunModel) -> PrepareSettings:
         validation_fraction=config.data.validation_fraction,
         rows_per_shard=config.data.rows_per_shard,
         mode=config.data.mode,
+        limits=config.limits.plain(),
     )
 
 
