@@ -182,7 +182,9 @@ def test_going_back_that_does_not_help_ends_the_run(
     (line,) = raised.value.lines
     assert "going back once has not helped" in line and "skipped.jsonl has their images" in line and "\n" not in line
     assert len(read_left_out(tmp_path / "run").stretches) == 1
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000004"]
+    # Each of both ways has one between its bad steps, with the weights of before them.
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000004", "step-00000008"]
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("rolled-back-*/*")] == ["step-00000008"]
 
 
 def test_a_checkpoint_between_bad_steps_is_moved_aside(
