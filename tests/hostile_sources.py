@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from trainer.config.sources import Source
+from trainer.config.sections.sources import Source
 from trainer.data.buckets import BucketRules
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.settings import PrepareSettings

@@ -18,7 +18,14 @@ import pyarrow.parquet as pq
 from tests.data.kohya_files import kohya_npz, npz_bytes, write_tar
 from tests.hostile_files import CANARY, Hostile, kind
 from tests.hostile_sources import EPS, Bytes, encoded, prepared_from, shaken, variant
-from trainer.config.sources import HfSource, KohyaJsonSource, LatentTarsSource, ParquetSource, Source, WebdatasetSource
+from trainer.config.sections.sources import (
+    HfSource,
+    KohyaJsonSource,
+    LatentTarsSource,
+    ParquetSource,
+    Source,
+    WebdatasetSource,
+)
 from trainer.data.prepare.tag_file import read_tag_file
 from trainer.data.sources.metadata import read_metadata
 

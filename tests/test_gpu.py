@@ -11,7 +11,7 @@ from trainer.memory.run_choice import MemoryChoice
 from trainer.model.compiled import compile_blocks
 from trainer.model_files.run_model import open_model
 from trainer.optim.ema import Place, start_averages, update_averages
-from trainer.optim.ema_contents import ema_tensors
+from trainer.optim.ema_contents import ema_parts
 from trainer.optim.ema_profile import PlainEma, PowerEma
 from trainer.optim.ema_swap import averaged_weights
 from trainer.optim.precision import set_fp32_arithmetic
@@ -80,7 +80,7 @@ def test_averages_in_host_memory_are_those_on_the_card(dtype: torch.dtype) -> No
                 for parameter in parameters.values():
                     parameter.add_(torch.randn_like(parameter) * 1e-2)
             update_averages(averages, parameters, step)
-        found.append({name: tensor.cpu().clone() for name, tensor in ema_tensors(averages, "ema", parameters).items()})
+        found.append({name: held.part.cpu().clone() for name, held in ema_parts(averages, "ema", parameters).items()})
         live = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         with averaged_weights(averages, "ema", parameters):
             for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""The exceptions that a user may see, and how text from outside is shown: nothing in it steers the terminal."""
+"""Exceptions that a user may see or another start may get round, and outside text so shown that it steers nothing."""
 
 import json
 import unicodedata
@@ -55,3 +55,19 @@ class UserError(Exception):
 
 class OutOfMemory(Exception):
     """A run does not fit as it was planned; the command tries again with less, or says what would fit."""
+
+
+class NumbersGoneWrong(Exception):
+    """Steps in a row could not be taken, or weights are wrong, nobody can say whose; the next start goes back."""
+
+
+class WeightsDiffer(Exception):
+    """Workers that hold the same weights hold them no more; the next start goes back to when they did.
+
+    Args:
+        rank: of the one whose weights are not those of most.
+    """
+
+    def __init__(self, text: str, rank: int) -> None:
+        super().__init__(text)
+        self.rank = rank

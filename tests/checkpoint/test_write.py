@@ -1,11 +1,9 @@
 """Checkpoints: complete or not there, damage found, the newest ones kept."""
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from trainer.checkpoint.manifest import find_damage
 from trainer.checkpoint.resume_point import resume_newest
@@ -17,23 +15,25 @@ from trainer.checkpoint.run_dir import (
     prune_checkpoints,
     read_state,
 )
-from trainer.checkpoint.write import OPTIMIZER, TensorFile, read_tensors, write_checkpoint
+from trainer.checkpoint.saver import Folder, NotFinite, save_now
+from trainer.checkpoint.write import OPTIMIZER, TensorFile, read_tensors
 from trainer.errors import UserError
+from trainer.parallel.local_shard import held
 
 TENSORS = {"a.exp_avg": torch.arange(6.0).reshape(2, 3), "a.step": torch.tensor(3.0)}
 
 
 def save(run_dir: Path, step: int) -> Path:
     path = checkpoint_dir(run_dir, step)
-    write_checkpoint(path, files(step), {"step": step}, iter, writes=True)
+    save_now(Folder(path, files(step), {"step": step}))
     return path
 
 
 def files(step: int) -> list[TensorFile]:
-    unet = {"weight": torch.full((4,), float(step))}
+    unet = {"weight": held(torch.full((4,), float(step)))}
     return [
         TensorFile("unet/diffusion_pytorch_model.safetensors", unet, {"config.json": "{}"}),
-        TensorFile(OPTIMIZER, TENSORS, {}),
+        TensorFile(OPTIMIZER, {name: held(tensor) for name, tensor in TENSORS.items()}, {}),
     ]
 
 
@@ -46,25 +46,22 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert find_damage(path) is None
 
 
-def test_an_unfinished_write_is_invisible_and_cleaned_up(tmp_path: Path) -> None:
+def test_what_is_not_finite_is_not_saved_and_leftovers_go(tmp_path: Path) -> None:
     good = save(tmp_path, 1)
-
-    given: list[int] = []
-
-    def fail_in_the_second_file(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-        for tensor in tensors:
-            given.append(tensor.numel())
-            if len(given) == 2:
-                raise OSError(28, "No space left on device")
-            yield tensor
-
-    with pytest.raises(OSError, match="No space left"):
-        write_checkpoint(checkpoint_dir(tmp_path, 2), files(2), {}, fail_in_the_second_file, writes=True)
+    poisoned = TensorFile("unet/weights.safetensors", {"weight": held(torch.tensor([1.0, float("nan")]))}, {})
+    with pytest.raises(NotFinite, match=r"unet/weights\.safetensors: weight holds NaN or infinity"):
+        save_now(Folder(checkpoint_dir(tmp_path, 2), [*files(2), poisoned], {}))
     assert list_checkpoints(tmp_path) == [good]
     assert list((tmp_path / "checkpoints").iterdir()) == [good], "a full disk is not to stay full of it"
-    checkpoint_dir(tmp_path, 3).with_suffix(".tmp").mkdir()  # of a process that was killed
+    checkpoint_dir(tmp_path, 3).with_suffix(".cafe-1.tmp").mkdir()  # of a process that was killed
     prune_checkpoints(tmp_path, keep=2)
     assert list((tmp_path / "checkpoints").iterdir()) == [good]
+
+
+def test_permanent_ones_stay(tmp_path: Path) -> None:
+    paths = [save(tmp_path, step) for step in (1, 2, 10, 11)]
+    prune_checkpoints(tmp_path, keep=2, always=2)
+    assert list_checkpoints(tmp_path) == paths[1:]
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "manifest"])

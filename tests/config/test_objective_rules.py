@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.schema import Config
+from trainer.config.sections.objective_config import ObjectiveConfig
 
 P, T, W, L, N = "objective", *(f"objective.{name}" for name in ("timesteps", "weighting", "loss", "noise"))
 MASKED = [f"{L}.masked=true", "data.sources.0.masks=files"]

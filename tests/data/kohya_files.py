@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.sources import Source
+from trainer.config.sections.sources import Source
 from trainer.data.buckets import BucketRules
 from trainer.data.prepare.settings import PrepareSettings
 

@@ -36,14 +36,13 @@ def test_the_lines_at_start() -> None:
         "4 workers x 2 images x 1 accumulation = 8 images per step",
         "103 training images in 7 buckets -> 17 steps per epoch (24 % of slots padded: buckets with few images)",
         "600 steps = 35.3 epochs = about 3,635 images; ends at step 600",
-        "3 checkpoints to write (every 250 steps and at the end)",
+        "checkpoints every 250 steps, at the end",
     ]
 
 
 def test_a_run_that_has_gone_further_than_it_is_told_to() -> None:
     lines = arithmetic().describe(start_step=700)
     assert lines[2] == "already trained to step 700; the run ends at step 600 (train.steps)"
-    assert lines[3].startswith("0 checkpoints to write")
 
 
 def test_the_lines_of_a_large_run_that_goes_on() -> None:
@@ -53,14 +52,15 @@ def test_the_lines_of_a_large_run_that_goes_on() -> None:
         rows_per_bucket=[12_446_670 - 512 * 1000, 512 * 1000, 0],
         steps=None,
         epochs=1,
-        checkpoint_every_steps=1000,
+        checkpoint_every_steps=None,
+        checkpoint_every="15min",
     )
     assert run.describe(start_step=20_000, seconds_per_step=160.0) == [
         "4 workers x 4 images x 32 accumulation = 512 images per step",
         "12,446,670 training images in 2 buckets -> 24,310 steps per epoch (under 1 % of slots padded)",
         "24,310 steps = 1 epoch = 12,446,670 images; ends at step 24,310,"
         " goes on after step 20,000, 4,310 steps to go, 8 d 0 h left",
-        "5 checkpoints to write (every 1,000 steps and at the end)",
+        "checkpoints every 15min, at the end",
     ]
 
 
@@ -93,20 +93,6 @@ def test_the_images_seen_do_not_hang_on_how_a_batch_is_cut() -> None:
     cuts = [(4, 2, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
     runs = [arithmetic(workers=w, batch_size_per_gpu=m, gradient_accumulation_steps=a) for w, m, a in cuts]
     assert {(run.images_per_step, run.steps_per_epoch, run.total_images) for run in runs} == {(8, 17, 3635)}
-
-
-@pytest.mark.parametrize(
-    ("start_step", "expected"),
-    [(0, [250, 500, 600]), (249, [250, 500, 600]), (250, [500, 600]), (599, [600]), (600, [])],
-)
-def test_checkpoints_to_write(start_step: int, expected: list[int]) -> None:
-    written = [step for step in range(start_step + 1, 601) if step % 250 == 0 or step == 600]
-    assert written == expected
-    assert arithmetic().checkpoints_to_write(start_step) == len(expected)
-
-
-def test_the_end_on_a_checkpoint_counts_once() -> None:
-    assert arithmetic(steps=500).checkpoints_to_write() == 2
 
 
 def test_no_images_and_a_wrong_accumulation_are_the_users_to_mend() -> None:

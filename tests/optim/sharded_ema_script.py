@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from trainer.optim.ema import Averages, Place, start_averages, update_averages
-from trainer.optim.ema_contents import ema_tensors, load_ema_tensors, load_progress
+from trainer.optim.ema_contents import ema_parts, load_ema_tensors, load_progress
 from trainer.optim.ema_profile import PlainEma, PowerEma, Profile
 from trainer.optim.ema_swap import averaged_weights
-from trainer.parallel.local_shard import local_part, part_of
+from trainer.parallel.local_shard import local_part, part_of, whole_of
 from trainer.parallel.sharding import whole_tensor
 from trainer.parallel.worker import end_process
 
@@ -56,9 +56,9 @@ def run(weights: nn.Module, averages: Averages, steps: range) -> dict[str, Tenso
         set_weights(weights, step)
         update_averages(averages, parameters, step)
     return {
-        f"{average}/{name}": whole_tensor(tensor).contiguous().clone()
+        f"{average}/{name}": whole_tensor(whole_of(held.part, parameters[name])).contiguous().clone()
         for average in PROFILES
-        for name, tensor in ema_tensors(averages, average, parameters).items()
+        for name, held in ema_parts(averages, average, parameters).items()
     }
 
 

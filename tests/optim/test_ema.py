@@ -22,7 +22,7 @@ from trainer.optim.ema import (
     update_averages,
     update_when_due,
 )
-from trainer.optim.ema_contents import ema_tensors, load_ema_tensors, load_progress
+from trainer.optim.ema_contents import ema_parts, load_ema_tensors, load_progress
 from trainer.optim.ema_memory import host_tensors, memory_of_averages
 from trainer.optim.ema_pieces import scratch_buffers
 from trainer.optim.ema_profile import PlainEma, PowerEma, Profile
@@ -82,9 +82,9 @@ def run(averages: Averages, parameters: Parameters, steps: range) -> list[dict[s
 
 def tensors_of(averages: Averages, parameters: Parameters) -> dict[str, Tensor]:
     return {
-        f"{average}/{name}": tensor.contiguous().clone()
+        f"{average}/{name}": held.part.contiguous().clone()
         for average in averages.profiles
-        for name, tensor in ema_tensors(averages, average, parameters).items()
+        for name, held in ema_parts(averages, average, parameters).items()
     }
 
 
@@ -110,7 +110,7 @@ def test_a_hundred_steps_equal_float64(small_chunks: None, dtype: torch.dtype, p
     trajectory = run(averages, parameters, range(1, 101))
     for average, profile in PROFILES.items():
         expected = in_float64(trajectory, profile, every)
-        for name, tensor in ema_tensors(averages, average, parameters).items():
+        for name, (tensor, *_) in ema_parts(averages, average, parameters).items():
             assert tensor.dtype == torch.float32
             error = (tensor.double() - expected[name]).norm()
             assert error <= 1e-6 * expected[name].norm(), name
@@ -148,7 +148,7 @@ def test_kahan_weights_are_averaged_with_what_they_lack(small_chunks: None) -> N
         trajectory.append({name: w + corrections[name].double() for name, w in wide(parameters).items()})
     for average, profile in PROFILES.items():
         expected = in_float64(trajectory, profile)
-        for name, tensor in ema_tensors(averages, average, parameters).items():
+        for name, (tensor, *_) in ema_parts(averages, average, parameters).items():
             assert torch.allclose(tensor.double(), expected[name], rtol=0, atol=2e-8)
             moved = (tensor.double() - trajectory[0][name]).abs().mean()
             assert moved > 5e-6, "the average did not follow"
@@ -275,7 +275,7 @@ def test_nothing_is_averaged_or_written_meanwhile(averaged: tuple[Averages, Para
         with pytest.raises(ValueError, match="the average short is in the model"):
             update_averages(averages, parameters, 11)
         with pytest.raises(ValueError, match="in the model"):
-            ema_tensors(averages, "long", parameters)
+            ema_parts(averages, "long", parameters)
         with pytest.raises(ValueError, match="in the model"), averaged_weights(averages, "long", parameters):
             pass
     update_averages(averages, parameters, 11)

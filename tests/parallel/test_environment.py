@@ -50,6 +50,14 @@ def test_no_driver_or_a_broken_one_is_no_gpu(nvidia_smi: Path) -> None:
     assert detect_gpus({}) == []
 
 
+def test_a_card_that_is_gone_does_not_hide_the_others(nvidia_smi: Path) -> None:
+    others = detect_gpus({})[1:]
+    gone = "Unable to determine the device handle for GPU0: 0000:01:00.0: GPU is lost"
+    listed = "\n".join(f"echo '{line}'" for line in (gone, *others))
+    nvidia_smi.write_text(f"#!/bin/sh\n{listed}\nexit 15\n", encoding="utf-8")
+    assert detect_gpus({}) == others
+
+
 def test_workers_follow_the_gpus() -> None:
     assert choose_workers(None, ["a", "b"]) == (2, True)
     assert choose_workers(1, ["a", "b"]) == (1, True)

@@ -108,6 +108,15 @@ def test_faults_are_started_again_with_longer_pauses_and_then_given_up(kind: str
     assert verdict_of(ended(kind), most=0).attempts is None
 
 
+@pytest.mark.parametrize("kind", ["numerics", "corrupt"])
+def test_who_goes_back_says_where_to(kind: str) -> None:
+    """Also after the very first step, and as often as other faults."""
+    verdict = verdict_of(ended(kind, steps=0), newest="step-00000100")
+    assert verdict.line == "failed so; starting again there in 5 s (1 of 3 without a new checkpoint)"
+    assert verdict.attempts == Attempts(restarts=1, fruitless=1, checkpoint="step-00000100")
+    assert verdict_of(ended(kind), most=0) == Verdict(None)
+
+
 def test_less_memory_is_tried_without_a_pause_and_not_for_ever() -> None:
     verdict = verdict_of(ended("memory", steps=0))
     assert verdict.attempts == Attempts(memory=1) and verdict.pause_s == 0

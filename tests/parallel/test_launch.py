@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.parallel import launch
+from trainer.parallel import launch, stop_signals
 from trainer.parallel.launch import WorkersResult, run_workers
 
 HERE = Path(__file__).parent
@@ -208,7 +208,7 @@ def test_second_signal_kills(tmp_path: Path) -> None:
     with parent("deaf", tmp_path, 2) as process:
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGINT)
-        time.sleep(launch.SAME_SIGNAL_S + 0.2)
+        time.sleep(stop_signals.SAME_SIGNAL_S + 0.2)
         assert process.poll() is None, "the same Ctrl-C, passed on by a wrapper, is no second one"
         process.send_signal(signal.SIGINT)
         assert process.wait(LONG_S) == 128 + signal.SIGINT

@@ -12,9 +12,9 @@ from tests.data.small_set import write_small_set
 from tests.train.real_run import run_config, watched_run
 from trainer.checkpoint.manifest import MANIFEST, STATE, find_damage, manifest_entry
 from trainer.checkpoint.run_dir import RESOLVED_CONFIG, checkpoint_dir
+from trainer.cli.keep_running import write_resolved
 from trainer.cli.main import main
 from trainer.cli.run_target import find_target
-from trainer.cli.start_workers import write_resolved
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.model_files.header import read_header

@@ -12,7 +12,7 @@ from trainer.data.loader import Batch
 from trainer.model_files.run_model import RunModel, open_model
 from trainer.parallel.comm import Comm
 from trainer.train import loop
-from trainer.train.state import TrainState
+from trainer.train.saved.state import TrainState
 from trainer.train.step import StepResult, train_step
 
 ALONE = Comm(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
@@ -52,11 +52,11 @@ def watched_run(
     """Train as the command does; `before_step` is called with the number of steps that this call has done."""
     watched = Watched()
 
-    def step(parts: object, batches: object, *rest: object) -> StepResult:
+    def step(parts: object, batches: object, *rest: object, **named: object) -> StepResult:
         before_step(len(watched.results))
         taken: list[Batch] = []
         watched.keys.append([])
-        watched.results.append(train_step(parts, (taken.append(b) or b for b in batches), *rest))  # type: ignore
+        watched.results.append(train_step(parts, (taken.append(b) or b for b in batches), *rest, **named))  # type: ignore
         for batch in taken:
             weighted = zip(batch.keys, batch.weights.tolist(), strict=True)
             watched.keys[-1] += [key for key, weight in weighted if weight]

@@ -71,10 +71,10 @@ def trajectory_of(config: Config) -> list[Weights]:
     def wide(parts: StepParts) -> Weights:
         return {name: p.detach().double().clone() for name, p in parts.strategy.parameters.items()}
 
-    def step(parts: StepParts, *rest: Any) -> StepResult:
+    def step(parts: StepParts, *rest: Any, **named: Any) -> StepResult:
         if not found:
             found.append(wide(parts))
-        result = train_step(parts, *rest)
+        result = train_step(parts, *rest, **named)
         found.append(wide(parts))
         return result
 
@@ -184,12 +184,12 @@ def test_a_step_that_changed_nothing_is_left_out(configured: Callable[..., Confi
     config, number = configured("run", 6, {"averages": ENTRIES}), 0
     trajectory: list[Weights] = []
 
-    def step(parts: StepParts, *rest: Any) -> StepResult:
+    def step(parts: StepParts, *rest: Any, **named: Any) -> StepResult:
         nonlocal number
         number += 1
         if number == 1:
             trajectory.append({n: p.detach().double().clone() for n, p in parts.strategy.parameters.items()})
-        result = train_step(parts, *rest[:-1], float("inf") if number == 3 else 1.0)
+        result = train_step(parts, *rest[:-1], float("inf") if number == 3 else 1.0, **named)
         if number != 3:
             trajectory.append({n: p.detach().double().clone() for n, p in parts.strategy.parameters.items()})
         return result

@@ -13,8 +13,8 @@ from PIL import Image
 from tests.data.photographs import write_crops
 from tests.train.real_run import ALONE, model_of, run_config, watched_run
 from tests.train.test_step import assert_same_step, denoiser, make_batch, make_parts  # noqa: F401 - a fixture
-from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.schema import Config
+from trainer.config.sections.objective_config import ObjectiveConfig
 from trainer.data.loader import Batch
 from trainer.data.prepare.stages import commit, is_current, plan_prepare
 from trainer.data.store.snapshot import PreparedSet

@@ -10,8 +10,8 @@ import torch
 
 from tests.model_files.single_files import rewrite, write_single_file
 from tests.train.real_run import ALONE, model_of, run_config
-from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.schema import Config, SamplesConfig
+from trainer.config.sections.objective_config import ObjectiveConfig
 from trainer.data.buckets import Bucket
 from trainer.data.loader import Batch
 from trainer.errors import UserError

@@ -10,8 +10,8 @@ import pytest
 from tests.data.small_set import write_small_set
 from tests.train.real_run import run_config, watched_run
 from trainer.checkpoint.run_dir import checkpoint_dir, newest_checkpoint, read_state
-from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.schema import Config
+from trainer.config.sections.objective_config import ObjectiveConfig
 from trainer.data.buckets import Bucket
 from trainer.diffusion import importance
 from trainer.errors import UserError

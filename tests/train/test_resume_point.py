@@ -9,18 +9,20 @@ import torch
 from tests.train.real_run import ALONE
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.checkpoint.run_dir import RESOLVED_CONFIG, checkpoint_dir
-from trainer.checkpoint.write import OPTIMIZER, TensorFile, write_checkpoint
+from trainer.checkpoint.saver import Folder, save_now
+from trainer.checkpoint.write import OPTIMIZER, TensorFile
 from trainer.config.schema import Config
 from trainer.errors import UserError
-from trainer.train.build import find_resume_point
+from trainer.parallel.local_shard import held
+from trainer.train.saved.find_resume import find_resume_point
 
 COMMAND_STARTED = 1_000_000_000  # seconds since 1970
 
 
 def save(run_dir: Path, step: int, written: int) -> Path:
     path = checkpoint_dir(run_dir, step)
-    file = TensorFile(OPTIMIZER, {"step": torch.tensor(float(step))}, {})
-    write_checkpoint(path, [file], {"step": step}, iter, writes=True)
+    file = TensorFile(OPTIMIZER, {"step": held(torch.tensor(float(step)))}, {})
+    save_now(Folder(path, [file], {"step": step}))
     os.utime(path / MANIFEST, (written, written))
     return path
 

@@ -6,7 +6,7 @@ of another way are moved.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainer.checkpoint.manifest import MANIFEST, find_damage, manifest_entry
@@ -19,17 +19,22 @@ RECORD = "resumed_from.json"
 Log = Callable[[str], None]
 
 
-def resume_newest(run_dir: Path, log: Log, written_after: Path | None = None) -> Path | None:
+def resume_newest(
+    run_dir: Path, log: Log, written_after: Path | None = None, stand_in: Path | None = None
+) -> Path | None:
     """The newest checkpoint whose files agree with its manifest, if there is one; damaged newer ones are set aside.
 
     Args:
         written_after: only what is newer than this file counts.
+        stand_in: a run directory on another disk, for checkpoints that could not be written to this one.
 
     Raises:
         UserError: there are checkpoints, and all of them are damaged.
     """
     after = written_after.stat().st_mtime_ns if written_after else 0
-    candidates = [path for path in list_checkpoints(run_dir) if (path / MANIFEST).stat().st_mtime_ns > after]
+    listed = list_checkpoints(run_dir) + (list_checkpoints(stand_in) if stand_in else [])
+    candidates = [path for path in listed if (path / MANIFEST).stat().st_mtime_ns > after]
+    candidates.sort(key=checkpoint_step)
     damaged: list[tuple[Path, str]] = []
     for path in reversed(candidates):
         damage = find_damage(path)
@@ -38,6 +43,8 @@ def resume_newest(run_dir: Path, log: Log, written_after: Path | None = None) ->
                 aside = _free_name(wrong.with_name(wrong.name + DAMAGED))
                 wrong.rename(aside)
                 log(f"{wrong}: {reason}; set aside as {aside.name}, its steps are done anew from {path.name}")
+            if path.parent.parent == stand_in:
+                log(f"{path}: the newest checkpoint, written there because {run_dir} could not be written to")
             return path
         damaged.append((path, damage))
     if damaged and written_after is None:
@@ -70,17 +77,23 @@ def resume_from(run_dir: Path, wish: Path, log: Log) -> Path:
         return own
     left = [path for path in list_checkpoints(run_dir) if not is_own or checkpoint_step(path) > step]
     if left:
-        aside = _free_name(run_dir / CHECKPOINTS / time.strftime("before-resume-%Y-%m-%d"))
-        aside.mkdir()
-        for path in left:
-            path.rename(aside / path.name)
-        moved = f"{left[0].name} to {left[-1].name}" if len(left) > 1 else left[0].name
+        aside, moved = move_aside(run_dir, left, "before-resume")
         log(f"{moved}: of the run as it was before; moved to {aside}")
     run_dir.mkdir(parents=True, exist_ok=True)
     partial = before.with_suffix(".tmp")
     partial.write_text(json.dumps(record) + "\n")
     partial.replace(before)
     return wish
+
+
+def move_aside(run_dir: Path, checkpoints: Sequence[Path], name: str) -> tuple[Path, str]:
+    """Move checkpoints of a run, oldest first, into a folder beside them; its path, and theirs in words."""
+    aside = _free_name(run_dir / CHECKPOINTS / time.strftime(f"{name}-%Y-%m-%d"))
+    aside.mkdir()
+    for path in checkpoints:
+        path.rename(aside / path.name)
+    first, last = checkpoints[0].name, checkpoints[-1].name
+    return aside, f"{first} to {last}" if len(checkpoints) > 1 else first
 
 
 def _read(file: Path) -> object:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import xxhash
+
 from trainer.checkpoint.manifest import MANIFEST, STATE, find_damage
 from trainer.errors import UserError
 from trainer.guards import read_json
@@ -50,10 +52,34 @@ def list_checkpoints(run_dir: Path, folder: str = CHECKPOINTS) -> list[Path]:
     return sorted(p for p in found if (p / MANIFEST).is_file())
 
 
-def prune_checkpoints(run_dir: Path, keep: int | None, in_use: Path | None = None, folder: str = CHECKPOINTS) -> None:
-    """Delete all but the `keep` newest checkpoints and the one in use, and what interrupted writes left behind."""
-    for old in list_checkpoints(run_dir, folder)[:-keep] if keep else ():
-        if old != in_use:
+def fallback_run_dir(fallback: Path, run_dir: Path) -> Path:
+    """The stand-in, on another disk, of a run's directory that cannot be written to; its own by the full path."""
+    whole = str(run_dir.absolute())
+    return fallback / f"{run_dir.absolute().name}-{xxhash.xxh32_hexdigest(whole.encode())}"
+
+
+def hand_over_config(run_dir: Path, stand_in: Path) -> None:
+    """Put the run's configuration beside its checkpoints, so that they can be exported from there."""
+    if (config := run_dir / RESOLVED_CONFIG).is_file():
+        shutil.copyfile(config, stand_in / RESOLVED_CONFIG)
+
+
+def prune_checkpoints(
+    run_dir: Path,
+    keep: int | None,
+    in_use: Path | None = None,
+    folder: str = CHECKPOINTS,
+    always: int | None = None,
+) -> None:
+    """Delete all but the `keep` newest checkpoints and the one in use, and what interrupted writes left behind.
+
+    Args:
+        keep: None: all.
+        always: those of every so many steps stay.
+    """
+    found = list_checkpoints(run_dir, folder)
+    for old in found[: max(len(found) - keep, 0)] if keep is not None else ():
+        if old != in_use and not (always and checkpoint_step(old) % always == 0):
             delete_checkpoint(old)
     for left_over in (run_dir / folder).glob("step-*"):
         if DAMAGED not in left_over.name and (not (left_over / MANIFEST).is_file() or left_over.suffix == ".tmp"):

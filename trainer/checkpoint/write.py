@@ -7,13 +7,13 @@
       training_state/optimizer.safetensors, training_state/state.json
       manifest.json                                                size and xxh3-128 of every file above
 
-No pickle anywhere. A reader trusts a checkpoint only after comparing it with its manifest (`run_dir`). Tensors that
-are spread over the workers are put together one by one, so the files do not depend on the number of workers.
+No pickle anywhere. A reader trusts a checkpoint only after comparing it with its manifest (`run_dir`). Each worker
+writes its own bytes of every file (`pieces`), beside the training (`saver`); the files do not depend on the number of
+workers.
 """
 
 import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.checkpoint.manifest import MANIFEST, STATE, manifest_entry
-from trainer.model_files.tensor_file import TensorSpec, aligned, sync_to_disk, write_tensor_file
+from trainer.model_files.tensor_file import sync_to_disk
+from trainer.parallel.local_shard import Held
 
 OPTIMIZER = "training_state/optimizer.safetensors"
 WEIGHTS_FILES = {
@@ -37,59 +38,13 @@ class TensorFile:
 
     Attributes:
         name: of the file, with its folder in the checkpoint.
-        tensors: by name; spread over the workers, or the same on all of them.
+        tensors: by name, what this worker has of them.
         beside: other files in its folder, as name -> text.
     """
 
     name: str
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Held]
     beside: Mapping[str, str]
-
-
-def write_checkpoint(
-    path: Path,
-    files: Iterable[TensorFile],
-    state: Mapping[str, object],
-    whole_tensors: Callable[[Iterable[Tensor]], Iterator[Tensor]],
-    *,
-    writes: bool,
-) -> None:
-    """Write a complete checkpoint at `path`, which must not exist; a power cut leaves all or nothing.
-
-    All workers take part, because each gives its share of what is spread over them.
-
-    Args:
-        state: JSON-able.
-        whole_tensors: gives tensors as a whole, in the order asked for.
-        writes: whether this worker is the one that writes.
-
-    Raises:
-        OSError: (the writing worker) the disk is full or gone; what was there before is untouched.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    if writes:
-        shutil.rmtree(temporary, ignore_errors=True)
-    failure: OSError | None = None
-    for file in files:
-        specs = aligned([TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in file.tensors.items()])
-        wholes = whole_tensors(file.tensors[spec.name] for spec in specs)
-        if writes and failure is None:
-            try:
-                _write_file(temporary, file, specs, wholes)
-            except OSError as error:
-                failure = error
-        for _ in wholes:  # the other workers wait for this one's share of the rest
-            pass
-    if not writes:
-        return
-    try:
-        if failure is not None:
-            raise failure
-        publish_folder(temporary, path, state)
-    except OSError:
-        # At once, for the disk may be full of it: the next checkpoint would find no more room than this one.
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def publish_folder(temporary: Path, path: Path, state: Mapping[str, object]) -> None:
@@ -102,15 +57,8 @@ def publish_folder(temporary: Path, path: Path, state: Mapping[str, object]) -> 
     for item in [*written, temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         sync_to_disk(item)
     temporary.rename(path)
-    sync_to_disk(path.parent)
-
-
-def _write_file(folder: Path, file: TensorFile, specs: list[TensorSpec], wholes: Iterator[Tensor]) -> None:
-    place = folder / file.name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_tensor_file(place, specs, wholes, {"format": "pt"})
-    for name, text in file.beside.items():
-        (place.parent / name).write_text(text, encoding="utf-8")
+    for folder in (path.parent, path.parent.parent):  # the first one has made its folder, too
+        sync_to_disk(folder)
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:

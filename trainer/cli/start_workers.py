@@ -1,18 +1,16 @@
 """From a checked configuration to running workers: launched here, or joined where torchrun or SLURM did it."""
 
-import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer.checkpoint.run_dir import RESOLVED_CONFIG, list_checkpoints
-from trainer.config.load import to_yaml
+from trainer.cli.crew import first_crew
+from trainer.cli.keep_running import keep_running
 from trainer.config.schema import Config
 from trainer.data.prepare.caption_survey import planned_records
 from trainer.data.prepare.image_weights import counted, describe_tags
@@ -26,22 +24,13 @@ from trainer.data.prepare.stages import (
     progress,
 )
 from trainer.data.store.snapshot import PreparedSet
-from trainer.errors import UserError, printable_lines
+from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
-from trainer.parallel.launch import run_workers
-from trainer.parallel.supervise import Attempts, judge
-from trainer.parallel.worker import MEMORY_ATTEMPT, RESTARTS
 from trainer.train.caption_rules import describe_captions, require_captions, survey_of, tag_separators
 from trainer.train.workers.prepare_worker import needs_workers, note_references, prepare_settings
 
 _POLL_S = 1.0
-EVENTS = "events.txt"
-_TASKS_WITH_A_PLAN = ("train", "bench")  # which plan with less when they are started again
-# Not `-m`: each reader process of a worker would import that module once more, as its main module. The first place of
-# the path is the current directory's, where a folder of somebody else's may be called `trainer`.
-_OURS = str(Path(__file__).parents[2])
-_WORKER = f"import sys; sys.path[0] = {_OURS!r}; from trainer.cli.tasks import main; main()"
 
 
 def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str, object], **launch: str) -> int:
@@ -52,69 +41,7 @@ def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str
         options: JSON-able arguments of the task.
         launch: passed on to `run_workers`.
     """
-    workers, gpu = choose_workers(config.launch.workers, detect_gpus())
-    resolved = write_resolved(config, out_dir)
-    attempts = Attempts(checkpoint=_newest_name(config))
-    while True:
-        result = run_workers(
-            [sys.executable, "-c", _WORKER, task, str(resolved), json.dumps(options)],
-            workers=workers,
-            log_dir=out_dir / "logs",
-            env={**os.environ, MEMORY_ATTEMPT: str(attempts.memory), RESTARTS: str(attempts.restarts)},
-            threads=config.launch.threads_per_worker,
-            gpu=gpu,
-            **launch,
-        )
-        verdict = judge(
-            result,
-            attempts,
-            _newest_name(config),
-            most_fruitless=config.launch.restarts if task == "train" else 0,
-            plans=task in _TASKS_WITH_A_PLAN,
-        )
-        if verdict.attempts is None:
-            break
-        _tell(out_dir, verdict.line)
-        time.sleep(verdict.pause_s)
-        attempts = verdict.attempts
-    if verdict.line:
-        _tell(out_dir, verdict.line)
-    if result.failure is not None:
-        for line in printable_lines(result.failure.message()).split("\n"):
-            known = result.failure.kind in ("user", "memory")
-            print(f"sdxl-train: {line}" if known else line, file=sys.stderr)
-    return result.exit_code
-
-
-def _newest_name(config: Config) -> str | None:
-    found = list_checkpoints(config.run.dir)
-    return found[-1].name if found else None
-
-
-def _tell(out_dir: Path, line: str) -> None:
-    """On the screen and in `events.txt`, which says what happened to a run in one line each."""
-    print(f"sdxl-train: {line}", file=sys.stderr, flush=True)
-    with suppress(OSError), (out_dir / EVENTS).open("a", encoding="utf-8") as file:
-        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
-
-
-def write_resolved(config: Config, out_dir: Path) -> Path:
-    """The configuration with every key written out and absolute paths, as `config.resolved.yaml`.
-
-    Raises:
-        UserError: the disk is full, or nobody may write there.
-    """
-    path = out_dir / RESOLVED_CONFIG
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        partial.write_text(to_yaml(config), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UserError(f"{out_dir}: cannot be written to: {error.strerror}") from None
-    return path
+    return keep_running(task, config, first_crew(config, task), out_dir, options, **launch)
 
 
 def worker_count(config: Config) -> int:

@@ -16,7 +16,7 @@ from trainer.config.rules_ema import ema_rules
 from trainer.config.rules_loss_weights import loss_weight_rules
 from trainer.config.rules_objective import objective_problems
 from trainer.config.schema import Config
-from trainer.config.sources import (
+from trainer.config.sections.sources import (
     FolderSource,
     KohyaJsonSource,
     LatentTarsSource,
@@ -268,6 +268,9 @@ def _export(config: Config) -> Iterator[Problem]:
         key = f"checkpoint.export.{name}"
         if name != "when" and when == "never" and is_given(config, key):
             yield clash(config, (key, "checkpoint.export.when"), "has no effect; use `when: end` or `checkpoints`")
+    if when == "checkpoints" and not (config.checkpoint.every_steps or config.checkpoint.keep_every_steps):
+        rule = "needs checkpoint.every_steps or checkpoint.keep_every_steps; those by time are not exported"
+        yield clash(config, ("checkpoint.export.when",), rule)
     if when == "end" and is_given(config, "checkpoint.export.keep"):
         keys = ("checkpoint.export.keep", "checkpoint.export.when")
         yield clash(config, keys, "has no effect; one file is written")

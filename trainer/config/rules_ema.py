@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from trainer.config.ema_config import LIVE
 from trainer.config.fields import Problem
 from trainer.config.rule_parts import clash, is_given
 from trainer.config.schema import Config
+from trainer.config.sections.ema_config import LIVE
 from trainer.config.spelling import nearest
 
 _OF_KIND = {"decay": "plain", "warm_up": "plain", "length": "power"}

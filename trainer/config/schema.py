@@ -9,10 +9,13 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from trainer.config.ema_config import EmaConfig
-from trainer.config.objective_config import ObjectiveConfig
+from trainer.config.sections.checkpoint_config import CheckpointConfig
+from trainer.config.sections.ema_config import EmaConfig
+from trainer.config.sections.guard_config import GuardConfig
+from trainer.config.sections.launch_config import LaunchConfig
 from trainer.config.sections.limits_config import LimitsConfig
-from trainer.config.sources import Source
+from trainer.config.sections.objective_config import ObjectiveConfig
+from trainer.config.sections.sources import Source
 from trainer.config.values import (
     Count,
     Flag,
@@ -40,21 +43,6 @@ class RunConfig(Section):
     `true`: the same, but none is an error. `false`: start fresh; an existing run in the directory is an
     error. A path: start from that checkpoint, of this run or another; later checkpoints of the run are moved aside,
     and the same command, given again, goes on from what the run has written since."""
-
-
-class LaunchConfig(Section):
-    workers: PositiveInt | None = None
-    """Worker processes on this host. Default: one per GPU; without a GPU, one."""
-    threads_per_worker: PositiveInt | None = None
-    """OpenMP threads of each worker. Default: the CPU cores of this host divided by the workers."""
-    restarts: Count = 3
-    """After a fault (a worker that is killed, crashes or hangs), training goes on from the newest checkpoint by itself;
-    it ends when so many starts in a row have brought no new checkpoint. 0: every fault ends it."""
-    hang_after_s: Annotated[float, Field(gt=0)] = 60.0
-    """A worker hangs if a part of its work (data, a step, a checkpoint, ...) takes longer than this and than five times
-    the longest that this part took before. All are then ended; `logs/rank-K.stacks.txt` has where they were."""
-    hang_at_start_s: Annotated[float, Field(gt=0)] = 1800.0
-    """The same, while a part of the work has been done fewer than three times: loading, first steps, compilation."""
 
 
 class ModelConfig(Section):
@@ -263,35 +251,6 @@ class LrScheduleConfig(Section):
     """Learning rate at the last step as a share of `optimizer.lr` (`linear` and `cosine`)."""
 
 
-class ExportConfig(Section):
-    when: Literal["never", "end", "checkpoints"] = "never"
-    """`end`: when the run is done, write the model as one file for A1111, ComfyUI, Forge, InvokeAI and diffusers, as
-    `sdxl-train export` does. `checkpoints`: after each checkpoint as well, while training goes on."""
-    dir: PathField | None = None
-    """Where the files go; default: `exports` in `run.dir`. They are named like `RUN-step-00001000.safetensors`."""
-    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Precision of the weights."""
-    weights: str = "live"
-    """`live`: the weights that train, or one of `ema.averages` by its name."""
-    keep: PositiveInt | None = None
-    """How many of the newest files are kept. Default: all."""
-    title: str = ""
-    """Title in the file's metadata; default: the file's name."""
-    author: str = ""
-    """Author in the file's metadata."""
-    license: str = ""
-    """License in the file's metadata."""
-
-
-class CheckpointConfig(Section):
-    every_steps: PositiveInt = 1000
-    """Optimizer steps between checkpoints; one is always written at the end and when interrupted."""
-    keep: Annotated[int, Field(ge=2)] = 3
-    """How many of the newest checkpoints are kept; at least 2, so that a damaged one has a forerunner."""
-    export: ExportConfig = ExportConfig()
-    """Files to publish, written by the run itself."""
-
-
 class ValidationConfig(Section):
     every_steps: Count = 0
     """Optimizer steps between validations; 0 turns them off. Needs `data.validation_fraction`."""
@@ -376,6 +335,8 @@ class Config(Section):
     """The learning rate as a function of the step."""
     ema: EmaConfig = EmaConfig()
     """Running averages of the weights; off where `ema.averages` is empty. See `docs/ema.md`."""
+    guard: GuardConfig = GuardConfig()
+    """What is done about numbers that cannot be right; see `docs/reliability.md`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When weights and training state are saved."""
     validation: ValidationConfig = ValidationConfig()

@@ -10,6 +10,8 @@ from pydantic_core import PydanticCustomError
 _YES_NO = {"yes": True, "on": True, "no": False, "off": False}
 LARGEST = 2**31 - 1
 _SIZE = re.compile(r"\d+(\.\d+)? ?[KMG]i?B")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(s|min|h|d)")
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MASK_SUFFIX = re.compile(r"[^/]+\.(png|jpe?g|webp|bmp|tiff?)")
 _FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -54,6 +56,19 @@ def _size(value: object) -> object:
     raise PydanticCustomError("rule", "must be auto or a size with its unit, such as 23GiB")
 
 
+def _duration(value: object) -> object:
+    """`never`, or a number with a unit of time."""
+    if isinstance(value, str) and (value == "never" or ((found := _DURATION.fullmatch(value)) and float(found[1]) > 0)):
+        return value
+    raise PydanticCustomError("rule", "must be never or a time with its unit, such as 15min")
+
+
+def seconds_of(duration: str) -> float | None:
+    """Of a `Duration`; None for `never`."""
+    found = _DURATION.fullmatch(duration)
+    return float(found[1]) * _SECONDS[found[2]] if found else None
+
+
 def _mask_suffix(value: str) -> str:
     """What follows an image's name without ending in the name of its mask."""
     if _MASK_SUFFIX.fullmatch(value):
@@ -73,6 +88,7 @@ ModelField = Annotated[Path | str, PlainValidator(_model, json_schema_input_type
 PathField = Annotated[Path, Field(strict=False), BeforeValidator(_path, json_schema_input_type=Path)]
 MaskSuffix = Annotated[str, AfterValidator(_mask_suffix)]
 Size = Annotated[str, BeforeValidator(_size)]
+Duration = Annotated[str, BeforeValidator(_duration)]
 
 
 class Section(BaseModel):

@@ -23,10 +23,11 @@ from torch import Tensor
 from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, centred_view, draw_view
 from trainer.data.buckets import Placement
 from trainer.data.captions import PLAIN, CaptionRules, compose
+from trainer.data.left_out import Stretch, remaining_steps
 from trainer.data.loss_weights import LossWeights
 from trainer.data.masks import FULL
 from trainer.data.reader_processes import ReaderProcesses
-from trainer.data.sampler import Position, StepRows, planned_steps, share
+from trainer.data.sampler import Position, StepRows, share
 from trainer.data.store.snapshot import PreparedSet, RowProblem, Rows
 from trainer.keyed import draw_seed, draw_uniform
 
@@ -268,6 +269,7 @@ def open_loader(
     workers: int,
     prefetch_batches: int,
     pin_memory: bool,
+    left_out: Sequence[Stretch] = (),
 ) -> Loader:
     """Start reading one rank's micro-batches from `position` on.
 
@@ -277,13 +279,14 @@ def open_loader(
         workers: reader processes; 0 reads in two threads of this process.
         prefetch_batches: micro-batches to keep ready.
         pin_memory: put batches into page-locked memory; needs CUDA.
+        left_out: of this data's order.
     """
     steps: deque[tuple[StepRows, Position]] = deque()
     rows_per_bucket = reader.prepared.rows_per_bucket(reader.split)
     batch_rows = [micro_batch * factor for factor in position.batch_factors]
 
     def requests() -> Iterator[Request]:
-        for rows, after in planned_steps(rows_per_bucket, reader.seed, position):
+        for rows, after in remaining_steps(rows_per_bucket, reader.seed, position, left_out):
             steps.append((rows, after))
             for ids, weights in share(rows, rank, world, batch_rows[rows.bucket], accumulation):
                 yield Request(rows.epoch, rows.bucket, ids, weights)

@@ -78,6 +78,8 @@ class StepRows:
     """[G, or a multiple] virtual rows of the bucket; PADDING (-1) where the bucket had fewer left."""
     weights: NDArray[np.float32]
     """[G] 1, and 0 for padding."""
+    begin: int = 0
+    """Rows of the bucket that the epoch has taken before."""
 
 
 class EpochPlan:
@@ -130,7 +132,7 @@ class EpochPlan:
         ids[:taken] = self._shuffled(bucket, begin, taken)
         weights = np.zeros(size, dtype=np.float32)
         weights[:taken] = 1
-        return StepRows(self.position.epoch, bucket, ids, weights)
+        return StepRows(self.position.epoch, bucket, ids, weights, begin)
 
     def cursors(self, t: int) -> tuple[int, ...]:
         """Rows of each bucket that the epoch has taken before the segment's t-th step."""

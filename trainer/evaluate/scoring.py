@@ -12,8 +12,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
-from trainer.config.ema_config import LIVE
 from trainer.config.schema import SamplesConfig, ValidationConfig
+from trainer.config.sections.ema_config import LIVE
 from trainer.data.buckets import Bucket
 from trainer.data.captions import CaptionRules, compose
 from trainer.data.loader import Batch, BatchReader

@@ -18,7 +18,8 @@ class RunArithmetic:
     rows_per_bucket: tuple[int, ...]  # images of each bucket, repeats counted
     batch_factors: tuple[int, ...]  # steps and passes of each bucket hold so many times the images said above
     total_steps: int  # optimizer steps of the whole run
-    checkpoint_every_steps: int
+    checkpoint_every_steps: int | None
+    checkpoint_every: str  # as a person says it; or never
 
     @property
     def slots_per_step(self) -> int:
@@ -56,12 +57,6 @@ class RunArithmetic:
         batches = sum(f * steps for f, steps in zip(self.batch_factors, self._steps_of_buckets(), strict=True))
         return 1 - self.images_per_epoch / (batches * self.slots_per_step)
 
-    def checkpoints_to_write(self, start_step: int = 0) -> int:
-        """Checkpoints from `start_step` (which has its own) to the end, the last one included."""
-        if start_step >= self.total_steps:
-            return 0
-        return math.ceil(self.total_steps / self.checkpoint_every_steps) - start_step // self.checkpoint_every_steps
-
     def time_left_s(self, step: int, seconds_per_step: float) -> float:
         """Seconds from `step` (done) to the end at this speed."""
         return max(self.total_steps - step, 0) * seconds_per_step
@@ -72,8 +67,7 @@ class RunArithmetic:
             self._describe_step(),
             self._describe_epoch(),
             self._describe_run(start_step, seconds_per_step),
-            f"{_count(self.checkpoints_to_write(start_step), 'checkpoint')} to write"
-            f" (every {self.checkpoint_every_steps:,} steps and at the end)",
+            self._describe_checkpoints(),
         ]
 
     def _steps_of_buckets(self) -> list[int]:
@@ -108,6 +102,11 @@ class RunArithmetic:
         few = self.slots_per_step == self.images_per_step and self.padded_share >= 0.05
         return f"{line} ({_percent(self.padded_share)} of slots padded{': buckets with few images' if few else ''})"
 
+    def _describe_checkpoints(self) -> str:
+        times = [f"every {self.checkpoint_every}"] if self.checkpoint_every != "never" else []
+        times += [f"every {_count(self.checkpoint_every_steps, 'step')}"] if self.checkpoint_every_steps else []
+        return f"checkpoints {', '.join([*times, 'at the end'])}"
+
     def _describe_run(self, start_step: int, seconds_per_step: float | None) -> str:
         even = self.images_per_epoch == self.steps_per_epoch * self.images_per_step and max(self.batch_factors) == 1
         exact = self.total_steps % self.steps_per_epoch == 0 or even
@@ -134,7 +133,8 @@ def run_arithmetic(
     rows_per_bucket: Sequence[int],
     steps: int | None,
     epochs: int | None,
-    checkpoint_every_steps: int,
+    checkpoint_every_steps: int | None,
+    checkpoint_every: str = "never",
     batch_factors: Sequence[int] | None = None,
 ) -> RunArithmetic:
     """Derives the run's numbers from the settings, as `train.*` of the configuration gives them.
@@ -146,7 +146,7 @@ def run_arithmetic(
         global_batch_size: images per optimizer step; default workers x batch x accumulation.
         rows_per_bucket: training images of each bucket, repeats counted.
         steps, epochs: length of the run; exactly one is given.
-        checkpoint_every_steps: optimizer steps between checkpoints.
+        checkpoint_every_steps, checkpoint_every: steps and time between checkpoints, where they count.
         batch_factors: passes and steps of each bucket hold so many times the usual number of images; default 1.
 
     Raises:
@@ -175,6 +175,7 @@ def run_arithmetic(
         batch_factors=tuple(batch_factors or [1] * len(rows_per_bucket)),
         total_steps=steps or 0,
         checkpoint_every_steps=checkpoint_every_steps,
+        checkpoint_every=checkpoint_every,
     )
     return arithmetic if epochs is None else replace(arithmetic, total_steps=epochs * arithmetic.steps_per_epoch)
 

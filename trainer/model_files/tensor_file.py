@@ -140,7 +140,7 @@ def write_tensor_file(
     entries = dict(metadata)
     if hash_key is not None:
         entries[hash_key] = _HASH_PREFIX + "0" * 64
-    header = _header(specs, entries)
+    header = header_of(specs, entries)
     total = len(header) + sum(spec.num_bytes for spec in specs)
     free = shutil.disk_usage(path.parent).free
     if total > free:
@@ -159,7 +159,7 @@ def write_tensor_file(
             if hash_key is not None:
                 entries[hash_key] = _HASH_PREFIX + digest.hexdigest()
                 stream.seek(0)
-                stream.write(_header(specs, entries))
+                stream.write(header_of(specs, entries))
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -170,7 +170,12 @@ def write_tensor_file(
     return digest.hexdigest()
 
 
-def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+def header_of(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """A file's bytes before its data: header length and header.
+
+    Raises:
+        ValueError: a name comes twice, or the order is not that of `aligned`.
+    """
     content: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0
     for spec in specs:

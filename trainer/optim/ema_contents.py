@@ -1,24 +1,19 @@
 """Running averages into a checkpoint and back, as the parameters' names and whole tensors have them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from trainer.errors import UserError
 from trainer.optim.ema import Averages, NamedParameters, require_home
 from trainer.optim.ema_pieces import device_of
-from trainer.parallel.local_shard import part_of, whole_of
-from trainer.parallel.sharding import local_tensor
+from trainer.parallel.local_shard import Held, held_like, part_of
 
 
-def ema_tensors(averages: Averages, average: str, parameters: NamedParameters) -> Mapping[str, Tensor]:
-    """One average by the parameters' names, to be written as a whole; each tensor is made when it is asked for.
-
-    Of a sharded parameter it is a DTensor that is sharded alike, on the parameter's device (a copy, where the average
-    is in the host's memory); all workers have to ask for its whole. Others are the average itself.
+def ema_parts(averages: Averages, average: str, parameters: NamedParameters) -> dict[str, Held]:
+    """What this worker has of an average, by the parameters' names; in the memory where it is, which may be the host's.
 
     Raises:
         ValueError: an average is in the model, so that live weights may be in its place.
@@ -26,33 +21,15 @@ def ema_tensors(averages: Averages, average: str, parameters: NamedParameters) -
     require_home(averages)
     if averages.place == "host":  # what was copied there last may still be on its way
         _wait(parameters)
-    return _Tensors(averages.shards[average], parameters)
-
-
-class _Tensors(Mapping[str, Tensor]):
-    """Not made before they are asked for: copies of all shards would not fit beside the weights."""
-
-    def __init__(self, shards: Mapping[str, Tensor], parameters: NamedParameters) -> None:
-        self._shards, self._parameters = shards, parameters
-
-    def __getitem__(self, name: str) -> Tensor:
-        shard, parameter = self._shards[name], self._parameters[name]
-        if isinstance(parameter, DTensor):
-            shard = shard.to(local_tensor(parameter).device)
-        return whole_of(shard, parameter)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
-
-    def __len__(self) -> int:
-        return len(self._parameters)
+    shards = averages.shards[average]
+    return {name: held_like(shards[name], parameter) for name, parameter in parameters.items()}
 
 
 @torch.no_grad()
 def load_ema_tensors(
     averages: Averages, average: str, parameters: NamedParameters, tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Put back what `ema_tensors` gave, or its wholes, of which this worker's rows are taken.
+    """Put back the parts that `ema_parts` gave, or wholes, of which this worker's rows are taken.
 
     What has no tensor stays as it is: a parameter that did not train before is its own average.
 

@@ -118,7 +118,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: NamedParamet
     return {
         f"{name}.{key}": whole_of(value, parameter)
         for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in sorted(optimizer.state.get(parameter, {}).items())  # after a resume they stand otherwise
     }
 
 

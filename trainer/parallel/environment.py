@@ -44,14 +44,24 @@ def detect_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 def _nvidia_smi_lines() -> list[str] | None:
     try:
-        listing = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=30, check=True
-        )
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=30)
     except FileNotFoundError:
         return None
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.strip() for line in listing.stdout.splitlines() if line.strip()]
+    lines = [line.strip() for line in listing.stdout.splitlines() if line.strip()]
+    # It may fail for one card that is gone, and still list the others.
+    return lines if not listing.returncode else [line for line in lines if line.startswith("GPU ")]
+
+
+def free_memory_bytes(environ: Mapping[str, str] = os.environ) -> int | None:
+    """What is free of this host's memory, for each of its workers; None where the kernel does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return free and free // int(environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def choose_workers(requested: int | None, gpus: Sequence[str]) -> tuple[int, bool]:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.errors import OutOfMemory, UserError
+from trainer.errors import NumbersGoneWrong, OutOfMemory, UserError, WeightsDiffer
 
 ECHO_WINDOW_S = 2.0
 _ECHO_TYPES = frozenset({"DistBackendError", "DistNetworkError", "DistStoreError"})
@@ -43,22 +43,30 @@ class Failure:
     `kind`: `user` (a `UserError`; `text` is its lines), `memory` (`OutOfMemory`, or a full card; `text` says so in a
     line), `error` (any other exception; `text` is the traceback), `lost_peer` (an exception that only says that another
     worker is gone), `signal` and `exit` (the worker ended without a word; `text` says how), `hang` (it did not move any
-    more; `text` says since when). `monotonic_s` is `time.monotonic()`, which all processes of a host share.
+    more; `text` says since when), `card` (its card is gone; `text` says so in a line), `numerics` (`NumbersGoneWrong`)
+    and `corrupt` (`WeightsDiffer`; `text` says in a line what the next start does about it). `alone`: it is this worker
+    that hangs, and the others wait for it. `monotonic_s` is `time.monotonic()`, which all processes of a host share.
     """
 
     rank: int
-    kind: Literal["user", "memory", "error", "lost_peer", "signal", "exit", "hang"]
+    kind: Literal["user", "memory", "error", "lost_peer", "signal", "exit", "hang", "card", "numerics", "corrupt"]
     monotonic_s: float
     text: str
+    alone: bool = False
 
     @property
     def exit_code(self) -> int:
         """The command's exit code: 2 for a user's mistake, 1 for everything else."""
         return 2 if self.kind == "user" else 1
 
+    @property
+    def is_told(self) -> bool:
+        """Whether `text` says all that a person has to know, in whole lines."""
+        return self.kind in ("user", "memory", "card", "numerics", "corrupt")
+
     def message(self) -> str:
         """What the person reads."""
-        if self.kind in ("user", "memory"):
+        if self.is_told:
             return self.text
         verb = "" if self.kind in ("signal", "exit", "hang") else "failed:\n"
         return f"worker {self.rank} {verb}{self.text}"
@@ -71,6 +79,10 @@ def failure_from(rank: int, error: BaseException) -> Failure:
     if isinstance(error, OSError) and error.errno in _FULL:
         place = f"{error.filename}: " if error.filename else ""
         return Failure(rank, "user", time.monotonic(), f"{place}{error.strerror}; nothing can be written there")
+    if isinstance(error, NumbersGoneWrong):
+        return Failure(rank, "numerics", time.monotonic(), str(error))
+    if isinstance(error, WeightsDiffer):  # all workers raise it; it is one of them that is at fault
+        return Failure(rank, "corrupt" if rank == error.rank else "lost_peer", time.monotonic(), str(error))
     if isinstance(error, OutOfMemory):
         return Failure(rank, "memory", time.monotonic(), str(error))
     if card_is_full(error):

@@ -11,24 +11,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
 from trainer.parallel import sentinel, worker
 from trainer.parallel.environment import threads_per_worker
 from trainer.parallel.failure import Failure, failure_path, first_cause, oom_kills, read_failure, silent_failure
 from trainer.parallel.heartbeat import Beat, beat_path, find_late, is_stopped, read_beat
+from trainer.parallel.stop_signals import StopSignals, noted_signals
 
 POLL_S = 0.05
 GRACE_S = 5.0
 LOOK_S = 0.25  # between two looks at the heartbeats
 STACKS_S = 1.0  # for the workers of a hung run to write down where they are
 KILL_WAIT_S = 30.0
-# Ctrl-C often arrives twice: from the terminal and from a wrapper that passes it on.
-SAME_SIGNAL_S = 0.3
 LOG_TAIL_LINES = 20
+FLIGHT_RECORDS = "flight-record-rank-"
 # Left over from another launcher, or from a launch that this one runs inside of.
 _FOREIGN_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", worker.STORE_FD)
 # Where PyTorch 2.13 looks for its CUDA allocator's settings. The old name goes before the new one there.
@@ -44,7 +43,7 @@ class WorkersResult:
     `exit_code` is the command's: 0, 2 (user's mistake), 1 (failure), or 128 + signal (stopped without saving).
     `worker_codes` holds each worker's return code, negative for a signal, None for one that could not be reaped.
     `failure` is the cause, to be shown with `failure.message()`. `stopped_by` is the signal that asked for the end.
-    `steps_taken`: by the workers' heartbeats.
+    `steps_taken`: by the workers' heartbeats. `recycled`: why the workers were asked to save and end, by a `Wish`.
     """
 
     exit_code: int
@@ -52,6 +51,18 @@ class WorkersResult:
     failure: Failure | None
     stopped_by: signal.Signals | None
     steps_taken: int = 0
+    recycled: str = ""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What whoever watches the host wants of the workers: that they save and end, or, as they cannot, that they end.
+
+    `text` says why, `rank` whose card it is about; None: all workers save and end.
+    """
+
+    text: str
+    rank: int | None = None
 
 
 @dataclass
@@ -60,22 +71,6 @@ class _Worker:
     process: subprocess.Popen[bytes]
     log: Path | None
     log_start: int
-
-
-@dataclass
-class _Signals:
-    """Stop signals that this process has received; repetitions within `SAME_SIGNAL_S` count once."""
-
-    first: signal.Signals | None = None
-    first_s: float = 0.0
-    again: bool = False
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.first is None:
-            self.first, self.first_s = signal.Signals(number), now
-        elif now - self.first_s > SAME_SIGNAL_S:
-            self.again = True
 
 
 @dataclass
@@ -89,6 +84,7 @@ class _Ending:
     oom_kills_before: int | None = field(default_factory=oom_kills)
     look_at_s: float = 0.0
     late: tuple[int, Beat] | None = None
+    recycled: str = ""
 
 
 def run_workers(
@@ -100,6 +96,7 @@ def run_workers(
     threads: int | None,
     gpu: bool,
     stop_notice: str = "finishing the step and saving; once more ends at once, without saving",
+    look: Callable[[Sequence[int], int], Wish | None] = lambda process_ids, steps_taken: None,
 ) -> WorkersResult:
     """Run `workers` processes of the command `argv` until all have ended. Call it from the main thread.
 
@@ -114,6 +111,8 @@ def run_workers(
         threads: OpenMP threads per worker; None: an exported `OMP_NUM_THREADS`, else cores / workers.
         gpu: workers use one GPU each; else they must stay on the CPU.
         stop_notice: what a stop signal's first arrival sets going, for the person to read.
+        look: called every `LOOK_S` seconds with the workers' process ids and the steps that they have taken; must
+            return at once.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     for rank in range(workers):
@@ -121,17 +120,22 @@ def run_workers(
         beat_path(log_dir, rank).unlink(missing_ok=True)
     shared = _shared_environment(env, workers, log_dir, threads_per_worker(workers, threads, env), gpu)
     started: list[_Worker] = []
-    with _stop_signals() as signals, _sentinel() as guard:
+    with noted_signals() as signals, _sentinel() as guard:
         try:
             _start(started, argv, workers, log_dir, shared, guard)
-            ending = _watch(started, log_dir, signals, stop_notice)
+            ending = _watch(started, log_dir, signals, stop_notice, look)
         finally:
             sentinel.end_groups([w.process.pid for w in started], lambda: _reap(started))
             for w in started:
                 _tell(guard, f"-{w.process.pid}\n")
-    steps_taken = max((beat.taken for w in started if (beat := read_beat(log_dir, w.rank))), default=0)
+    steps_taken = _steps_taken(started, log_dir)
     _remove_what_says_nothing(log_dir, workers)
-    return replace(_result(started, ending.failures, signals.first), steps_taken=steps_taken)
+    result = _result(started, ending.failures, signals.first)
+    return replace(result, steps_taken=steps_taken, recycled=ending.recycled)
+
+
+def _steps_taken(started: Sequence[_Worker], log_dir: Path) -> int:
+    return max((beat.taken for w in started if (beat := read_beat(log_dir, w.rank))), default=0)
 
 
 def _remove_what_says_nothing(log_dir: Path, workers: int) -> None:
@@ -148,6 +152,8 @@ def _shared_environment(env: Mapping[str, str], workers: int, log_dir: Path, thr
     if any(name == "lo" for _, name in socket.if_nameindex()):
         # All workers are here: the loopback works also where the host's name resolves to nothing.
         shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if gpu:  # where PyTorch writes, after a time-out, which exchange each worker was in
+        shared.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(log_dir.resolve() / FLIGHT_RECORDS))
     return {**allocator_settings(env, gpu), **shared} | {
         "WORLD_SIZE": str(workers),
         "LOCAL_WORLD_SIZE": str(workers),
@@ -205,9 +211,15 @@ def _start(
             _tell(guard, f"+{process.pid}\n")
 
 
-def _watch(started: Sequence[_Worker], log_dir: Path, signals: _Signals, stop_notice: str) -> _Ending:
+def _watch(
+    started: Sequence[_Worker],
+    log_dir: Path,
+    signals: StopSignals,
+    stop_notice: str,
+    look: Callable[[Sequence[int], int], Wish | None],
+) -> _Ending:
     """Wait until every worker has ended, ending them as the rules of `run_workers` ask."""
-    ending = _Ending()
+    ending, notified = _Ending(), False
     running = list(started)
     while running:
         for w in list(running):
@@ -221,10 +233,14 @@ def _watch(started: Sequence[_Worker], log_dir: Path, signals: _Signals, stop_no
         if ending.kill_at_s is None and signals.first is None and now >= ending.look_at_s:
             ending.look_at_s = now + LOOK_S
             _end_if_hung(ending, running, log_dir)
-        if signals.first is not None and not ending.terminated:
+            if len(running) == len(started):
+                _follow(ending, look([w.process.pid for w in started], _steps_taken(started, log_dir)))
+        if signals.first is not None and not notified:
+            notified = True
             with contextlib.suppress(OSError):  # the terminal may be what went away
                 print(f"{signals.first.name}: {stop_notice}", file=sys.stderr, flush=True)
-        if (signals.first is not None or ending.kill_at_s is not None) and not ending.terminated:
+        is_over = signals.first is not None or ending.kill_at_s is not None or ending.recycled
+        if is_over and not ending.terminated:
             ending.terminated = True
             for w in running:
                 os.kill(w.process.pid, signal.SIGTERM)
@@ -237,6 +253,17 @@ def _watch(started: Sequence[_Worker], log_dir: Path, signals: _Signals, stop_no
         if running:
             time.sleep(POLL_S)
     return ending
+
+
+def _follow(ending: _Ending, wish: Wish | None) -> None:
+    """Do what the watch over the host wants, once."""
+    if wish is None or ending.recycled or ending.kill_at_s is not None:
+        return
+    if wish.rank is None:
+        ending.recycled = wish.text
+    else:
+        ending.failures.append(Failure(wish.rank, "card", time.monotonic(), wish.text))
+        ending.kill_at_s = time.monotonic() + STACKS_S
 
 
 def _end_if_hung(ending: _Ending, running: Sequence[_Worker], log_dir: Path) -> None:
@@ -255,7 +282,9 @@ def _end_if_hung(ending: _Ending, running: Sequence[_Worker], log_dir: Path) -> 
     for each, pid in pids.items():
         if read_beat(log_dir, each):  # its handler is in place
             os.kill(pid, worker.DUMP_SIGNAL)
-    ending.failures.append(Failure(rank, "hang", time.monotonic(), text))
+    elsewhere = [b for each in pids if each != rank and (b := read_beat(log_dir, each))]
+    alone = bool(elsewhere) and not stopped and all((b.step, b.part) != (beat.step, beat.part) for b in elsewhere)
+    ending.failures.append(Failure(rank, "hang", time.monotonic(), text, alone))
     ending.kill_at_s = time.monotonic() + STACKS_S
 
 
@@ -310,23 +339,6 @@ def _result(
         return WorkersResult(failure.exit_code, codes, failure, stopped_by)
     clean = all(code == 0 for code in codes)
     return WorkersResult(0 if clean else 128 + (stopped_by or signal.SIGKILL), codes, None, stopped_by)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[_Signals]:
-    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; a signal that is ignored (nohup) stays ignored."""
-    signals = _Signals()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, signals.note)
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

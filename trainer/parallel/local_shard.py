@@ -1,8 +1,44 @@
 """This worker's part of a tensor that may be sharded (FSDP2), and where in the whole it lies."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+
+
+class Held(NamedTuple):
+    """What this worker has of a tensor, in the memory where it is.
+
+    Attributes:
+        part: all of it, or this worker's rows.
+        first_row: the number of the first of them within the whole tensor.
+        shape: of the whole.
+        is_share: the other workers have other rows; else all have the same.
+        dtype: in which it is to be written, if not in its own.
+    """
+
+    part: Tensor
+    first_row: int
+    shape: tuple[int, ...]
+    is_share: bool
+    dtype: torch.dtype
+
+
+def held(tensor: Tensor) -> Held:
+    """What this worker has of `tensor`; nothing is copied."""
+    part, first_row = local_part(tensor.detach())
+    return Held(part, first_row, tuple(tensor.shape), _is_cut(tensor), part.dtype)
+
+
+def held_like(part: Tensor, like: Tensor) -> Held:
+    """`part` as what this worker has of a tensor that is cut as the parameter `like` is; rows of both correspond."""
+    _, first_row = local_part(like)
+    return Held(part, first_row, (*like.shape[:1], *part.shape[1:]), _is_cut(like), part.dtype)
+
+
+def _is_cut(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor) and not all(place.is_replicate() for place in tensor.placements)
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, int]:

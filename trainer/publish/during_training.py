@@ -45,14 +45,15 @@ class Exports:
         self._wait()
 
     def start_when_due(self, step: int, *, is_finished: bool) -> None:
-        """Begin the export that `checkpoint.export` asks for at this step; call it when its checkpoint is written.
+        """Begin the export that `checkpoint.export` asks for at this step; call it when its checkpoint is whole.
 
         Args:
             is_finished: whether this was the run's last step.
         """
         wish, checkpoint = self._config.checkpoint, checkpoint_dir(self._config.run.dir, step)
         self._is_finished = is_finished
-        due = is_finished or (wish.export.when == "checkpoints" and step % wish.every_steps == 0)
+        by_step = any(every and step % every == 0 for every in (wish.every_steps, wish.keep_every_steps))
+        due = is_finished or (wish.export.when == "checkpoints" and by_step)
         if wish.export.when == "never" or not due or not (checkpoint / MANIFEST).is_file():
             return
         if is_finished:

@@ -8,10 +8,10 @@ from typing import Any
 from trainer.checkpoint.ema_folders import average_folder, averages_in, components_of
 from trainer.checkpoint.manifest import MANIFEST, manifest_entry, read_manifest
 from trainer.checkpoint.run_dir import CHECKPOINTS, checkpoint_at, config_beside
-from trainer.config.ema_config import LIVE
 from trainer.config.load import load_config
-from trainer.config.objective_config import ObjectiveConfig
 from trainer.config.schema import Config
+from trainer.config.sections.ema_config import LIVE
+from trainer.config.sections.objective_config import ObjectiveConfig
 from trainer.config.spelling import nearest
 from trainer.errors import UserError
 from trainer.model_files.components import PROJECTION_KEY, Component, TextProjection, require_whole

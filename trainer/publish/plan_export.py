@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from trainer import __version__
 from trainer.checkpoint.run_dir import checkpoint_step
-from trainer.config.objective_config import flow_shift
 from trainer.config.schema import Config
+from trainer.config.sections.objective_config import flow_shift
 from trainer.config.yaml_source import dump
 from trainer.errors import UserError
 from trainer.model_files.components import CONFIGS_KEY, PROJECTION_KEY, TextProjection

@@ -37,6 +37,7 @@ def arithmetic_of(
         steps=config.train.steps,
         epochs=config.train.epochs,
         checkpoint_every_steps=config.checkpoint.every_steps,
+        checkpoint_every=config.checkpoint.every,
     )
     loss, noise, times = config.objective.loss, config.objective.noise, config.objective.timesteps
     needs = {"loss.contrast": loss.contrast, "noise.pairing": noise.pairing != "none"}

@@ -14,12 +14,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from trainer.checkpoint.ema_folders import average_folder
-from trainer.checkpoint.resume_point import resume_from, resume_newest
-from trainer.checkpoint.run_dir import RESOLVED_CONFIG, read_state
+from trainer.checkpoint.run_dir import read_state
 from trainer.checkpoint.write import OPTIMIZER, read_tensors
-from trainer.config.ema_config import LIVE
 from trainer.config.schema import Config
+from trainer.config.sections.ema_config import LIVE
 from trainer.data.buckets import Bucket
+from trainer.data.left_out import Stretch
 from trainer.data.prepare.image_weights import weighs_images
 from trainer.data.store.snapshot import SPLITS, PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
@@ -27,7 +27,7 @@ from trainer.diffusion.noise import Draws
 from trainer.diffusion.objective import Objective
 from trainer.errors import UserError
 from trainer.evaluate.scoring import Scorer
-from trainer.memory.run_choice import MemoryChoice, choose_memory, memory_attempt, smallest_card
+from trainer.memory.run_choice import MemoryChoice, choose_memory, smallest_card
 from trainer.memory.run_plan import Setting
 from trainer.model.channels_last import prefer_channels_last
 from trainer.model.compiled import compile_blocks
@@ -45,20 +45,21 @@ from trainer.optim.adamw_chunk import Update, compiled_update
 from trainer.optim.clipping import clip_units
 from trainer.optim.optimizers import is_fused, load_optimizer_tensors, make_optimizer
 from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
-from trainer.parallel.comm import Comm, broadcast_object, gather_objects
+from trainer.parallel.comm import Comm, gather_objects
 from trainer.parallel.sharding import copy_share, materialize
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
-from trainer.parallel.worker import RESTARTS
 from trainer.train.arithmetic import arithmetic_of
-from trainer.train.averages import averages_of, take_up_averages
-from trainer.train.base_model import frozen_fingerprints, require_same_base
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.dry_run import dry_run
 from trainer.train.gradient_blocks import gradient_blocks
+from trainer.train.guard.left_out_record import agreed_left_out, merged
 from trainer.train.memory_inputs import make_setting, planned_run
-from trainer.train.objective_state import take_up_objective
 from trainer.train.run_objective import make_objective
-from trainer.train.state import TrainState
+from trainer.train.saved.averages import averages_of, take_up_averages
+from trainer.train.saved.base_model import frozen_fingerprints, require_same_base
+from trainer.train.saved.find_resume import find_resume_point
+from trainer.train.saved.objective_state import take_up_objective
+from trainer.train.saved.state import TrainState
 from trainer.train.step import StepParts, by_loss_weight
 from trainer.train.step_companions import meeting_of
 
@@ -75,12 +76,14 @@ class Run:
         state: where the resumed run stands; None for a fresh one.
         frozen: what of the model does not train, by `frozen_fingerprints`.
         prepared: the data set, opened at the snapshot that `state` refers to, or the newest at an epoch's start.
+        left_out: data that the run goes past.
     """
 
     parts: StepParts
     state: TrainState | None
     prepared: PreparedSet
     frozen: Mapping[str, str]
+    left_out: tuple[Stretch, ...] = ()
 
 
 class BucketedData(Protocol):
@@ -109,31 +112,6 @@ class StoredData(Protocol):
         ...
 
 
-def find_resume_point(config: Config, comm: Comm) -> Path | None:
-    """The checkpoint to go on from, by `run.resume`; rank 0 looks, all workers agree.
-
-    Workers that were started again, after a fault or because memory did not suffice, go on from what their command has
-    written before.
-    """
-    found: Path | None = None
-    if comm.rank == 0:
-        started = config.run.dir / RESOLVED_CONFIG
-        if (memory_attempt() or os.environ.get(RESTARTS, "0") != "0") and started.is_file():
-            found = resume_newest(config.run.dir, _log.warning, written_after=started)
-        found = found or _wished_checkpoint(config)
-    agreed = broadcast_object(comm, str(found) if found else None)
-    return Path(agreed) if agreed else None
-
-
-def _wished_checkpoint(config: Config) -> Path | None:
-    wish = config.run.resume
-    if wish is False:
-        return None
-    if wish is True or wish == "auto":
-        return resume_newest(config.run.dir, _log.warning)
-    return resume_from(config.run.dir, Path(wish), _log.warning)
-
-
 def build_run(config: Config, model: RunModel, comm: Comm) -> Run:
     """Load model, data and training state, and share the model among the workers."""
     require_arithmetic(config.train.precision, comm.device)
@@ -152,7 +130,8 @@ def build_run(config: Config, model: RunModel, comm: Comm) -> Run:
     _check_shards(prepared, config.data.max_bad_fraction)
     setting = worker_setting(config, comm, prepared, smallest_card(comm))
     choice = choose_memory(planned_run(config, model), comm, setting)
-    return Run(build_parts(config, model, comm, prepared, choice, checkpoint), state, prepared, frozen)
+    left_out = merged(state.left_out if state else (), agreed_left_out(config.run.dir, comm))
+    return Run(build_parts(config, model, comm, prepared, choice, checkpoint), state, prepared, frozen, left_out)
 
 
 def build_parts(

@@ -8,17 +8,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.checkpoint.manifest import MANIFEST
-from trainer.checkpoint.run_dir import checkpoint_dir, prune_checkpoints
-from trainer.checkpoint.write import write_checkpoint
+from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.config.schema import Config
 from trainer.data.augment import Augmentation
+from trainer.data.left_out import steps_left_out, stretches_of
 from trainer.data.loader import BatchReader, Loader, open_loader
 from trainer.data.loss_weights import LossWeights
 from trainer.data.prepare.image_weights import weighs_images
 from trainer.data.sampler import EpochPlan, Position, epochs_done, steps_per_epoch, with_global_batch
 from trainer.data.store.snapshot import PreparedSet
-from trainer.errors import UserError
 from trainer.evaluate.pictures import loss_curve_png
 from trainer.measure.progress import ProgressLine
 from trainer.measure.run_arithmetic import RunArithmetic
@@ -29,30 +27,30 @@ from trainer.optim.loss_scale import LossScale
 from trainer.optim.lr_schedule import lr_at
 from trainer.optim.optimizers import first_lr
 from trainer.parallel.comm import Comm, barrier, broadcast_object
-from trainer.parallel.heartbeat import Heartbeat, heartbeat_of_worker
+from trainer.parallel.heartbeat import heartbeat_of_worker
+from trainer.parallel.planned_faults import act_out
 from trainer.parallel.worker import LOG_DIR
 from trainer.publish.during_training import Exports
 from trainer.train.arithmetic import arithmetic_of, batch_factors
-from trainer.train.averages import (
-    averages_record,
-    follow,
-    forget_snapshots_after,
-    save_snapshot_when_due,
-    scored_weights,
-    snapshot_is_due,
-)
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
-from trainer.train.base_model import RECORD as FROZEN
 from trainer.train.build import Run, build_run, make_scorer, newest_snapshot
 from trainer.train.caption_rules import caption_rules, caption_tokenizer, run_loss_weights
-from trainer.train.checkpoint_contents import checkpoint_files
-from trainer.train.objective_state import objective_record
+from trainer.train.guard.injected import flip_bit_if_planned, with_faults
+from trainer.train.guard.numerics_guard import GuardRules, TakenStep
+from trainer.train.guard.numerics_watch import NumericsWatch
+from trainer.train.guard.replicas import Replicas
 from trainer.train.run_objective import describe_objective, guidance_warning
-from trainer.train.state import TrainState
+from trainer.train.saved.averages import (
+    follow,
+    forget_snapshots_after,
+    scored_weights,
+)
+from trainer.train.saved.room import require_checkpoint_room
+from trainer.train.saved.saving import Saving
+from trainer.train.saved.state import TrainState
 from trainer.train.step import StepResult, train_step
 
 _log = logging.getLogger(__name__)
-_MOST_UNUSABLE = 30  # in a row; fp16 begins with a few
 
 
 def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[[], bool]) -> TrainState:
@@ -69,14 +67,18 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
     run = build_run(config, model, comm)
     state, arithmetic = _place_in_data(config, run)
     _announce(config, model, run, arithmetic, state)
-    bad, limit, unusable = BadRows(), config.data.max_bad_fraction, 0
+    bad, limit = BadRows(), config.data.max_bad_fraction
+    watch = NumericsWatch.of(config, comm, state)
+    replicas = Replicas.of(config, run.parts, state.step)
     with ExitStack() as stack:
         outputs = None
         if comm.rank == 0:
+            require_checkpoint_room(config, run.parts, state.step, arithmetic.total_steps)
             bad = forget_bad_rows_after(config.run.dir, state.step)
             forget_snapshots_after(config.run.dir, state.step)
             outputs = _Outputs.open(stack, config, state, arithmetic.total_steps, fresh=run.state is None)
         exports = stack.enter_context(Exports(config)) if comm.rank == 0 else None
+        saving = Saving(config, run, heartbeat, lambda: exports and exports.checkpoint, replicas.compare)
         weights = scored_weights(config.ema, run.parts)
         scorer = make_scorer(config, model, comm, run.parts.denoiser, run.prepared, weights)
         if run.state is None:
@@ -91,10 +93,21 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
             encoded = encoded_batches(run.parts.denoiser.image_encoder, batches.batches)
             scale = state.loss_scale.scale if state.loss_scale else 1.0
             heartbeat.begin("a step", state.step)
+            act_out(comm.rank, state.step + 1)
             result = train_step(
-                run.parts, encoded, arithmetic.accumulation, batches.weight, lr_factor, stop_requested(), scale
+                with_faults(run.parts, state.step + 1),
+                encoded,
+                arithmetic.accumulation,
+                batches.weight,
+                lr_factor,
+                stop_requested(),
+                scale,
+                tell=saving.tell(),
+                before_update=saving.wait_copied,
+                judge=watch.judge(state),
             )
-            state, unusable = state_after(state, result, batches.position_after), unusable_after(unusable, result)
+            state = state_after(state, result, batches.position_after, watch.rules)
+            flip_bit_if_planned(run.parts, state.step)
             follow(run.parts, state.step, result)
             record_bad_rows(config.run.dir, state.step, comm.rank, result.problems)
             bad = bad.after(round(result.num_images) + result.bad_rows, result.bad_rows)
@@ -103,21 +116,24 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
                 seconds, waited = time.perf_counter() - begin, loader.wait_s - waited_before
                 epoch = epochs_done(state.position, arithmetic.rows_per_bucket)
                 outputs.record(state, result, first_lr(run.parts.optimizer), seconds, waited, epoch, bad.total)
-            if done or state.step % config.checkpoint.every_steps == 0:
-                heartbeat.begin("a checkpoint", state.step)
-                _save(config, comm, run, state, exports and exports.checkpoint, must_succeed=done)
-            _save_snapshot(config, run, state, heartbeat)
+            watch.react(state, result, arithmetic.rows_per_bucket, saving.settle)
+            if replicas.due(state.step):
+                heartbeat.begin("a comparison of weights", state.step)
+                replicas.compare(state.step, saving.settle)
+            saving.after_step(run, state, result.told, done=done)
             if bad.too_many(limit):
                 barrier(comm)  # the first worker to fail ends the others, and rank 0 may still be saving
                 raise bad.as_error(limit, config.run.dir)
             if not result.stop:
                 if due := scorer.due(state.step, at_end=done):
                     heartbeat.begin(due[-1], state.step)
+                    saving.wait_copied()  # an average may take the place of the weights
                 scorer.score_when_due(state.step, outputs and outputs.metrics, at_end=done)
             if done:
                 heartbeat.rest()
             if exports:  # after the samples, one of which is the file's thumbnail
-                exports.start_when_due(state.step, is_finished=state.step >= arithmetic.total_steps)
+                for step in saving.published():
+                    exports.start_when_due(step, is_finished=step >= arithmetic.total_steps)
             if not done and state.position.starts_epoch:
                 heartbeat.begin("new data", state.step)
                 newer = _newer_data(config, comm, state)
@@ -137,13 +153,6 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
     return state
 
 
-def _save_snapshot(config: Config, run: Run, state: TrainState, heartbeat: Heartbeat) -> None:
-    """Of the averages, if `ema.snapshots` asks for one now."""
-    if snapshot_is_due(config.ema, state.step):
-        heartbeat.begin("a snapshot", state.step)
-        save_snapshot_when_due(config.ema, config.run.dir, run.parts, state.step)
-
-
 def _draw_loss_curve(run_dir: Path) -> None:
     try:
         loss_curve_png(read_metrics(run_dir), run_dir / "loss.png", title=run_dir.name)
@@ -151,32 +160,17 @@ def _draw_loss_curve(run_dir: Path) -> None:
         _log.warning("%s: not drawn: %s", run_dir / "loss.png", error)
 
 
-def state_after(state: TrainState, result: StepResult, position: Position) -> TrainState:
+def state_after(state: TrainState, result: StepResult, position: Position, rules: GuardRules) -> TrainState:
     """Where the run stands after a step."""
+    taken = TakenStep(result.loss, result.grad_norm, result.num_images)
     return replace(
         state,
         step=state.step + 1,
-        images_seen=state.images_seen + round(result.num_images),
+        images_seen=state.images_seen + (round(result.num_images) if result.took_effect else 0),
         position=position,
         loss_scale=state.loss_scale and state.loss_scale.after(math.isfinite(result.grad_norm)),
+        guard=state.guard.after(rules, result.verdict, taken, state.step),
     )
-
-
-def unusable_after(before: int, result: StepResult) -> int:
-    """How many steps in a row changed nothing, because their gradients were not finite.
-
-    Raises:
-        UserError: there were too many: the run has diverged, or its loss scale finds no end.
-    """
-    if math.isfinite(result.grad_norm):
-        return 0
-    _log.warning("the gradients are not finite; this step changes nothing")
-    if before + 1 == _MOST_UNUSABLE:
-        raise UserError(
-            f"the gradients of {_MOST_UNUSABLE} steps in a row were not finite: the run has diverged; go on from an "
-            "earlier checkpoint with a lower optimizer.lr, or with train.precision=bf16 if it is fp16"
-        )
-    return before + 1
 
 
 def starting_state(config: Config, run: Run, global_batch: int) -> TrainState:
@@ -185,14 +179,15 @@ def starting_state(config: Config, run: Run, global_batch: int) -> TrainState:
     factors, in_fp16 = batch_factors(config, run.prepared.buckets("train")), config.train.precision == "fp16"
     if run.state is None:
         start = Position.start(len(rows_per_bucket), global_batch, batch_factors=factors)
-        return TrainState(0, 0, start, snapshot, config.run.seed, LossScale() if in_fp16 else None)
+        scale = LossScale() if in_fp16 else None
+        return TrainState(0, 0, start, snapshot, config.run.seed, scale, left_out=run.left_out)
     position = run.state.position
     if position.starts_epoch:  # whatever the snapshot before: this one's buckets may be others
         position = Position.start(len(rows_per_bucket), global_batch, position.epoch, factors)
     else:
         position = with_global_batch(position, rows_per_bucket, config.run.seed, global_batch, factors)
     scale = (run.state.loss_scale or LossScale()) if in_fp16 else None
-    return replace(run.state, position=position, snapshot=snapshot, loss_scale=scale)
+    return replace(run.state, position=position, snapshot=snapshot, loss_scale=scale, left_out=run.left_out)
 
 
 def _place_in_data(config: Config, run: Run) -> tuple[TrainState, RunArithmetic]:
@@ -221,10 +216,11 @@ def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainSta
     epochs_after_this = (config.train.epochs or 0) - state.position.epoch - 1
     if epochs_after_this < 0:
         return state.step
-    this_epoch = EpochPlan(rows_per_bucket, config.run.seed, state.position).num_steps - state.position.step
-    position = state.position
+    position, left_out = state.position, stretches_of(state.left_out, state.snapshot, config.run.seed)
+    this_epoch = EpochPlan(rows_per_bucket, config.run.seed, position).num_steps - position.step
     per_epoch = steps_per_epoch(rows_per_bucket, position.global_batch, position.batch_factors)
-    return state.step + this_epoch + epochs_after_this * per_epoch
+    none = steps_left_out(rows_per_bucket, config.run.seed, position, left_out, epochs_after_this + 1)
+    return state.step + this_epoch + epochs_after_this * per_epoch - none
 
 
 def open_training_loader(
@@ -254,6 +250,7 @@ def open_training_loader(
         workers=config.data.workers,
         prefetch_batches=config.data.prefetch_batches,
         pin_memory=comm.device.type == "cuda",
+        left_out=stretches_of(state.left_out, state.snapshot, config.run.seed),
     )
 
 
@@ -263,31 +260,6 @@ def _loss_weights(config: Config, comm: Comm, prepared: PreparedSet) -> LossWeig
         return None
     found = run_loss_weights(config, prepared) if comm.rank == 0 else None
     return LossWeights.from_json(broadcast_object(comm, found and found.to_json()))
-
-
-def _save(config: Config, comm: Comm, run: Run, state: TrainState, in_use: Path | None, *, must_succeed: bool) -> None:
-    """Write the checkpoint of this step. While the run goes on, a full disk is no reason to end it.
-
-    Args:
-        in_use: a checkpoint that is to stay although it is old.
-    """
-    path = checkpoint_dir(config.run.dir, state.step)
-    if broadcast_object(comm, (path / MANIFEST).is_file()):
-        return
-    begin = time.perf_counter()
-    record = state.to_json() | averages_record(run.parts)
-    record |= objective_record(config.objective, run.parts.denoiser.objective) | {FROZEN: dict(run.frozen)}
-    whole_tensors = run.parts.strategy.whole_tensors
-    try:
-        write_checkpoint(path, checkpoint_files(run.parts), record, whole_tensors, writes=comm.rank == 0)
-    except OSError as error:
-        if must_succeed:
-            raise UserError(f"{path}: the checkpoint could not be written: {error.strerror}") from error
-        _log.warning("%s: not written (%s); training goes on, the next one is tried as usual", path, error.strerror)
-        return
-    if comm.rank == 0:
-        prune_checkpoints(config.run.dir, config.checkpoint.keep, in_use)
-        _log.info("saved %s in %.1f s", path, time.perf_counter() - begin)
 
 
 def _announce(config: Config, model: RunModel, run: Run, arithmetic: RunArithmetic, state: TrainState) -> None:

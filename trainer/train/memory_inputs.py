@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from trainer.config.ema_config import LIVE
 from trainer.config.schema import Config
+from trainer.config.sections.ema_config import LIVE
 from trainer.data.buckets import Bucket, make_buckets
 from trainer.memory.holdings import Kernels
 from trainer.memory.planned_run import PlannedRun

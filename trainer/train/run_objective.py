@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-from trainer.config.objective_config import ObjectiveConfig, TimestepsConfig, WeightingConfig, flow_shift
 from trainer.config.schema import Config
+from trainer.config.sections.objective_config import ObjectiveConfig, TimestepsConfig, WeightingConfig, flow_shift
 from trainer.data.prepare.image_weights import describe_loss_weights
 from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel

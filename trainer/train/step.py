@@ -7,7 +7,7 @@ weight count `w_i * weight_i` above the line and `w_i` below it.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,7 @@ from trainer.parallel.comm import Comm, sum_floats
 from trainer.parallel.sharding import local_tensor
 from trainer.parallel.strategy import Strategy
 from trainer.train.gradient_blocks import GradientBlocks
+from trainer.train.guard.numerics_guard import TAKEN, Judge, Verdict, skip_what_is_not_finite
 from trainer.train.step_companions import ALONE, Companions, each_alone
 
 
@@ -52,7 +53,7 @@ class StepParts:
         weigh: `all_alike`, or `by_loss_weight` where images count more or less.
         blocks: of which the gradients' norms are told; None: none.
         meet: gives a step's micro-batches with what their images get of the step's others.
-        averages: of the weights, which follow the steps by `trainer.train.averages.follow`; None: there are none.
+        averages: of the weights, which follow the steps by `trainer.train.saved.averages.follow`; None: there are none.
     """
 
     comm: Comm
@@ -75,11 +76,14 @@ class StepResult:
     Attributes:
         loss: mean over the step's images, each times its loss weight, as it was trained; NaN if none was readable.
         num_images: images with weight, over all workers.
-        grad_norm: global L2 norm before clipping. Where it is not finite, the step changed nothing.
+        grad_norm: global L2 norm before clipping.
         bad_rows: rows that could not be read, over all workers.
         problems: this worker's among them.
         stop: any worker was asked to stop.
+        told: sums of `tell`.
         block_norms: of the gradients by block, before clipping, where they are wanted.
+        verdict: why the step was skipped, if it was.
+        keys: of this worker's images with weight.
     """
 
     loss: float
@@ -88,7 +92,15 @@ class StepResult:
     bad_rows: int
     problems: tuple[RowProblem, ...]
     stop: bool
+    told: tuple[float, ...] = ()
     block_norms: Mapping[str, float] = field(default_factory=dict)
+    verdict: Verdict = TAKEN
+    keys: tuple[str, ...] = ()
+
+    @property
+    def took_effect(self) -> bool:
+        """Whether the step changed the weights: it had an image, and was not skipped."""
+        return self.num_images > 0 and not self.verdict.reason
 
 
 class BatchLosses(NamedTuple):
@@ -138,6 +150,9 @@ def train_step(
     lr_factor: float,
     stop_asked: bool,
     loss_scale: float = 1.0,
+    tell: Sequence[float] = (),
+    before_update: Callable[[], None] = lambda: None,
+    judge: Judge = skip_what_is_not_finite,
 ) -> StepResult:
     """Run one optimizer step over this worker's micro-batches.
 
@@ -148,10 +163,14 @@ def train_step(
         lr_factor: learning rates of this step as a share of each part's peak.
         loss_scale: what the loss is multiplied by before the backward pass, in fp16.
         stop_asked: this worker received a signal; all workers learn of it in `StepResult.stop`.
+        tell: what else the workers add up, as many numbers on each; the sums are `StepResult.told`.
+        before_update: called before weights and optimizer change.
+        judge: whether the step is skipped, of its loss, gradient norm and images, which are the same on all workers.
     """
     comm, strategy, seen = parts.comm, parts.strategy, _SeenLosses(parts.denoiser.objective.learner)
     weight_sum = 0.0
     problems: list[RowProblem] = []
+    keys: list[str] = []
     loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device)
     for index, (batch, companions) in enumerate(parts.meet(batches)):
         weights = parts.weigh(batch)
@@ -163,28 +182,40 @@ def train_step(
         loss_sum += weighted.detach()
         weight_sum += float(batch.weights.sum())
         problems += batch.problems
+        keys += [key for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True) if weight]
         seen.note(losses, mixture, weights)
     # All of this is given to the device before the step's only wait for it, or it would stand idle in between.
     parts.before_norm(loss_scale)
     names = parts.blocks.names if parts.blocks else ()
     norm, of_blocks = strategy.grad_norm(_gradients(parts), _blocks(parts), len(names))
-    told = torch.cat([torch.stack([loss_sum, norm.double()]), of_blocks, *seen.losses]).tolist()
-    (own_loss, scaled_norm), block_norms, factored = told[:2], told[2 : 2 + len(names)], told[2 + len(names) :]
+    read = torch.cat([torch.stack([loss_sum, norm.double()]), of_blocks, *seen.losses]).tolist()
+    (own_loss, scaled_norm), block_norms, factored = read[:2], read[2 : 2 + len(names)], read[2 + len(names) :]
     own_loss, lessons = seen.lessons(own_loss, factored)
-    total_loss, num_images, total_bad, stop, *lessons = sum_floats(
-        comm, [own_loss, weight_sum, float(len(problems)), float(stop_asked), *lessons]
+    total_loss, num_images, total_bad, stop, norms, *sums = sum_floats(
+        comm, [own_loss, weight_sum, float(len(problems)), float(stop_asked), scaled_norm, *tell, *lessons]
     )
-    grad_norm = _update(parts, scaled_norm, planned_images, num_images, lr_factor, loss_scale)
-    if num_images > 0 and math.isfinite(grad_norm):
+    told, lessons = sums[: len(tell)], sums[len(tell) :]
+    before_update()
+    # All workers have the same norm, and this mean of it to the bit; if one of them has not, they still decide alike.
+    factor = planned_images / num_images / loss_scale if num_images else 0.0  # not as planned with unreadable rows
+    grad_norm = norms / comm.world * factor if num_images else 0.0
+    loss = total_loss / num_images if num_images else math.nan
+    verdict = judge(loss, grad_norm, num_images)
+    if num_images > 0 and not verdict.reason:
+        _update(parts, grad_norm, factor, lr_factor)
         seen.learn(lessons)
+    strategy.clear_gradients()
     return StepResult(
-        loss=total_loss / num_images if num_images else float("nan"),
+        loss=loss,
         num_images=num_images,
         grad_norm=grad_norm,
         bad_rows=int(total_bad),
         problems=tuple(problems),
         stop=stop > 0,
+        told=tuple(told),
         block_norms={name: norm / loss_scale for name, norm in zip(names, block_norms, strict=True)},
+        verdict=verdict,
+        keys=tuple(keys),
     )
 
 
@@ -225,26 +256,12 @@ def _blocks(parts: StepParts) -> Tensor | None:
     return parts.blocks.of(present) if parts.blocks else None
 
 
-def _update(
-    parts: StepParts,
-    scaled_norm: float,
-    planned_images: float,
-    num_images: float,
-    lr_factor: float,
-    loss_scale: float,
-) -> float:
-    """Correct, clip and apply the gradients; return their norm. A step without images changes nothing."""
-    norm = 0.0
-    if num_images > 0:
-        factor = planned_images / num_images / loss_scale  # not as planned where a row could not be read
-        norm = scaled_norm * factor
-        if math.isfinite(norm):
-            if 0 < parts.max_grad_norm < norm:
-                factor *= parts.max_grad_norm / (norm + 1e-6)
-            scale_lr(parts.optimizer, lr_factor)
-            take_optimizer_step(parts.optimizer, partial(_gradients, parts), factor)
-    parts.strategy.clear_gradients()
-    return norm
+def _update(parts: StepParts, grad_norm: float, factor: float, lr_factor: float) -> None:
+    """Correct the gradients by a factor, clip them by their norm, and apply them."""
+    if 0 < parts.max_grad_norm < grad_norm:
+        factor *= parts.max_grad_norm / (grad_norm + 1e-6)
+    scale_lr(parts.optimizer, lr_factor)
+    take_optimizer_step(parts.optimizer, partial(_gradients, parts), factor)
 
 
 def _gradients(parts: StepParts) -> list[Tensor]:

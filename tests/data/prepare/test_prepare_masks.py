@@ -15,7 +15,14 @@ from PIL import Image, ImageDraw, ImageFilter
 from tests.data.photographs import pooled, settings_for, write_crops
 from tests.data.sources.test_webdataset import write_tar
 from trainer.cli.start_workers import describe_plan
-from trainer.config.sources import FolderSource, HfSource, KohyaJsonSource, ParquetSource, Source, WebdatasetSource
+from trainer.config.sections.sources import (
+    FolderSource,
+    HfSource,
+    KohyaJsonSource,
+    ParquetSource,
+    Source,
+    WebdatasetSource,
+)
 from trainer.data.augment import Augmentation, View, draw_view
 from trainer.data.buckets import Placement
 from trainer.data.prepare.catalog import open_catalog

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.kohya_files import entry, kohya_npz, settings_of, write_files, write_metadata
-from trainer.config.sources import KohyaJsonSource
+from trainer.config.sections.sources import KohyaJsonSource
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.stages import commit, is_current, plan_prepare
 from trainer.data.store.snapshot import PreparedSet

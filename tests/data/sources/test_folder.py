@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.records import caption_text
-from trainer.config.sources import FolderSource
+from trainer.config.sections.sources import FolderSource
 from trainer.data.sources.folder import list_folder, read_caption
 from trainer.data.sources.listing import source_names
 from trainer.errors import UserError

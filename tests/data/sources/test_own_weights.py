@@ -12,8 +12,8 @@ import pytest
 
 from tests.data.kohya_files import entry, kohya_npz, write_files, write_metadata, write_tar
 from tests.data.photographs import astronaut, pooled, settings_for
-from trainer.config.objective_config import LossWeightsConfig
-from trainer.config.sources import (
+from trainer.config.sections.objective_config import LossWeightsConfig
+from trainer.config.sections.sources import (
     FolderSource,
     HfSource,
     KohyaJsonSource,

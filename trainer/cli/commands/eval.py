@@ -8,7 +8,7 @@ from trainer.cli.arguments import read_run
 from trainer.cli.publish_arguments import add_weights_name
 from trainer.cli.run_target import find_target
 from trainer.cli.start_workers import start_workers
-from trainer.config.ema_config import LIVE
+from trainer.config.sections.ema_config import LIVE
 from trainer.publish.export_source import require_average
 
 

@@ -1,1 +1,1 @@
-"""Sections of the configuration that are not in `schema.py`."""
+"""Sections of the configuration that fill a module of their own; `schema` puts them together."""

@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator, Sequence
 
-from trainer.config.objective_config import LossWeightsConfig
-from trainer.config.sources import Source
+from trainer.config.sections.objective_config import LossWeightsConfig
+from trainer.config.sections.sources import Source
 from trainer.data.loss_weights import LossWeights, TagBalance, TagSeparators
 from trainer.data.prepare.tag_counts import Report, TagCounts, balanced, tag_counts
 from trainer.data.prepare.tag_file import read_tag_file

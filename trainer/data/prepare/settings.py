@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config.sources import Source
+from trainer.config.sections.sources import Source
 from trainer.data.buckets import BucketRules
 from trainer.errors import UserError
 from trainer.guards import DEFAULT_LIMITS, Limits, Refused, read_json

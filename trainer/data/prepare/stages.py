@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config.sources import LatentTarsSource, Source
+from trainer.config.sections.sources import LatentTarsSource, Source
 from trainer.data.buckets import Bucket
 from trainer.data.prepare import catalog
 from trainer.data.prepare.catalog import BadRow, PlannedShard

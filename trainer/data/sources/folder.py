@@ -22,7 +22,7 @@ from trainer.errors import UserError, printable
 from trainer.guards import DEFAULT_LIMITS, Limits, Refused, open_regular, read_bytes
 
 if TYPE_CHECKING:
-    from trainer.config.sources import FolderSource
+    from trainer.config.sections.sources import FolderSource
 
 _MASK_ENDINGS = (*sorted(EXTENSIONS), *sorted(extension.upper() for extension in EXTENSIONS))
 _EMPTY = '{"caption":""}'

@@ -33,10 +33,10 @@ from trainer.optim.precision import precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, barrier, gather_objects, sum_floats
 from trainer.parallel.strategy import Strategy
 from trainer.train.arithmetic import arithmetic_of, batch_factors
-from trainer.train.averages import follow
 from trainer.train.build import Run, build_parts, worker_setting
 from trainer.train.loop import open_training_loader, starting_state
 from trainer.train.memory_inputs import planned_run
+from trainer.train.saved.averages import follow
 from trainer.train.step import StepParts, train_step
 
 _log = logging.getLogger(__name__)

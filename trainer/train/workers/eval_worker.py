@@ -4,8 +4,8 @@ import json
 import logging
 from pathlib import Path
 
-from trainer.config.ema_config import LIVE
 from trainer.config.schema import Config
+from trainer.config.sections.ema_config import LIVE
 from trainer.data.store.snapshot import PreparedSet
 from trainer.evaluate.pictures import loss_curve_png
 from trainer.evaluate.scoring import Scorer

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.config.schema import Config
-from trainer.config.sources import Source
+from trainer.config.sections.sources import Source
 from trainer.data.buckets import BucketRules
 from trainer.data.prepare.encode import encode_shards, pending_payloads, write_references
 from trainer.data.prepare.settings import PrepareSettings

@@ -1,16 +1,17 @@
 """What a checkpoint holds of a run: the components that train, their averages, and the optimizer's state."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.checkpoint.ema_folders import average_folder
 from trainer.checkpoint.write import OPTIMIZER, WEIGHTS_FILES, TensorFile
 from trainer.model.denoiser import TrainedModel
-from trainer.optim.ema_contents import ema_tensors
+from trainer.optim.ema_contents import ema_parts
 from trainer.optim.optimizers import optimizer_tensors
+from trainer.parallel.local_shard import Held, held
 from trainer.train.step import StepParts
 
 
@@ -31,11 +32,12 @@ class TrainedComponent(NamedTuple):
 def checkpoint_files(parts: StepParts) -> list[TensorFile]:
     """The files in diffusers' layout; nothing is copied or exchanged yet."""
     files = [
-        TensorFile(f"{folder}/{WEIGHTS_FILES[folder]}", dict(module.named_parameters()), {"config.json": config})
+        TensorFile(f"{folder}/{WEIGHTS_FILES[folder]}", _weights(module), {"config.json": config})
         for folder, _, module, config in trained_components(parts.denoiser.model)
     ]
     files += average_files(parts, parts.averages.profiles if parts.averages else ())
-    return [*files, TensorFile(OPTIMIZER, optimizer_tensors(parts.optimizer, parts.strategy.parameters), {})]
+    state = optimizer_tensors(parts.optimizer, parts.strategy.parameters)
+    return [*files, TensorFile(OPTIMIZER, {name: held(tensor) for name, tensor in state.items()}, {})]
 
 
 def average_files(parts: StepParts, names: Iterable[str], dtype: torch.dtype | None = None) -> list[TensorFile]:
@@ -47,34 +49,20 @@ def average_files(parts: StepParts, names: Iterable[str], dtype: torch.dtype | N
     files = []
     for name in names:
         assert parts.averages is not None
-        averaged = ema_tensors(parts.averages, name, parts.strategy.parameters)
+        averaged = ema_parts(parts.averages, name, parts.strategy.parameters)
         for folder, prefix, module, config in trained_components(parts.denoiser.model):
-            tensors = _Averaged(averaged, dict(module.named_parameters()), prefix, dtype)
+            tensors = _weights(module)
+            for weight, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    average = averaged[f"{prefix}.{weight}"]
+                    tensors[weight] = average._replace(dtype=dtype or average.dtype)
             file = f"{average_folder(folder, name)}/{WEIGHTS_FILES[folder]}"
             files.append(TensorFile(file, tensors, {"config.json": config}))
     return files
 
 
-class _Averaged(Mapping[str, Tensor]):
-    """A module's parameters: the average of what trains, the weights of what does not; made when asked for."""
-
-    def __init__(
-        self, averaged: Mapping[str, Tensor], weights: Mapping[str, Tensor], prefix: str, dtype: torch.dtype | None
-    ) -> None:
-        self._averaged, self._weights, self._prefix, self._dtype = averaged, weights, prefix, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        weight, full_name = self._weights[name], f"{self._prefix}.{name}"
-        if not weight.requires_grad:
-            return weight
-        average = self._averaged[full_name]
-        return average.to(self._dtype) if self._dtype else average
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
+def _weights(module: nn.Module) -> dict[str, Held]:
+    return {name: held(parameter) for name, parameter in module.named_parameters()}
 
 
 def trained_components(model: TrainedModel) -> list[TrainedComponent]:

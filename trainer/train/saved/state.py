@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.data.left_out import Stretch
 from trainer.data.sampler import Position
 from trainer.errors import UserError
 from trainer.optim.loss_scale import LossScale
+from trainer.train.guard.numerics_guard import NOTHING_KNOWN, NumericsGuard
 
 VERSION = 2
 
@@ -23,6 +25,8 @@ class TrainState:
         snapshot: name of the prepared data set's snapshot that `position` refers to.
         seed: seed of the data order and the noise.
         loss_scale: of fp16, else None.
+        guard: by which the next step is judged.
+        left_out: data that the run goes past, where it has been or will come to.
     """
 
     step: int
@@ -31,6 +35,8 @@ class TrainState:
     snapshot: str
     seed: int
     loss_scale: LossScale | None = None
+    guard: NumericsGuard = NOTHING_KNOWN
+    left_out: tuple[Stretch, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """A JSON-able record; `from_json` gives the same state back."""
@@ -42,6 +48,8 @@ class TrainState:
             "snapshot": self.snapshot,
             "seed": self.seed,
             "loss_scale": self.loss_scale and self.loss_scale.to_json(),
+            "guard": self.guard.to_json(),
+            "left_out": [part.to_json() for part in self.left_out],
         }
 
     @staticmethod
@@ -63,6 +71,9 @@ class TrainState:
                 snapshot=record["snapshot"],
                 seed=record["seed"],
                 loss_scale=record["loss_scale"] and LossScale.from_json(record["loss_scale"]),
+                # Older checkpoints have neither.
+                guard=NumericsGuard.from_json(record["guard"]) if "guard" in record else NOTHING_KNOWN,
+                left_out=tuple(Stretch.from_json(part) for part in record.get("left_out", ())),
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"{source}: the training state is incomplete ({error})") from None

@@ -1,8 +1,6 @@
 """A run's averages of its weights: begun, taken up again, kept up with the steps, saved, and scored in the model."""
 
 import logging
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -12,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from trainer.checkpoint.ema_folders import SNAPSHOTS, average_folder, drop_snapshots_after, snapshot_dir
-from trainer.checkpoint.manifest import MANIFEST
 from trainer.checkpoint.run_dir import prune_checkpoints, read_state
-from trainer.checkpoint.write import WEIGHTS_FILES, read_tensors, write_checkpoint
-from trainer.config.ema_config import LIVE, AverageConfig, EmaConfig
+from trainer.checkpoint.saver import Folder
+from trainer.checkpoint.write import WEIGHTS_FILES, read_tensors
+from trainer.config.sections.ema_config import LIVE, AverageConfig, EmaConfig
 from trainer.optim.ema import (
     Averages,
     begin_average,
@@ -29,9 +27,8 @@ from trainer.optim.ema_contents import load_ema_tensors, load_progress
 from trainer.optim.ema_profile import PlainEma, PowerEma, Profile
 from trainer.optim.ema_swap import averaged_weights
 from trainer.optim.precision import DTYPES
-from trainer.parallel.comm import broadcast_object
 from trainer.parallel.strategy import Strategy
-from trainer.train.checkpoint_contents import average_files, trained_components
+from trainer.train.saved.checkpoint_contents import average_files, trained_components
 from trainer.train.step import StepParts, StepResult
 
 _log = logging.getLogger(__name__)
@@ -103,12 +100,12 @@ def _corrections(parts: StepParts, averages: Averages) -> Mapping[str, Tensor]:
 def follow(parts: StepParts, step: int, result: StepResult) -> None:
     """Take the weights after `step` steps of the run into the averages, if there are any, and if the step changed them.
 
-    A step whose gradients were not finite, or that had no image, is no step of the averages.
+    A step that was skipped, or that had no image, is no step of the averages.
     """
     averages = parts.averages
     if averages is None:
         return
-    if result.num_images > 0 and math.isfinite(result.grad_norm):
+    if result.took_effect:
         update_when_due(averages, parts.strategy.parameters, step, _corrections(parts, averages))
     else:
         leave_out_step(averages)
@@ -130,28 +127,13 @@ def snapshot_is_due(config: EmaConfig, step: int) -> bool:
     return bool(config.snapshots.every_steps) and step % config.snapshots.every_steps == 0
 
 
-def save_snapshot_when_due(config: EmaConfig, run_dir: Path, parts: StepParts, step: int) -> None:
-    """Write the power averages as they are, if `ema.snapshots` asks for it; all workers call it.
-
-    A full disk is no reason to end the run.
-    """
+def snapshot_folder(config: EmaConfig, run_dir: Path, parts: StepParts, step: int) -> Folder:
+    """A snapshot of the power averages as they are."""
     settings, path = config.snapshots, snapshot_dir(run_dir, step)
-    if not snapshot_is_due(config, step):
-        return
-    writes, begin = parts.comm.rank == 0, time.perf_counter()
-    if broadcast_object(parts.comm, (path / MANIFEST).is_file()):
-        return
     names = [average.name for average in config.averages if average.kind == "power"]
     dtype = None if settings.dtype == "fp32" else DTYPES[settings.dtype]
-    try:
-        files = average_files(parts, names, dtype)
-        write_checkpoint(path, files, averages_record(parts), parts.strategy.whole_tensors, writes=writes)
-    except OSError as error:
-        _log.warning("%s: not written (%s); training goes on", path, error.strerror)
-        return
-    if writes:
-        prune_checkpoints(run_dir, settings.keep, folder=SNAPSHOTS)
-        _log.info("saved %s in %.1f s", path, time.perf_counter() - begin)
+    published = partial(prune_checkpoints, run_dir, settings.keep, folder=SNAPSHOTS)
+    return Folder(path, average_files(parts, names, dtype), averages_record(parts), published)
 
 
 def scored_weights(config: EmaConfig, parts: StepParts) -> dict[str, Callable[[], AbstractContextManager[None]]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.run_dir import read_state
-from trainer.config.objective_config import ObjectiveConfig
+from trainer.config.sections.objective_config import ObjectiveConfig
 from trainer.diffusion.objective import Objective
 from trainer.diffusion.prediction import Prediction
 from trainer.errors import UserError

@@ -1,0 +1,138 @@
+"""Saving beside the training: who writes what, what it costs, and what a failing disk does."""
+
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainer.checkpoint import pieces
+from trainer.checkpoint.manifest import find_damage
+from trainer.checkpoint.saver import Folder, Saver, save_now
+from trainer.checkpoint.write import TensorFile
+from trainer.parallel.local_shard import Held, held
+
+CPU = torch.device("cpu")
+FILE = "unet/weights.safetensors"
+
+
+def shapes() -> dict[str, Tensor]:
+    """Of several widths, a scalar, an empty one, and one that is larger than a piece."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "large": torch.randn(301, 35, generator=generator),
+        "half": torch.randn(77, 3, generator=generator).to(torch.bfloat16),
+        "bytes": torch.randint(0, 255, (1001,), generator=generator, dtype=torch.uint8),
+        "scalar": torch.tensor(5.0),
+        "empty": torch.zeros(0, 4),
+        "channels": torch.randn(9, 4, 3, 3, generator=generator).to(memory_format=torch.channels_last),
+        "one row": torch.randn(1, 50, generator=generator),
+    }
+
+
+def whole(tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, Held]:
+    """As in DDP: everybody has everything."""
+    return {name: held(tensor) for name, tensor in tensors.items()}
+
+
+def by_rows(tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, Held]:
+    """As in FSDP2: rows in chunks, of which the last workers may have none; scalars on all."""
+
+    def share(tensor: Tensor) -> Held:
+        if not tensor.ndim:
+            return held(tensor)
+        rows = -(-len(tensor) // world)
+        first = min(rank * rows, len(tensor))
+        return Held(tensor[first : first + rows], first, tuple(tensor.shape), True, tensor.dtype)
+
+    return {name: share(tensor) for name, tensor in tensors.items()}
+
+
+def save_together(savers: Sequence[Saver], folders: Sequence[Folder]) -> list[Exception | None]:
+    """What several workers do, in one process; the reasons for which each gave up."""
+    for saver, folder in zip(savers, folders, strict=True):
+        saver.begin([folder])
+    reasons: list[Exception | None] = []
+    while savers[0].phase != "idle":
+        flags = [saver.flags() for saver in savers]
+        busy, failed = (sum(column) for column in zip(*flags, strict=True))
+        reasons = [saver.after_exchange(busy, failed) for saver in savers]
+    return reasons
+
+
+@pytest.mark.parametrize("cut", [whole, by_rows])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+def test_the_files_do_not_depend_on_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, cut: Callable[..., dict[str, Held]]
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 10)  # so that tensors take several
+    tensors = shapes()
+    savers = [Saver(rank, world, "token", CPU, staging_bytes=4 << 10) for rank in range(world)]
+    folders = [
+        Folder(tmp_path / "step-00000007", [TensorFile(FILE, cut(tensors, rank, world), {"config.json": "{}"})], {})
+        for rank in range(world)
+    ]
+    assert save_together(savers, folders) == [None] * world
+    assert find_damage(tmp_path / "step-00000007") is None
+    found = load_file(tmp_path / "step-00000007" / FILE)
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    save_now(Folder(tmp_path / "alone", [TensorFile(FILE, whole(tensors, 0, 1), {})], {}))
+    assert (tmp_path / "alone" / FILE).read_bytes() == (tmp_path / "step-00000007" / FILE).read_bytes()
+
+
+def test_weights_may_change_when_they_are_copied(tmp_path: Path) -> None:
+    weights, told = torch.ones(1 << 20), []
+    saver = Saver(0, 1, "token", CPU, staging_bytes=None)
+    file = TensorFile(FILE, {"weight": held(weights)}, {})
+    saver.begin([Folder(tmp_path / "step", [file], {}, lambda: told.append("published"))])
+    saver.wait_copied()
+    weights.fill_(2.0)
+    assert saver.finish(list) is None and told == ["published"]
+    assert torch.equal(load_file(tmp_path / "step" / FILE)["weight"], torch.ones(1 << 20))
+
+
+def test_the_copies_are_bounded(tmp_path: Path) -> None:
+    weights = torch.ones(48 << 20)  # 192 MiB
+    file = TensorFile(FILE, {"weight": held(weights)}, {})
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _peak_mib()
+    saver = Saver(0, 1, "token", CPU, staging_bytes=32 << 20)
+    saver.begin([Folder(tmp_path / "step", [file], {})])
+    assert saver.finish(list) is None
+    assert _peak_mib() - before < 32 + 16, "32 MiB of copies, and a manifest that is read in pieces"
+    assert find_damage(tmp_path / "step") is None
+
+
+def _peak_mib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+
+
+def test_one_workers_failing_disk_gives_up_for_all_and_leaves_nothing(tmp_path: Path) -> None:
+    tensors, place, gone = shapes(), tmp_path / "step", tmp_path / "gone"
+    gone.write_text("a file where a folder was")
+    savers = [Saver(rank, 3, "token", CPU, staging_bytes=None) for rank in range(3)]
+    paths = [place, gone / "step", place]
+    folders = [Folder(p, [TensorFile(FILE, whole(tensors, r, 3), {})], {}) for r, p in enumerate(paths)]
+    reasons = save_together(savers, folders)
+    assert isinstance(reasons[1], NotADirectoryError)
+    assert str(reasons[0]) == str(reasons[2]) == "[Errno 5] another worker could not write its share; its log says why"
+    assert [path.name for path in tmp_path.iterdir()] == ["gone"]
+    folders = [Folder(place, [TensorFile(FILE, whole(tensors, r, 3), {})], {}) for r in range(3)]
+    assert save_together(savers, folders) == [None] * 3
+    assert find_damage(place) is None
+
+
+def test_a_write_that_fails_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    big = TensorFile(FILE, {"weight": held(torch.zeros(48 << 20))}, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_now(Folder(tmp_path / "step", [big], {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,97 @@
+"""Which bytes of a safetensors file each worker writes, so that all together write it without an exchange.
+
+The layout of a file follows from its tensors' names, shapes and dtypes alone. Rows that only one worker has are written
+by that one; what all have is cut into as many equal stretches as there are workers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from trainer.checkpoint.write import TensorFile
+from trainer.model_files.tensor_file import TensorSpec, aligned, header_of
+from trainer.parallel.local_shard import Held
+
+PIECE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive elements of a tensor, and where they go.
+
+    Attributes:
+        name: of the tensor.
+        held: what this worker has of it.
+        begin, end: the elements, counted within that.
+        offset: of the first one in the file, in bytes.
+    """
+
+    name: str
+    held: Held
+    begin: int
+    end: int
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """As they are written."""
+        return (self.end - self.begin) * self.held.dtype.itemsize
+
+    def elements(self) -> Tensor:
+        """As they are now, one-dimensional, on their device; of weights in another memory layout, a copy."""
+        return self.held.part.reshape(-1)[self.begin : self.end]
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """A file before it is written.
+
+    Attributes:
+        header: its first bytes, which the first worker writes.
+        num_bytes: of the whole file.
+        pieces: this worker's.
+    """
+
+    header: bytes
+    num_bytes: int
+    pieces: tuple[Piece, ...]
+
+
+def lay_out(file: TensorFile, rank: int, world: int) -> FileLayout:
+    """The layout of `file`, with the pieces that worker `rank` of `world` writes."""
+    specs = aligned([TensorSpec(name, held.dtype, held.shape) for name, held in file.tensors.items()])
+    header = header_of(specs, {"format": "pt"})
+    shared_bytes = sum(spec.num_bytes for spec in specs if not file.tensors[spec.name].is_share)
+    mine = (shared_bytes * rank // world, shared_bytes * (rank + 1) // world)
+    offset, shared_before, pieces = len(header), 0, []
+    for spec in specs:
+        held = file.tensors[spec.name]
+        if held.is_share:
+            first = held.first_row * prod(held.shape[1:])
+            pieces += _cut(spec.name, held, 0, held.part.numel(), offset + first * held.dtype.itemsize)
+        else:
+            begin, end = (_elements_before(bound - shared_before, spec) for bound in mine)
+            pieces += _cut(spec.name, held, begin, end, offset + begin * held.dtype.itemsize)
+            shared_before += spec.num_bytes
+        offset += spec.num_bytes
+    return FileLayout(header, offset, tuple(pieces))
+
+
+def _elements_before(num_bytes: int, spec: TensorSpec) -> int:
+    """How many elements of a tensor begin before byte `num_bytes` of it; all workers cut at the same ones."""
+    return min(max(-(-num_bytes // spec.dtype.itemsize), 0), prod(spec.shape))
+
+
+def _cut(name: str, held: Held, begin: int, end: int, offset: int) -> Iterator[Piece]:
+    """Elements `begin` to `end` of what is held, of which the first goes to `offset`, in pieces of a bounded size."""
+    size = held.dtype.itemsize
+    step = PIECE_BYTES // size
+    for first in range(begin, end, step):
+        yield Piece(name, held, first, min(first + step, end), offset + (first - begin) * size)
+
+
+def bytes_of(layouts: Sequence[FileLayout]) -> int:
+    """What this worker writes of some files."""
+    return sum(piece.num_bytes for layout in layouts for piece in layout.pieces)

@@ -1,0 +1,46 @@
+"""Which checkpoint a run goes on from, by `run.resume` and by what its command has written before."""
+
+import logging
+import os
+from pathlib import Path
+
+from trainer.checkpoint.resume_point import resume_from, resume_newest
+from trainer.checkpoint.roll_back import checkpoint_places, obey_roll_back
+from trainer.checkpoint.run_dir import RESOLVED_CONFIG, fallback_run_dir
+from trainer.config.schema import Config
+from trainer.memory.run_choice import memory_attempt
+from trainer.parallel.comm import Comm, broadcast_object
+from trainer.parallel.worker import RESTARTS
+
+_log = logging.getLogger(__name__)
+
+
+def find_resume_point(config: Config, comm: Comm) -> Path | None:
+    """The checkpoint to go on from, by `run.resume`; rank 0 looks, all workers agree.
+
+    Workers that were started again, after a fault or because memory did not suffice, go on from what their command has
+    written before.
+    """
+    found: Path | None = None
+    if comm.rank == 0:
+        obey_roll_back(checkpoint_places(config.run.dir, config.checkpoint.fallback_dir), _log.warning)
+        started = config.run.dir / RESOLVED_CONFIG
+        if (memory_attempt() or os.environ.get(RESTARTS, "0") != "0") and started.is_file():
+            found = resume_newest(config.run.dir, _log.warning, started, _stand_in(config))
+        found = found or _wished_checkpoint(config)
+    agreed = broadcast_object(comm, str(found) if found else None)
+    return Path(agreed) if agreed else None
+
+
+def _wished_checkpoint(config: Config) -> Path | None:
+    wish = config.run.resume
+    if wish is False:
+        return None
+    if wish is True or wish == "auto":
+        return resume_newest(config.run.dir, _log.warning, stand_in=_stand_in(config))
+    return resume_from(config.run.dir, Path(wish), _log.warning)
+
+
+def _stand_in(config: Config) -> Path | None:
+    fallback = config.checkpoint.fallback_dir
+    return fallback_run_dir(fallback, config.run.dir) if fallback else None
