@@ -143,7 +143,7 @@ def damaged_image(r: Random, seed: int, folder: Path) -> Hostile:
     more = {} if form in ("GIF", "BMP") else {"exif": exif}
     root = _set(folder)
     for n in range(10):
-        (root / f"odd{n}.jpg").write_bytes(shaken(encoded(form, **more), r))
+        (root / f"odd{n}.jpg").write_bytes(shaken(encoded(form, (96, 64), **more), r))
     return _prepared(folder, root, bad=None)
 
 

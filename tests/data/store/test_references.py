@@ -1,6 +1,7 @@
 """Latents and images used where they lie: from the sources to rows, damaged files, repacking, interruptions."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -310,3 +311,17 @@ def test_mirrored_latents_are_drawn_where_the_file_holds_them(tmp_path: Path) ->
             np.testing.assert_array_equal(rows.latents[i], stored if bare else stored[:, :, ::-1])
             # Stored is a right edge of 3 + width; as the mirrored crop begins left of the image, 0.
             assert rows.sizes[i].tolist() == ([height, width, 0, 0] if bare else [200, 300, 5, 0]) + [height, width]
+
+
+def test_what_is_no_regular_file_any_more_is_a_bad_row(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path / "prepared", _source(tmp_path, n=8))
+    _prepare(settings)
+    (tmp_path / "latents/set/000.npz").unlink()
+    os.mkfifo(tmp_path / "latents/set/000.npz")
+    (tmp_path / "latents/set/002.npz").unlink()
+    (tmp_path / "latents/set/002.npz").symlink_to("/dev/zero")
+    prepared = PreparedSet.open(settings.prepared)
+    rows = [prepared.read("train", b, np.arange(n)) for b, n in enumerate(prepared.rows_per_bucket("train"))]
+    assert sum(int(some.ok.sum()) for some in rows) == 6
+    reasons = {problem.file[-7:]: problem.reason for some in rows for problem in some.problems}
+    assert reasons == {"000.npz": "is a FIFO, not a regular file", "002.npz": "is a device, not a regular file"}

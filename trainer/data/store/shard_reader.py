@@ -26,6 +26,7 @@ from trainer.data.store.references import (
     reference_of,
 )
 from trainer.data.store.shards import HEADER_BYTES, ShardError, chained_crc
+from trainer.guards import Refused
 
 _MOST_CAPTION_BYTES = 16 << 20
 
@@ -254,6 +255,8 @@ def read_payload(
         load_view(data, original_hw, view, payload, own_mask)
     except (BadNpz, BadImage, BadMask, EOFError) as error:
         raise PayloadError(reference, str(error)) from error
+    except Refused as error:
+        raise PayloadError(reference, error.reason_for(reference.file)) from error
     except OSError as error:
         raise PayloadError(reference, f"cannot be read: {error.strerror}") from error
     if mask is not None and record.mask is not None and record.mask != OWN_MASK:
@@ -281,6 +284,8 @@ def _read_mask_file(
         load_mask(data, original_hw, view, mask)
     except (BadMask, EOFError) as error:
         raise PayloadError(reference, str(error)) from error
+    except Refused as error:
+        raise PayloadError(reference, f"its mask {error.reason_for(place.file)}") from error
     except OSError as error:
         raise PayloadError(reference, f"its mask cannot be read: {error.strerror}") from error
 
