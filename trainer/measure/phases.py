@@ -31,9 +31,13 @@ class PhaseClock:
         """Forget all marks."""
         self._marks.clear()
 
-    def seconds(self) -> dict[str, float]:
-        """Of each phase, over all its times; waits for the device."""
-        if self._device.type == "cuda":
+    def seconds(self, *, wait: bool = True) -> dict[str, float]:
+        """Of each phase, over all its times.
+
+        Args:
+            wait: for the device; else all that is marked must have run.
+        """
+        if wait and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         sums: defaultdict[str, float] = defaultdict(float)
         for (phase, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):

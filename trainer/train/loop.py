@@ -39,6 +39,7 @@ from trainer.train.guard.injected import flip_bit_if_planned, with_faults
 from trainer.train.guard.numerics_guard import GuardRules, TakenStep
 from trainer.train.guard.numerics_watch import NumericsWatch
 from trainer.train.guard.replicas import Replicas
+from trainer.train.pace import Pace
 from trainer.train.run_objective import describe_objective, guidance_warning
 from trainer.train.saved.averages import (
     follow,
@@ -46,7 +47,7 @@ from trainer.train.saved.averages import (
     scored_weights,
 )
 from trainer.train.saved.room import require_checkpoint_room
-from trainer.train.saved.saving import Saving
+from trainer.train.saved.saving import TOLD, Saving
 from trainer.train.saved.state import TrainState
 from trainer.train.step import StepResult, train_step
 
@@ -70,6 +71,7 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
     bad, limit = BadRows(), config.data.max_bad_fraction
     watch = NumericsWatch.of(config, comm, state)
     replicas = Replicas.of(config, run.parts, state.step)
+    pace = Pace(run.parts, state.step)
     with ExitStack() as stack:
         outputs = None
         if comm.rank == 0:
@@ -95,14 +97,14 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
             heartbeat.begin("a step", state.step)
             act_out(comm.rank, state.step + 1)
             result = train_step(
-                with_faults(run.parts, state.step + 1),
+                with_faults(pace.clocked(run.parts), state.step + 1),
                 encoded,
                 arithmetic.accumulation,
                 batches.weight,
                 lr_factor,
                 stop_requested(),
                 scale,
-                tell=saving.tell(),
+                tell=[*saving.tell(), *pace.tell()],
                 before_update=saving.wait_copied,
                 judge=watch.judge(state),
             )
@@ -120,7 +122,8 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
             if replicas.due(state.step):
                 heartbeat.begin("a comparison of weights", state.step)
                 replicas.compare(state.step, saving.settle)
-            saving.after_step(run, state, result.told, done=done)
+            pace.after_step(result.told[TOLD:], state.step)
+            saving.after_step(run, state, result.told[:TOLD], done=done)
             if bad.too_many(limit):
                 barrier(comm)  # the first worker to fail ends the others, and rank 0 may still be saving
                 raise bad.as_error(limit, config.run.dir)
@@ -149,6 +152,7 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
                         outputs.progress.set_total_steps(arithmetic.total_steps)
         if outputs:
             _draw_loss_curve(config.run.dir)
+    pace.announce_end()
     _announce_end(config, state, arithmetic.total_steps)
     return state
 

@@ -32,6 +32,8 @@ from trainer.train.saved.state import TrainState
 _log = logging.getLogger(__name__)
 _HOST_SHARE = 1 / 8  # of its free memory, for the copies of all workers
 _LONG = 4.0  # intervals
+TOLD = 3
+"""Numbers that `Saving.tell` gives."""
 
 
 class Saving:
