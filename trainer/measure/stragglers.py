@@ -1,6 +1,6 @@
-"""Which worker computes more slowly than the others, whom it holds up: a relative score, as NVIDIA's resiliency tools have.
+"""Which worker computes more slowly than the others, whom it holds up: a relative score of its forward passes.
 
-A worker's score is the quickest worker's median time of a forward pass over its own; 1 is the quickest.
+A score, as in NVIDIA's resiliency extension, is the quickest worker's median time over the own; 1 is the quickest.
 """
 
 from collections import deque

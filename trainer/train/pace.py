@@ -1,4 +1,4 @@
-"""How long each worker's forward passes take, told to all in the step's exchange, to find one that holds up the others."""
+"""How long each worker's forward passes take, told to all in the step's exchange, to find one that delays others."""
 
 import logging
 import time
