@@ -31,12 +31,28 @@ def inspected(path: Path, may_pass: bool = False) -> Hostile:
     return Hostile(path, argv=("inspect", str(path), "--quick"), may_pass=may_pass)
 
 
-def started(model: Path, folder: Path, may_pass: bool = False, builds: bool = False) -> Hostile:
+def tried(path: Path, folder: Path, random: Random, may_pass: bool = False) -> Hostile:
+    """By any of the commands that take a model."""
+    out = ("-o", str(folder / "out.safetensors"))
+    ways: tuple[Callable[[], Hostile], ...] = (
+        lambda: inspected(path, may_pass),
+        lambda: started(path, folder, may_pass),
+        lambda: started(Path(os.environ["HOSTILE_MODEL"]), folder, may_pass, vae=path),
+        lambda: Hostile(path, argv=("export", str(path), *out, "--no-thumbnail"), may_pass=may_pass),
+        lambda: Hostile(path, argv=("merge", str(path), str(path), "--alpha", "0.5", *out), may_pass=may_pass),
+    )
+    return random.choice(ways)()
+
+
+def started(
+    model: Path, folder: Path, may_pass: bool = False, builds: bool = False, vae: Path | None = None
+) -> Hostile:
     """A run that starts from a model: what every command with a configuration does first."""
     (folder / "images").mkdir(exist_ok=True)
     config = folder / "run.yaml"
     config.write_text(
-        f"run: {{dir: {folder / 'run'}}}\nmodel: {{path: {json.dumps(str(model))}}}\n"
+        f"run: {{dir: {folder / 'run'}}}\nmodel: {{path: {json.dumps(str(model))}"
+        f"{f', vae: {json.dumps(str(vae))}' if vae else ''}}}\n"
         f"data: {{sources: [{{type: folder, path: {folder / 'images'}}}], prepared: {folder / 'prepared'}}}\n"
         "train: {steps: 1}\noptimizer: {lr: 1e-6}\n"
     )
@@ -105,7 +121,7 @@ def safetensors_header(random: Random, seed: int, folder: Path) -> Hostile:
     path = write_header(
         folder / f"{random.choice(('model', *ESCAPES[:4]))}.safetensors".replace("\n", ""), header, data
     )
-    return inspected(path) if seed % 2 else started(path, folder)
+    return tried(path, folder, random)
 
 
 LENGTHS = (0, 1, 7, 2**31, 2**40, 2**63, 2**64 - 1, 99_999_999)
@@ -202,7 +218,7 @@ def no_model(random: Random, seed: int, folder: Path) -> Hostile:
     """Something else under a model's name."""
     path = folder / f"model{random.choice(('.safetensors', '.ckpt', '.pt'))}"
     OTHERS[seed % len(OTHERS)](path, random)
-    return inspected(path) if seed % 2 else started(path, folder)
+    return tried(path, folder, random)
 
 
 class Runs:
@@ -264,7 +280,7 @@ def pickle_program(random: Random, seed: int, folder: Path) -> Hostile:
         path.write_bytes(program)  # torch's old format has no archive around it
     else:
         write_archive(path, {"model/data.pkl": program, "model/byteorder": b"little", "model/data/0": bytes(64)})
-    return inspected(path) if seed % 2 else started(path, folder)
+    return tried(path, folder, random)
 
 
 def _view(shape: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, count: int = 16, key: str = "0") -> bytes:
@@ -345,7 +361,7 @@ ARCHIVES: tuple[Callable[[Path, Random], object], ...] = (
 def pickle_archive(random: Random, seed: int, folder: Path) -> Hostile:
     path = folder / "model.ckpt"
     ARCHIVES[seed % len(ARCHIVES)](path, random)
-    return inspected(path, may_pass=True) if seed % 2 else started(path, folder)
+    return tried(path, folder, random, may_pass=True)
 
 
 def sound_model(folder: Path) -> Path:
