@@ -241,12 +241,14 @@ def _knots(root: Path) -> None:
 def _names(root: Path) -> None:
     for name in (b"\xff\xfe.png", b"a\nb\x1b[2J.png", b"\x9b31m.png", b"x" * 251 + b".png", "\u202egnp.png".encode()):
         (root / os.fsdecode(name)).write_bytes(GOOD)
+    for name in ("\u202eodd.png", "\x9b31m.png", "\u2028.png"):
+        (root / name).write_bytes(b"")
 
 
 FOLDERS: tuple[tuple[Callable[[Path], object], int, int], ...] = (  # with how many further images are sound, or bad
     (_deep, 0, 0),
     (_knots, 0, 0),
-    (_names, 3, 2),
+    (_names, 3, 5),
     (lambda root: (root / "up").symlink_to(".."), 0, 0),
     (lambda root: (root / "self").symlink_to("self"), 0, 0),
     (lambda root: (root / "long").symlink_to("x/" * 2000), 0, 0),

@@ -80,7 +80,9 @@ def prepared_from(
     encode_shards(prepared, 0, 1, pooled)
     commit(prepared)
     assert read_all(prepared) >= sound
-    reasons = [json.loads(line)["reason"] for line in (prepared / "bad.jsonl").read_text().splitlines()]
+    lines = (prepared / "bad.jsonl").read_text().splitlines()
+    assert all(line.isprintable() for line in lines)
+    reasons = [json.loads(line)["reason"] for line in lines]
     assert all(reason and reason.isprintable() for reason in reasons), reasons
     assert bad in (None, len(reasons)), reasons
     print(*reasons, sep="\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.hostile_files import KINDS, Verdict, load_kinds
+from tests.hostile_sources import EPS, encoded
 
 ROOT = Path(__file__).parent.parent
 MOST_CPU_S, MOST_MB = 5.0, 1024.0
@@ -78,3 +79,61 @@ def assert_all_harmless(files: Sequence[tuple[str, int]], model_folder: Path, tm
     assert_harmless(verdicts)
     most = max(v.cpu_s for v in verdicts), max(v.rss_mb for v in verdicts)
     print(f"{len(files)} files of {len(dict(files))} kinds: at most {most[0]:.1f} s of CPU and {most[1]:.0f} MB each")
+
+
+@pytest.mark.e2e
+def test_a_run_trains_on_what_is_sound(model_folder: Path, tmp_path: Path) -> None:
+    """`prepare` and `train` on a folder with hostile files among sound ones; a source that cannot be read is code 2."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for n in range(4):
+        (photos / f"sound{n}.png").write_bytes(encoded("PNG", (128, 128)))
+        (photos / f"sound{n}.txt").write_text("slanted stripes")
+    for name, data in {"postscript": EPS, "cut": encoded("JPEG")[:400], "no-caption": encoded("PNG")}.items():
+        (photos / f"{name}.jpg").write_bytes(data)
+    os.mkfifo(photos / "no-caption.txt")
+    os.mkfifo(photos / "fifo.png")
+    (photos / "zero.png").symlink_to("/dev/zero")
+    (photos / "again").symlink_to(".")
+    config = {
+        "run": {"dir": str(tmp_path / "run")},
+        "launch": {"workers": 1, "threads_per_worker": 1},
+        "model": {"path": str(model_folder)},
+        "data": {
+            "sources": [{"path": str(photos)}],
+            "prepared": str(tmp_path / "prepared"),
+            "buckets": {"resolution": 128, "min_px": 64, "max_px": 256, "step_px": 64},
+            "workers": 0,
+        },
+        "train": {"steps": 2, "global_batch_size": 2, "precision": "fp32"},
+        "optimizer": {"lr": 1e-3},
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps(config))
+    assert "prepared 4 images; 5 left out" in _said(0, "prepare", file)
+    lines = [json.loads(line) for line in (tmp_path / "prepared/bad.jsonl").read_text().splitlines()]
+    assert {line["key"].partition("/")[2]: line["reason"].partition(" (")[0] for line in lines} == {
+        "cut": "cannot be decoded: Truncated File Read",
+        "fifo": "is a FIFO, not a regular file",
+        "no-caption": "its caption is a FIFO, not a regular file",
+        "postscript": "is not an image of a known kind",
+        "zero": "is a device, not a regular file",
+    }
+    assert "done: step 2" in _said(0, "train", file)
+    (tmp_path / "meta.json").write_text('{"a":' + "[" * 10**6)
+    config["data"]["prepared"] += "-2"
+    config["data"]["sources"] = [
+        {"type": "kohya_json", "path": str(tmp_path / "meta.json"), "images": str(photos)}
+    ]  # fmt: skip
+    file.write_text(json.dumps(config))
+    (line,) = _said(2, "prepare", file).splitlines()[-1:]
+    assert line.endswith("meta.json: holds more than 64 levels inside one another, near byte 0")
+
+
+def _said(code: int, *arguments: object) -> str:
+    command = [sys.executable, "-m", "trainer", *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stdout + done.stderr

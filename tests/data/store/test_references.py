@@ -27,6 +27,7 @@ from trainer.data.buckets import Placement
 from trainer.data.prepare.encode import encode_shards, pending_payloads
 from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.prepare.stages import Committed, commit, is_current, plan_prepare, plan_repack
+from trainer.data.store import references
 from trainer.data.store.snapshot import PreparedSet, Rows
 
 BUCKETS = [(64, 128), (128, 64)]
@@ -325,3 +326,12 @@ def test_what_is_no_regular_file_any_more_is_a_bad_row(tmp_path: Path) -> None:
     assert sum(int(some.ok.sum()) for some in rows) == 6
     reasons = {problem.file[-7:]: problem.reason for some in rows for problem in some.problems}
     assert reasons == {"000.npz": "is a FIFO, not a regular file", "002.npz": "is a device, not a regular file"}
+
+
+def test_a_file_stays_open_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads may have opened so many others meanwhile that it is no longer kept; with room for none it never
+    is."""
+    (tmp_path / "a.tar").write_bytes(b"0123456789")
+    monkeypatch.setattr(references, "OPEN_FILES", 0)
+    reader = references.ReferencedFiles()
+    assert reader.read(references.Reference(str(tmp_path / "a.tar"), 2, 3, (0, 0))) == b"234"

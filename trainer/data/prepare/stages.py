@@ -11,6 +11,7 @@ split or interrupted (the catalogue, which is a working file, aside).
 import fcntl
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,9 @@ from trainer.data.store.snapshot_file import (
 from trainer.errors import UserError
 
 _NO_ROW = {"path": "", "key": "", "file_bytes": -1, "mtime_ns": -1, "reason": ""}
+
+_STEERS = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What steers a terminal and JSON leaves as it is."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +250,8 @@ def _write_bad(prepared: Path, connection: sqlite3.Connection) -> int:
         nonlocal count
         for row in catalog.bad_rows(connection):
             count += 1
-            yield json.dumps({"path": row.path, "key": row.key, "reason": row.reason}, ensure_ascii=False) + "\n"
+            line = json.dumps({"path": row.path, "key": row.key, "reason": row.reason}, ensure_ascii=False)
+            yield _STEERS.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n"
 
     replace_file(prepared / "bad.jsonl", lines())
     return count

@@ -156,7 +156,8 @@ class ReferencedFiles:
         if length == WHOLE:
             with open_regular(file) as stream:
                 return _payload(file, stream.fileno(), offset, length)
-        return _payload(file, self._file(file).fd, offset, length)
+        opened = self._file(file)  # held until it has been read: another thread may put it out of those kept open
+        return _payload(file, opened.fd, offset, length)
 
     def forget(self, reference: Reference) -> None:
         """Drop what the kernel has cached of a payload, so that the next read is one of the drive."""
