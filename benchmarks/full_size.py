@@ -10,6 +10,7 @@ on two cores.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,13 +63,14 @@ def main() -> None:
     parser.add_argument(
         "--gb", type=float, help="a narrower model of about so many GB, to see that the benchmark works"
     )
+    parser.add_argument("--only-train", action="store_true", help="the file, prepare and train")
     parser.add_argument("--keep", action="store_true", help="leave the files; a model that is there is not made again")
     arguments = parser.parse_args()
     if arguments.dir:
         arguments.dir.mkdir(parents=True, exist_ok=True)
     folder = arguments.dir if arguments.keep else Path(tempfile.mkdtemp(prefix="full-size-", dir=arguments.dir))
     try:
-        stages = run_stages(folder, arguments.steps, arguments.tokenizer, arguments.gb)
+        stages = run_stages(folder, arguments.steps, arguments.tokenizer, arguments.gb, arguments.only_train)
     finally:
         if not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -81,7 +83,7 @@ def main() -> None:
         )
 
 
-def run_stages(folder: Path, steps: int, tokenizer: Path | None, gb: float | None) -> list[Stage]:
+def run_stages(folder: Path, steps: int, tokenizer: Path | None, gb: float | None, only_train: bool) -> list[Stage]:
     """Everything, in order."""
     model, tiny, run_dir = folder / "sdxl-random.safetensors", folder / "tiny", folder / "run"
     if not (tiny / "photos").is_dir() or not (tokenizer or (tiny / "model").is_dir()):
@@ -92,21 +94,23 @@ def run_stages(folder: Path, steps: int, tokenizer: Path | None, gb: float | Non
         stages.append(timed("write the file", [sys.executable, HERE / "random_model.py", "--out", model, *size]))
     print(f"{model}: {model.stat().st_size:,} bytes", file=sys.stderr)
     config = write_config(folder, model, tiny, run_dir, steps, tokenizer)
-    stages.append(timed("inspect it", product("inspect", model, "--quick")))
+    if not only_train:
+        stages.append(timed("inspect it", product("inspect", model, "--quick")))
     stages.append(timed("plan", product("plan", config)))
     planned_bytes = json.loads(subprocess.check_output([str(a) for a in product("plan", config, "--json")]))[
         "host_bytes"
     ]
     note = f"{PHOTOS} of the photographs"
     stages.append(timed("prepare: VAE and text encoders", product("prepare", config, "--limit", PHOTOS), note))
-    split = product("bench", config, "--batch-sizes", 1, "--steps", 5, "--warmup", 1, "--out", folder / "bench.json")
-    stages.append(timed("bench 1 + 5 steps", split))
-    stages[-1] = replace(stages[-1], note=step_parts(folder / "bench.json"))
+    if not only_train:
+        stages.append(_bench(folder, config))
     watch = Watch(run_dir)
     trained = timed(f"train {steps} steps and save", product("train", config), watch=watch)
     error = planned_bytes / trained.peak_bytes - 1
     stages.append(replace(trained, note=f"planned {planned_bytes / 1e9:.2f} GB, {error:+.1%}"))
-    stages += watch.rows(trained)
+    stages += [*watch.rows(trained), *saves(run_dir)]
+    if only_train:
+        return stages
     exported = folder / "exported.safetensors"
     stages.append(timed("export in fp16", product("export", run_dir, "-o", exported, "--overwrite")))
     stages.append(timed("inspect the export", product("inspect", exported, "--json")))
@@ -114,6 +118,19 @@ def run_stages(folder: Path, steps: int, tokenizer: Path | None, gb: float | Non
     write_diffusers_configs(configs, model)
     stages.append(timed("diffusers opens it", [sys.executable, "-c", _OPEN_WITH_DIFFUSERS, exported, configs]))
     return stages
+
+
+def _bench(folder: Path, config: Path) -> Stage:
+    report = folder / "bench.json"
+    split = product("bench", config, "--batch-sizes", 1, "--steps", 5, "--warmup", 1, "--out", report)
+    return replace(timed("bench 1 + 5 steps", split), note=step_parts(report))
+
+
+def saves(run_dir: Path) -> list[Stage]:
+    """The checkpoint that was written beside the steps: how long it took, and how long they waited for it."""
+    pattern = re.compile(r"saved .*step-(\d+) in ([\d.]+) s, for which training waited ([\d.]+) s")
+    found = pattern.findall((run_dir / "log.txt").read_text())
+    return [Stage(f"save after step {int(s)}", float(took), 0.0, 0, f"training waited {w} s") for s, took, w in found]
 
 
 def step_parts(report: Path) -> str:
@@ -144,7 +161,7 @@ def write_config(folder: Path, model: Path, tiny: Path, run_dir: Path, steps: in
         "train": {"steps": steps, "precision": "bf16_stochastic"},
         "memory": {"recompute": "all"},
         "optimizer": {"kind": "adamw_8bit", "lr": 1e-5},
-        "checkpoint": {"every_steps": steps, "keep": 2},
+        "checkpoint": {"every_steps": max(1, steps // 2), "keep": 2},  # one beside the steps, one at the end
     }
     if run_dir.exists():
         shutil.rmtree(run_dir)
