@@ -153,6 +153,7 @@ def test_a_worker_that_leaks_is_started_anew_with_the_others_and_nothing_changes
     assert farthest(tmp_path / "leaking", tmp_path / "sound") == 0
 
 
+@pytest.mark.slow
 def test_a_card_that_is_full_in_mid_run_is_told_plainly_and_planned_with_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config_file: Path
 ) -> None:

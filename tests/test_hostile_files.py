@@ -60,6 +60,7 @@ def test_some_of_every_kind_that_needs_no_networks(model_folder: Path, tmp_path:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_every_kind(model_folder: Path, tmp_path: Path) -> None:
     kinds = sorted(KINDS.keys() - OF_DATA)
     files = [(name, seed) for name in kinds for seed in range(COUNTS.get(name, OF_ANOTHER_KIND))]
@@ -68,6 +69,7 @@ def test_every_kind(model_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_every_kind_of_data(model_folder: Path, tmp_path: Path) -> None:
     files = [(name, seed) for name, count in OF_DATA.items() for seed in range(count)]
     assert len(files) >= 300 and OF_DATA.keys() <= KINDS.keys()

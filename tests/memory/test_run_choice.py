@@ -1,5 +1,6 @@
 """What the plan chose is what runs; what does not fit is found before the first step, and less is tried."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,13 @@ if os.environ.get("RANK") == "1" and os.environ.get("SDXL_TRAIN_MEMORY_ATTEMPT")
             builtins.__import__ = usual
             take_step, taken = module.train_step, []
 
-            def train_step(*args):
+            def train_step(*args, **named):
                 import torch
 
                 taken.append(1)
                 if len(taken) > STEPS:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-                return take_step(*args)
+                return take_step(*args, **named)
 
             module.train_step = train_step
         return imported
@@ -86,9 +87,11 @@ def test_a_card_that_is_full_in_mid_run_costs_the_steps_since_the_last_checkpoin
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where the run was told to start fresh."""
-    memory_ends(tmp_path, monkeypatch, "trainer.train.loop", 3)
-    overrides = ["train.steps=4", "launch.workers=2", "checkpoint.every_steps=2", "run.resume=false"]
+    memory_ends(tmp_path, monkeypatch, "trainer.train.loop", 7)
+    overrides = ["train.steps=8", "launch.workers=2", "checkpoint.every_steps=2", "run.resume=false"]
     done = sdxl_train(config_file, f"run.dir={tmp_path / 'run'}", *overrides)
     told = "worker 1 ran out of its card's memory: CUDA out of memory. Tried to allocate 2.00 GiB; trying again"
-    assert told in done.stderr and "goes on after step 2" in done.stderr
-    assert len(losses(tmp_path / "run")) == 4
+    assert told in done.stderr
+    # The save after step 6 waits for that after step 4, and may not be at its end itself.
+    assert re.search(r"goes on after step [46]\b", done.stderr)
+    assert len(losses(tmp_path / "run")) == 8

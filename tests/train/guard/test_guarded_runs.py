@@ -111,6 +111,7 @@ def test_a_batch_that_is_a_thousand_times_too_large_is_skipped(
     assert line["keys"] == run.keys[9] and line["loss"] > line["loss_limit"] and line["step"] == 10
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_with_other_workers_decides_alike(
     tmp_path: Path, model_folder: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +229,7 @@ def test_a_flipped_bit_is_found_and_undone(
     assert tensor_hashes(tmp_path / "run", 12) == tensor_hashes(tmp_path / "straight", 12)
 
 
+@pytest.mark.slow
 def test_the_same_card_twice_ends_the_run(
     tmp_path: Path,
     model_folder: Path,
