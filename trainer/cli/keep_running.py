@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from trainer.checkpoint.roll_back import checkpoint_places
 from trainer.checkpoint.run_dir import RESOLVED_CONFIG, list_checkpoints
 from trainer.cli.crew import Crew, config_of, note_crew
 from trainer.config.load import to_yaml
@@ -212,8 +213,8 @@ def _tell_end(
 
 
 def _newest_name(config: Config) -> str | None:
-    found = list_checkpoints(config.run.dir)
-    return found[-1].name if found else None
+    places = checkpoint_places(config.run.dir, config.checkpoint.fallback_dir)
+    return max((path.name for place in places for path in list_checkpoints(place)), default=None)
 
 
 def _tell(out_dir: Path, line: str) -> None:
