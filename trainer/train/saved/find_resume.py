@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.checkpoint.resume_point import resume_from, resume_newest
 from trainer.checkpoint.roll_back import checkpoint_places, obey_roll_back
-from trainer.checkpoint.run_dir import RESOLVED_CONFIG, fallback_run_dir
+from trainer.checkpoint.run_dir import RESOLVED_CONFIG
 from trainer.config.schema import Config
 from trainer.memory.run_choice import memory_attempt
 from trainer.parallel.comm import Comm, broadcast_object
@@ -23,7 +23,7 @@ def find_resume_point(config: Config, comm: Comm) -> Path | None:
     """
     found: Path | None = None
     if comm.rank == 0:
-        obey_roll_back(checkpoint_places(config.run.dir, config.checkpoint.fallback_dir), _log.warning)
+        obey_roll_back(_places(config), _log.warning)
         started = config.run.dir / RESOLVED_CONFIG
         if (memory_attempt() or os.environ.get(RESTARTS, "0") != "0") and started.is_file():
             found = resume_newest(config.run.dir, _log.warning, started, _stand_in(config))
@@ -41,6 +41,9 @@ def _wished_checkpoint(config: Config) -> Path | None:
     return resume_from(config.run.dir, Path(wish), _log.warning)
 
 
+def _places(config: Config) -> tuple[Path, ...]:
+    return checkpoint_places(config.run.dir, config.checkpoint.fallback_dir)
+
+
 def _stand_in(config: Config) -> Path | None:
-    fallback = config.checkpoint.fallback_dir
-    return fallback_run_dir(fallback, config.run.dir) if fallback else None
+    return next(iter(_places(config)[1:]), None)

@@ -114,9 +114,9 @@ class Saving:
             self._finish_run(state)
 
     def _begin(self, folders: list[Folder], step: int) -> None:
-        self._before(step)
         self._again, self._begun_s, self._begun_step, self._waited_s = False, time.monotonic(), step, 0.0
         self._told_late = False
+        self._before(step)
         self._saver.begin(folders, step)
 
     def _finish_run(self, state: TrainState) -> None:
