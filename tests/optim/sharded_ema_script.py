@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from trainer.optim.ema import Averages, Place, start_averages, update_averages
 from trainer.optim.ema_contents import ema_parts, load_ema_tensors, load_progress
 from trainer.optim.ema_profile import PlainEma, PowerEma, Profile
 from trainer.optim.ema_swap import averaged_weights
 from trainer.parallel.local_shard import local_part, part_of, whole_of
-from trainer.parallel.sharding import whole_tensor
 from trainer.parallel.worker import end_process
 
 PROFILES: dict[str, Profile] = {"ema": PlainEma(0.9), "short": PowerEma(0.05), "long": PowerEma(0.10)}
@@ -38,6 +38,11 @@ class Weights(nn.Module):
         for name, shape in {"matrix": (70, 321), "conv": (64, 8, 3, 3), "bias": (77,), "two": (2, 3001)}.items():
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype)))
         set_weights(self, 0)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """On each of the workers, who must all ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

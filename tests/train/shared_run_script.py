@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -219,7 +220,8 @@ def traffic(watched: profile) -> dict[str, int]:
 
 def save(strategy: Strategy, model: nn.Module, comm: Comm, out: Path, told: dict[str, str]) -> None:
     named = dict(model.named_parameters())
-    whole = {name: t.cpu().clone() for name, t in zip(named, strategy.whole_tensors(named.values()), strict=True)}
+    wholes = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in named.items()}  # all workers must ask
+    whole = {name: tensor.detach().cpu().clone() for name, tensor in wholes.items()}
     if comm.rank == 0:
         save_file(whole, out, metadata=told)
 

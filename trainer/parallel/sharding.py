@@ -104,11 +104,6 @@ def _give_back_cache(model: nn.Module) -> None:
         torch.cuda.empty_cache()
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that is spread over the workers, on each of them, who must all ask; others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def local_tensor(tensor: Tensor) -> Tensor:
     """This worker's share of a tensor, in the same memory; others as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

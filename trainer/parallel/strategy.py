@@ -16,7 +16,6 @@ from trainer.parallel.sharding import (
     materialize,
     prepare_pass,
     shard_model,
-    whole_tensor,
 )
 
 BUCKET_MB = 64  # fewer, larger reductions than DDP's 25 MiB: 1,680 tensors, most of them small
@@ -134,12 +133,6 @@ class Strategy:
         if not self.sharing.is_sharded:
             return nullcontext()
         return gathered(self.model, self.embeddings, keep_gathered=self.sharing.kind == "zero2")
-
-    def whole_tensors(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Tensors of the model or its optimizer as a whole, one by one; all workers must run through them all."""
-        with torch.no_grad():
-            for tensor in tensors:
-                yield whole_tensor(tensor.detach())
 
 
 def make_strategy(
