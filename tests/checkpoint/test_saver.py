@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.checkpoint import pieces
 from trainer.checkpoint.manifest import find_damage
-from trainer.checkpoint.saver import Folder, Saver, save_now
+from trainer.checkpoint.saver import Folder, NotFinite, Saver, save_now
 from trainer.checkpoint.write import TensorFile
 from trainer.parallel.local_shard import Held, held
 
@@ -58,8 +58,8 @@ def save_together(savers: Sequence[Saver], folders: Sequence[Folder]) -> list[Ex
     reasons: list[Exception | None] = []
     while savers[0].phase != "idle":
         flags = [saver.flags() for saver in savers]
-        busy, failed = (sum(column) for column in zip(*flags, strict=True))
-        reasons = [saver.after_exchange(busy, failed) for saver in savers]
+        sums = [sum(column) for column in zip(*flags, strict=True)]
+        reasons = [saver.after_exchange(*sums) for saver in savers]
     return reasons
 
 
@@ -124,6 +124,17 @@ def test_one_workers_failing_disk_gives_up_for_all_and_leaves_nothing(tmp_path: 
     folders = [Folder(place, [TensorFile(FILE, whole(tensors, r, 3), {})], {}) for r in range(3)]
     assert save_together(savers, folders) == [None] * 3
     assert find_damage(place) is None
+
+
+def test_one_workers_nan_is_one_for_all(tmp_path: Path) -> None:
+    """They have to decide alike whether another disk would help."""
+    tensors = {"weight": torch.ones(8, 4)}
+    savers = [Saver(rank, 2, "token", CPU, staging_bytes=None) for rank in range(2)]
+    files = [TensorFile(FILE, by_rows(tensors, rank, 2), {}) for rank in range(2)]
+    tensors["weight"][6, 1] = float("nan")
+    reasons = save_together(savers, [Folder(tmp_path / "step", [file], {}) for file in files])
+    assert isinstance(reasons[1], NotFinite) and str(reasons[1]) == f"{FILE}: weight holds NaN or infinity"
+    assert isinstance(reasons[0], NotFinite) and list(tmp_path.iterdir()) == []
 
 
 def test_a_write_that_fails_in_the_middle_leaves_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from trainer.model_files.run_model import RunModel, open_model
 from trainer.parallel.comm import Comm
 from trainer.train import loop
 from trainer.train.saved.state import TrainState
-from trainer.train.step import StepResult, train_step
+from trainer.train.step import StepParts, StepResult, train_step
 
 ALONE = Comm(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
 
@@ -47,13 +47,21 @@ class Watched:
 
 
 def watched_run(
-    config: Config, before_step: Callable[[int], None] = lambda step: None, stop_after: int | None = None
+    config: Config,
+    before_step: Callable[[int], None] = lambda step: None,
+    stop_after: int | None = None,
+    before_parts: Callable[[int, StepParts], None] = lambda step, parts: None,
 ) -> Watched:
-    """Train as the command does; `before_step` is called with the number of steps that this call has done."""
+    """Train as the command does.
+
+    `before_step` and `before_parts` are called with the number of steps that this call has done; the latter with what
+    the step works on too, to change it.
+    """
     watched = Watched()
 
-    def step(parts: object, batches: object, *rest: object, **named: object) -> StepResult:
+    def step(parts: StepParts, batches: object, *rest: object, **named: object) -> StepResult:
         before_step(len(watched.results))
+        before_parts(len(watched.results), parts)
         taken: list[Batch] = []
         watched.keys.append([])
         watched.results.append(train_step(parts, (taken.append(b) or b for b in batches), *rest, **named))  # type: ignore

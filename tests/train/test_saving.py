@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.data.small_set import write_small_set
 from tests.train.real_run import run_config, watched_run
@@ -17,6 +18,7 @@ from trainer.checkpoint.run_dir import checkpoint_dir, checkpoint_step, fallback
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
+from trainer.train.step import StepParts
 
 pytestmark = pytest.mark.e2e
 
@@ -107,3 +109,22 @@ def test_a_disk_that_fails_once_costs_one_checkpoint(
     said = "No space left on device" if kind == "disk_full" else "Input/output error"
     assert f"step-00000004: not written ({said}); training goes on, the next one is tried as usual" in caplog.text
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.suffix == ".tmp"]
+
+
+def test_what_is_not_finite_is_not_tried_on_another_disk(
+    configured: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another folder would refuse it as well, and stay in place of the run's own."""
+
+    @torch.no_grad()
+    def poison(step: int, parts: StepParts) -> None:
+        if step == 2:
+            next(parts.denoiser.unet.parameters()).view(-1)[0] = float("nan")
+
+    config = configured(4, every="never", every_steps=3, fallback_dir=str(tmp_path / "other"))
+    with pytest.raises(
+        UserError, match=r"step-00000004: the checkpoint could not be written: .* holds NaN or infinity"
+    ):
+        watched_run(config, before_parts=poison)
+    assert re.search(r"step-00000003: not written \(.* holds NaN or infinity\); training goes on", caplog.text)
+    assert not (tmp_path / "other").exists()

@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 _SMALL_BYTES = 64 << 10
 
 Phase = Literal["idle", "writing", "publishing"]
+FLAGS = 3
+"""Numbers that `Saver.flags` gives."""
 Exchange = Callable[[list[float]], list[float]]
 """Sums over all workers."""
 
@@ -101,29 +103,34 @@ class Saver:
             self._work.copied.wait()
 
     def flags(self) -> list[float]:
-        """Busy, failed: to be summed over all workers."""
+        """Busy, failed, and failed because a tensor is not finite: to be summed over all workers."""
         if self.phase == "idle":
-            return [0.0, 0.0]
+            return [0.0] * FLAGS
         writing = self._work is not None and not self._work.written.is_set()
         publishing = self._publishing is not None and self._publishing.is_alive()
-        return [float(writing or publishing), float(self._failure() is not None)]
+        failure = self._failure()
+        return [float(writing or publishing), float(failure is not None), float(isinstance(failure, NotFinite))]
 
     def _failure(self) -> Exception | None:
         return self._reason or (self._work.failure if self._work is not None else None)
 
-    def after_exchange(self, busy: float, failed: float) -> Exception | None:
+    def after_exchange(self, busy: float, failed: float, not_finite: float) -> Exception | None:
         """Go on to the next phase, as all workers do at the same time.
 
         Args:
-            busy, failed: sums of `flags`.
+            busy, failed, not_finite: sums of `flags`.
 
         Returns:
-            Why the save was given up, if it was: this worker's reason, or that it was another's. Nothing is left of it.
+            Why the save was given up, if it was: this worker's reason, or that it was another's; of the same kind, a
+            `NotFinite` or not, on all workers. Nothing is left of it.
         """
         if self.phase == "idle" or busy:
             return None
         if failed:
-            reason = self._failure() or OSError(errno.EIO, "another worker could not write its share; its log says why")
+            reason = self._failure()
+            if not_finite and not isinstance(reason, NotFinite):
+                reason = NotFinite("a worker holds NaN or infinity; its log says where")
+            reason = reason or OSError(errno.EIO, "another worker could not write its share; its log says why")
             if self._rank == 0:
                 for folder in self.folders:
                     shutil.rmtree(self._temporary(folder), ignore_errors=True)

@@ -14,7 +14,7 @@ from trainer.checkpoint.run_dir import (
     hand_over_config,
     prune_checkpoints,
 )
-from trainer.checkpoint.saver import Folder, Saver
+from trainer.checkpoint.saver import FLAGS, Folder, NotFinite, Saver
 from trainer.config.schema import Config
 from trainer.config.values import seconds_of
 from trainer.errors import UserError
@@ -32,7 +32,7 @@ from trainer.train.saved.state import TrainState
 _log = logging.getLogger(__name__)
 _HOST_SHARE = 1 / 8  # of its free memory, for the copies of all workers
 _LONG = 4.0  # intervals
-TOLD = 3
+TOLD = FLAGS + 1
 """Numbers that `Saving.tell` gives."""
 
 
@@ -62,7 +62,7 @@ class Saving:
         self._published: list[int] = []
 
     def tell(self) -> list[float]:
-        """Busy, failed, due by rank 0's clock: to be summed over all workers."""
+        """The saver's flags, and whether one is due by rank 0's clock: to be summed over all workers."""
         since_s = time.monotonic() - self._begun_s
         due = self._comm.rank == 0 and self._interval_s is not None and since_s >= self._interval_s
         return [*self._saver.flags(), float(due)]
@@ -94,8 +94,8 @@ class Saving:
             UserError: it could not be written at the run's end.
         """
         self._run = run
-        busy, failed, due_by_clock = told
-        self._ended(self._saver.after_exchange(busy, failed))
+        *flags, due_by_clock = told
+        self._ended(self._saver.after_exchange(*flags))
         wish, step = self._config.checkpoint, state.step
         due_by_step = any(every and step % every == 0 for every in (wish.every_steps, wish.keep_every_steps))
         snapshot = snapshot_is_due(self._config.ema, step)
@@ -122,13 +122,18 @@ class Saving:
     def _finish_run(self, state: TrainState) -> None:
         """Wait for the last checkpoint; if it fails, try the fallback folder."""
         reason = self._saver.finish(self._sums)
-        if reason is not None and self._config.checkpoint.fallback_dir and not self._to_fallback:
+        if reason is not None and self._helps_elsewhere(reason):
             self._ended(reason)
             self._begin(self._folders(state, checkpoint=True, snapshot=False), state.step)
             reason = self._saver.finish(self._sums)
         reasons = [said for said in gather_objects(self._comm, reason and _said(reason)) if said]
         if reasons:
             raise UserError(f"{self._path(state.step)}: the checkpoint could not be written: {reasons[0]}")
+
+    def _helps_elsewhere(self, reason: Exception) -> bool:
+        """Whether another disk may take what this one did not."""
+        is_the_disk = not isinstance(reason, NotFinite)
+        return is_the_disk and self._config.checkpoint.fallback_dir is not None and not self._to_fallback
 
     def _sums(self, values: list[float]) -> list[float]:
         return sum_floats(self._comm, values)
@@ -138,11 +143,11 @@ class Saving:
         if reason is None:
             self._to_fallback = self._to_fallback and self._saver.phase != "idle"
             return
-        path, fallback = self._path(self._begun_step), self._config.checkpoint.fallback_dir
+        path = self._path(self._begun_step)
         again = "training goes on, the next one is tried as usual"
-        self._again = self._to_fallback = bool(fallback) and not self._to_fallback
+        self._again = self._to_fallback = self._helps_elsewhere(reason)
         if self._again:
-            again = f"trying again in {fallback}"
+            again = f"trying again in {self._config.checkpoint.fallback_dir}"
         _log.warning("%s: not written (%s); %s", path, _said(reason), again)
 
     def _tell_late(self) -> None:
