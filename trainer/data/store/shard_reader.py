@@ -15,6 +15,7 @@ from trainer.data.buckets import Bucket, Placement
 from trainer.data.images import BadImage, load_mask, load_view
 from trainer.data.masks import FULL, BadMask
 from trainer.data.sources.source import OWN_MASK, WHOLE, MaskPlace
+from trainer.data.store.edits import OpenEdit
 from trainer.data.store.npz import BadNpz, read_latents
 from trainer.data.store.references import (
     MASK_REFERENCE_BYTES,
@@ -64,6 +65,7 @@ class OpenShard:
 
     __slots__ = (
         "caption_bytes",
+        "edit",
         "fd",
         "file_bytes",
         "files",
@@ -83,15 +85,17 @@ class OpenShard:
         file_bytes: int,
         header_crc: int,
         files: ReferencedFiles | None = None,
+        edit: OpenEdit | None = None,
     ):
         """Raises OSError, or ShardError where the file's size or header is not as recorded.
 
         Args:
             files: through which the files are read that rows refer to; default: of this shard alone.
+            edit: what has changed of its rows since it was written.
         """
         self.fd = -1
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        self.rows, self.offsets = rows, offsets
+        self.rows, self.offsets, self.edit = rows, offsets, edit
         self.key_bytes = offsets["caption_bytes"] - offsets["key_bytes"]
         self.caption_bytes = offsets["excluded_bytes"] - offsets["caption_bytes"]
         self.file_bytes = offsets["key_bytes"] - offsets["file_bytes"]
@@ -118,14 +122,25 @@ class OpenShard:
             os.close(self.fd)
 
     def ends_of_repeats(self, virtual_rows: int) -> np.ndarray:
-        """Cumulative repeats of the rows, int64 [n]; ShardError where they do not add up to `virtual_rows`."""
+        """Cumulative repeats of the rows that count, int64 [n]; ShardError where they do not add up to
+        `virtual_rows`."""
         if self.repeat_ends is None:
-            raw = os.pread(self.fd, 4 * self.rows, self.offsets["repeats"])
-            ends = np.cumsum(np.frombuffer(raw, dtype="<u4"), dtype=np.int64)
-            if len(ends) != self.rows or ends[-1] != virtual_rows:
+            repeats = self.repeats()
+            ends = np.cumsum(repeats, dtype=np.int64)
+            if not len(ends) or ends[-1] != virtual_rows:
                 raise ShardError("the repeats are not as recorded")
             self.repeat_ends = ends
         return self.repeat_ends
+
+    def repeats(self) -> np.ndarray:
+        """How often each row that counts is seen per epoch, u32 [n]."""
+        if self.edit is not None:
+            return self.edit.repeats
+        raw = os.pread(self.fd, 4 * self.rows, self.offsets["repeats"])
+        repeats = np.frombuffer(raw, dtype="<u4")
+        if len(repeats) != self.rows:
+            raise ShardError("the file ends before its repeats do")
+        return repeats
 
 
 def read_row(
@@ -181,6 +196,8 @@ def read_record(shard: OpenShard, row: int) -> RowRecord:
         mask = line, path
     if crc32c(b"".join(parts)) != _u32(shard, "meta_crc32c", row):
         raise ShardError("checksum mismatch in the caption, key or sizes")
+    if shard.edit is not None and (changed := shard.edit.text_of(row)) is not None:
+        key, caption = changed
     _check_caption(caption)
     try:
         return RowRecord(
@@ -208,17 +225,21 @@ def _check_caption(caption: bytes) -> None:
 
 
 def read_captions(shard: OpenShard) -> tuple[list[bytes], list[int]]:
-    """The caption records of all rows and how often each is seen, in a few large reads and without the checksums.
+    """The caption records of all rows that count and how often each is seen, in few reads and without the checksums.
 
     Raises as `read_row` does.
     """
     raw = os.pread(shard.fd, 8 * (shard.rows + 1), shard.offsets["caption_offsets"])
     ends = np.frombuffer(raw, dtype="<u8").tolist()
     blob = os.pread(shard.fd, shard.caption_bytes, shard.offsets["caption_bytes"])
-    repeats = np.frombuffer(os.pread(shard.fd, 4 * shard.rows, shard.offsets["repeats"]), dtype="<u4").tolist()
-    if len(ends) != shard.rows + 1 or len(blob) != shard.caption_bytes or len(repeats) != shard.rows:
+    repeats = shard.repeats().tolist()
+    if len(ends) != shard.rows + 1 or len(blob) != shard.caption_bytes:
         raise ShardError("the file ends before its captions do")
-    return [blob[begin:end] for begin, end in pairwise(ends)], repeats
+    captions = [blob[begin:end] for begin, end in pairwise(ends)]
+    if shard.edit is not None:
+        texts = [(row, shard.edit.text_of(row)) for row in shard.edit.rows.tolist()]
+        captions = [captions[row] if changed is None else changed[1] for row, changed in texts]
+    return captions, repeats
 
 
 def read_payload(

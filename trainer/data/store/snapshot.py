@@ -14,6 +14,7 @@ import numpy as np
 
 from trainer.data.augment import ChooseView, View, centred_view
 from trainer.data.buckets import Bucket, Placement
+from trainer.data.store.edits import Edit, EditFile, OpenEdit, edits_file
 from trainer.data.store.references import ReferencedFiles
 from trainer.data.store.shard_reader import OpenShard, PayloadError, RowRecord, read_captions, read_record, read_row
 from trainer.data.store.shards import LATENT_CHANNELS, LATENT_FACTOR, SECTIONS, ShardError, ShardInfo
@@ -23,8 +24,9 @@ from trainer.errors import UserError
 SPLITS = ("train", "validation")
 OPEN_FILES = 256
 """Shards that a process keeps open; well below the usual limit of 1,024 descriptors."""
+_OPEN_EDITS = 64
 
-_ROWS, _VIRTUAL_ROWS, _UNIFORM_REPEATS, _FILE_BYTES, _HEADER_CRC = range(5)  # columns of PreparedSet._facts
+_ROWS, _VIRTUAL_ROWS, _UNIFORM_REPEATS, _FILE_ROWS, _FILE_BYTES, _HEADER_CRC = range(6)  # columns of PreparedSet._facts
 _LATENTS = SECTIONS.index("latents")  # column of PreparedSet._offsets
 
 
@@ -102,10 +104,12 @@ class PreparedSet:
         """(positions, width of hidden states, width of pooled) of the cached text outputs, where there are any."""
         self._names = [shard.name for shard in snapshot.shards]
         # Arrays in place of an object per shard: a tenth of the memory.
-        self._facts = np.array([_facts(shard.info) for shard in snapshot.shards], dtype=np.int64)
+        self._facts = np.array([_facts(shard) for shard in snapshot.shards], dtype=np.int64)
+        self._edits = {number: shard.edit for number, shard in enumerate(snapshot.shards) if shard.edit is not None}
+        self._edit_files: OrderedDict[int, EditFile] = OrderedDict()
         self._offsets = np.array([_offsets(shard.info) for shard in snapshot.shards], dtype=np.int64)
         self._groups = {split: _groups(snapshot.shards, split) for split in SPLITS}
-        self._images = {split: sum(s.info.rows for s in snapshot.shards if s.split == split) for split in SPLITS}
+        self._images = {split: sum(s.rows for s in snapshot.shards if s.split == split) for split in SPLITS}
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         self._files = ReferencedFiles()
@@ -228,7 +232,8 @@ class PreparedSet:
         return self._read(payload, masks, group.shards[places].tolist(), within.tolist(), choose_view)
 
     def read_shard(self, shard: ShardSummary, rows: range) -> Rows:
-        """Read rows by their number in one shard, each in its first repeat, with their masks; otherwise like `read`."""
+        """Read rows by their number among those of one shard that count, each in its first repeat, with their masks;
+        otherwise like `read`."""
         uniform = int(self._facts[shard.index, _UNIFORM_REPEATS])
         within = [row * uniform for row in rows]
         if not uniform:
@@ -333,15 +338,18 @@ class PreparedSet:
     def _uniform_row(self, shard_index: int, virtual: int) -> int:
         """The row, as far as it can be told without opening the shard; else -1."""
         uniform = int(self._facts[shard_index, _UNIFORM_REPEATS])
-        return virtual // uniform if uniform else -1
+        return virtual // uniform if uniform and shard_index not in self._edits else -1
 
     def _row_of(self, shard: OpenShard, shard_index: int, virtual: int) -> tuple[int, int]:
+        """Its number in the shard, and which of its repeats it is."""
         uniform = int(self._facts[shard_index, _UNIFORM_REPEATS])
         if uniform:
-            return divmod(virtual, uniform)
-        ends = shard.ends_of_repeats(int(self._facts[shard_index, _VIRTUAL_ROWS]))
-        row = int(np.searchsorted(ends, virtual, side="right"))
-        return row, virtual - (int(ends[row - 1]) if row else 0)
+            place, repeat = divmod(virtual, uniform)
+        else:
+            ends = shard.ends_of_repeats(int(self._facts[shard_index, _VIRTUAL_ROWS]))
+            place = int(np.searchsorted(ends, virtual, side="right"))
+            repeat = virtual - (int(ends[place - 1]) if place else 0)
+        return place if shard.edit is None else int(shard.edit.rows[place]), repeat
 
     def _shard(self, index: int) -> OpenShard:
         with self._lock:
@@ -349,17 +357,29 @@ class PreparedSet:
             if shard is not None:
                 self._open.move_to_end(index)
                 return shard
-        rows, _, _, file_bytes, header_crc = self._facts[index].tolist()
+        _, _, _, rows, file_bytes, header_crc = self._facts[index].tolist()
         offsets = dict(zip(SECTIONS, self._offsets[index].tolist(), strict=True))
         # Not a Path: it would intern each name, and the table of interned strings would double, by megabytes.
         path = f"{self.path}/{self._names[index]}"
-        shard = OpenShard(path, rows, offsets, file_bytes, header_crc, self._files)
+        edit = self._edits.get(index)
+        opened = None if edit is None else self._open_edit(edit, rows)
+        shard = OpenShard(path, rows, offsets, file_bytes, header_crc, self._files, opened)
         with self._lock:
             self._open[index] = shard
             # An evicted shard is closed when no thread reads from it any more: its last reference closes it.
             while len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
         return shard
+
+    def _open_edit(self, edit: Edit, shard_rows: int) -> OpenEdit:
+        with self._lock:
+            file = self._edit_files.get(edit.file)
+            if file is None:
+                file = self._edit_files[edit.file] = EditFile(edits_file(self.path, edit.file))
+                while len(self._edit_files) > _OPEN_EDITS:
+                    self._edit_files.popitem(last=False)
+            self._edit_files.move_to_end(edit.file)
+        return OpenEdit(edit, file, shard_rows)
 
     def _forget(self, index: int) -> None:
         with self._lock:
@@ -375,8 +395,9 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _facts(info: ShardInfo) -> tuple[int, ...]:
-    return info.rows, info.virtual_rows, info.uniform_repeats, info.file_bytes, info.header_crc32c
+def _facts(shard: ShardEntry) -> tuple[int, ...]:
+    counts = shard.rows, shard.virtual_rows, shard.uniform_repeats
+    return *counts, shard.info.rows, shard.info.file_bytes, shard.info.header_crc32c
 
 
 def _offsets(info: ShardInfo) -> list[int]:
@@ -386,11 +407,11 @@ def _offsets(info: ShardInfo) -> list[int]:
 def _groups(shards: tuple[ShardEntry, ...], split: str) -> list[_Group]:
     members: dict[Bucket, list[int]] = {}
     for i, shard in enumerate(shards):
-        if shard.split == split and shard.info.virtual_rows:
+        if shard.split == split and shard.virtual_rows:
             members.setdefault(shard.bucket, []).append(i)
     groups = []
     for bucket in sorted(members):
-        counts = [shards[i].info.virtual_rows for i in members[bucket]]
+        counts = [shards[i].virtual_rows for i in members[bucket]]
         starts = np.cumsum([0, *counts], dtype=np.int64)
         groups.append(_Group(bucket, np.array(members[bucket], dtype=np.int64), starts))
     return groups

@@ -2,30 +2,64 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.data.buckets import Bucket
+from trainer.data.store.edits import Edit
 from trainer.data.store.shards import SECTIONS, ShardInfo
 from trainer.errors import UserError
 from trainer.guards import Refused, read_json, read_text
 
-SNAPSHOT_FORMAT = "sdxl-train snapshot 1"
+SNAPSHOT_FORMAT = "sdxl-train snapshot 2"
+_FORMATS = ("sdxl-train snapshot 1", SNAPSHOT_FORMAT)  # the first has no edits and no parts
 _NAME = re.compile(r"\d{6,12}\.json")
 _SPLITS = ("train", "validation")
 _MOST_NAME_BYTES = 4096
 _MOST_COUNT, _MOST_SIZE = 1 << 48, 1 << 16
 
 
+class Part(NamedTuple):
+    """Rows of a shard that follow each other and are of one source, by its name; virtual rows count repeats."""
+
+    source: str
+    rows: int
+    virtual_rows: int
+
+
 @dataclass(frozen=True)
 class ShardEntry:
-    """A shard as the snapshot lists it; `name` is relative to the prepared folder."""
+    """A shard as the snapshot lists it.
+
+    Attributes:
+        name: relative to the prepared folder.
+        info: of the file.
+        edit: what has changed of its rows since it was written.
+        parts: its rows that count, by source, in their order; of snapshots of the format before this one none.
+    """
 
     name: str
     split: str
     bucket: Bucket
     info: ShardInfo
+    edit: Edit | None = None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Images that count."""
+        return self.info.rows if self.edit is None else self.edit.rows
+
+    @property
+    def virtual_rows(self) -> int:
+        """Images that count, times their repeats."""
+        return self.info.virtual_rows if self.edit is None else self.edit.virtual_rows
+
+    @property
+    def uniform_repeats(self) -> int:
+        """The repeats of each of them, or 0 where they differ."""
+        return self.info.uniform_repeats if self.edit is None else self.edit.uniform_repeats
 
 
 @dataclass(frozen=True)
@@ -59,11 +93,14 @@ def snapshot_to_json(snapshot: Snapshot) -> str:
     """One list per column, so that thousands of shards stay small and quick to read."""
     shards, infos = snapshot.shards, [shard.info for shard in snapshot.shards]
     present = [name for name in SECTIONS if any(info.offsets[name] >= 0 for info in infos)]
+    names = sorted({part.source for shard in shards for part in shard.parts})
+    numbers = {name: number for number, name in enumerate(names)}
     document = {
         "format": SNAPSHOT_FORMAT,
         "number": snapshot.number,
         "generations": snapshot.generations,
         "settings": snapshot.settings,
+        "sources": names,
         "shards": {
             "name": [shard.name for shard in shards],
             "split": [shard.split for shard in shards],
@@ -75,6 +112,8 @@ def snapshot_to_json(snapshot: Snapshot) -> str:
             "header_crc32c": [info.header_crc32c for info in infos],
             "text_shape": next((info.text_shape for info in infos if info.text_shape), None),
             "offsets": {name: [info.offsets[name] for info in infos] for name in present},
+            "edit": [None if shard.edit is None else list(asdict(shard.edit).values()) for shard in shards],
+            "parts": [[[numbers[part.source], *part[1:]] for part in shard.parts] for shard in shards],
         },
     }
     return json.dumps(document, ensure_ascii=False, indent=None, separators=(",", ":")) + "\n"
@@ -94,7 +133,7 @@ def read_snapshot(prepared: Path, name: str) -> Snapshot:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     found = document.get("format") if isinstance(document, dict) else None
-    if found != SNAPSHOT_FORMAT:
+    if found not in _FORMATS:
         raise UserError(f"{path}: is of format '{str(found)[:60]}', this version reads '{SNAPSHOT_FORMAT}'")
     try:
         return _snapshot(document)
@@ -111,7 +150,10 @@ def _snapshot(document: dict[str, Any]) -> Snapshot:
         raise ValueError("its settings are no object")
     if not (shape is None or (len(shape) == 3 and all(map(_is_size, shape)))):
         raise ValueError("text_shape is not three sizes")
-    count = len(columns["name"])
+    count, names = len(columns["name"]), document.get("sources", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("its sources are no names")
+    edits, parts = columns.get("edit", [None] * count), columns.get("parts", [[]] * count)
     for column, values in [*columns.items(), *offsets.items()]:
         if column not in ("text_shape", "offsets") and (not isinstance(values, list) or len(values) != count):
             raise ValueError(f"{column} is not {count} values")
@@ -130,6 +172,8 @@ def _snapshot(document: dict[str, Any]) -> Snapshot:
                 text_shape=(shape[0], shape[1], shape[2]) if shape else None,
                 excluded=(),
             ),
+            edit=None if edits[i] is None else _edit(edits[i]),
+            parts=tuple(_part(names, part) for part in parts[i]),
         )
         for i, shard_name in enumerate(columns["name"])
     )
@@ -139,6 +183,19 @@ def _snapshot(document: dict[str, Any]) -> Snapshot:
     if not _is_count(number) or not all(map(_is_count, generations)):
         raise ValueError("its number or its generations are no whole numbers")
     return Snapshot(number, tuple(generations), settings, entries)
+
+
+def _edit(values: list[int]) -> Edit:
+    if len(values) != len(fields(Edit)) or not all(map(_is_count, values)):
+        raise ValueError("an edit is not eight whole numbers")
+    return Edit(*values)
+
+
+def _part(names: list[str], values: list[int]) -> Part:
+    number, rows, virtual_rows = values
+    if not all(map(_is_count, values)):
+        raise ValueError("a part is not three whole numbers")
+    return Part(names[number], rows, virtual_rows)
 
 
 def _check_entry(entry: ShardEntry) -> None:
@@ -156,6 +213,16 @@ def _check_entry(entry: ShardEntry) -> None:
         raise ValueError(f"{name} has {info.rows} rows and {info.virtual_rows} with repeats, which do not go together")
     if not all(-1 <= at <= info.file_bytes for at in info.offsets.values()):
         raise ValueError(f"{name} has sections beyond its end")
+    edit = entry.edit
+    if edit is not None and (
+        max(edit.rows, edit.changed) > info.rows
+        or (edit.uniform_repeats and edit.virtual_rows != edit.rows * edit.uniform_repeats)
+        or (edit.virtual_rows and not edit.rows)
+    ):
+        raise ValueError(f"{name} has an edit that does not fit it")
+    sums = tuple(map(sum, zip(*[part[1:] for part in entry.parts], strict=True)))
+    if entry.parts and sums != (entry.rows, entry.virtual_rows):
+        raise ValueError(f"{name} has parts that are not all of it")
 
 
 def _is_count(value: object) -> bool:
