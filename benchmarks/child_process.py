@@ -194,8 +194,9 @@ def index(folder: str) -> None:
     """The whole of `prepare` for a metadata file and latents that are used in place."""
     from synthetic_set import metadata_settings
 
+    from trainer.data.prepare.commit import commit
     from trainer.data.prepare.encode import encode_shards
-    from trainer.data.prepare.stages import commit, plan_prepare
+    from trainer.data.prepare.stages import plan_prepare
 
     begin = time.perf_counter()
     settings = metadata_settings(Path(folder))
@@ -215,8 +216,9 @@ def prepare(photos: str, prepared: str) -> None:
     """The whole of `prepare` for a folder of photographs."""
     from synthetic_set import photo_settings, stand_in_vae
 
+    from trainer.data.prepare.commit import commit
     from trainer.data.prepare.encode import encode_shards
-    from trainer.data.prepare.stages import commit, plan_prepare
+    from trainer.data.prepare.stages import plan_prepare
 
     _tell()
     settings = photo_settings(Path(photos), Path(prepared))

@@ -17,13 +17,13 @@ from synthetic_set import stand_in_tokens
 
 from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record
+from trainer.data.catalog.settings import replace_file
 from trainer.data.loader import BatchReader, Request
 from trainer.data.loss_weights import LossWeights, TagSeparators
-from trainer.data.prepare.settings import replace_file
-from trainer.data.prepare.tag_counts import balanced, count_tags, tag_counts
 from trainer.data.store.shards import RowBatch, ShardHead, read_info, write_shard
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.store.snapshot_file import ShardEntry, Snapshot, snapshot_name, snapshot_to_json
+from trainer.data.survey.tag_counts import balanced, count_tags, tag_counts
 
 ROWS_PER_SHARD = 2048
 TAGS = 1_000_000

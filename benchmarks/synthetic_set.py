@@ -20,7 +20,7 @@ import numpy as np
 from trainer.config.sections.sources import FolderSource, KohyaJsonSource
 from trainer.data.buckets import Bucket, BucketRules, make_buckets
 from trainer.data.captions import caption_record
-from trainer.data.prepare.settings import PrepareSettings, replace_file
+from trainer.data.catalog.settings import PrepareSettings, replace_file
 from trainer.data.sources.source import WHOLE
 from trainer.data.store.references import Reference
 from trainer.data.store.shards import RowBatch, ShardHead, read_info, write_shard

@@ -13,9 +13,10 @@ from PIL import Image
 
 from trainer.config.sections.sources import Source
 from trainer.data.buckets import BucketRules
+from trainer.data.catalog.settings import PrepareSettings
+from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards
-from trainer.data.prepare.settings import PrepareSettings
-from trainer.data.prepare.stages import commit, plan_prepare
+from trainer.data.prepare.stages import plan_prepare
 from trainer.data.store.snapshot import PreparedSet
 
 Bytes = tuple[Callable[[Random], bytes], ...]

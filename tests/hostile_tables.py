@@ -26,8 +26,8 @@ from trainer.config.sections.sources import (
     Source,
     WebdatasetSource,
 )
-from trainer.data.prepare.tag_file import read_tag_file
 from trainer.data.sources.metadata import read_metadata
+from trainer.data.survey.tag_file import read_tag_file
 
 IMAGE = encoded("PNG")
 LATENTS = kohya_npz(0)

@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.config.sections.sources import Source
 from trainer.data.buckets import BucketRules
-from trainer.data.prepare.settings import PrepareSettings
+from trainer.data.catalog.settings import PrepareSettings
 
 
 def latents_of(seed: int, bucket_hw: tuple[int, int] = (64, 128)) -> np.ndarray:

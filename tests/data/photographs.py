@@ -8,7 +8,7 @@ from skimage import data
 
 from trainer.config.sections.sources import FolderSource
 from trainer.data.buckets import BucketRules
-from trainer.data.prepare.settings import PrepareSettings
+from trainer.data.catalog.settings import PrepareSettings
 
 RULES = BucketRules(resolution=128, min_px=64, max_px=256, step_px=64)
 

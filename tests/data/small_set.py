@@ -7,7 +7,7 @@ import numpy as np
 
 from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record
-from trainer.data.prepare.settings import replace_file
+from trainer.data.catalog.settings import replace_file
 from trainer.data.store.shards import EncodeText, RowBatch, ShardHead, read_info, write_shard
 from trainer.data.store.snapshot_file import ShardEntry, Snapshot, snapshot_name, snapshot_to_json
 

@@ -22,7 +22,8 @@ from trainer.data.buckets import Bucket
 from trainer.data.captions import CaptionRules, caption_record, compose
 from trainer.data.loader import Batch, BatchReader, Loader, Request, open_loader, pack, unpack
 from trainer.data.sampler import Position, planned_steps, share, with_global_batch
-from trainer.data.store.snapshot import PreparedSet, RowProblem
+from trainer.data.store.rows import RowProblem
+from trainer.data.store.snapshot import PreparedSet
 from trainer.keyed import draw_seed, draw_uniform
 
 TALL, SQUARE, WIDE = Bucket(128, 64), Bucket(64, 64), Bucket(64, 128)

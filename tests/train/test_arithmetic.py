@@ -9,7 +9,8 @@ import pytest
 from tests.data.photographs import coffee
 from tests.train.real_run import model_of, run_config, watched_run
 from trainer.data.buckets import Bucket
-from trainer.data.prepare.stages import commit, plan_prepare
+from trainer.data.prepare.commit import commit
+from trainer.data.prepare.stages import plan_prepare
 from trainer.train.arithmetic import MOST_BATCHES, batch_factors
 from trainer.train.workers.prepare_worker import encode_share, note_references, prepare_settings
 

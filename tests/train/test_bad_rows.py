@@ -17,7 +17,7 @@ from trainer.data.buckets import Bucket
 from trainer.data.loader import BatchReader, Request
 from trainer.data.sampler import Position, planned_steps
 from trainer.data.store import snapshot
-from trainer.data.store.snapshot import RowProblem
+from trainer.data.store.rows import RowProblem
 from trainer.errors import UserError
 from trainer.model.text import load_tokenizers
 from trainer.train import bad_rows

@@ -9,7 +9,7 @@ from tests.train.real_run import model_of
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.captions import PLAIN, CaptionRules, caption_record
-from trainer.data.prepare.settings import PrepareSettings
+from trainer.data.catalog.settings import PrepareSettings
 from trainer.errors import UserError
 from trainer.train.caption_rules import caption_rules, describe_captions, require_captions, survey_of
 from trainer.train.workers.prepare_worker import prepare_settings

@@ -13,7 +13,8 @@ from tests.train.real_run import ALONE, model_of, run_config, watched_run
 from trainer.config.schema import Config
 from trainer.data.augment import NOT_AUGMENTED, Augmentation
 from trainer.data.loader import Batch, BatchReader, Request, open_loader
-from trainer.data.prepare.stages import commit, is_current, plan_prepare
+from trainer.data.prepare.commit import commit
+from trainer.data.prepare.stages import is_current, plan_prepare
 from trainer.data.sampler import Position
 from trainer.data.store.snapshot import PreparedSet
 from trainer.model.latents import encoded_batches

@@ -11,8 +11,9 @@ from tests.data.kohya_files import entry, kohya_npz, write_files, write_metadata
 from tests.train.real_run import Watched, model_of, run_config, watched_run
 from trainer.cli.start_workers import prepare
 from trainer.config.schema import Config
+from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards
-from trainer.data.prepare.stages import commit, plan_repack
+from trainer.data.prepare.stages import plan_repack
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
 from trainer.model_files.diffusers_folder import read_config

@@ -16,7 +16,8 @@ from tests.train.test_step import assert_same_step, denoiser, make_batch, make_p
 from trainer.config.schema import Config
 from trainer.config.sections.objective_config import ObjectiveConfig
 from trainer.data.loader import Batch
-from trainer.data.prepare.stages import commit, is_current, plan_prepare
+from trainer.data.prepare.commit import commit
+from trainer.data.prepare.stages import is_current, plan_prepare
 from trainer.data.store.snapshot import PreparedSet
 from trainer.diffusion.masking import area_mean, masked_mean
 from trainer.errors import UserError

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.config.schema import OptimizerConfig
 from trainer.data.loader import Batch
-from trainer.data.store.snapshot import RowProblem
+from trainer.data.store.rows import RowProblem
 from trainer.diffusion.importance import LossHistory
 from trainer.diffusion.learner import Learner
 from trainer.diffusion.objective import Objective, taught

@@ -11,19 +11,23 @@ from tqdm import tqdm
 
 from trainer.cli.crew import first_crew
 from trainer.cli.keep_running import keep_running
+from trainer.config.rules_sources import is_needed_to_train
 from trainer.config.schema import Config
-from trainer.data.prepare.caption_survey import planned_records
-from trainer.data.prepare.image_weights import counted, describe_tags
+from trainer.config.sections.sources import HfSource
+from trainer.data.catalog.scan import Removed
+from trainer.data.prepare.commit import commit
 from trainer.data.prepare.stages import (
     PrepareCounts,
-    commit,
     forget_plan,
     is_current,
     plan_prepare,
     plan_repack,
     progress,
 )
+from trainer.data.sources.listing import is_there, main_path
 from trainer.data.store.snapshot import PreparedSet
+from trainer.data.survey.caption_survey import planned_records
+from trainer.data.survey.image_weights import counted, describe_tags
 from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
@@ -52,7 +56,13 @@ def worker_count(config: Config) -> int:
 
 def ensure_prepared(config: Config, model: RunModel) -> int:
     """Prepare the data set if it is not there yet; returns an exit code. New images are not looked for."""
-    return 0 if is_current(prepare_settings(config, model)) else prepare(config, model)
+    if not is_current(prepare_settings(config, model)):
+        return prepare(config, model)
+    for source in config.data.sources:
+        place = main_path(source)
+        if not is_needed_to_train(config, source) and not isinstance(source, HfSource) and not is_there(place):
+            print(f"{place} is not there; training on what was prepared from it")
+    return 0
 
 
 def await_prepared(config: Config, model: RunModel) -> None:
@@ -62,16 +72,21 @@ def await_prepared(config: Config, model: RunModel) -> None:
         time.sleep(_POLL_S)
 
 
-def prepare(config: Config, model: RunModel, repack: bool = False, limit: int | None = None) -> int:
-    """Find new images, encode them on all workers, and make them part of the data set; returns an exit code.
+def prepare(
+    config: Config, model: RunModel, repack: bool = False, limit: int | None = None, removed: Removed = "ask"
+) -> int:
+    """Find what is new or has changed, encode new images on all workers, and make all that a new snapshot.
+
+    Returns an exit code.
 
     Args:
+        removed: what becomes of images that are not there any more.
         repack: store latents that are used where they lie in the data set's own shards, on all workers.
         limit: look at no more than the first so many images that each source lists.
     """
     prepared = config.data.prepared
     print(f"preparing {prepared}")
-    counts = plan_prepare(prepare_settings(config, model), limit=limit)
+    counts = plan_prepare(prepare_settings(config, model), limit=limit, removed=removed)
     for line in describe_plan(counts):
         print(line)
     captions = survey_of(config, planned_records(prepared))
@@ -126,8 +141,18 @@ def describe_plan(counts: PrepareCounts) -> list[str]:
     """What a scan of the sources found."""
     scan = counts.scan
     lines = [f"{scan.listed:,} images found: {scan.new:,} new, {scan.known:,} prepared before, {scan.bad:,} unusable"]
-    if scan.changed or scan.removed:
-        lines.append(f"{scan.changed:,} changed and {scan.removed:,} removed ones stay as they were prepared")
+    changes = {
+        "new captions": scan.captions,
+        "seen more or less often": scan.repeats,
+        "renamed": scan.renamed,
+        "moved": scan.moved,
+        "back": scan.back,
+        "changed, to be encoded anew": scan.changed,
+        "removed": scan.removed,
+        "not there any more, but kept": scan.kept,
+    }
+    if any(changes.values()):
+        lines.append("changes: " + ", ".join(f"{number:,} {what}" for what, number in changes.items() if number))
     if counts.empty_captions:
         lines.append(f"{counts.empty_captions:,} of {counts.new_rows:,} new images have no caption")
     if counts.masks is not None and counts.new_rows:

@@ -107,9 +107,16 @@ def field_at(key: Key) -> FieldInfo | None:
     return section.model_fields.get(str(key[-1])) if section else None
 
 
+def keys_of(section: type[BaseModel]) -> list[str]:
+    """The keys of a section, its own before those that others of its kind have as well."""
+    shared = {name for base in section.__mro__[1:] if issubclass(base, BaseModel) for name in base.model_fields}
+    return sorted(section.model_fields, key=lambda name: name in shared)
+
+
 def all_keys(section: type[BaseModel] = Config, at: Key = ()) -> Iterator[Key]:
     """Every key of the schema that holds a value; entries of a list of sections stand under index 0."""
-    for name, field in section.model_fields.items():
+    for name in keys_of(section):
+        field = section.model_fields[name]
         inner, entries = section_of(field.annotation), entries_of(field.annotation)
         if inner:
             yield from all_keys(inner, (*at, name))

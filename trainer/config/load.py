@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from trainer.config.fields import Key, Problem, dotted, entries_of, entry_of, is_under, section_of
+from trainer.config.fields import Key, Problem, dotted, entries_of, entry_of, is_under, keys_of, section_of
 from trainer.config.rules import bad_paths, broken_rules
 from trainer.config.schema import Config
 from trainer.config.spelling import nearest_path
@@ -86,7 +86,7 @@ def to_yaml(config: Config) -> str:
 
 def _plain(value: object) -> object:
     if isinstance(value, BaseModel):
-        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+        return {name: _plain(getattr(value, name)) for name in keys_of(type(value))}
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
     return str(value.absolute()) if isinstance(value, Path) else value

@@ -1,5 +1,7 @@
 """What rules between fields are made of: which values were given, and a problem that shows them."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -9,7 +11,7 @@ from trainer.config.schema import Config
 from trainer.config.wording import shown
 
 
-def clash(config: Config, names: tuple[str, ...], rule: str) -> Problem:
+def clash(config: Config, names: Sequence[str], rule: str) -> Problem:
     """A problem of the keys `names`, which are shown with their values."""
     said = []
     for name in names:
@@ -58,3 +60,8 @@ def _plain(value: object) -> object:
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def full_path(path: Path) -> Path:
+    """Without links, whether it is there or not."""
+    return Path(os.path.realpath(path))

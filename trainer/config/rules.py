@@ -5,25 +5,18 @@ than the default, so that a configuration written out in full can be read again.
 """
 
 import glob
-import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.config.fields import Key, Problem, dotted
-from trainer.config.rule_parts import clash, is_given, key_of, value_at
+from trainer.config.rule_parts import clash, full_path, is_given, key_of, value_at
 from trainer.config.rules_ema import ema_rules
 from trainer.config.rules_loss_weights import loss_weight_rules
 from trainer.config.rules_objective import objective_problems
+from trainer.config.rules_sources import is_needed_to_train, paths_of, source_rules
 from trainer.config.schema import Config
-from trainer.config.sections.sources import (
-    FolderSource,
-    KohyaJsonSource,
-    LatentTarsSource,
-    ParquetSource,
-    Source,
-    WebdatasetSource,
-)
+from trainer.config.sections.sources import FolderSource, LatentTarsSource
 from trainer.config.spelling import nearest_path
 from trainer.config.wording import shown
 
@@ -39,7 +32,7 @@ def broken_rules(config: Config) -> list[Problem]:
         _lr_schedule,
         _optimizer,
         _buckets,
-        _sources,
+        source_rules,
         _mode,
         _captions,
         _trainable,
@@ -65,8 +58,11 @@ def bad_paths(config: Config) -> list[Problem]:
     found = [_missing(config, key) for key in (*models, *files)]
     found += [_bad_folder(config, key, must_exist=True) for key in must_exist]
     found += [_bad_folder(config, key, must_exist=False) for key in may_exist]
+    is_prepared = (config.data.prepared / "CURRENT").is_file()
     for i, source in enumerate(config.data.sources):
-        found += [_bad_source_path(config, ("data", "sources", i, name), kind) for name, kind in _paths_of(source)]
+        if is_prepared and not is_needed_to_train(config, source):
+            continue  # who looks at the sources anew will tell
+        found += [_bad_source_path(config, ("data", "sources", i, name), kind) for name, kind in paths_of(source)]
     return [problem for problem in found if problem]
 
 
@@ -121,60 +117,6 @@ def _buckets(config: Config) -> Iterator[Problem]:
         yield clash(config, (least, side), "the shortest side must be at most the resolution")
     if buckets.max_px < buckets.resolution:
         yield clash(config, (most, side), "the longest side must be at least the resolution")
-
-
-def _sources(config: Config) -> Iterator[Problem]:
-    first: dict[tuple[object, ...], int] = {}
-    for i, source in enumerate(config.data.sources):
-        at = f"data.sources.{i}"
-        names = [name for name, _ in _paths_of(source)]
-        paths = [_full(getattr(source, name)) for name in names]
-        other = first.setdefault((source.type, *paths), i) if names else i
-        if other != i:
-            keys = (f"{at}.{names[0]}", f"data.sources.{other}.{names[0]}")
-            yield clash(config, keys, "the same source twice; use `repeats` to see its images more often")
-        yield from _mask_keys(config, i, source)
-        if isinstance(source, FolderSource):
-            if not source.caption_extension.startswith(".") or len(source.caption_extension) < 2:
-                yield clash(config, (f"{at}.caption_extension",), "must be a dot and an ending, such as .txt")
-        elif isinstance(source, KohyaJsonSource):
-            keys = (f"{at}.latents", f"{at}.images")
-            if (source.latents is None) == (source.images is None):
-                yield clash(config, keys, "give one of them: the folder of the `.npz` files, or that of the images")
-        if config.data.mode == "images" and (isinstance(source, LatentTarsSource) or getattr(source, "latents", None)):
-            yield clash(config, (f"{at}.type", "data.mode"), "holds latents; use `mode: latents`")
-
-
-def _mask_keys(config: Config, i: int, source: Source) -> Iterator[Problem]:
-    """Keys of a source that say where masks are, and do nothing or harm."""
-    at = f"data.sources.{i}"
-    needed = {"mask_suffix": "files", "mask_folder": "files", "mask_column": "column"}
-    for name, value in needed.items():
-        if hasattr(source, name) and is_given(config, f"{at}.{name}") and source.masks != value:
-            yield clash(config, (f"{at}.{name}", f"{at}.masks"), f"has no effect without `masks: {value}`")
-    if isinstance(source, FolderSource) and source.mask_folder is not None:
-        if is_given(config, f"{at}.mask_suffix"):
-            yield clash(config, (f"{at}.mask_suffix", f"{at}.mask_folder"), "give one of them")
-        if source.masks == "files" and _full(source.mask_folder).is_relative_to(_full(source.path)):
-            keys = (f"{at}.mask_folder", f"{at}.path")
-            yield clash(config, keys, "must not lie in the source, which is searched for images")
-    if isinstance(source, WebdatasetSource) and not source.mask_suffix.startswith("."):
-        yield clash(config, (f"{at}.mask_suffix",), "must begin with a dot, at which the names of samples end")
-
-
-def _paths_of(source: Source) -> list[tuple[str, str]]:
-    """The fields of a source that are paths on this host and given, each a `folder`, a `file` or `files`."""
-    if isinstance(source, FolderSource):
-        has_folder = source.mask_folder is not None and source.masks == "files"
-        return [("path", "folder"), *([("mask_folder", "folder")] if has_folder else [])]
-    if isinstance(source, KohyaJsonSource):
-        folders = [("latents", "folder"), ("images", "folder")]
-        return [("path", "file"), *(pair for pair in folders if getattr(source, pair[0]) is not None)]
-    if isinstance(source, LatentTarsSource):
-        return [("metadata", "file"), ("tars", "files")]
-    if isinstance(source, WebdatasetSource):
-        return [("tars", "files")]
-    return [("files", "files")] if isinstance(source, ParquetSource) else []
 
 
 def _mode(config: Config) -> Iterator[Problem]:
@@ -304,7 +246,7 @@ def _written_folders(config: Config) -> Iterator[Problem]:
     """Samples written inside a source would be read as training images."""
     for key, path in (("run.dir", config.run.dir), ("data.prepared", config.data.prepared)):
         for i, source in enumerate(config.data.sources):
-            if isinstance(source, FolderSource) and _full(path).is_relative_to(_full(source.path)):
+            if isinstance(source, FolderSource) and full_path(path).is_relative_to(full_path(source.path)):
                 keys = (key, f"data.sources.{i}.path")
                 yield clash(config, keys, "must not lie in a source, which is searched for images")
 
@@ -347,7 +289,3 @@ def _bad_source_path(config: Config, key: Key, kind: str) -> Problem | None:
     if kind == "file" and not stat.S_ISREG(mode):
         return Problem((key,), f"{said}: must be a file")
     return None
-
-
-def _full(path: Path) -> Path:
-    return Path(os.path.realpath(path))

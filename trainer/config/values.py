@@ -76,8 +76,18 @@ def _mask_suffix(value: str) -> str:
     raise PydanticCustomError("rule", "must be a mark and an ending of images, such as -masklabel.png")
 
 
+def _source_name(value: str) -> str:
+    """The first part of an image's key."""
+    if value.strip() == value and value.isprintable() and value and "/" not in value and len(value) <= 100:
+        return value
+    raise PydanticCustomError("rule", "must be a name of up to 100 characters without a slash")
+
+
 Flag = Annotated[bool, BeforeValidator(yes_no, json_schema_input_type=bool | Literal["yes", "no", "on", "off"])]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+SourceName = Annotated[str, AfterValidator(_source_name)]
+SourceWeight = Annotated[float, Field(gt=0, le=1000)]
 MOST_LOSS_WEIGHT = 100.0
 LossWeight = Annotated[float, Field(gt=0, le=MOST_LOSS_WEIGHT)]
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]

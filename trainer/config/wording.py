@@ -14,6 +14,7 @@ from trainer.config.fields import (
     entries_of,
     field_at,
     is_under,
+    keys_of,
     meaning,
     section_at,
     untagged,
@@ -145,7 +146,7 @@ def _unknown_key(key: Key, item: dict[str, Any]) -> Problem:
             mend = f"did you mean `{offered[0][-1]}` within `{dotted(offered[0][:-1])}`?"
     else:
         mend = f"`{dotted(section)}` has " if section else "the sections are "
-        mend += ", ".join(here.model_fields) if here else ""
+        mend += ", ".join(keys_of(here)) if here else ""
     explains = tuple(map(untagged, offered))
     return Problem((untagged(key),), f"{short(dotted(key))}: unknown key; {mend}", explains=explains)
 
@@ -212,7 +213,7 @@ def _rule(key: Key, item: dict[str, Any]) -> str:
 
 def _first_key(key: Key) -> str:
     section = section_at((*key, Tag(types[0])) if (types := _types_at(key)) else key)
-    return next(iter(section.model_fields), "") if section else ""
+    return next(iter(keys_of(section)), "") if section else ""
 
 
 def _mend(kind: str, value: object) -> str:

@@ -28,7 +28,8 @@ from trainer.data.loss_weights import LossWeights
 from trainer.data.masks import FULL
 from trainer.data.reader_processes import ReaderProcesses
 from trainer.data.sampler import Position, StepRows, share
-from trainer.data.store.snapshot import PreparedSet, RowProblem, Rows
+from trainer.data.store.rows import RowProblem, Rows
+from trainer.data.store.snapshot import PreparedSet
 from trainer.keyed import draw_seed, draw_uniform
 
 _THREADS = 2

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from trainer.data.loader import Batch
-from trainer.data.store.snapshot import RowProblem
+from trainer.data.store.rows import RowProblem
 from trainer.model.vae import ImageEncoder
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.data.store.snapshot import RowProblem
+from trainer.data.store.rows import RowProblem
 from trainer.errors import UserError
 from trainer.measure.telemetry import remove_records_after
 

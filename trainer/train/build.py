@@ -20,9 +20,9 @@ from trainer.config.schema import Config
 from trainer.config.sections.ema_config import LIVE
 from trainer.data.buckets import Bucket
 from trainer.data.left_out import Stretch
-from trainer.data.prepare.image_weights import weighs_images
 from trainer.data.store.snapshot import SPLITS, PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
+from trainer.data.survey.image_weights import weighs_images
 from trainer.diffusion.noise import Draws
 from trainer.diffusion.objective import Objective
 from trainer.errors import UserError

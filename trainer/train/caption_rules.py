@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from trainer.config.schema import Config
 from trainer.data.captions import CaptionRules
 from trainer.data.loss_weights import LossWeights, TagSeparators
-from trainer.data.prepare.caption_survey import CaptionSurvey, sampled_records, survey_captions
-from trainer.data.prepare.image_weights import holds_weights, image_weights
 from trainer.data.store.snapshot import PreparedSet
+from trainer.data.survey.caption_survey import CaptionSurvey, sampled_records, survey_captions
+from trainer.data.survey.image_weights import holds_weights, image_weights
 from trainer.errors import UserError
 from trainer.model.text import TOKENS_PER_CHUNK, CaptionTokenizer, load_tokenizers
 from trainer.model_files.run_model import RunModel

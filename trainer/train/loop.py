@@ -14,9 +14,9 @@ from trainer.data.augment import Augmentation
 from trainer.data.left_out import steps_left_out, stretches_of
 from trainer.data.loader import BatchReader, Loader, open_loader
 from trainer.data.loss_weights import LossWeights
-from trainer.data.prepare.image_weights import weighs_images
 from trainer.data.sampler import EpochPlan, Position, epochs_done, steps_per_epoch, with_global_batch
 from trainer.data.store.snapshot import PreparedSet
+from trainer.data.survey.image_weights import weighs_images
 from trainer.evaluate.pictures import loss_curve_png
 from trainer.measure.progress import ProgressLine
 from trainer.measure.run_arithmetic import RunArithmetic

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from trainer.config.schema import Config
 from trainer.config.sections.objective_config import ObjectiveConfig, TimestepsConfig, WeightingConfig, flow_shift
-from trainer.data.prepare.image_weights import describe_loss_weights
+from trainer.data.survey.image_weights import describe_loss_weights
 from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
 

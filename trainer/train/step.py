@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.loader import Batch
-from trainer.data.store.snapshot import RowProblem
+from trainer.data.store.rows import RowProblem
 from trainer.diffusion.learner import Learner, seen_by
 from trainer.diffusion.noise import draw
 from trainer.diffusion.prediction import Mixture

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from tests.data.photographs import pooled, settings_for
+from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards
-from trainer.data.prepare.stages import commit, plan_prepare
+from trainer.data.prepare.stages import plan_prepare
 
 
 def _slow(pixels: np.ndarray, draw_seeds: np.ndarray) -> np.ndarray:

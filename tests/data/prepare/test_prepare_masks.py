@@ -25,13 +25,15 @@ from trainer.config.sections.sources import (
 )
 from trainer.data.augment import Augmentation, View, draw_view
 from trainer.data.buckets import Placement
-from trainer.data.prepare.catalog import open_catalog
+from trainer.data.catalog.catalog import open_catalog
+from trainer.data.catalog.settings import PrepareSettings
+from trainer.data.prepare.commit import Committed, commit
 from trainer.data.prepare.encode import encode_shards
-from trainer.data.prepare.settings import PrepareSettings
-from trainer.data.prepare.stages import Committed, PrepareCounts, commit, is_current, plan_prepare
-from trainer.data.prepare.stats import mask_counts
+from trainer.data.prepare.stages import PrepareCounts, is_current, plan_prepare
 from trainer.data.prepare.verification import verify
-from trainer.data.store.snapshot import PreparedSet, Rows
+from trainer.data.store.rows import Rows
+from trainer.data.store.snapshot import PreparedSet
+from trainer.data.survey.stats import mask_counts
 from trainer.errors import UserError
 from trainer.keyed import draw_seed
 
@@ -234,7 +236,11 @@ def test_a_catalogue_from_before_there_were_masks_is_read(tmp_path: Path) -> Non
     settings = settings_for(tmp_path / "prepared", tmp_path / "plain")
     prepare(settings)
     with open_catalog(tmp_path / "prepared") as connection:
-        connection.executescript("ALTER TABLE rows DROP COLUMN mask; PRAGMA user_version = 2;")
+        connection.executescript(
+            """DROP TABLE removed; DROP TABLE dirty; DROP INDEX shards_by_rows; DROP INDEX renamed_by_shard;
+            ALTER TABLE rows DROP COLUMN content; ALTER TABLE rows DROP COLUMN stored_key;
+            ALTER TABLE rows DROP COLUMN mask; PRAGMA user_version = 2;"""
+        )
     assert is_current(settings)
     again, done = prepare(settings)
     assert (again.scan.known, again.scan.new, done.snapshot) == (4, 0, "000001.json")

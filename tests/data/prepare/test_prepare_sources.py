@@ -15,10 +15,11 @@ from tests.data.records import caption_text
 from tests.data.sources.test_webdataset import write_tar
 from trainer.config.sections.sources import FolderSource, HfSource, ParquetSource, WebdatasetSource
 from trainer.data.buckets import make_buckets, place
+from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.images import image_hw, load_pixels
+from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards
-from trainer.data.prepare.settings import PrepareSettings
-from trainer.data.prepare.stages import commit, plan_prepare
+from trainer.data.prepare.stages import plan_prepare
 from trainer.data.store.snapshot import PreparedSet
 from trainer.keyed import draw_seed
 

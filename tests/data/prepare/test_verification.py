@@ -15,8 +15,9 @@ from tests.data.small_set import write_small_set
 from trainer.cli.main import main
 from trainer.config.sections.sources import KohyaJsonSource
 from trainer.data.buckets import Bucket
+from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards
-from trainer.data.prepare.stages import commit, plan_prepare
+from trainer.data.prepare.stages import plan_prepare
 from trainer.data.prepare.verification import VERIFY_BAD, Damage, Verified, verify
 from trainer.data.store.shards import RowBatch, ShardHead, read_info, write_shard
 from trainer.data.store.snapshot import PreparedSet, ShardSummary

@@ -22,14 +22,14 @@ from trainer.config.sections.sources import (
     Source,
     WebdatasetSource,
 )
+from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.loss_weights import TagSeparators
+from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards
-from trainer.data.prepare.image_weights import image_weights
-from trainer.data.prepare.settings import PrepareSettings
-from trainer.data.prepare.stages import commit, is_current, plan_prepare
+from trainer.data.prepare.stages import is_current, plan_prepare
 from trainer.data.sources.columns import loss_weight_of
 from trainer.data.store.snapshot import PreparedSet
-from trainer.errors import UserError
+from trainer.data.survey.image_weights import image_weights
 
 WEIGHTS = {"a": 0.5, "b": None, "c": 3, "d": 100.0}
 BAD = {"e": 0, "f": -1.0, "g": float("nan"), "h": 1e9}
@@ -154,7 +154,7 @@ def test_a_weight_file_of_a_folder(tmp_path: Path) -> None:
     encode_shards(settings.prepared, 0, 1, pooled)
     commit(settings.prepared)
     (tmp_path / "photos/a.weight").write_text("0.75")  # only the weight differs, and the image stays as it was
-    assert plan_prepare(settings, show_progress=False).scan.changed == 1
+    assert plan_prepare(settings, show_progress=False).scan.captions == 1
 
 
 def test_a_folder_of_tags_and_words(tmp_path: Path) -> None:
@@ -178,15 +178,15 @@ def test_weights_of_sources_change_without_preparing_and_own_weights_do_not(tmp_
     settings = settings_for(tmp_path / "prepared", sources=(plain,))
     prepared = _prepare(settings)
     (stored,) = json.loads((tmp_path / "prepared/settings.json").read_text())["data.sources"]
-    assert {*stored} == {"type", "path", "latents", "images", "repeats"}  # as sets of before weights have it
+    assert {*stored} == {"name", "type", "path", "latents", "images", "repeats"}  # as sets of before weights have it
     for change in ({"loss_weight": 0.5}, {"prior": True}):
         weighted = plain.model_copy(update=change)
         assert is_current(settings_for(tmp_path / "prepared", sources=(weighted,)))
         weights = image_weights([weighted], LossWeightsConfig(prior=0.5), TagSeparators(), prepared)
         assert weights is not None and weights.of(["meta/a", "other/a"], ["{}", "{}"]).tolist() == [0.5, 1.0]
-    with pytest.raises(UserError) as raised:
-        is_current(settings_for(tmp_path / "prepared", sources=(plain.model_copy(update={"weight_field": "w"}),)))
-    assert raised.value.lines[0].endswith(
-        'was prepared with data.sources[0].weight_field = null, the configuration has "w"'
-    )
-    assert "give another folder" in raised.value.lines[1] and len(raised.value.lines) == 2
+    own = settings_for(tmp_path / "prepared", sources=(plain.model_copy(update={"weight_field": "loss_weight"}),))
+    assert not is_current(own)
+    counts = plan_prepare(own, show_progress=False)
+    assert (counts.scan.new, counts.new_rows) == (0, 0) and counts.scan.captions == 3
+    commit(own.prepared)
+    assert is_current(own)

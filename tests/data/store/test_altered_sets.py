@@ -14,10 +14,10 @@ from crc32c import crc32c
 
 from tests.data.small_set import write_small_set
 from trainer.data.buckets import Bucket
-from trainer.data.prepare.settings import stored_settings
-from trainer.data.prepare.stats import left_out
+from trainer.data.catalog.settings import stored_settings
 from trainer.data.store.shards import HEADER_BYTES, ShardError, read_info
 from trainer.data.store.snapshot import PreparedSet
+from trainer.data.survey.stats import left_out
 from trainer.errors import UserError
 
 BUCKET = Bucket(64, 64)

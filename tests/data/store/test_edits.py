@@ -12,8 +12,8 @@ from tests.data.records import caption_text
 from tests.data.small_set import write_small_set
 from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record
-from trainer.data.prepare.settings import replace_file
-from trainer.data.store.edits import ChangedText, edits_file, write_edit
+from trainer.data.catalog.settings import replace_file
+from trainer.data.store.edits import ChangedText, edits_file, pack_edit
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.store.snapshot_file import Part, ShardEntry, read_snapshot, snapshot_to_json
 from trainer.errors import UserError
@@ -29,8 +29,11 @@ def edited(root: Path, edits: dict[int, tuple[list[int], list[int], list[Changed
     entries: list[ShardEntry] = []
     with edits_file(root, 2).open("wb") as file:
         for number, entry in enumerate(snapshot.shards):
-            edit = write_edit(file, 2, *edits[number]) if number in edits else None
-            edited = replace(entry, edit=edit)
+            edited = entry
+            if number in edits:
+                edit, content = pack_edit(*edits[number])
+                edited = replace(entry, edit=replace(edit, file=2, offset=file.tell()))
+                file.write(content)
             entries.append(replace(edited, parts=(Part("photos", edited.rows, edited.virtual_rows),)))
     text = snapshot_to_json(replace(snapshot, number=2, shards=tuple(entries)))
     replace_file(root / "snapshots" / "000002.json", text)

@@ -8,9 +8,10 @@ import pytest
 from tests.data.kohya_files import entry, latents_of, npz_bytes, settings_of, write_files, write_metadata, write_tar
 from trainer.config.sections.sources import KohyaJsonSource, LatentTarsSource, Source
 from trainer.data.augment import View
+from trainer.data.catalog.settings import PrepareSettings
+from trainer.data.prepare.commit import Committed, commit
 from trainer.data.prepare.encode import encode_shards
-from trainer.data.prepare.settings import PrepareSettings
-from trainer.data.prepare.stages import Committed, commit, plan_prepare, plan_repack
+from trainer.data.prepare.stages import plan_prepare, plan_repack
 from trainer.data.store.snapshot import PreparedSet
 
 BUCKET = (64, 128)

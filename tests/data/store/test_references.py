@@ -24,11 +24,13 @@ from tests.data.kohya_files import (
 from trainer.config.sections.sources import FolderSource, KohyaJsonSource, LatentTarsSource
 from trainer.data.augment import NOT_AUGMENTED, View, draw_view
 from trainer.data.buckets import Placement
+from trainer.data.catalog.settings import PrepareSettings
+from trainer.data.prepare.commit import Committed, commit
 from trainer.data.prepare.encode import encode_shards, pending_payloads
-from trainer.data.prepare.settings import PrepareSettings
-from trainer.data.prepare.stages import Committed, commit, is_current, plan_prepare, plan_repack
+from trainer.data.prepare.stages import is_current, plan_prepare, plan_repack
 from trainer.data.store import references
-from trainer.data.store.snapshot import PreparedSet, Rows
+from trainer.data.store.rows import Rows
+from trainer.data.store.snapshot import PreparedSet
 
 BUCKETS = [(64, 128), (128, 64)]
 

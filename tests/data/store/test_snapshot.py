@@ -10,8 +10,9 @@ import pytest
 from tests.data.records import caption_text
 from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record
-from trainer.data.prepare.settings import replace_file
+from trainer.data.catalog.settings import replace_file
 from trainer.data.store import snapshot as snapshot_module
+from trainer.data.store.rows import RowProblem
 from trainer.data.store.shards import RowBatch, ShardHead, read_info, write_shard
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.store.snapshot_file import ShardEntry, Snapshot, snapshot_to_json
@@ -96,7 +97,7 @@ def test_damage_costs_its_row_only(tmp_path: Path) -> None:
     assert rows.ok.tolist() == [True, True, False, True, *[False] * 4, *[True] * 4]
     assert (rows.latents[2] == 0).all() and rows.captions[2] == rows.keys[2] == ""
     reason = "checksum mismatch in the latents"
-    assert rows.problems[0] == snapshot_module.RowProblem("0.safetensors", 2, 4096 + 2 * 1024, reason)
+    assert rows.problems[0] == RowProblem("0.safetensors", 2, 4096 + 2 * 1024, reason)
     assert [(problem.file, problem.row) for problem in rows.problems[1:]] == [("1.safetensors", i) for i in range(4)]
     assert PreparedSet.open(tmp_path).missing() == [("1.safetensors: is missing", 4)]
 

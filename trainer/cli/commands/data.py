@@ -12,8 +12,8 @@ from trainer.cli.start_workers import count_run_tags
 from trainer.config.load import load_config
 from trainer.data.captions import PLAIN, CaptionRules
 from trainer.data.loss_weights import LossWeights
-from trainer.data.prepare.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, left_out, mask_counts, sample
 from trainer.data.store.snapshot import PreparedSet
+from trainer.data.survey.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, left_out, mask_counts, sample
 from trainer.errors import UserError
 from trainer.evaluate.data_chart import DataChart, data_chart_png
 from trainer.model_files.model_source import ModelPath, find_source

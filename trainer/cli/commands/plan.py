@@ -13,9 +13,9 @@ from trainer.cli.arguments import add_config_arguments, read_run
 from trainer.cli.start_workers import worker_count
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
-from trainer.data.prepare.caption_survey import CaptionSurvey, sampled_records
 from trainer.data.prepare.stages import is_current
 from trainer.data.store.snapshot import PreparedSet
+from trainer.data.survey.caption_survey import CaptionSurvey, sampled_records
 from trainer.measure.card_memory import card_bytes
 from trainer.memory.report import MemoryPlan, measured_speed, run_time
 from trainer.memory.run_plan import memory_plan, require_fit

@@ -9,7 +9,8 @@ from trainer.cli.start_workers import count_run_tags, prepare
 
 def main(argv: Sequence[str]) -> int:
     """Encode the images of a config's sources with the VAE, on all workers; latents that are there already are only
-    indexed. Can be stopped and run again at any time: it goes on with what is missing, and picks up new images."""
+    indexed. Can be stopped and run again at any time: it goes on with what is missing, and takes up what has changed.
+    Captions, names and places of images change without encoding; what was removed leaves the set."""
     parser = argparse.ArgumentParser(
         prog="sdxl-train prepare",
         description=main.__doc__,
@@ -25,9 +26,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--limit", type=_count, metavar="N", help="look at no more than the first N images that each source lists"
     )
+    gone = parser.add_mutually_exclusive_group()
+    gone.add_argument(
+        "--keep-removed",
+        action="store_true",
+        help="go on training on images that are not there any more, as they were prepared",
+    )
+    gone.add_argument(
+        "--drop-removed",
+        action="store_true",
+        help="let all of them go, however many; otherwise more than 5 %% of a source at once is an error",
+    )
     arguments = parser.parse_intermixed_args(argv)
     config, model = read_run(arguments.config, arguments.overrides)
-    code = prepare(config, model, arguments.repack, arguments.limit)
+    removed = "keep" if arguments.keep_removed else "drop" if arguments.drop_removed else "ask"
+    code = prepare(config, model, arguments.repack, arguments.limit, removed)
     if code == 0:
         count_run_tags(config)
     return code

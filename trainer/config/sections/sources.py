@@ -4,10 +4,40 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Tag
 
-from trainer.config.values import Flag, LossWeight, MaskSuffix, PathField, PositiveInt, Section
+from trainer.config.values import (
+    Flag,
+    LossWeight,
+    MaskSuffix,
+    OpenFraction,
+    PathField,
+    PositiveInt,
+    Section,
+    SourceName,
+    SourceWeight,
+)
 
 
-class FolderSource(Section):
+class AnySource(Section):
+    """What all types of sources have."""
+
+    name: SourceName | None = None
+    """By which the prepared set knows this source and its images, whatever its place; default: the last part of its
+    path, and of a second one of that name `NAME~2`. With another name, its images are others."""
+    repeats: PositiveInt = 1
+    """How many times each image of this source is seen per epoch."""
+    weight: SourceWeight | None = None
+    """Multiplies that; 0.5 is every other image, in the next epoch the others."""
+    per_epoch: PositiveInt | None = None
+    """Images of this source per epoch, in place of `weight`: all in turn, over epochs."""
+    share: OpenFraction | None = None
+    """Part of an epoch that is of this source, in place of `weight`; see [data.md](data.md#weigh-sources)."""
+    loss_weight: LossWeight = 1.0
+    """How much each image of this source counts in the loss."""
+    prior: Flag = False
+    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
+
+
+class FolderSource(AnySource):
     type: Literal["folder"] = "folder"
     """A folder of images, searched recursively, each with a caption file beside it."""
     path: PathField
@@ -22,8 +52,6 @@ class FolderSource(Section):
     kohya_repeats: Flag = False
     """Read kohya's layout: only sub-folders named `<repeats>_<words>` count, their images are seen `<repeats>` times,
     and the words are the caption of images that have no caption file."""
-    repeats: PositiveInt = 1
-    """How many times each image of this source is seen per epoch."""
     masks: Literal["none", "alpha", "files"] = "none"
     """Where the masks of `objective.loss.masked` are: nowhere, in the images' `alpha` channels, or in `files` of their
     own. White is trained, black is not; an image without a mask is trained in full."""
@@ -31,13 +59,9 @@ class FolderSource(Section):
     """`files`: the mask of `photo.jpg` lies beside it, `photo-masklabel.png`. Files that end so are not trained on."""
     mask_folder: PathField | None = None
     """`files`: take the masks from this folder, under the images' names with the ending of any kind of image."""
-    loss_weight: LossWeight = 1.0
-    """How much each image of this source counts in the loss."""
-    prior: Flag = False
-    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
-class KohyaJsonSource(Section):
+class KohyaJsonSource(AnySource):
     type: Literal["kohya_json"]
     """kohya's metadata file, with latents (`.npz`, used where they lie) or images beside it."""
     path: PathField
@@ -48,18 +72,12 @@ class KohyaJsonSource(Section):
     """Folder of the images that the keys name, which `prepare` encodes. Give this or `latents`."""
     weight_field: str | None = None
     """Field of an entry with the image's own loss weight, such as `loss_weight`; images without it count 1."""
-    repeats: PositiveInt = 1
-    """How many times each image of this source is seen per epoch."""
     masks: Literal["none", "alpha"] = "none"
     """Where the masks of `objective.loss.masked` are: nowhere, or in the `alpha_mask` of the `.npz`, with `images` in
     their `alpha` channels."""
-    loss_weight: LossWeight = 1.0
-    """How much each image of this source counts in the loss."""
-    prior: Flag = False
-    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
-class LatentTarsSource(Section):
+class LatentTarsSource(AnySource):
     type: Literal["latent_tars"]
     """Tars with members `<id>.npz`, read in place, and kohya's metadata file with their captions."""
     metadata: PathField
@@ -68,17 +86,11 @@ class LatentTarsSource(Section):
     """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
     weight_field: str | None = None
     """Field of an entry with the image's own loss weight, such as `loss_weight`; images without it count 1."""
-    repeats: PositiveInt = 1
-    """How many times each image of this source is seen per epoch."""
     masks: Literal["none", "alpha"] = "none"
     """Where the masks of `objective.loss.masked` are: nowhere, or in the `alpha_mask` of the `.npz`."""
-    loss_weight: LossWeight = 1.0
-    """How much each image of this source counts in the loss."""
-    prior: Flag = False
-    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
-class WebdatasetSource(Section):
+class WebdatasetSource(AnySource):
     type: Literal["webdataset"]
     """Tars in which the files of one image share a name: `0001.jpg`, `0001.txt`, `0001.json`. Read in place."""
     tars: PathField
@@ -89,20 +101,14 @@ class WebdatasetSource(Section):
     """Field of the `.json` files that holds the tags: text, or a list."""
     weight_field: str | None = None
     """Field of the `.json` files with the image's own loss weight, such as `loss_weight`; without it, 1."""
-    repeats: PositiveInt = 1
-    """How many times each image of this source is seen per epoch."""
     masks: Literal["none", "alpha", "files"] = "none"
     """Where the masks of `objective.loss.masked` are: nowhere, in the images' `alpha` channels, or in `files` beside
     them in the tar. White is trained, black is not; an image without a mask is trained in full."""
     mask_suffix: MaskSuffix = ".mask.png"
     """`files`: `0001.jpg` has its mask in `0001.mask.png`. Files that end so are not trained on."""
-    loss_weight: LossWeight = 1.0
-    """How much each image of this source counts in the loss."""
-    prior: Flag = False
-    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
-class ParquetSource(Section):
+class ParquetSource(AnySource):
     type: Literal["parquet"]
     """Parquet files with an image (or its path) and a caption in each row. Row groups of some 100 rows, as `datasets`
     writes them, are best: a whole page of images is held in memory. `prepare` reads the files once for each bucket."""
@@ -120,20 +126,14 @@ class ParquetSource(Section):
     """Column with a name for each image, which messages then show beside file and row."""
     images: PathField | None = None
     """Folder that paths start from; default: that of the parquet file."""
-    repeats: PositiveInt = 1
-    """How many times each image of this source is seen per epoch."""
     masks: Literal["none", "alpha", "column"] = "none"
     """Where the masks of `objective.loss.masked` are: nowhere, in the images' `alpha` channels, or in a `column`. White
     is trained, black is not; an image without a mask is trained in full."""
     mask_column: str = "mask"
     """`column`: its name; it holds what the column of the images may hold."""
-    loss_weight: LossWeight = 1.0
-    """How much each image of this source counts in the loss."""
-    prior: Flag = False
-    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
-class HfSource(Section):
+class HfSource(AnySource):
     type: Literal["hf"]
     """A data set of Hugging Face's `datasets`, on disk or from the hub; one from the hub is downloaded first."""
     path: str
@@ -152,17 +152,11 @@ class HfSource(Section):
     """Column of the images' own loss weights: numbers, null for 1."""
     key_column: str | None = None
     """Column with a name for each image, which messages then show beside the row."""
-    repeats: PositiveInt = 1
-    """How many times each image of this source is seen per epoch."""
     masks: Literal["none", "alpha", "column"] = "none"
     """Where the masks of `objective.loss.masked` are: nowhere, in the images' `alpha` channels, or in a `column`. White
     is trained, black is not; an image without a mask is trained in full."""
     mask_column: str = "mask"
     """`column`: its name; it holds what the column of the images may hold."""
-    loss_weight: LossWeight = 1.0
-    """How much each image of this source counts in the loss."""
-    prior: Flag = False
-    """Regularization images (prior preservation): each counts `objective.loss_weights.prior`."""
 
 
 def source_type(entry: object) -> object:

@@ -1,1 +1,1 @@
-"""From sources to the store: scan, catalogue, encode, commit; and what is told about the result."""
+"""From the catalogue to the store: plan, encode, commit, verify."""

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.data.augment import View
+from trainer.data.catalog.catalog import BadRow, CatalogRow
 from trainer.data.images import BadImage, load_mask, load_pixels
 from trainer.data.masks import FULL, BadMask
-from trainer.data.prepare.catalog import BadRow, CatalogRow
 from trainer.data.sources.parquet import CellReader
 from trainer.data.sources.source import OWN_MASK, ROW, WHOLE, MaskPlace, read_bytes
 from trainer.data.store.shards import LATENT_FACTOR

@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.catalog import catalog
+from trainer.data.catalog.catalog import CatalogRow, Payload
+from trainer.data.catalog.planned_shards import PlannedShard, pending_shards, rows_of_shard
+from trainer.data.catalog.settings import stored_settings, sync_folder
 from trainer.data.fork_server import fork_server, take_signals
 from trainer.data.images import pillow_rules
 from trainer.data.masks import FULL, BadMask
-from trainer.data.prepare import catalog
-from trainer.data.prepare.catalog import CatalogRow, Payload, PlannedShard
 from trainer.data.prepare.decode import decoded, excluded_row, packed, temporary
-from trainer.data.prepare.settings import stored_settings, sync_folder
 from trainer.data.store.npz import BadNpz
 from trainer.data.store.references import Reference, ReferencedFiles
 from trainer.data.store.shard_reader import read_npz
@@ -78,7 +79,7 @@ def encode_shards(
     ):
         # What only refers goes by key, as the catalogue does: by bucket, each of its pages would be read many times.
         shards = sorted(
-            catalog.pending_shards(connection), key=lambda shard: shard.name if _is_encoded(shard) else shard.first_key
+            pending_shards(connection), key=lambda shard: shard.name if _is_encoded(shard) else shard.first_key
         )
         for shard_folder in {(prepared / shard.name).parent for shard in shards}:
             shard_folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def encode_shards(
                     if fd is None:
                         held_by_others.append(shard)
                     elif not path.exists():
-                        rows = catalog.rows_of_shard(connection, shard)
+                        rows = rows_of_shard(connection, shard)
                         batch_size = vae_batch_size * _batches_of_area(shard, settings)
                         encoder = _Encoder(encode, batch_size, batch_size + 2 * decode_threads, pool)
                         _write(fd, path, shard, settings, rows, encoder, encode_text)
@@ -110,7 +111,7 @@ def encode_shards(
 def write_references(prepared: Path, processes: int) -> None:
     """Write the pending shards where all of them only say where payloads lie: in this process if there are few rows."""
     with catalog.open_catalog(prepared, read_only=True) as connection:
-        rows = sum(shard.rows for shard in catalog.pending_shards(connection))
+        rows = sum(shard.rows for shard in pending_shards(connection))
     if processes < 2 or rows < _ROWS_WORTH_A_PROCESS:
         encode_shards(prepared, 0, 1, encode=None)
         return
@@ -129,7 +130,7 @@ def _is_encoded(shard: PlannedShard) -> bool:
 def pending_payloads(prepared: Path) -> set[Payload]:
     """What the shards hold that are still to be written."""
     with catalog.open_catalog(prepared, read_only=True) as connection:
-        return {shard.payload for shard in catalog.pending_shards(connection) if not (prepared / shard.name).exists()}
+        return {shard.payload for shard in pending_shards(connection) if not (prepared / shard.name).exists()}
 
 
 def _batches_of_area(shard: PlannedShard, settings: dict[str, Any]) -> int:
@@ -212,7 +213,7 @@ def _referring(rows: list[CatalogRow]) -> Iterator[RowBatch]:
     yield RowBatch(
         latents=None,
         captions=[row.caption for row in rows],
-        keys=[row.key for row in rows],
+        keys=[row.key_in_shard for row in rows],
         sizes=np.array([_sizes(row) for row in rows], dtype=np.uint32).reshape(-1, 6),
         repeats=np.array([row.repeats for row in rows], dtype=np.uint32),
         references=references,
@@ -248,7 +249,7 @@ def _converted(
             yield RowBatch(
                 latents=np.stack([latents for _, latents, _, _ in good]),
                 captions=[row.caption for row, *_ in good],
-                keys=[row.key for row, *_ in good],
+                keys=[row.key_in_shard for row, *_ in good],
                 sizes=np.array([sizes for *_, sizes in good], dtype=np.uint32),
                 repeats=np.array([row.repeats for row, *_ in good], dtype=np.uint32),
                 masks=_stacked([mask for _, _, mask, _ in good]),
@@ -262,7 +263,7 @@ def _encoded(
     if encoder.encode is None:
         raise ValueError("images are to be encoded, but there is no encoder")
     for batch in decoded(rows, encoder.pool, encoder.ahead, encoder.batch_size, head.has_masks, excluded):
-        seeds = np.array([draw_seed("vae", image.row.key) for image in batch], dtype=np.int64)
+        seeds = np.array([draw_seed("vae", image.row.key_in_shard) for image in batch], dtype=np.int64)
         latents = np.asarray(encoder.encode(np.stack([image.pixels for image in batch]), seeds))
         if latents.shape != (len(batch), *head.latent_shape):
             raise ValueError(f"the VAE gave latents of shape {latents.shape} for bucket {head.bucket}")
@@ -276,7 +277,7 @@ def _encoded(
         yield RowBatch(
             latents=latents[fits].astype(np.float16),
             captions=[image.row.caption for image in good],
-            keys=[image.row.key for image in good],
+            keys=[image.row.key_in_shard for image in good],
             sizes=np.array([_sizes(image.row) for image in good], dtype=np.uint32).reshape(-1, 6),
             repeats=np.array([image.row.repeats for image in good], dtype=np.uint32),
             masks=_stacked([image.mask for image in good]),

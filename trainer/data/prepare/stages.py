@@ -2,52 +2,42 @@
 
     prepare.plan_prepare(settings)           one process, no torch
     encode.encode_shards(prepared, ...)      every worker
-    prepare.commit(prepared)                 one process, no torch
+    commit.commit(prepared)                  one process, no torch
 
 Each may be killed at any moment and run again: the finished set is the same, byte for byte, however the work was
 split or interrupted (the catalogue, which is a working file, aside).
 """
 
-import fcntl
-import json
 import os
-import re
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config.sections.sources import LatentTarsSource, Source
 from trainer.data.buckets import Bucket
-from trainer.data.prepare import catalog
-from trainer.data.prepare.catalog import BadRow, PlannedShard
-from trainer.data.prepare.scan import ScanCounts, scan
-from trainer.data.prepare.settings import (
+from trainer.data.catalog import catalog, planned_shards
+from trainer.data.catalog.planned_shards import (
+    forget_generation,
+    pending_generations,
+    pending_shards,
+    plan_generation,
+)
+from trainer.data.catalog.scan import Removed, ScanCounts, scan
+from trainer.data.catalog.settings import (
     PrepareSettings,
     begin_with,
     check_settings,
+    moves_of,
     replace_file,
     store_settings,
     stored_settings,
 )
+from trainer.data.prepare.working_folder import alone, write_bad
 from trainer.data.sources.listing import main_path
-from trainer.data.store.mask_counts import MaskCounts
-from trainer.data.store.shards import HEADER_BYTES, ShardError, ShardInfo, count_masks, read_info
-from trainer.data.store.snapshot_file import (
-    ShardEntry,
-    Snapshot,
-    current_snapshot,
-    read_snapshot,
-    snapshot_name,
-    snapshot_to_json,
-)
+from trainer.data.store.moves import moves_file, note_moves
+from trainer.data.store.shards import HEADER_BYTES
+from trainer.data.store.snapshot_file import current_snapshot, read_snapshot
 from trainer.errors import UserError
-
-_NO_ROW = {"path": "", "key": "", "file_bytes": -1, "mtime_ns": -1, "reason": ""}
-
-_STEERS = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""What steers a terminal and JSON leaves as it is."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +55,6 @@ class PrepareCounts:
     pending_shards: int
 
 
-@dataclass(frozen=True)
-class Committed:
-    """The snapshot that is current after a commit."""
-
-    snapshot: str
-    images: int
-    virtual_rows: int
-    left_out: int
-    """Images listed in bad.jsonl."""
-    masks: MaskCounts | None = None
-    """Of the images that this commit added; None where no masks are stored."""
-
-
 def is_current(settings: PrepareSettings) -> bool:
     """Whether `settings.prepared` is complete and made with these settings. New images are not looked for.
 
@@ -92,34 +69,42 @@ def is_current(settings: PrepareSettings) -> bool:
     if not (settings.prepared / "catalog.sqlite").exists():
         return True  # a set copied without its working files
     with catalog.open_catalog(settings.prepared) as connection:
-        return not catalog.pending_generations(connection) and not catalog.has_open_rows(connection)
+        return not pending_generations(connection) and not catalog.has_open_rows(connection)
 
 
-def plan_prepare(settings: PrepareSettings, show_progress: bool = True, limit: int | None = None) -> PrepareCounts:
-    """Find all images, catalogue the new ones and group them into shards; what was planned before stays as it is.
+def plan_prepare(
+    settings: PrepareSettings, show_progress: bool = True, limit: int | None = None, removed: Removed = "ask"
+) -> PrepareCounts:
+    """Find all images, catalogue what is new of them and what has changed, and group the new ones into shards.
+
+    What was planned before stays as it is.
 
     Args:
         limit: look at no more than the first so many images that each source lists.
+        removed: what becomes of images that are not there any more.
 
     Raises:
-        UserError: other settings than those the folder was made with, a missing source, or no usable image at all.
+        UserError: other settings than those the folder was made with, a missing source, more than 5 % of a source
+            missing, or no usable image at all.
     """
     prepared = settings.prepared
     prepared.mkdir(parents=True, exist_ok=True)
-    with _alone(prepared):
+    with alone(prepared):
         check_settings(settings)
         with catalog.open_catalog(prepared) as connection:
             catalog.upgrade(connection)
             if not begin_with(settings):
                 catalog.forget_open_rows(connection)
-            counts = scan(connection, prepared, settings, show_progress, limit)
+            counts = scan(connection, prepared, settings, show_progress, limit, removed)
             new_rows, empty = catalog.count_new(connection)
             rows, masks = catalog.count_rows(connection), _new_masks(connection, settings)
             if rows:
+                if (text := note_moves(prepared, moves_of(settings))) is not None:
+                    replace_file(moves_file(prepared), text)
                 store_settings(settings)
-            catalog.plan_generation(connection, settings.rows_per_shard)
-            _write_bad(prepared, connection)
-            pending = catalog.pending_shards(connection)
+            plan_generation(connection, settings.rows_per_shard)
+            write_bad(prepared, connection)
+            pending = pending_shards(connection)
     if not rows:
         folders = ", ".join(str(main_path(source)) for source in settings.sources)
         found = f"none of {counts.listed} images can be used, see {prepared}/bad.jsonl" if counts.listed else "no image"
@@ -138,11 +123,11 @@ def _new_masks(connection: sqlite3.Connection, settings: PrepareSettings) -> int
 
 def forget_plan(prepared: Path) -> None:
     """Drop what was planned and not begun, so that the next plan looks at the sources anew."""
-    with _alone(prepared), catalog.open_catalog(prepared) as connection:
-        for generation in catalog.pending_generations(connection):
+    with alone(prepared), catalog.open_catalog(prepared) as connection:
+        for generation in pending_generations(connection):
             if not (prepared / f"shards/{generation:06d}").exists():
-                catalog.forget_generation(connection, generation)
-        if current_snapshot(prepared) is None and not catalog.pending_generations(connection):
+                forget_generation(connection, generation)
+        if current_snapshot(prepared) is None and not pending_generations(connection):
             (prepared / "settings.json").unlink(missing_ok=True)
 
 
@@ -151,55 +136,17 @@ def plan_repack(prepared: Path) -> tuple[int, int]:
 
     Call it when nothing else is pending. The shards that refer stay on disk, for runs that began with them.
     """
-    with _alone(prepared), catalog.open_catalog(prepared) as connection:
-        if not catalog.pending_generations(connection):
-            catalog.plan_repack(connection, stored_settings(prepared)["data.rows_per_shard"])
-        pending = catalog.pending_shards(connection)
+    with alone(prepared), catalog.open_catalog(prepared) as connection:
+        if not pending_generations(connection):
+            planned_shards.plan_repack(connection, stored_settings(prepared)["data.rows_per_shard"])
+        pending = pending_shards(connection)
     return sum(shard.rows for shard in pending), len(pending)
-
-
-def commit(prepared: Path) -> Committed:
-    """Make all planned shards part of a new snapshot, and that one current; nothing to do is no error.
-
-    Raises:
-        UserError: a shard is missing or damaged, or no image could be encoded.
-    """
-    settings = stored_settings(prepared)
-    with _alone(prepared), catalog.open_catalog(prepared) as connection:
-        current = current_snapshot(prepared)
-        base = read_snapshot(prepared, current) if current else Snapshot(0, (), {}, ())
-        generations = catalog.pending_generations(connection)
-        entries = _entries(prepared, catalog.pending_shards(connection))
-        fresh = tuple(entry for generation, entry in entries if generation not in base.generations)
-        replaced = catalog.replaced_shards(connection)
-        if fresh or base.settings != settings:
-            all_generations = (*base.generations, *(g for g in generations if g not in base.generations))
-            kept = tuple(entry for entry in base.shards if entry.name not in replaced)
-            base = Snapshot(base.number + 1, all_generations, settings, kept + fresh)
-            if not any(entry.info.rows for entry in base.shards):
-                reason = next((row["reason"] for _, entry in entries for row in entry.info.excluded), "")
-                raise UserError(f"data.prepared ({prepared}): no image could be encoded; the first one {reason}")
-            (prepared / "snapshots").mkdir(exist_ok=True)
-            replace_file(prepared / "snapshots" / snapshot_name(base.number), snapshot_to_json(base))
-            replace_file(prepared / "CURRENT", snapshot_name(base.number) + "\n")
-        with catalog.transaction(connection):
-            excluded = [BadRow(**_NO_ROW | row) for _, entry in entries for row in entry.info.excluded]
-            catalog.mark_committed(connection, generations, excluded, replaced)
-            left_out = _write_bad(prepared, connection)
-    infos = [entry.info for entry in base.shards]
-    return Committed(
-        snapshot=snapshot_name(base.number),
-        images=sum(info.rows for info in infos),
-        virtual_rows=sum(info.virtual_rows for info in infos),
-        left_out=left_out,
-        masks=count_masks([entry.info for _, entry in entries]),
-    )
 
 
 def progress(prepared: Path) -> tuple[int, int]:
     """(rows encoded, rows planned) of the pending shards, from file names and sizes alone; for a progress bar."""
     with catalog.open_catalog(prepared, read_only=True) as connection:
-        shards = catalog.pending_shards(connection)
+        shards = pending_shards(connection)
     done = 0
     sizes: dict[str, int] = {}
     for generation in {shard.generation for shard in shards}:
@@ -222,49 +169,3 @@ def _size(file: "os.DirEntry[str]") -> int:
         return file.stat().st_size
     except FileNotFoundError:
         return 0  # renamed since it was listed
-
-
-def _entries(prepared: Path, shards: list[PlannedShard]) -> list[tuple[int, ShardEntry]]:
-    """Each shard with its generation, as its header tells it."""
-    missing = sum(not (prepared / shard.name).exists() for shard in shards)
-    if missing:
-        raise UserError(f"data.prepared ({prepared}): {missing} of {len(shards)} shards are missing; run prepare again")
-    return [
-        (shard.generation, ShardEntry(shard.name, shard.split, shard.bucket, _info(prepared / shard.name)))
-        for shard in shards
-    ]
-
-
-def _info(path: Path) -> ShardInfo:
-    try:
-        return read_info(path)
-    except ShardError as error:
-        raise UserError(f"{error}; delete the file and run prepare again") from error
-
-
-def _write_bad(prepared: Path, connection: sqlite3.Connection) -> int:
-    """List all images that are left out in bad.jsonl; returns their number. There may be millions."""
-    count = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal count
-        for row in catalog.bad_rows(connection):
-            count += 1
-            line = json.dumps({"path": row.path, "key": row.key, "reason": row.reason}, ensure_ascii=False)
-            yield _STEERS.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n"
-
-    replace_file(prepared / "bad.jsonl", lines())
-    return count
-
-
-@contextmanager
-def _alone(prepared: Path) -> Iterator[None]:
-    """No other process plans or commits in this folder meanwhile."""
-    fd = os.open(prepared / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"data.prepared ({prepared}): another process is preparing this folder") from None
-    finally:
-        os.close(fd)

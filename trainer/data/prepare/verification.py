@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.data.catalog.settings import replace_file
 from trainer.data.fork_server import fork_server, take_signals
-from trainer.data.prepare.settings import replace_file
+from trainer.data.store.rows import RowProblem
 from trainer.data.store.shards import ShardError, read_info
-from trainer.data.store.snapshot import SPLITS, PreparedSet, RowProblem, ShardSummary
+from trainer.data.store.snapshot import SPLITS, PreparedSet, ShardSummary
 from trainer.errors import UserError
 
 VERIFY_BAD = "verify-bad.jsonl"

@@ -25,16 +25,17 @@ from trainer.guards import DEFAULT_LIMITS, Limits
 
 
 def source_names(sources: tuple[Source, ...]) -> tuple[str, ...]:
-    """The prefix of each source's keys: its folder's or file's name; a later source of the same name gets `~2`, ...
+    """The prefix of each source's keys: its `name`, or its folder's or file's; a later one of the same gets `~2`, ...
 
     Adding a source at the end leaves the names of the others as they are.
     """
-    seen: Counter[str] = Counter()
+    seen: Counter[str] = Counter(source.name for source in sources if source.name is not None)
     names = []
     for source in sources:
-        name = _main_name(source)
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}~{seen[name]}")
+        name = source.name or _main_name(source)
+        if source.name is None:
+            seen[name] += 1
+        names.append(name if source.name or seen[name] == 1 else f"{name}~{seen[name]}")
     return tuple(names)
 
 
@@ -74,6 +75,11 @@ def main_path(source: Source) -> Path:
     if isinstance(source, WebdatasetSource):
         return source.tars
     return source.files if isinstance(source, ParquetSource) else Path(source.path)
+
+
+def is_there(place: Path) -> bool:
+    """Whether a file or folder, or anything that fits a pattern, is there."""
+    return bool(glob.glob(str(place))) if glob.has_magic(str(place)) else place.exists()  # noqa: PTH207
 
 
 def _main_name(source: Source) -> str:

@@ -19,7 +19,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from crc32c import crc32c
@@ -72,10 +72,8 @@ def edits_file(prepared: Path, number: int) -> Path:
     return prepared / "edits" / f"{number:06d}.bin"
 
 
-def write_edit(
-    file: BinaryIO, number: int, rows: Sequence[int], repeats: Sequence[int], changed: Sequence[ChangedText]
-) -> Edit:
-    """Append a shard's edit to the open file of this number; `changed` by row."""
+def pack_edit(rows: Sequence[int], repeats: Sequence[int], changed: Sequence[ChangedText]) -> tuple[Edit, bytes]:
+    """A shard's edit and its bytes, which have no place yet; `changed` by row."""
     texts = [_KEY_LENGTH.pack(len(key := text.key.encode())) + key + text.caption.encode() for text in changed]
     columns = [
         np.array(rows, dtype="<u4"),
@@ -84,12 +82,11 @@ def write_edit(
         np.cumsum([len(text) for text in texts], dtype=np.uint64).astype("<u4"),
         np.array([crc32c(text) for text in texts], dtype="<u4"),
     ]
-    index, offset = b"".join(column.tobytes() for column in columns), file.tell()
-    file.write(index)
-    file.writelines(texts)
+    index = b"".join(column.tobytes() for column in columns)
     uniform = int(counts[0]) if len(counts) and (counts == counts[0]).all() else 0
     virtual_rows, text_bytes = int(counts.sum(dtype=np.int64)), sum(map(len, texts))
-    return Edit(number, offset, len(rows), virtual_rows, uniform, len(changed), text_bytes, crc32c(index))
+    edit = Edit(0, 0, len(rows), virtual_rows, uniform, len(changed), text_bytes, crc32c(index))
+    return edit, b"".join((index, *texts))
 
 
 class EditFile:

@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from trainer.data.sources.source import OWN_MASK, ROW, WHOLE, MaskPlace, stretch
+from trainer.data.store.moves import Move
 from trainer.guards import Refused, open_regular
 
 OPEN_FILES = 128
@@ -140,7 +141,9 @@ class ReferencedFiles:
     Safe to use from several threads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, moves: Sequence[Move] = ()) -> None:
+        """`moves`: of what shards refer to, since they were written; for who makes references of their paths."""
+        self.moves = moves
         self._open: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 

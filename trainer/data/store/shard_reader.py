@@ -16,6 +16,7 @@ from trainer.data.images import BadImage, load_mask, load_view
 from trainer.data.masks import FULL, BadMask
 from trainer.data.sources.source import OWN_MASK, WHOLE, MaskPlace
 from trainer.data.store.edits import OpenEdit
+from trainer.data.store.moves import moved
 from trainer.data.store.npz import BadNpz, read_latents
 from trainer.data.store.references import (
     MASK_REFERENCE_BYTES,
@@ -204,11 +205,15 @@ def read_record(shard: OpenShard, row: int) -> RowRecord:
             caption.decode(),
             key.decode(),
             np.frombuffer(sizes, dtype="<u4"),
-            reference_of(reference[0], shard.root + reference[1].decode()) if reference else None,
-            mask_place_of(mask[0], shard.root + mask[1].decode()) if mask else None,
+            reference_of(reference[0], _path(shard, reference[1])) if reference else None,
+            mask_place_of(mask[0], _path(shard, mask[1])) if mask else None,
         )
     except UnicodeDecodeError as error:
         raise ShardError("a key or a path is no Unicode text") from error
+
+
+def _path(shard: OpenShard, relative: bytes) -> str:
+    return moved(shard.root + relative.decode(), shard.files.moves)
 
 
 def _check_caption(caption: bytes) -> None:
@@ -240,6 +245,19 @@ def read_captions(shard: OpenShard) -> tuple[list[bytes], list[int]]:
         texts = [(row, shard.edit.text_of(row)) for row in shard.edit.rows.tolist()]
         captions = [captions[row] if changed is None else changed[1] for row, changed in texts]
     return captions, repeats
+
+
+def read_keys(shard: OpenShard) -> list[str]:
+    """The keys of all rows of the file, without the checksums; raises as `read_row` does."""
+    raw = os.pread(shard.fd, 8 * (shard.rows + 1), shard.offsets["key_offsets"])
+    ends = np.frombuffer(raw, dtype="<u8").tolist()
+    blob = os.pread(shard.fd, shard.key_bytes, shard.offsets["key_bytes"])
+    if len(ends) != shard.rows + 1 or len(blob) != shard.key_bytes:
+        raise ShardError("the file ends before its keys do")
+    try:
+        return [blob[begin:end].decode() for begin, end in pairwise(ends)]
+    except UnicodeDecodeError as error:
+        raise ShardError("a key is no Unicode text") from error
 
 
 def read_payload(

@@ -15,7 +15,9 @@ import numpy as np
 from trainer.data.augment import ChooseView, View, centred_view
 from trainer.data.buckets import Bucket, Placement
 from trainer.data.store.edits import Edit, EditFile, OpenEdit, edits_file
+from trainer.data.store.moves import read_moves
 from trainer.data.store.references import ReferencedFiles
+from trainer.data.store.rows import RowProblem, Rows
 from trainer.data.store.shard_reader import OpenShard, PayloadError, RowRecord, read_captions, read_record, read_row
 from trainer.data.store.shards import LATENT_CHANNELS, LATENT_FACTOR, SECTIONS, ShardError, ShardInfo
 from trainer.data.store.snapshot_file import ShardEntry, current_snapshot, read_snapshot
@@ -28,46 +30,6 @@ _OPEN_EDITS = 64
 
 _ROWS, _VIRTUAL_ROWS, _UNIFORM_REPEATS, _FILE_ROWS, _FILE_BYTES, _HEADER_CRC = range(6)  # columns of PreparedSet._facts
 _LATENTS = SECTIONS.index("latents")  # column of PreparedSet._offsets
-
-
-@dataclass(frozen=True)
-class RowProblem:
-    """A row that could not be read as it was written.
-
-    `file` is the one at fault: a shard (relative to the prepared folder), or a file that a shard refers to. `row`
-    counts in the shard, `offset` is the byte of the file where the row's payload begins; -1 where it is not known.
-    """
-
-    file: str
-    row: int
-    offset: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: row {self.row}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows as read. Where `ok` is false (padding, or a row in `problems`), latents or pixels are 0 and texts are empty.
-
-    latents f16 [m, 4, h, w] unscaled, or in a set of images pixels u8 [m, 3, 8h, 8w], the other None; captions are
-    JSON texts {"caption": ...}; repeat int64 [m] counts from 0; sizes int64 [m, 6] in the order of SDXL's time ids;
-    text_hidden f16 [m, positions, D] and text_pooled f16 [m, P] where they are cached; masks u8 [m, h, w] where they
-    are asked for, 255 for an image without one.
-    """
-
-    latents: np.ndarray | None
-    pixels: np.ndarray | None
-    captions: list[str]
-    keys: list[str]
-    repeat: np.ndarray
-    sizes: np.ndarray
-    ok: np.ndarray
-    text_hidden: np.ndarray | None
-    text_pooled: np.ndarray | None
-    problems: list[RowProblem]
-    masks: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +74,7 @@ class PreparedSet:
         self._images = {split: sum(s.rows for s in snapshot.shards if s.split == split) for split in SPLITS}
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
-        self._files = ReferencedFiles()
+        self._files = ReferencedFiles(read_moves(prepared))
 
     @classmethod
     def open(cls, prepared: Path, snapshot_name: str | None = None) -> "PreparedSet":

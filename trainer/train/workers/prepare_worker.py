@@ -7,8 +7,8 @@ from pathlib import Path
 from trainer.config.schema import Config
 from trainer.config.sections.sources import Source
 from trainer.data.buckets import BucketRules
+from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.prepare.encode import encode_shards, pending_payloads, write_references
-from trainer.data.prepare.settings import PrepareSettings
 from trainer.model_files.run_model import RunModel
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 

@@ -14,10 +14,11 @@ from trainer.cli.main import main
 from trainer.config.sections.sources import KohyaJsonSource
 from trainer.data.buckets import Bucket
 from trainer.data.captions import PLAIN
+from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards
-from trainer.data.prepare.stages import commit, plan_prepare
-from trainer.data.prepare.stats import Sample, bucket_counts, left_out, sample
+from trainer.data.prepare.stages import plan_prepare
 from trainer.data.store.snapshot import PreparedSet
+from trainer.data.survey.stats import Sample, bucket_counts, left_out, sample
 from trainer.evaluate.data_chart import DataChart, data_chart_png
 
 SQUARE, TALL = Bucket(64, 64), Bucket(128, 64)

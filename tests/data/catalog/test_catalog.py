@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from trainer.data.buckets import Bucket, Placement
-from trainer.data.prepare import catalog
-from trainer.data.prepare.catalog import BadRow, CatalogRow, FileStamp
+from trainer.data.catalog import catalog, planned_shards
+from trainer.data.catalog.catalog import BadRow, CatalogRow, FileStamp
 from trainer.errors import UserError
 
 BUCKETS = [Bucket(64, 128), Bucket(128, 64), Bucket(96, 96)]
@@ -42,12 +42,12 @@ def test_rows_are_grouped_by_split_bucket_and_key(tmp_path: Path) -> None:
         with catalog.transaction(connection):
             catalog.add_rows(connection, 1, rows[120:])
         assert catalog.count_new(connection) == (200, 0)
-        catalog.plan_generation(connection, rows_per_shard=16)
-        assert not catalog.has_open_rows(connection) and catalog.pending_generations(connection) == [1]
-        shards = catalog.pending_shards(connection)
+        planned_shards.plan_generation(connection, rows_per_shard=16)
+        assert not catalog.has_open_rows(connection) and planned_shards.pending_generations(connection) == [1]
+        shards = planned_shards.pending_shards(connection)
         found = []
         for shard in shards:
-            members = catalog.rows_of_shard(connection, shard)
+            members = planned_shards.rows_of_shard(connection, shard)
             assert len(members) == shard.rows <= 16
             assert {(row.split, row.placement.bucket) for row in members} == {(shard.split, shard.bucket)}
             assert [row.key for row in members] == sorted(row.key for row in members)
@@ -66,23 +66,23 @@ def test_a_later_generation_leaves_the_first_alone(tmp_path: Path) -> None:
         catalog.add_rows(
             connection, catalog.open_generation(connection), [_row("b", BUCKETS[0]), _row("d", BUCKETS[0])]
         )
-        catalog.plan_generation(connection, 10)
-        (first,) = catalog.pending_shards(connection)
-        assert catalog.plan_generation(connection, 10) == 0  # nothing new: no generation
+        planned_shards.plan_generation(connection, 10)
+        (first,) = planned_shards.pending_shards(connection)
+        assert planned_shards.plan_generation(connection, 10) == 0  # nothing new: no generation
         assert catalog.open_generation(connection) == 2
         catalog.add_rows(connection, 2, [_row("c", BUCKETS[0])])
-        catalog.plan_generation(connection, 10)
-        assert catalog.pending_generations(connection) == [1, 2]
-        assert catalog.pending_shards(connection)[0] == first
-        assert [row.key for row in catalog.rows_of_shard(connection, first)] == ["b", "d"]
+        planned_shards.plan_generation(connection, 10)
+        assert planned_shards.pending_generations(connection) == [1, 2]
+        assert planned_shards.pending_shards(connection)[0] == first
+        assert [row.key for row in planned_shards.rows_of_shard(connection, first)] == ["b", "d"]
         excluded = [BadRow("/images/d.jpg", "d", 10, 20, "is cut off")]
         with catalog.transaction(connection):
-            catalog.mark_committed(connection, [1], excluded)
-        assert catalog.pending_generations(connection) == [2]
+            planned_shards.mark_committed(connection, [1], excluded)
+        assert planned_shards.pending_generations(connection) == [2]
         assert list(catalog.bad_rows(connection)) == excluded
         assert sum(catalog.count_rows(connection).values()) == 2
     with catalog.open_catalog(tmp_path, read_only=True) as connection:
-        assert len(catalog.pending_shards(connection)) == 1
+        assert len(planned_shards.pending_shards(connection)) == 1
 
 
 def test_a_transaction_is_all_or_nothing(tmp_path: Path) -> None:
@@ -117,5 +117,5 @@ def test_an_altered_catalogue_is_one_line(tmp_path: Path, altered: str) -> None:
         catalog.open_catalog(tmp_path) as connection,
     ):
         catalog.count_new(connection)
-        catalog.plan_generation(connection, rows_per_shard=16)
-        catalog.pending_shards(connection)
+        planned_shards.plan_generation(connection, rows_per_shard=16)
+        planned_shards.pending_shards(connection)

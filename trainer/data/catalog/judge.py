@@ -1,4 +1,6 @@
-"""One listed item: a row of the catalogue, or why it cannot be used; its file is opened where nothing else tells."""
+"""One listed item: a row of the catalogue, what has changed of one, or why it cannot be used.
+
+Its file is opened where nothing else tells."""
 
 import os
 import zlib
@@ -8,12 +10,15 @@ from pathlib import Path
 
 from trainer.data.buckets import Bucket, Placement, place
 from trainer.data.captions import WEIGHT_MARK, caption_record
+from trainer.data.catalog.catalog import BadRow, CatalogRow, FileStamp, Payload
+from trainer.data.catalog.changes import Update
+from trainer.data.catalog.fingerprint import fingerprint
+from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.images import BadImage, has_alpha, image_hw
 from trainer.data.masks import BadMask, check_mask_shape
-from trainer.data.prepare.catalog import BadRow, CatalogRow, FileStamp, Payload
-from trainer.data.prepare.settings import PrepareSettings
 from trainer.data.sources.folder import BadCaption, read_caption
 from trainer.data.sources.source import OWN_MASK, ROW, WHOLE, MaskPlace, SourceItem, open_range, read_bytes
+from trainer.data.store.moves import Move, moved
 from trainer.data.store.npz import HEAD_BYTES, BadNpz, latents_hw, latents_hw_of_head
 from trainer.data.store.shards import LATENT_FACTOR
 from trainer.errors import printable
@@ -24,9 +29,18 @@ NEVER = -1
 """File size of a bad row that is to be judged anew each time."""
 
 _MOST_KEY = 4096
+_PLAIN = '{"caption":'
 
-Verdict = CatalogRow | BadRow | str
-"""A new row, a bad one, or `known`, `changed` or `bad` for what the catalogue has."""
+
+@dataclass(frozen=True)
+class Replaced:
+    """Another image in the place of one that the catalogue has; or one that cannot be used."""
+
+    by: CatalogRow | BadRow
+
+
+Verdict = CatalogRow | BadRow | Update | Replaced | str
+"""A new row, a bad one, what has changed of one that the catalogue has; or `known` or `bad` for what it has."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,10 @@ class Known:
 
     place: tuple[str, int]
     stamp: FileStamp
+    payload: Payload
+    repeats: int
+    split: str
+    content: int | None
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,13 @@ class Rules:
 
     settings: PrepareSettings
     buckets: tuple[Bucket, ...]
+    moves: tuple[Move, ...] = ()
+    """Places of sources that are others now than when the set was prepared."""
+
+    def is_moved(self, before: tuple[str, int], now: tuple[str, int]) -> bool:
+        """Whether what lies `now` at a file and offset is what lay there before, in a source that was moved as a
+        whole."""
+        return before[1] == now[1] and moved(before[0], self.moves) == now[0]
 
 
 def problem_of_texts(item: SourceItem, limits: Limits) -> str:
@@ -87,11 +112,9 @@ def judge(rules: Rules, item: SourceItem, known: Known | None, judged: tuple[int
             mtime_ns ^= _mtime_ns(item.mask.file)  # an image that is bad by its mask is mended by it
         stamp = FileStamp(file_bytes, mtime_ns, _caption_stamp(item))
         if known is not None:
-            return "known" if known.place == (item.file, item.offset) and known.stamp == stamp else "changed"
+            return _compared(rules, item, known, stamp)
         if judged == (file_bytes, mtime_ns):
             return "bad"
-        if file_bytes > rules.settings.limits.image_bytes:
-            raise ValueError(f"has {file_bytes:,} bytes; at most {rules.settings.limits.image_bytes:,} are read")
         return _row(rules, item, stamp)
     except BadCaption as error:
         return BadRow(item.file, item.key, NEVER, NEVER, str(error))
@@ -103,11 +126,58 @@ def judge(rules: Rules, item: SourceItem, known: Known | None, judged: tuple[int
         return BadRow(item.file, item.key, file_bytes, mtime_ns, printable(str(error)))
 
 
+def _compared(rules: Rules, item: SourceItem, known: Known, stamp: FileStamp) -> Verdict:
+    """What has changed of an image that the catalogue has."""
+    same_file = known.stamp[:2] == stamp[:2]
+    repeats = 1 if known.split == "validation" else item.repeats
+    place = (item.file, item.offset)
+    if same_file and (known.place, known.stamp, known.repeats) == (place, stamp, repeats):
+        return "known"
+    content, payload = known.content, _payload(rules.settings, item)
+    if payload != known.payload:
+        return _replaced(rules, item, stamp)
+    if payload != "encode":  # to read it anew costs nothing that could be saved
+        if not same_file or (place != known.place and not rules.is_moved(known.place, place)):
+            return _replaced(rules, item, stamp)
+    elif not same_file:
+        content = fingerprint(item.file, item.offset, item.length, item.mask)
+        if content is None or content != known.content:
+            return _replaced(rules, item, stamp)
+    caption = None
+    if stamp.caption_stamp != known.stamp.caption_stamp:
+        if rules.settings.text_encoders is not None:  # what they give is stored beside the latents
+            return _replaced(rules, item, stamp)
+        caption = _caption(item, rules.settings.limits)
+    mask = None if item.mask == OWN_MASK else item.mask
+    return Update(item.key, item.file, item.offset, item.length, stamp, repeats, mask, content, caption)
+
+
+def _replaced(rules: Rules, item: SourceItem, stamp: FileStamp) -> Replaced:
+    try:
+        return Replaced(_row(rules, item, stamp))
+    except (BadImage, BadMask, BadNpz, EOFError, ValueError) as error:
+        if isinstance(error, BadCaption):
+            raise
+        return Replaced(BadRow(item.file, item.key, stamp.file_bytes, stamp.mtime_ns, printable(str(error))))
+
+
+def _payload(settings: PrepareSettings, item: SourceItem) -> Payload:
+    if item.kind == "latents":
+        return "npz"
+    return "image" if settings.mode == "images" else "encode"
+
+
+def _caption(item: SourceItem, limits: Limits) -> str:
+    given = item.caption or caption_record("").decode()
+    return read_caption(item.caption_path, given, limits.caption_bytes) if item.caption_path else given
+
+
 def _row(rules: Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
     settings = rules.settings
+    if stamp.file_bytes > settings.limits.image_bytes:
+        raise ValueError(f"has {stamp.file_bytes:,} bytes; at most {settings.limits.image_bytes:,} are read")
     held_out = settings.validation_fraction > 0 and draw_uniform("split", item.key) < settings.validation_fraction
-    payload: Payload = "npz"
-    mask = item.mask
+    payload, mask, content = _payload(settings, item), item.mask, None
     if item.kind == "latents":
         if settings.mode == "images":
             raise ValueError("is a file of latents, which data.mode: images does not use")
@@ -116,11 +186,11 @@ def _row(rules: Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
         placement = _placement_of_latents(item.bucket_hw or _bucket_hw(item, settings.limits))
         original_hw = item.original_hw or _sides(placement.bucket)
     else:
-        payload = "image" if settings.mode == "images" else "encode"
         original_hw = item.original_hw if item.length == ROW and item.original_hw else _image_hw(item, settings.limits)
         placement = place(original_hw, rules.buckets, settings.buckets)
         mask = _mask(item, original_hw, settings.limits)
-    caption = item.caption or caption_record("").decode()
+        if payload == "encode":
+            content = fingerprint(item.file, item.offset, item.length, mask)
     return CatalogRow(
         key=item.key,
         path=item.file,
@@ -128,14 +198,13 @@ def _row(rules: Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
         length=item.length,
         payload=payload,
         stamp=stamp,
-        caption=read_caption(item.caption_path, caption, settings.limits.caption_bytes)
-        if item.caption_path
-        else caption,
+        caption=_caption(item, settings.limits),
         repeats=1 if held_out else item.repeats,
         split="validation" if held_out else "train",
         original_hw=original_hw,
         placement=placement,
         mask=mask,
+        content=content,
     )
 
 
@@ -187,11 +256,12 @@ def _bucket_hw(item: SourceItem, limits: Limits) -> tuple[int, int]:
 
 
 def _caption_stamp(item: SourceItem) -> int:
-    """Differs where the caption does, or the image's own loss weight."""
+    """Differs where the caption does, or the image's own loss weight, or what its file is said to hold."""
     caption = item.caption or ""
     if not item.caption_path:
         return zlib.crc32(caption.encode())
-    return _mtime_ns(item.caption_path) + (zlib.crc32(caption.encode()) if WEIGHT_MARK in caption else 0)
+    is_plain = WEIGHT_MARK not in caption and (not caption or caption.startswith(_PLAIN))
+    return _mtime_ns(item.caption_path) + (0 if is_plain else zlib.crc32(caption.encode()))
 
 
 def _mtime_ns(path: str) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.data.captions import WEIGHT_MARK, CaptionRules, compose
-from trainer.data.prepare.catalog import open_catalog
+from trainer.data.catalog.catalog import open_catalog
 from trainer.data.sampler import pick_rows
 from trainer.data.store.snapshot import PreparedSet
 from trainer.keyed import draw_seed

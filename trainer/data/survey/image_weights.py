@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from trainer.config.sections.objective_config import LossWeightsConfig
 from trainer.config.sections.sources import Source
 from trainer.data.loss_weights import LossWeights, TagBalance, TagSeparators
-from trainer.data.prepare.tag_counts import Report, TagCounts, balanced, tag_counts
-from trainer.data.prepare.tag_file import read_tag_file
 from trainer.data.sources.listing import source_names
 from trainer.data.store.snapshot import PreparedSet
+from trainer.data.survey.tag_counts import Report, TagCounts, balanced, tag_counts
+from trainer.data.survey.tag_file import read_tag_file
 from trainer.errors import UserError
 
 _WEIGHT_KEYS = ("weight_extension", "weight_field", "weight_column")

@@ -12,10 +12,10 @@ from tests.data.small_set import write_small_set
 from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record
 from trainer.data.loss_weights import LossWeights, TagSeparators
-from trainer.data.prepare import tag_counts as module
-from trainer.data.prepare.tag_counts import TagCounts, balanced, count_tags, tag_counts
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.store.snapshot_file import read_snapshot, snapshot_name
+from trainer.data.survey import tag_counts as module
+from trainer.data.survey.tag_counts import TagCounts, balanced, count_tags, tag_counts
 from trainer.errors import UserError
 
 TALL, SQUARE = Bucket(128, 64), Bucket(64, 64)

@@ -5,8 +5,8 @@ from pathlib import Path
 from tests.data.small_set import write_small_set
 from trainer.data.buckets import Bucket
 from trainer.data.captions import PLAIN, CaptionRules, caption_record, compose
-from trainer.data.prepare.caption_survey import sampled_records, survey_captions
 from trainer.data.store.snapshot import PreparedSet
+from trainer.data.survey.caption_survey import sampled_records, survey_captions
 from trainer.keyed import draw_seed
 
 

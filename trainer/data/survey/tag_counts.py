@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from trainer.data.catalog.settings import replace_file
 from trainer.data.fork_server import fork_server, take_signals
 from trainer.data.loss_weights import TagBalance, TagSeparators
-from trainer.data.prepare.settings import replace_file
 from trainer.data.store.shards import ShardError
 from trainer.data.store.snapshot import PreparedSet, ShardSummary
 from trainer.errors import UserError

@@ -1,5 +1,6 @@
 """What a prepared data set was made with, and what to say when the configuration asks for something else."""
 
+import glob
 import json
 import os
 from collections.abc import Iterable
@@ -9,6 +10,8 @@ from typing import Any, Literal
 
 from trainer.config.sections.sources import Source
 from trainer.data.buckets import BucketRules
+from trainer.data.sources.listing import source_names
+from trainer.data.store.moves import Move
 from trainer.errors import UserError
 from trainer.guards import DEFAULT_LIMITS, Limits, Refused, read_json
 
@@ -23,7 +26,15 @@ _USED: dict[str, Any] = {
 }
 """What is read of the settings by what goes on with a set."""
 _MOST = 1 << 24
-_OPTIONAL = ("weight_extension", "weight_field", "weight_column")  # left out where they are not given
+_PLACES = ("path", "metadata", "tars", "files", "latents", "images", "mask_folder")
+_OPTIONAL = (
+    "weight_extension",
+    "weight_field",
+    "weight_column",
+    "weight",
+    "per_epoch",
+    "share",
+)  # left out if not given
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,10 @@ class PrepareSettings:
         """Flat, under the names of the configuration; sources as absolute paths."""
         return {
             "format": SETTINGS_FORMAT,
-            "data.sources": [_source_to_json(source) for source in self.sources],
+            "data.sources": [
+                _source_to_json(source) | {"name": name}
+                for source, name in zip(self.sources, source_names(self.sources), strict=True)
+            ],
             "data.mode": self.mode,
             "data.buckets.resolution": self.buckets.resolution,
             "data.buckets.min_px": self.buckets.min_px,
@@ -81,8 +95,7 @@ def _source_to_json(source: Source) -> dict[str, Any]:
 def check_settings(settings: PrepareSettings) -> bool:
     """Whether `settings.prepared` was made, or begun, with exactly these settings.
 
-    False where nothing was prepared yet, or where the only difference is sources added at the end: their images can
-    be appended.
+    False where nothing was prepared yet, or where only sources differ: what is there of them is used.
 
     Raises:
         UserError: the set was prepared with other settings; a line for each that differs.
@@ -97,7 +110,7 @@ def check_settings(settings: PrepareSettings) -> bool:
         for name in new
         if name != "data.sources" and old.get(name) != new[name]
     ]
-    problems += _source_problems(settings.prepared, old.get("data.sources", []), new["data.sources"])
+    problems += _mask_problems(settings.prepared, old["data.sources"], new["data.sources"])
     if problems:
         raise UserError(
             *problems,
@@ -168,28 +181,44 @@ def _stored(prepared: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{path}: cannot be read ({str(error).removeprefix(f'{path}: ')}); restore it or delete the folder"
         ) from error
-    sources = stored.get("data.sources", []) if isinstance(stored, dict) else None
+    sources = stored.setdefault("data.sources", []) if isinstance(stored, dict) else None
     if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
         raise UserError(f"{path}: was altered, it holds no settings; restore it or delete the folder")
     return stored
 
 
-def _source_problems(prepared: Path, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
-    """Sources may be added at the end; those that were there must stay as they were."""
-    problems = []
-    for i, was in enumerate(old):
-        if i >= len(new):
-            place = next((value for name, value in was.items() if name != "type"), was["type"])
-            problems.append(f"data.prepared ({prepared}): holds images of {place}, which data.sources lacks now")
-            continue
-        now, was = ({"masks": "none"} | source for source in (new[i], was))
-        problems += [
-            f"data.prepared ({prepared}): was prepared with data.sources[{i}].{name} = {_shown(was.get(name))}, "
-            f"the configuration has {_shown(now.get(name))}"
-            for name in dict.fromkeys((*was, *_OPTIONAL))
-            if was.get(name) != now.get(name) and (name in now or not name.startswith("mask_"))
-        ]
-    return problems
+def _pairs_by_name(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each source that there was and still is, as it was and as it is; older sets have no names, but an order."""
+    by_name = {was.get("name", i): was for i, was in enumerate(old)}
+    found = [(by_name.get(now["name"], by_name.get(i)), now) for i, now in enumerate(new)]
+    return [(was, now) for was, now in found if was is not None and was.get("type") == now.get("type")]
+
+
+def _mask_problems(prepared: Path, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
+    """Masks are stored with latents: whether a source has some must stay as it was."""
+    return [
+        f"data.prepared ({prepared}): was prepared with data.sources[{new.index(now)}].{name} = "
+        f"{_shown(was.get(name, 'none'))}, the configuration has {_shown(now.get(name, 'none'))}"
+        for was, now in _pairs_by_name(old, new)
+        for name in ("masks", "mask_suffix", "mask_column")
+        if was.get(name, "none") != now.get(name, "none") and (name == "masks" or (name in was and name in now))
+    ]
+
+
+def moves_of(settings: PrepareSettings) -> tuple[Move, ...]:
+    """Places of sources that are others in the configuration than when the set was prepared."""
+    old = _stored(settings.prepared)
+    if old is None:
+        return ()
+    pairs = _pairs_by_name(old["data.sources"], settings.to_json()["data.sources"])
+    places = [(was.get(key), now.get(key)) for was, now in pairs for key in _PLACES]
+    texts = [(was, now) for was, now in places if isinstance(was, str) and isinstance(now, str) and was != now]
+    return tuple((_folder_of(was), _folder_of(now)) for was, now in texts)
+
+
+def _folder_of(place: str) -> str:
+    """Of a pattern its folder."""
+    return os.path.dirname(place) if glob.has_magic(place) else place  # noqa: PTH120 - texts, not files
 
 
 def _shown(value: object) -> str:

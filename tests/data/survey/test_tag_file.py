@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.data.prepare import tag_file
-from trainer.data.prepare.tag_file import read_tag_file
+from trainer.data.survey import tag_file
+from trainer.data.survey.tag_file import read_tag_file
 from trainer.errors import UserError
 
 GOOD = {"1girl": 0.5, "blue eyes": 2.0, "a, b": 3.0, ":d": 0.25, "2020": 1.5}

@@ -1,28 +1,28 @@
-"""Finding images: from the sources to rows of the catalogue, with size and bucket from each file's header.
+"""Finding images, and what has changed of those that are known: from the sources to rows of the catalogue.
 
 Two passes, so that order and result depend on the sources alone: all items go into a scratch table on disk, then they
 are looked at in the order of their keys, a page at a time. Files are opened where nothing else tells the size: images
-always, latents where the metadata does not name their bucket.
+always, latents where the metadata does not name their bucket. Of known images only size and time are asked.
 """
 
 import gc
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
+from trainer.config.sections.sources import HfSource, Source
 from trainer.data.buckets import make_buckets
-from trainer.data.images import pillow_rules
-from trainer.data.prepare.catalog import (
+from trainer.data.catalog.catalog import (
     BadRow,
     CatalogRow,
     FileStamp,
@@ -32,25 +32,60 @@ from trainer.data.prepare.catalog import (
     open_generation,
     transaction,
 )
-from trainer.data.prepare.judge import NEVER, Known, Rules, Verdict, bad_listed, judge, problem_of_texts
-from trainer.data.prepare.listing_table import add_listed, listed_pages, listing_table
-from trainer.data.prepare.settings import PrepareSettings
-from trainer.data.sources.listing import list_source, source_names
+from trainer.data.catalog.changes import (
+    Update,
+    apply_updates,
+    begin_changes,
+    note_vanished,
+    recognize,
+    set_replaced_aside,
+    set_vanished_aside,
+    vanished_of,
+)
+from trainer.data.catalog.judge import NEVER, Known, Replaced, Rules, Verdict, bad_listed, judge, problem_of_texts
+from trainer.data.catalog.listing_table import add_listed, listed_pages, listing_table
+from trainer.data.catalog.settings import PrepareSettings, moves_of
+from trainer.data.images import pillow_rules
+from trainer.data.sources.listing import is_there, list_source, main_path, source_names
 from trainer.data.sources.source import SourceItem
+from trainer.errors import UserError
 
 _PAGE = 8192
 _THREADS = 4
+_MOST_LOST = 0.05
+
+Removed = Literal["ask", "drop", "keep"]
+"""Images that are not listed any more go, but more than one, and 5 % of a source's, at once is an error; they go,
+however many; or they stay as they were prepared."""
 
 
 @dataclass
 class ScanCounts:
-    """What a scan found. Images that are known, changed or removed keep the form in which they were prepared."""
+    """What a scan found, in images.
+
+    Attributes:
+        known: as they were, or with another caption, key or place, or seen more or less often.
+        captions: known ones whose caption or tags are others.
+        repeats: known ones that are seen more or less often.
+        moved: known ones that lie elsewhere.
+        renamed: known under another key.
+        back: that had been removed once.
+        changed: in the place of another one of the same key; encoded anew.
+        removed: not listed any more.
+        kept: the same, but they stay.
+    """
 
     listed: int = 0
     new: int = 0
     known: int = 0
+    captions: int = 0
+    repeats: int = 0
+    moved: int = 0
+    renamed: int = 0
+    back: int = 0
     changed: int = 0
     removed: int = 0
+    kept: int = 0
     bad: int = 0
     ignored: Counter[str] = field(default_factory=Counter)
 
@@ -69,23 +104,32 @@ def scan(
     settings: PrepareSettings,
     show_progress: bool,
     limit: int | None = None,
+    removed: Removed = "ask",
 ) -> ScanCounts:
-    """Add all images that the catalogue lacks to its open generation, and all that cannot be used to its bad rows.
+    """Make the catalogue's rows those of the sources: new ones join its open generation, what cannot be used its bad
+    rows, and what is not listed any more goes.
 
     Can be killed at any moment and called again.
 
     Args:
-        limit: look at no more than the first so many items of each source.
+        limit: look at no more than the first so many items of each source; nothing is taken for removed.
+        removed: what to do about images that are not listed any more.
+
+    Raises:
+        UserError: a source cannot be read, or more than 5 % of its images have vanished and `removed` is "ask".
     """
     counts = ScanCounts()
     generation = open_generation(connection)
-    (rows_before,) = connection.execute("SELECT COUNT(*) FROM rows").fetchone()
     if limit is None:
         _forget_gone(connection)
-    rules = settings.buckets
-    look = partial(_look, Rules(settings, make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)))
+    begin_changes(connection)
+    wish = settings.buckets
+    buckets = make_buckets(wish.resolution, wish.min_px, wish.max_px, wish.step_px)
+    rules = Rules(settings, buckets, moves_of(settings))
+    look = partial(_look, rules)
     with listing_table(connection, prepared) as scratch, _without_garbage_collector():
-        _list_sources(connection, scratch, settings, limit, counts, show_progress)
+        sources = [source for source in settings.sources if removed == "ask" or _is_there(source)]
+        _list_sources(connection, scratch, settings, sources, limit, counts, show_progress)
         bar = tqdm(total=counts.listed, desc="images", unit="img", disable=None if show_progress else True)
         with (
             bar,
@@ -95,8 +139,9 @@ def scan(
         ):
             previous = _Previous("", ("", 0), ("", 0))
             for page in pages:
-                known, judged, stale = _catalogued(connection, page, previous.key)
-                clashes, previous = _clashes(page, known, previous)
+                before = previous.key
+                known, judged, stale = _catalogued(connection, page, before)
+                clashes, previous = _clashes(page, known, previous, rules)
                 looked = [
                     look(item, clash, known.get(item.key), judged.get((item.key, item.file)), pool)
                     for item, clash in zip(page, clashes, strict=True)
@@ -104,14 +149,62 @@ def scan(
                 found = [result.result() if isinstance(result, Future) else result for result in looked]
                 with transaction(connection):
                     connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", stale)
-                    add_rows(connection, generation, [row for row in found if isinstance(row, CatalogRow)])
-                    add_bad(connection, [row for row in found if isinstance(row, BadRow)])
-                _count(found, counts)
+                    _take_in(connection, generation, found, counts)
+                listed = {item.key for item in page}
+                note_vanished(connection, (key for key in known if key not in listed and key > before))
                 bar.update(len(page))
     if limit is None:
         connection.execute("DELETE FROM bad WHERE key > ? AND file_bytes != ?", (previous.key, NEVER))
-        counts.removed = rows_before - counts.known - counts.changed
+        after = connection.execute("SELECT key FROM rows WHERE key > ?", (previous.key,))
+        while keys := after.fetchmany(_PAGE):
+            note_vanished(connection, (key for (key,) in keys))
+        _settle(connection, settings, removed, counts)
     return counts
+
+
+def _take_in(connection: sqlite3.Connection, generation: int, found: list[Verdict], counts: ScanCounts) -> None:
+    """Write down what has been found of a page, and count it."""
+    replaced = [verdict.by for verdict in found if isinstance(verdict, Replaced)]
+    set_replaced_aside(connection, [row.key for row in replaced])
+    rows = [*found, *replaced]
+    new = [row for row in rows if isinstance(row, CatalogRow)]
+    bad = [row for row in rows if isinstance(row, BadRow)]
+    updates = [update for update in found if isinstance(update, Update)]
+    add_rows(connection, generation, new)
+    add_bad(connection, bad)
+    changed = apply_updates(connection, updates)
+    counts.captions += changed["captions"]
+    counts.repeats += changed["repeats"]
+    counts.moved += changed["moved"]
+    counts.changed += sum(isinstance(row, CatalogRow) for row in replaced)
+    counts.new += len(new) - sum(isinstance(row, CatalogRow) for row in replaced)
+    counts.known += len(updates) + sum(verdict == "known" for verdict in found)
+    counts.bad += len(bad) + sum(verdict == "bad" for verdict in found)
+
+
+def _settle(connection: sqlite3.Connection, settings: PrepareSettings, removed: Removed, counts: ScanCounts) -> None:
+    """What becomes of the images that are not listed any more."""
+    recognized = recognize(connection, with_captions=settings.text_encoders is not None)
+    counts.renamed, counts.back = recognized["renamed"], recognized["back"]
+    counts.changed -= recognized["replaced"]
+    counts.new -= counts.renamed + counts.back - recognized["replaced"]
+    counts.known += counts.renamed + counts.back
+    names = source_names(settings.sources)
+    lost = vanished_of(connection, names)
+    if removed == "keep":
+        counts.kept = sum(gone for gone, _, _ in lost.values())
+        for name in lost:
+            connection.execute("DELETE FROM vanished WHERE key > ? AND key < ?", (f"{name}/", f"{name}0"))
+    elif removed == "ask":
+        for source, name in zip(settings.sources, names, strict=True):
+            gone, total, first = lost.get(name, (0, 1, ""))
+            if gone > max(1, _MOST_LOST * total) or gone == total:
+                raise UserError(
+                    f"data.sources ({main_path(source)}): {gone:,} of its {total:,} prepared images are not there any "
+                    f"more, such as {first}: is a drive not mounted? If they are meant to go, prepare with "
+                    "--drop-removed; to train on them as they were prepared, with --keep-removed"
+                )
+    counts.removed = set_vanished_aside(connection)
 
 
 def _forget_gone(connection: sqlite3.Connection) -> None:
@@ -137,16 +230,23 @@ def _without_garbage_collector() -> Iterator[None]:
             gc.enable()
 
 
+def _is_there(source: Source) -> bool:
+    return isinstance(source, HfSource) or is_there(main_path(source))
+
+
 def _list_sources(
     connection: sqlite3.Connection,
     scratch: Path,
     settings: PrepareSettings,
+    sources: Sequence[Source],
     limit: int | None,
     counts: ScanCounts,
     show_progress: bool,
 ) -> None:
     bar = tqdm(desc="listing", unit="img", disable=None if show_progress else True)
     for source, name in zip(settings.sources, source_names(settings.sources), strict=True):
+        if source not in sources:
+            continue
         items = islice(list_source(source, name, counts.ignored, scratch, settings.limits), limit)
         while page := list(islice(items, _PAGE)):
             problems = [item.problem or problem_of_texts(item, settings.limits) for item in page]
@@ -167,12 +267,14 @@ def _catalogued(
     """What the catalogue holds of a page whose keys follow the key `after`.
 
     Returns:
-        The rows by key; by key and path the size and time of the files that were judged to be bad; and of the bad, the
-        key and path of those that are listed no more.
+        The rows by key, those between the pages included; by key and path the size and time of the files that were
+        judged to be bad; and of the bad, the key and path of those that are listed no more.
     """
     last = page[-1].key
-    query = "SELECT key, path, offset, file_bytes, mtime_ns, caption_stamp FROM rows WHERE key BETWEEN ? AND ?"
-    known = {v[0]: Known(v[1:3], FileStamp(*v[3:])) for v in connection.execute(query, (page[0].key, last))}
+    query = """SELECT key, path, offset, file_bytes, mtime_ns, caption_stamp, payload, repeats, split, content
+        FROM rows WHERE key BETWEEN ? AND ?"""
+    found = connection.execute(query, (min(after, page[0].key), last))
+    known = {v[0]: Known(v[1:3], FileStamp(*v[3:6]), *v[6:]) for v in found}
     query = "SELECT key, path, file_bytes, mtime_ns FROM bad WHERE key BETWEEN ? AND ?"
     judged = {v[:2]: v[2:] for v in connection.execute(query, (after, last))}
     listed = {(item.key, item.file) for item in page} if judged else set()
@@ -186,7 +288,7 @@ def _catalogued(
 
 
 def _clashes(
-    page: list[SourceItem], known: dict[str, Known], previous: _Previous
+    page: list[SourceItem], known: dict[str, Known], previous: _Previous, rules: Rules
 ) -> tuple[list[str | None], _Previous]:
     """For each listed image why it cannot have its key, which another one has already, or None.
 
@@ -202,24 +304,14 @@ def _clashes(
         owner = known[key].place if key in known else first
         if is_same and place == last:
             clashes.append("is listed more than once; its first entry counts")
+        elif key in known and rules.is_moved(owner, place):
+            clashes.append(None)
         elif (owner[0] != item.file or (key not in known and owner != place)) and _exists(owner[0]):
             clashes.append(f"has the same key as {owner[0]}; rename one of them")
         else:
             clashes.append(None)
         last = place
     return clashes, _Previous(key, first, last)
-
-
-def _count(found: list[Verdict], counts: ScanCounts) -> None:
-    for result in found:
-        if isinstance(result, CatalogRow):
-            counts.new += 1
-        elif isinstance(result, BadRow) or result == "bad":
-            counts.bad += 1
-        elif result == "known":
-            counts.known += 1
-        else:
-            counts.changed += 1
 
 
 def _look(
@@ -230,7 +322,7 @@ def _look(
     judged: tuple[int, int] | None,
     pool: ThreadPoolExecutor,
 ) -> Verdict | Future[Verdict]:
-    """Judge one item: a new row, a bad one, or `known`, `changed` or `bad` for what the catalogue has."""
+    """Judge one item."""
     if clash is not None:
         return BadRow(item.file, item.key, NEVER, NEVER, clash)
     if item.file_bytes >= 0 and item.bucket_hw is not None and not item.caption_path:

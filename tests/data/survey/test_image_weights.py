@@ -10,14 +10,14 @@ from trainer.config.sections.sources import FolderSource
 from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record
 from trainer.data.loss_weights import TagSeparators
-from trainer.data.prepare.image_weights import (
+from trainer.data.store.snapshot import PreparedSet
+from trainer.data.survey.image_weights import (
     counted,
     describe_loss_weights,
     describe_tags,
     image_weights,
     weighs_images,
 )
-from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 
 COMMAS = TagSeparators()

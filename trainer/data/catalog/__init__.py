@@ -1,0 +1,1 @@
+"""What `prepare` knows of every image: found, judged, compared with the sources, grouped into shards."""

@@ -1,0 +1,1 @@
+"""What can be told of a prepared set: captions, tags, sizes, weights."""
