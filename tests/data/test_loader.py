@@ -21,7 +21,7 @@ from tests.data.small_set import byte_tokens, failing_tokens, write_small_set
 from trainer.data.buckets import Bucket
 from trainer.data.captions import CaptionRules, caption_record, compose
 from trainer.data.loader import Batch, BatchReader, Loader, Request, open_loader, pack, unpack
-from trainer.data.sampler import Position, planned_steps, share, with_global_batch
+from trainer.data.sampler import Position, planned_steps, same_each_epoch, share, with_global_batch
 from trainer.data.store.rows import RowProblem
 from trainer.data.store.snapshot import PreparedSet
 from trainer.keyed import draw_seed, draw_uniform
@@ -71,7 +71,10 @@ def test_batches_come_as_planned(prepared: PreparedSet, workers: int) -> None:
     rng_before = torch.get_rng_state()
     with _open(reader, start, workers, rank=1, world=2, accumulation=2) as loader:
         for (rows, after), step, _ in zip(
-            planned_steps(prepared.rows_per_bucket("train"), SEED, start), loader, range(9), strict=False
+            planned_steps(same_each_epoch(prepared.rows_per_bucket("train")), SEED, start),
+            loader,
+            range(9),
+            strict=False,
         ):
             assert (step.epoch, step.bucket, step.position_after) == (rows.epoch, rows.bucket, after)
             assert step.weight == rows.weights.sum()

@@ -14,6 +14,7 @@ from trainer.data.sampler import (
     StepRows,
     pick_rows,
     planned_steps,
+    same_each_epoch,
     share,
     steps_per_epoch,
     with_global_batch,
@@ -39,7 +40,7 @@ def _everything(rows_per_bucket: list[int]) -> Counter[tuple[int, int]]:
 def _rest_of_epoch(rows_per_bucket: list[int], position: Position, limit: int | None = None) -> tuple[list, Position]:
     """Up to `limit` steps of the position's epoch, and the position after them."""
     steps, epoch = [], position.epoch
-    for rows, after in planned_steps(rows_per_bucket, SEED, position):
+    for rows, after in planned_steps(same_each_epoch(rows_per_bucket), SEED, position):
         if rows.epoch != epoch or len(steps) == limit:
             break
         steps.append(rows)
@@ -128,12 +129,12 @@ def test_a_large_set_over_changing_worlds() -> None:
 
 def test_resume_at_any_step_goes_on_with_the_same_steps() -> None:
     rows = [40, 0, 9, 77]
-    whole = planned_steps(rows, SEED, Position.start(4, 5))
+    whole = planned_steps(same_each_epoch(rows), SEED, Position.start(4, 5))
     steps = [next(whole) for _ in range(60)]  # into the third epoch
     assert steps[-1][0].epoch == 2
     for index in range(0, 59, 7):
         expected, after = steps[index + 1]
-        resumed, resumed_after = next(planned_steps(rows, SEED, steps[index][1]))
+        resumed, resumed_after = next(planned_steps(same_each_epoch(rows), SEED, steps[index][1]))
         assert (resumed.epoch, resumed.bucket) == (expected.epoch, expected.bucket)
         assert np.array_equal(resumed.ids, expected.ids)
         assert resumed_after == after

@@ -15,7 +15,7 @@ from tests.train.real_run import ALONE, model_of, run_config, watched_run
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.data.loader import BatchReader, Request
-from trainer.data.sampler import Position, planned_steps
+from trainer.data.sampler import Position, planned_steps, same_each_epoch
 from trainer.data.store import snapshot
 from trainer.data.store.rows import RowProblem
 from trainer.errors import UserError
@@ -65,7 +65,9 @@ def _trained_by_hand(config: Config) -> dict[str, torch.nn.Parameter]:
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.optimizer.lr, weight_decay=0.01)
     reader = BatchReader(run.prepared, "train", config.run.seed, load_tokenizers(model_of(config).tokenizers))
     rows_per_bucket = run.prepared.rows_per_bucket("train")
-    for rows, _ in planned_steps(rows_per_bucket, config.run.seed, Position.start(len(rows_per_bucket), 4)):
+    for rows, _ in planned_steps(
+        same_each_epoch(rows_per_bucket), config.run.seed, Position.start(len(rows_per_bucket), 4)
+    ):
         batch = reader.read(Request(rows.epoch, rows.bucket, rows.ids, rows.weights))
         weights = batch.weights * torch.tensor([key != "64x64/7" for key in batch.keys])
         ((weights * batch_losses(run.parts, batch, 0, 4.0).losses).sum() / weights.sum()).backward()

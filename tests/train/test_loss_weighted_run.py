@@ -18,7 +18,7 @@ from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record
 from trainer.data.loader import BatchReader, Request
 from trainer.data.prepare.stages import is_current
-from trainer.data.sampler import Position, planned_steps
+from trainer.data.sampler import Position, planned_steps, same_each_epoch
 from trainer.model.text import load_tokenizers
 from trainer.train.build import build_run
 from trainer.train.step import batch_losses
@@ -49,7 +49,7 @@ def test_a_run_trains_what_a_hand_weighted_loss_trains(tmp_path: Path, model_fol
     parameters = by_hand.parts.strategy.parameters
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.01)
     reader = BatchReader(by_hand.prepared, "train", 5, load_tokenizers(model_of(config).tokenizers))
-    steps = planned_steps(by_hand.prepared.rows_per_bucket("train"), 5, Position.start(2, 4))
+    steps = planned_steps(same_each_epoch(by_hand.prepared.rows_per_bucket("train")), 5, Position.start(2, 4))
     for result in trained.results:
         rows, _ = next(steps)
         batch = reader.read(Request(rows.epoch, rows.bucket, rows.ids, rows.weights))

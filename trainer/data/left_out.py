@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.sampler import PADDING, EpochPlan, Position, StepRows, next_epoch, planned_steps
+from trainer.data.sampler import PADDING, EpochPlan, Position, RowsOfEpoch, StepRows, next_epoch, planned_steps
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ def stretches_of(left_out: Sequence[Stretch], snapshot: str, seed: int) -> tuple
 
 
 def remaining_steps(
-    rows_per_bucket: Sequence[int], seed: int, position: Position, left_out: Sequence[Stretch]
+    rows_of: RowsOfEpoch, seed: int, position: Position, left_out: Sequence[Stretch]
 ) -> Iterator[tuple[StepRows, Position]]:
     """As `planned_steps`, without what is left out: a step of which no row stays is none.
 
     Args:
         left_out: of this data's order.
     """
-    for rows, after in planned_steps(rows_per_bucket, seed, position):
+    for rows, after in planned_steps(rows_of, seed, position):
         kept = without(rows, left_out)
         if kept is not None:
             yield kept, after
@@ -80,14 +80,14 @@ def without(rows: StepRows, left_out: Sequence[Stretch]) -> StepRows | None:
 
 
 def steps_left_out(
-    rows_per_bucket: Sequence[int], seed: int, position: Position, left_out: Sequence[Stretch], epochs: int
+    rows_of: RowsOfEpoch, seed: int, position: Position, left_out: Sequence[Stretch], epochs: int
 ) -> int:
     """How many planned steps are none, from a position on to the end of so many epochs, its own the first."""
     count = 0
     for _ in range(epochs):
         parts = [part for part in left_out if part.epoch == position.epoch]
         if parts:
-            plan = EpochPlan(rows_per_bucket, seed, position)
+            plan = EpochPlan(rows_of(position.epoch), seed, position)
             count += sum(without(plan.step(t), parts) is None for t in range(position.step, plan.num_steps))
         elif not any(part.epoch > position.epoch for part in left_out):
             break
@@ -96,7 +96,7 @@ def steps_left_out(
 
 
 def stretch_before(
-    rows_per_bucket: Sequence[int], seed: int, end: Position, start: Position, most_steps: int, snapshot: str
+    rows_of: RowsOfEpoch, seed: int, end: Position, start: Position, most_steps: int, snapshot: str
 ) -> list[Stretch]:
     """The last `most_steps` planned steps before `end`, but none before `start`, as one stretch per epoch.
 
@@ -106,6 +106,7 @@ def stretch_before(
     stretches: list[Stretch] = []
     for epoch in range(end.epoch, start.epoch - 1, -1):
         of_end, of_start = epoch == end.epoch, epoch == start.epoch
+        rows_per_bucket = rows_of(epoch)
         fresh = Position.start(len(rows_per_bucket), end.global_batch, epoch, end.batch_factors)
         plan = EpochPlan(rows_per_bucket, seed, end if of_end else start if of_start else fresh)
         last = end.step if of_end else plan.num_steps

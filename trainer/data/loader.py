@@ -20,14 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data.augment import NOT_AUGMENTED, Augmentation, View, centred_view, draw_view
+from trainer.data.augment import NOT_AUGMENTED, Augmentation, ChooseView, View, centred_view, draw_view
 from trainer.data.buckets import Placement
 from trainer.data.captions import PLAIN, CaptionRules, compose
 from trainer.data.left_out import Stretch, remaining_steps
 from trainer.data.loss_weights import LossWeights
 from trainer.data.masks import FULL
+from trainer.data.mixture import Mixture
 from trainer.data.reader_processes import ReaderProcesses
-from trainer.data.sampler import Position, StepRows, share
+from trainer.data.sampler import Position, StepRows, same_each_epoch, share
 from trainer.data.store.rows import RowProblem, Rows
 from trainer.data.store.snapshot import PreparedSet
 from trainer.keyed import draw_seed, draw_uniform
@@ -115,6 +116,8 @@ class BatchReader:
     """Whether batches have masks."""
     unmasked_probability: float = 0.0
     """Share of the draws whose mask is full."""
+    mixture: Mixture | None = None
+    """Which stored rows an epoch's rows are; None: they are the same."""
 
     def read(self, request: Request, payload: NDArray[Any] | None = None) -> Batch:
         """The batch of a request; rows that cannot be read keep their place, with weight 0.
@@ -126,7 +129,7 @@ class BatchReader:
             return draw_view(centred, self.augmentation, draw_seed(self.seed, "augment", request.epoch, key, repeat))
 
         choose = centred_view if self.augmentation == NOT_AUGMENTED else choose_view
-        rows = self.prepared.read(self.split, request.bucket, request.ids, payload, choose, self.with_masks)
+        rows = self._read(request, payload, choose)
         input_ids = loss_weights = None
         if self.loss_weights is not None:
             loss_weights = torch.from_numpy(self.loss_weights.of(rows.keys, rows.captions))
@@ -150,6 +153,13 @@ class BatchReader:
             masks=None if rows.masks is None else torch.from_numpy(self._masks(rows, rows.masks, request.epoch)),
             loss_weights=loss_weights,
         )
+
+    def _read(self, request: Request, payload: NDArray[Any] | None, choose: ChooseView) -> Rows:
+        if self.mixture is None:
+            return self.prepared.read(self.split, request.bucket, request.ids, payload, choose, self.with_masks)
+        ids, further = self.mixture.stored(request.epoch, request.bucket, request.ids)
+        rows = self.prepared.read(self.split, request.bucket, ids, payload, choose, self.with_masks)
+        return replace(rows, repeat=rows.repeat + further)
 
     def _masks(self, rows: Rows, masks: NDArray[np.uint8], epoch: int) -> NDArray[np.uint8]:
         """Those of the rows, full where the draw goes without."""
@@ -283,11 +293,12 @@ def open_loader(
         left_out: of this data's order.
     """
     steps: deque[tuple[StepRows, Position]] = deque()
-    rows_per_bucket = reader.prepared.rows_per_bucket(reader.split)
+    stored_rows = reader.prepared.rows_per_bucket(reader.split)
+    rows_of = reader.mixture.rows if reader.mixture else same_each_epoch(stored_rows)
     batch_rows = [micro_batch * factor for factor in position.batch_factors]
 
     def requests() -> Iterator[Request]:
-        for rows, after in remaining_steps(rows_per_bucket, reader.seed, position, left_out):
+        for rows, after in remaining_steps(rows_of, reader.seed, position, left_out):
             steps.append((rows, after))
             for ids, weights in share(rows, rank, world, batch_rows[rows.bucket], accumulation):
                 yield Request(rows.epoch, rows.bucket, ids, weights)

@@ -8,7 +8,7 @@ rows taken so far are always a prefix of it; hence the whole state is one cursor
 constant `global_batch` is a segment; changing it opens a new segment that starts from those cursors.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -19,8 +19,15 @@ from trainer.errors import UserError
 from trainer.keyed import draw_seed
 
 PADDING = -1
+RowsOfEpoch = Callable[[int], Sequence[int]]
+"""Virtual rows of each bucket that an epoch takes."""
 _BLOCK = 4096
 _CHUNK = 1 << 16
+
+
+def same_each_epoch(rows_per_bucket: Sequence[int]) -> RowsOfEpoch:
+    """All rows, in each epoch."""
+    return lambda epoch: rows_per_bucket
 
 
 @dataclass(frozen=True)
@@ -160,10 +167,10 @@ class EpochPlan:
         return window[begin - start : begin - start + count]
 
 
-def planned_steps(rows_per_bucket: Sequence[int], seed: int, position: Position) -> Iterator[tuple[StepRows, Position]]:
+def planned_steps(rows_of: RowsOfEpoch, seed: int, position: Position) -> Iterator[tuple[StepRows, Position]]:
     """All steps from `position` on, epoch after epoch without end, each with the position after it."""
     while True:
-        plan = EpochPlan(rows_per_bucket, seed, position)
+        plan = EpochPlan(rows_of(position.epoch), seed, position)
         for t in range(position.step, plan.num_steps):
             yield plan.step(t), plan.after(t)
         position = next_epoch(position)

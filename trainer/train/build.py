@@ -20,6 +20,7 @@ from trainer.config.schema import Config
 from trainer.config.sections.ema_config import LIVE
 from trainer.data.buckets import Bucket
 from trainer.data.left_out import Stretch
+from trainer.data.mixture import Mixture
 from trainer.data.store.snapshot import SPLITS, PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
 from trainer.data.survey.image_weights import weighs_images
@@ -76,12 +77,14 @@ class Run:
         state: where the resumed run stands; None for a fresh one.
         frozen: what of the model does not train, by `frozen_fingerprints`.
         prepared: the data set, opened at the snapshot that `state` refers to, or the newest at an epoch's start.
+        mixture: how much of it each epoch takes.
         left_out: data that the run goes past.
     """
 
     parts: StepParts
     state: TrainState | None
     prepared: PreparedSet
+    mixture: Mixture
     frozen: Mapping[str, str]
     left_out: tuple[Stretch, ...] = ()
 
@@ -131,7 +134,9 @@ def build_run(config: Config, model: RunModel, comm: Comm) -> Run:
     setting = worker_setting(config, comm, prepared, smallest_card(comm))
     choice = choose_memory(planned_run(config, model), comm, setting)
     left_out = merged(state.left_out if state else (), agreed_left_out(config.run.dir, comm))
-    return Run(build_parts(config, model, comm, prepared, choice, checkpoint), state, prepared, frozen, left_out)
+    mixture = Mixture.of(prepared, config.run.seed)
+    parts = build_parts(config, model, comm, prepared, choice, checkpoint)
+    return Run(parts, state, prepared, mixture, frozen, left_out)
 
 
 def build_parts(

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,8 @@ from trainer.data.augment import Augmentation
 from trainer.data.left_out import steps_left_out, stretches_of
 from trainer.data.loader import BatchReader, Loader, open_loader
 from trainer.data.loss_weights import LossWeights
-from trainer.data.sampler import EpochPlan, Position, epochs_done, steps_per_epoch, with_global_batch
+from trainer.data.mixture import Mixture
+from trainer.data.sampler import EpochPlan, Position, RowsOfEpoch, epochs_done, steps_per_epoch, with_global_batch
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.image_weights import weighs_images
 from trainer.evaluate.pictures import loss_curve_png
@@ -116,9 +117,9 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
             done = state.step >= arithmetic.total_steps or result.stop or bad.too_many(limit)
             if outputs:
                 seconds, waited = time.perf_counter() - begin, loader.wait_s - waited_before
-                epoch = epochs_done(state.position, arithmetic.rows_per_bucket)
+                epoch = epochs_done(state.position, run.mixture.rows(state.position.epoch))
                 outputs.record(state, result, first_lr(run.parts.optimizer), seconds, waited, epoch, bad.total)
-            watch.react(state, result, arithmetic.rows_per_bucket, saving.settle)
+            watch.react(state, result, run.mixture.rows, saving.settle)
             if replicas.due(state.step):
                 heartbeat.begin("a comparison of weights", state.step)
                 replicas.compare(state.step, saving.settle)
@@ -142,7 +143,7 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
                 newer = _newer_data(config, comm, state)
                 if newer:
                     loader.close()
-                    run = replace(run, state=state, prepared=newer)
+                    run = replace(run, state=state, prepared=newer, mixture=Mixture.of(newer, config.run.seed))
                     state, arithmetic = _place_in_data(config, run)
                     scorer = replace(scorer, prepared=newer)
                     loader = stack.enter_context(
@@ -179,7 +180,8 @@ def state_after(state: TrainState, result: StepResult, position: Position, rules
 
 def starting_state(config: Config, run: Run, global_batch: int) -> TrainState:
     """Where the run goes on, or the start of a fresh one; a changed global batch opens a new segment."""
-    rows_per_bucket, snapshot = run.prepared.rows_per_bucket("train"), run.prepared.snapshot_name
+    epoch = run.state.position.epoch if run.state else 0
+    rows_per_bucket, snapshot = run.mixture.rows(epoch), run.prepared.snapshot_name
     factors, in_fp16 = batch_factors(config, run.prepared.buckets("train")), config.train.precision == "fp16"
     if run.state is None:
         start = Position.start(len(rows_per_bucket), global_batch, batch_factors=factors)
@@ -196,10 +198,10 @@ def starting_state(config: Config, run: Run, global_batch: int) -> TrainState:
 
 def _place_in_data(config: Config, run: Run) -> tuple[TrainState, RunArithmetic]:
     """Where the run stands in the data it has, and what follows from the size of the data."""
-    rows_per_bucket = run.prepared.rows_per_bucket("train")
-    arithmetic = arithmetic_of(config, run.parts.comm.world, run.prepared.buckets("train"), rows_per_bucket)
+    epoch, world = run.state.position.epoch if run.state else 0, run.parts.comm.world
+    arithmetic = arithmetic_of(config, world, run.prepared.buckets("train"), run.mixture.rows(epoch))
     state = starting_state(config, run, arithmetic.images_per_step)
-    return state, replace(arithmetic, total_steps=_total_steps(config, rows_per_bucket, state))
+    return state, replace(arithmetic, total_steps=_total_steps(config, run.mixture.rows, state))
 
 
 def _newer_data(config: Config, comm: Comm, state: TrainState) -> PreparedSet | None:
@@ -213,7 +215,7 @@ def _newer_data(config: Config, comm: Comm, state: TrainState) -> PreparedSet | 
     return prepared
 
 
-def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainState) -> int:
+def _total_steps(config: Config, rows_of: RowsOfEpoch, state: TrainState) -> int:
     """The step at which the run ends; with `train.epochs`, what is left of this epoch and of those after it."""
     if config.train.steps is not None:
         return config.train.steps
@@ -221,10 +223,13 @@ def _total_steps(config: Config, rows_per_bucket: Sequence[int], state: TrainSta
     if epochs_after_this < 0:
         return state.step
     position, left_out = state.position, stretches_of(state.left_out, state.snapshot, config.run.seed)
-    this_epoch = EpochPlan(rows_per_bucket, config.run.seed, position).num_steps - position.step
-    per_epoch = steps_per_epoch(rows_per_bucket, position.global_batch, position.batch_factors)
-    none = steps_left_out(rows_per_bucket, config.run.seed, position, left_out, epochs_after_this + 1)
-    return state.step + this_epoch + epochs_after_this * per_epoch - none
+    this_epoch = EpochPlan(rows_of(position.epoch), config.run.seed, position).num_steps - position.step
+    later = sum(
+        steps_per_epoch(rows_of(position.epoch + 1 + e), position.global_batch, position.batch_factors)
+        for e in range(epochs_after_this)
+    )
+    none = steps_left_out(rows_of, config.run.seed, position, left_out, epochs_after_this + 1)
+    return state.step + this_epoch + later - none
 
 
 def open_training_loader(
@@ -245,6 +250,7 @@ def open_training_loader(
             _loss_weights(config, comm, run.prepared),
             with_masks=loss.masked,
             unmasked_probability=loss.unmasked_probability,
+            mixture=run.mixture if run.mixture.sources else None,
         ),
         state.position,
         rank=comm.rank,

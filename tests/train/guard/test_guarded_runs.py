@@ -18,7 +18,7 @@ from trainer.cli.start_workers import start_workers
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.data.loader import BatchReader, Request
-from trainer.data.sampler import Position, StepRows, planned_steps
+from trainer.data.sampler import Position, StepRows, planned_steps, same_each_epoch
 from trainer.errors import NumbersGoneWrong, UserError
 from trainer.faults import FAULT
 from trainer.model.text import load_tokenizers
@@ -69,7 +69,7 @@ def skipped(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def planned() -> Iterator[StepRows]:
-    for rows, _ in planned_steps([*ROWS.values()], 5, Position.start(2, 4)):
+    for rows, _ in planned_steps(same_each_epoch([*ROWS.values()]), 5, Position.start(2, 4)):
         yield rows
 
 

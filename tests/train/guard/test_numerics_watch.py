@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.real_run import ALONE
-from trainer.data.sampler import Position
+from trainer.data.sampler import Position, same_each_epoch
 from trainer.errors import NumbersGoneWrong, UserError
 from trainer.train.guard.left_out_record import read_left_out
 from trainer.train.guard.numerics_guard import GuardRules, NumericsGuard
@@ -41,14 +41,17 @@ def test_thirty_overflows_in_a_row_end_a_run_in_fp16(tmp_path: Path) -> None:
     watch, (state, overflow) = watch_in(tmp_path, rules), skipped_by(rules, 3)
     for steps in (29, 29):
         for _ in range(steps):
-            watch.react(state, overflow, [40], nothing)
+            watch.react(state, overflow, same_each_epoch([40]), nothing)
         watch.react(
-            state, replace(overflow, grad_norm=1.0, verdict=NumericsGuard().judge(rules, 1, 1, 4)), [40], nothing
+            state,
+            replace(overflow, grad_norm=1.0, verdict=NumericsGuard().judge(rules, 1, 1, 4)),
+            same_each_epoch([40]),
+            nothing,
         )
     for _ in range(29):
-        watch.react(state, overflow, [40], nothing)
+        watch.react(state, overflow, same_each_epoch([40]), nothing)
     with pytest.raises(UserError, match="the gradients of 30 steps in a row were not finite in fp16"):
-        watch.react(state, overflow, [40], nothing)
+        watch.react(state, overflow, same_each_epoch([40]), nothing)
     assert not (tmp_path / "skipped.jsonl").exists()
 
 
@@ -56,11 +59,11 @@ def test_three_in_a_row_leave_an_order(tmp_path: Path) -> None:
     rules = GuardRules()
     watch, settled = watch_in(tmp_path, rules), []
     for in_a_row in (1, 2):
-        watch.react(*skipped_by(rules, in_a_row), [40], nothing)
+        watch.react(*skipped_by(rules, in_a_row), same_each_epoch([40]), nothing)
     with pytest.raises(
         NumbersGoneWrong, match="the next start goes on from where this one began, without the data of the 3"
     ):
-        watch.react(*skipped_by(rules, 3), [40], lambda: settled.append(1))
+        watch.react(*skipped_by(rules, 3), same_each_epoch([40]), lambda: settled.append(1))
     assert settled == [1] and json.loads((tmp_path / "roll_back.json").read_text()) == {"last_step": 0}
     (stretch,) = read_left_out(tmp_path).stretches
     assert (stretch.begin, stretch.end) == ((0,), (12,))
@@ -73,7 +76,7 @@ def test_three_in_a_row_leave_an_order(tmp_path: Path) -> None:
 def test_a_disk_that_holds_no_order_ends_the_run_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rules = GuardRules()
     with pytest.raises(UserError) as raised:
-        watch_in(tmp_path / "absent", rules).react(*skipped_by(rules, 3), [40], nothing)
+        watch_in(tmp_path / "absent", rules).react(*skipped_by(rules, 3), same_each_epoch([40]), nothing)
     (line,) = raised.value.lines
     assert "cannot be written: No such file or directory" in line and "\n" not in line
     assert "skipped.jsonl: not written" in caplog.text

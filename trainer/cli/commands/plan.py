@@ -13,6 +13,7 @@ from trainer.cli.arguments import add_config_arguments, read_run
 from trainer.cli.start_workers import worker_count
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
+from trainer.data.mixture import Mixture
 from trainer.data.prepare.stages import is_current
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.caption_survey import CaptionSurvey, sampled_records
@@ -77,7 +78,7 @@ def _print_memory(config: Config, model: RunModel, plan: MemoryPlan) -> None:
     if plan.kernels == "cpu" or not is_current(prepare_settings(config, model)):
         return
     prepared = PreparedSet.open(config.data.prepared)
-    buckets, rows = prepared.buckets("train"), prepared.rows_per_bucket("train")
+    buckets, rows = prepared.buckets("train"), Mixture.of(prepared, config.run.seed).rows(0)
     arithmetic = arithmetic_of(config, worker_count(config), buckets, rows)
     speed = None
     if plan.chosen:
@@ -111,11 +112,14 @@ def _print_data(config: Config, model: RunModel) -> CaptionSurvey | None:
         print(f"data: {config.data.prepared} is not prepared yet; `sdxl-train prepare` does it, or the first start")
         return None
     prepared = PreparedSet.open(config.data.prepared)
-    rows = prepared.rows_per_bucket("train")
+    mixture = Mixture.of(prepared, config.run.seed)
+    rows = mixture.rows(0)
     print(f"data: {prepared.images('train'):,} images to train on, {prepared.images('validation'):,} held out")
     print("  bucket (width x height)   images per epoch")
     for bucket, count in zip(prepared.buckets("train"), rows, strict=True):
         print(f"  {bucket.width_px:>12} x {bucket.height_px:<8} {count:>12,}")
+    for source, count in mixture.rows_of_sources(0).items():
+        print(f"  {source}: {count:,} images per epoch, {count / max(1, sum(rows)):.1%}")
     arithmetic = arithmetic_of(config, worker_count(config), prepared.buckets("train"), rows)
     captions = survey_of(config, sampled_records(prepared))
     for line in (*arithmetic.describe(), *describe_captions(config, model, captions)):

@@ -6,6 +6,7 @@ Nothing is held per image: a snapshot of 12 million rows is some 6,000 shards' w
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class _Group:
     bucket: Bucket
     shards: np.ndarray
     starts: np.ndarray
+    parts: tuple[tuple[str, int, int], ...]
+    """The name of a source, the first virtual row of a stretch of its rows, and how many they are."""
 
 
 class PreparedSet:
@@ -96,6 +99,11 @@ class PreparedSet:
     def rows_per_bucket(self, split: str) -> list[int]:
         """Virtual rows (an image of r repeats counts r times) of each of `buckets(split)`."""
         return [int(group.starts[-1]) for group in self._groups[split]]
+
+    def parts_per_bucket(self, split: str) -> list[Sequence[tuple[str, int, int]]]:
+        """Of each of `buckets(split)` the stretches of rows that are of one source: its name, the first virtual row,
+        and how many there are."""
+        return [group.parts for group in self._groups[split]]
 
     @property
     def scaling_factor(self) -> float:
@@ -375,5 +383,8 @@ def _groups(shards: tuple[ShardEntry, ...], split: str) -> list[_Group]:
     for bucket in sorted(members):
         counts = [shards[i].virtual_rows for i in members[bucket]]
         starts = np.cumsum([0, *counts], dtype=np.int64)
-        groups.append(_Group(bucket, np.array(members[bucket], dtype=np.int64), starts))
+        parts = [part for i in members[bucket] for part in shards[i].parts]
+        firsts = np.cumsum([0, *(part.virtual_rows for part in parts)]).tolist()
+        stretches = tuple((part.source, first, part.virtual_rows) for part, first in zip(parts, firsts, strict=False))
+        groups.append(_Group(bucket, np.array(members[bucket], dtype=np.int64), starts, stretches))
     return groups

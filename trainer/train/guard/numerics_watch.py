@@ -10,6 +10,7 @@ from trainer.checkpoint.roll_back import checkpoint_places, newest_up_to, order_
 from trainer.checkpoint.run_dir import read_state
 from trainer.config.schema import Config
 from trainer.data.left_out import stretch_before
+from trainer.data.sampler import RowsOfEpoch
 from trainer.errors import NumbersGoneWrong, UserError
 from trainer.parallel.comm import Comm, broadcast_object
 from trainer.train.guard.left_out_record import LEFT_OUT, LeftOutRecord, PastFault, merged, read_left_out
@@ -54,9 +55,7 @@ class NumericsWatch:
         """Of the step that follows `state`."""
         return partial(state.guard.judge, self.rules)
 
-    def react(
-        self, state: TrainState, result: StepResult, rows_per_bucket: Sequence[int], settle: Callable[[], None]
-    ) -> None:
+    def react(self, state: TrainState, result: StepResult, rows_of: RowsOfEpoch, settle: Callable[[], None]) -> None:
         """After a step, on all workers; `state` is the one with it.
 
         Args:
@@ -80,7 +79,7 @@ class NumericsWatch:
             _log.warning("step %d is skipped: %s; its images are in %s", state.step, verdict.reason, SKIPPED_FILE)
         if state.guard.in_a_row >= IN_A_ROW:
             settle()
-            self._end(state, verdict.reason, rows_per_bucket)
+            self._end(state, verdict.reason, rows_of)
 
     def _note_overflow(self) -> None:
         _log.warning("the gradients are not finite; this step changes nothing")
@@ -92,13 +91,13 @@ class NumericsWatch:
                 "train.precision=bf16"
             )
 
-    def _end(self, state: TrainState, reason: str, rows_per_bucket: Sequence[int]) -> None:
+    def _end(self, state: TrainState, reason: str, rows_of: RowsOfEpoch) -> None:
         """All workers together, with the words of rank 0, which looks at the disk."""
-        told = self._go_back(state, reason, rows_per_bucket) if self.comm.rank == 0 else None
+        told = self._go_back(state, reason, rows_of) if self.comm.rank == 0 else None
         goes_back, text = broadcast_object(self.comm, told)
         raise NumbersGoneWrong(text) if goes_back else UserError(text)
 
-    def _go_back(self, state: TrainState, reason: str, rows_per_bucket: Sequence[int]) -> tuple[bool, str]:
+    def _go_back(self, state: TrainState, reason: str, rows_of: RowsOfEpoch) -> tuple[bool, str]:
         """Order the roll-back, if there is to be one; and what is said."""
         what = f"{IN_A_ROW} steps in a row were skipped, the last of them step {state.step} ({reason})"
         mend = (
@@ -111,14 +110,14 @@ class NumericsWatch:
             record = read_left_out(self.run_dir)
             if record.faults and state.guard.sound_step < record.faults[-1].place + self.rules.window:
                 return False, f"{what}, and going back {_times(record)} has not helped; {mend}"
-            goal, steps = self._leave_out(state, record, rows_per_bucket)
+            goal, steps = self._leave_out(state, record, rows_of)
             order_roll_back(self.run_dir, state.guard.sound_step)
         except OSError as error:
             return False, f"{what}, and {error.filename or self.run_dir} cannot be written: {error.strerror}; {mend}"
         data = f", without the data of the {steps} steps that ended with it ({LEFT_OUT})" if steps else ""
         return True, f"{what}; the next start goes on from {goal}{data}"
 
-    def _leave_out(self, state: TrainState, record: LeftOutRecord, rows_per_bucket: Sequence[int]) -> tuple[str, int]:
+    def _leave_out(self, state: TrainState, record: LeftOutRecord, rows_of: RowsOfEpoch) -> tuple[str, int]:
         """Write down the data between the checkpoint and here; the checkpoint in words, and how many steps it was."""
         checkpoint = newest_up_to(self.places, state.guard.sound_step)
         start = TrainState.from_json(read_state(checkpoint), checkpoint) if checkpoint else self.begin
@@ -126,7 +125,7 @@ class NumericsWatch:
         stretches = []
         if start.snapshot == state.snapshot:
             begin, end = start.position, state.position
-            stretches = stretch_before(rows_per_bucket, state.seed, end, begin, steps, state.snapshot)
+            stretches = stretch_before(rows_of, state.seed, end, begin, steps, state.snapshot)
         fault = PastFault(state.step, state.step - steps)
         LeftOutRecord(merged(merged(record.stretches, state.left_out), stretches), (*record.faults, fault)).write(
             self.run_dir

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket, make_buckets
 from trainer.data.loader import Batch
+from trainer.data.mixture import Mixture
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import OutOfMemory
 from trainer.measure.bench_report import BenchRow
@@ -279,7 +280,7 @@ def _loader_wait_s(
     """Seconds that a real step waits for its batch, mean over the workers."""
     comm, buckets = parts.comm, prepared.buckets("train")
     arithmetic = arithmetic_of(config, comm.world, buckets, prepared.rows_per_bucket("train"))
-    run = Run(parts, None, prepared, {})
+    run = Run(parts, None, prepared, Mixture.of(prepared, config.run.seed), {})
     state = starting_state(config, run, arithmetic.images_per_step)
     waited_before = 0.0
     with open_training_loader(config, model, comm, run, state, arithmetic.accumulation) as loader:
