@@ -16,6 +16,7 @@ from trainer.config.schema import Config
 from trainer.config.sections.sources import HfSource
 from trainer.data.catalog.scan import Removed
 from trainer.data.prepare.commit import commit
+from trainer.data.prepare.prune import Pruned, delete_unused, plan_prune
 from trainer.data.prepare.stages import (
     PrepareCounts,
     forget_plan,
@@ -73,7 +74,12 @@ def await_prepared(config: Config, model: RunModel) -> None:
 
 
 def prepare(
-    config: Config, model: RunModel, repack: bool = False, limit: int | None = None, removed: Removed = "ask"
+    config: Config,
+    model: RunModel,
+    repack: bool = False,
+    limit: int | None = None,
+    removed: Removed = "ask",
+    prune: bool = False,
 ) -> int:
     """Find what is new or has changed, encode new images on all workers, and make all that a new snapshot.
 
@@ -81,6 +87,7 @@ def prepare(
 
     Args:
         removed: what becomes of images that are not there any more.
+        prune: give back the disk space of images that are gone, and of older snapshots.
         repack: store latents that are used where they lie in the data set's own shards, on all workers.
         limit: look at no more than the first so many images that each source lists.
     """
@@ -108,6 +115,11 @@ def prepare(
         if config.data.augment.flip_probability:
             print("repacked latents are not mirrored: data.augment.flip_probability has no effect on them")
         print("repacked: the files that held the latents are still read by runs that stopped in the middle of an epoch")
+    if prune:
+        if plan_prune(prepared) and (code := _write_shards(config)):
+            return code
+        done = commit(prepared)
+        print(describe_pruned(delete_unused(prepared)))
     if done.masks:
         print(done.masks)
     left_out = f"; {done.left_out} left out, with the reason in {prepared / 'bad.jsonl'}" if done.left_out else ""
@@ -135,6 +147,14 @@ def _write_shards(config: Config) -> int:
             return 0
         notice = "ending; the same command goes on with what is missing"
         return start_workers("prepare", config, config.data.prepared, {}, stop_notice=notice)
+
+
+def describe_pruned(pruned: Pruned) -> str:
+    """What a pruning has given back."""
+    text = f"pruned: {pruned.files:,} files deleted, {pruned.num_bytes / 1e9:,.2f} GB given back"
+    if pruned.snapshots:
+        text += "; a run that stopped within an epoch goes on with the next one, for older snapshots are deleted too"
+    return text
 
 
 def describe_plan(counts: PrepareCounts) -> list[str]:

@@ -21,6 +21,7 @@ from trainer.config.sections.ema_config import LIVE
 from trainer.data.buckets import Bucket
 from trainer.data.left_out import Stretch
 from trainer.data.mixture import Mixture
+from trainer.data.sampler import next_epoch
 from trainer.data.store.snapshot import SPLITS, PreparedSet
 from trainer.data.store.snapshot_file import current_snapshot
 from trainer.data.survey.image_weights import weighs_images
@@ -126,6 +127,10 @@ def build_run(config: Config, model: RunModel, comm: Comm) -> Run:
     if checkpoint is not None:
         require_same_base(config, frozen, checkpoint)
     # An epoch that has begun stays with its snapshot, for its position counts that one's rows.
+    if state is not None and not state.position.starts_epoch and not has_snapshot(config, comm, state.snapshot):
+        epoch = state.position.epoch
+        _log.warning("snapshot %s was pruned: epoch %d ends here, %d begins", state.snapshot, epoch + 1, epoch + 2)
+        state = replace(state, position=next_epoch(state.position))
     within_epoch = state is not None and not state.position.starts_epoch
     name = state.snapshot if state and within_epoch else newest_snapshot(config.data.prepared, comm)
     prepared = PreparedSet.open(config.data.prepared, name)
@@ -187,6 +192,11 @@ def newest_snapshot(prepared: Path, comm: Comm) -> str | None:
     """Name of the newest snapshot that every worker sees: hosts may have copies of their own."""
     names = gather_objects(comm, current_snapshot(prepared))
     return None if None in names else min(names)
+
+
+def has_snapshot(config: Config, comm: Comm, name: str) -> bool:
+    """Whether every worker sees a snapshot of the run's data."""
+    return all(gather_objects(comm, (config.data.prepared / "snapshots" / name).is_file()))
 
 
 def require_masks(config: Config, prepared: PreparedSet) -> None:

@@ -26,6 +26,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--limit", type=_count, metavar="N", help="look at no more than the first N images that each source lists"
     )
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="also give back the disk space of images that are gone: shards of which less than half counts are written "
+        "anew, and what only older snapshots need is deleted",
+    )
     gone = parser.add_mutually_exclusive_group()
     gone.add_argument(
         "--keep-removed",
@@ -40,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config, model = read_run(arguments.config, arguments.overrides)
     removed = "keep" if arguments.keep_removed else "drop" if arguments.drop_removed else "ask"
-    code = prepare(config, model, arguments.repack, arguments.limit, removed)
+    code = prepare(config, model, arguments.repack, arguments.limit, removed, arguments.prune)
     if code == 0:
         count_run_tags(config)
     return code

@@ -25,9 +25,9 @@ _CACHE_KIB = 32 * 1024
 _DAMAGE = (1, 11, 20, 26)
 """SQLite's codes ERROR (no such table or column), CORRUPT, MISMATCH, NOTADB; a full disk is no fault of the file."""
 
-Payload = Literal["encode", "npz", "image", "repack"]
-"""What a row's shard is to hold: latents that the VAE gives for an image (`encode`) or that lie in an `.npz`
-(`repack`), or only where the `.npz` or the `image` lies."""
+Payload = Literal["encode", "npz", "image", "repack", "copy"]
+"""What a row's shard is to hold: latents that the VAE gives for an image (`encode`), that lie in an `.npz` (`repack`)
+or in another shard (`copy`), or only where the `.npz` or the `image` lies."""
 
 _ROW = """
     path TEXT NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL,

@@ -30,8 +30,9 @@ class PlannedShard:
     """A shard to be written: the rows of one generation, split, bucket and kind whose keys, as they were when they were
     found, lie in first_key..last_key.
 
-    `payload` is what the shard will hold. It is that of the rows, but for a `repack` of rows that are `npz`; then
-    `row_generation`, under which the rows were found, is older than `generation`, under which they are written.
+    `payload` is what the shard will hold. It is that of the rows, but for a `repack` of rows that are `npz` and a
+    `copy` of rows that were encoded; then `row_generation`, under which the rows were found, is older than
+    `generation`, under which they are written.
     """
 
     name: str
@@ -60,7 +61,8 @@ def plan_generation(connection: sqlite3.Connection, rows_per_shard: int) -> int:
         keys = map(itemgetter(4), rows)
         while some := list(islice(keys, size)):
             shards.append((names.next(group), generation, generation, *group, some[0], some[-1], len(some)))
-    _add_generation(connection, generation, shards)
+    with transaction(connection):
+        _add_generation(connection, generation, shards)
     return len(shards)
 
 
@@ -82,9 +84,40 @@ def plan_repack(connection: sqlite3.Connection, rows_per_shard: int) -> int:
         while some := list(islice(keys, rows_per_shard)):
             name = names.next(group)
             shards.append((name, generation, row_generation, *group, "repack", some[0], some[-1], len(some)))
-    _add_generation(connection, generation, shards)
-    mark_dirty(connection, [shard[0] for shard in shards])  # some of its rows may have other keys by now
+    with transaction(connection):
+        _add_generation(connection, generation, shards)
+        mark_dirty(connection, [shard[0] for shard in shards])  # some of its rows may have other keys by now
     return len(shards)
+
+
+def plan_copies(connection: sqlite3.Connection, names: Sequence[str]) -> None:
+    """Plan a generation of shards that hold what still counts of these; those of which nothing does are given up."""
+    generation, numbers, copies = open_generation(connection), _ShardNames(open_generation(connection)), []
+    with transaction(connection):
+        for shard in shards_by_name(connection, names).values():
+            if shard.payload not in ("encode", "copy"):
+                continue
+            group = (shard.split, shard.bucket.height_px, shard.bucket.width_px)
+            ends, count = (shard.first_key, shard.last_key), len(rows_of_shard(connection, shard))
+            copies.append((numbers.next(group), generation, shard.row_generation, *group, "copy", *ends, count))
+            connection.execute(
+                """DELETE FROM removed WHERE generation = ? AND split = ? AND bucket_h = ? AND bucket_w = ?
+                    AND payload = 'encode' AND stored_key BETWEEN ? AND ?""",
+                (shard.row_generation, *group, *ends),
+            )
+        _add_generation(connection, generation, copies)
+        mark_dirty(connection, [copy[0] for copy in copies])
+
+
+def source_of_copy(connection: sqlite3.Connection, shard: PlannedShard) -> str:
+    """The name of the shard that a planned copy is to replace."""
+    query = """SELECT s.name FROM shards s JOIN generations g ON g.generation = s.generation
+        WHERE g.committed AND s.row_generation = ? AND s.split = ? AND s.bucket_h = ? AND s.bucket_w = ?
+            AND s.payload IN ('encode', 'copy') AND s.first_key = ? AND s.last_key = ?"""
+    bucket = shard.bucket
+    group = (shard.row_generation, shard.split, bucket.height_px, bucket.width_px)
+    (name,) = connection.execute(query, (*group, shard.first_key, shard.last_key)).fetchone()
+    return name
 
 
 def _select_rows(
@@ -126,9 +159,8 @@ class _ShardNames:
 
 def _add_generation(connection: sqlite3.Connection, generation: int, shards: Sequence[tuple[Any, ...]]) -> None:
     if shards:
-        with transaction(connection):
-            connection.executemany("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", shards)
-            connection.execute("INSERT INTO generations VALUES (?, 0)", (generation,))
+        connection.executemany("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", shards)
+        connection.execute("INSERT INTO generations VALUES (?, 0)", (generation,))
 
 
 def pending_generations(connection: sqlite3.Connection) -> list[int]:
@@ -164,7 +196,7 @@ def rows_of_shard(connection: sqlite3.Connection, shard: PlannedShard) -> list[C
     columns = """key, path, offset, length, payload, file_bytes, mtime_ns, caption_stamp, caption, repeats, split,
         original_h, original_w, resized_h, resized_w, crop_top, crop_left, mask, content, stored_key"""
     bucket = shard.bucket
-    payload = "npz" if shard.payload == "repack" else shard.payload
+    payload = {"repack": "npz", "copy": "encode"}.get(shard.payload, shard.payload)
     group = (shard.row_generation, shard.split, bucket.height_px, bucket.width_px, payload)
     placement = lru_cache(64)(lambda *sides: Placement(bucket, sides[:2], sides[2:]))
     return [
@@ -182,10 +214,11 @@ def rows_of_shard(connection: sqlite3.Connection, shard: PlannedShard) -> list[C
 def replaced_shards(connection: sqlite3.Connection) -> set[str]:
     """Names of committed shards whose rows are held by the pending generations as well."""
     query = """SELECT DISTINCT old.name FROM shards new JOIN generations g ON g.generation = new.generation
-        JOIN shards old ON old.row_generation = new.row_generation AND old.payload = 'npz' AND old.split = new.split
-            AND old.bucket_h = new.bucket_h AND old.bucket_w = new.bucket_w
+        JOIN shards old ON old.row_generation = new.row_generation AND old.split = new.split
+            AND old.bucket_h = new.bucket_h AND old.bucket_w = new.bucket_w AND old.generation != new.generation
             AND new.first_key BETWEEN old.first_key AND old.last_key
-        WHERE new.payload = 'repack' AND NOT g.committed"""
+            AND old.payload IN (CASE new.payload WHEN 'repack' THEN 'npz' ELSE 'encode' END, new.payload)
+        WHERE new.payload IN ('repack', 'copy') AND NOT g.committed"""
     return {name for (name,) in connection.execute(query)}
 
 

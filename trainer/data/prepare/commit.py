@@ -62,7 +62,8 @@ def commit(prepared: Path) -> Committed:
         fresh = tuple(entry for generation, entry in entries if generation not in base.generations)
         replaced = planned_shards.replaced_shards(connection)
         kept = tuple(entry for entry in base.shards if entry.name not in replaced)
-        shards = _as_they_are_now(prepared, connection, base.number + 1, kept + fresh)
+        there = tuple(entry for entry in kept + fresh if entry.info.rows)
+        shards = _as_they_are_now(prepared, connection, base.number + 1, there)
         if shards != base.shards or base.settings != settings:
             all_generations = (*base.generations, *(g for g in generations if g not in base.generations))
             base = Snapshot(base.number + 1, all_generations, settings, shards)

@@ -27,6 +27,7 @@ from trainer.data.fork_server import fork_server, take_signals
 from trainer.data.images import pillow_rules
 from trainer.data.masks import FULL, BadMask
 from trainer.data.prepare.decode import decoded, excluded_row, packed, temporary
+from trainer.data.prepare.prune import CopiedRows
 from trainer.data.store.npz import BadNpz
 from trainer.data.store.references import Reference, ReferencedFiles
 from trainer.data.store.shard_reader import read_npz
@@ -70,7 +71,7 @@ def encode_shards(
         encode_text: must be given exactly when the set was planned with cached text.
     """
     settings = stored_settings(prepared)
-    if settings["data.cache_text"] != (encode_text is not None):
+    if settings["data.cache_text"] != (encode_text is not None) and pending_payloads(prepared) - {"copy"}:
         raise ValueError("encode_text does not agree with data.cache_text")
     with (
         catalog.open_catalog(prepared, read_only=True) as connection,
@@ -100,7 +101,8 @@ def encode_shards(
                         rows = rows_of_shard(connection, shard)
                         batch_size = vae_batch_size * _batches_of_area(shard, settings)
                         encoder = _Encoder(encode, batch_size, batch_size + 2 * decode_threads, pool)
-                        _write(fd, path, shard, settings, rows, encoder, encode_text)
+                        copied = CopiedRows(prepared, connection, shard) if shard.payload == "copy" else None
+                        _write(fd, path, shard, settings, rows, encoder, encode_text, copied)
                         written += 1
             remaining = held_by_others
             if not remaining:
@@ -175,6 +177,7 @@ def _write(
     rows: list[CatalogRow],
     encoder: _Encoder,
     encode_text: EncodeText | None,
+    copied: CopiedRows | None,
 ) -> None:
     """Encode one shard into its claimed temporary file and rename it into place."""
     refers = shard.payload in ("npz", "image")
@@ -184,16 +187,18 @@ def _write(
         generation=shard.generation,
         scaling_factor=settings["the VAE's scaling_factor"],
         vae_fingerprint=settings["the VAE (weights and model.vae_precision)"]
-        if shard.payload == "encode"
+        if shard.payload in ("encode", "copy")
         else AS_GIVEN,
         payload="npz" if shard.payload == "npz" else "image" if shard.payload == "image" else "latents",
-        has_masks=any(row.mask for row in rows),
+        has_masks=any(row.mask for row in rows) if copied is None else copied.has_masks,
     )
     excluded: list[dict[str, Any]] = []
     os.ftruncate(fd, 0)
     with os.fdopen(fd, "wb", closefd=False) as file:
         if refers:
             batches = _referring(packed(rows, path, excluded) if shard.payload == "image" else rows)
+        elif copied is not None:
+            batches, encode_text = copied.batches(rows, head), copied.encode_text
         elif shard.payload == "repack":
             batches = _converted(rows, head, encoder, excluded)
         else:
