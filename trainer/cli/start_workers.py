@@ -1,39 +1,22 @@
 """From a checked configuration to running workers: launched here, or joined where torchrun or SLURM did it."""
 
 import os
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
 from trainer.cli.crew import first_crew
 from trainer.cli.keep_running import keep_running
-from trainer.config.rules_sources import is_needed_to_train
 from trainer.config.schema import Config
-from trainer.config.sections.sources import HfSource
-from trainer.data.catalog.scan import Removed
-from trainer.data.prepare.commit import commit
-from trainer.data.prepare.prune import Pruned, delete_unused, plan_prune
+from trainer.data.prepare.prune import Pruned
 from trainer.data.prepare.stages import (
     PrepareCounts,
-    forget_plan,
-    is_current,
-    plan_prepare,
-    plan_repack,
-    progress,
 )
-from trainer.data.sources.listing import is_there, main_path
 from trainer.data.store.snapshot import PreparedSet
-from trainer.data.survey.caption_survey import planned_records
 from trainer.data.survey.image_weights import counted, describe_tags
-from trainer.errors import UserError
-from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
-from trainer.train.caption_rules import describe_captions, require_captions, survey_of, tag_separators
-from trainer.train.workers.prepare_worker import needs_workers, note_references, prepare_settings
+from trainer.train.caption_rules import tag_separators
 
 _POLL_S = 1.0
 
@@ -55,78 +38,6 @@ def worker_count(config: Config) -> int:
     return int(joined["WORLD_SIZE"]) if joined else choose_workers(config.launch.workers, detect_gpus())[0]
 
 
-def ensure_prepared(config: Config, model: RunModel) -> int:
-    """Prepare the data set if it is not there yet; returns an exit code. New images are not looked for."""
-    if not is_current(prepare_settings(config, model)):
-        return prepare(config, model)
-    for source in config.data.sources:
-        place = main_path(source)
-        if not is_needed_to_train(config, source) and not isinstance(source, HfSource) and not is_there(place):
-            print(f"{place} is not there; training on what was prepared from it")
-    return 0
-
-
-def await_prepared(config: Config, model: RunModel) -> None:
-    """Wait until another process has prepared the data set."""
-    settings = prepare_settings(config, model)
-    while not is_current(settings):
-        time.sleep(_POLL_S)
-
-
-def prepare(
-    config: Config,
-    model: RunModel,
-    repack: bool = False,
-    limit: int | None = None,
-    removed: Removed = "ask",
-    prune: bool = False,
-) -> int:
-    """Find what is new or has changed, encode new images on all workers, and make all that a new snapshot.
-
-    Returns an exit code.
-
-    Args:
-        removed: what becomes of images that are not there any more.
-        prune: give back the disk space of images that are gone, and of older snapshots.
-        repack: store latents that are used where they lie in the data set's own shards, on all workers.
-        limit: look at no more than the first so many images that each source lists.
-    """
-    prepared = config.data.prepared
-    print(f"preparing {prepared}")
-    counts = plan_prepare(prepare_settings(config, model), limit=limit, removed=removed)
-    for line in describe_plan(counts):
-        print(line)
-    captions = survey_of(config, planned_records(prepared))
-    for line in describe_captions(config, model, captions):
-        print(line)
-    if counts.pending_rows:
-        try:
-            require_captions(config, captions)
-        except UserError:
-            forget_plan(prepared)
-            raise
-        if code := _write_shards(config):
-            return code
-    done = commit(prepared)
-    if repack and plan_repack(prepared)[0]:
-        if code := _write_shards(config):
-            return code
-        done = commit(prepared)
-        if config.data.augment.flip_probability:
-            print("repacked latents are not mirrored: data.augment.flip_probability has no effect on them")
-        print("repacked: the files that held the latents are still read by runs that stopped in the middle of an epoch")
-    if prune:
-        if plan_prune(prepared) and (code := _write_shards(config)):
-            return code
-        done = commit(prepared)
-        print(describe_pruned(delete_unused(prepared)))
-    if done.masks:
-        print(done.masks)
-    left_out = f"; {done.left_out} left out, with the reason in {prepared / 'bad.jsonl'}" if done.left_out else ""
-    print(f"prepared {done.images:,} images{left_out}")
-    return 0
-
-
 def count_run_tags(config: Config) -> None:
     """Where the run weighs images by their tags: count those of the prepared set, if that is not done, and say so."""
     section, separators = config.objective.loss_weights, tag_separators(config)
@@ -137,16 +48,6 @@ def count_run_tags(config: Config) -> None:
         counts = counted(prepared, separators, bar.update)
     for line in describe_tags(section, counts, prepared):
         print(line)
-
-
-def _write_shards(config: Config) -> int:
-    """Write what is planned, on all workers if it takes a model or the reading of much; returns an exit code."""
-    with _bar(config.data.prepared):
-        if not needs_workers(config):
-            note_references(config)
-            return 0
-        notice = "ending; the same command goes on with what is missing"
-        return start_workers("prepare", config, config.data.prepared, {}, stop_notice=notice)
 
 
 def describe_pruned(pruned: Pruned) -> str:
@@ -181,24 +82,3 @@ def describe_plan(counts: PrepareCounts) -> list[str]:
         kinds = ", ".join(f"{number:,} x {ending}" for ending, number in scan.ignored.most_common(5))
         lines.append(f"ignored other files: {kinds}")
     return lines
-
-
-@contextmanager
-def _bar(prepared: Path) -> Iterator[None]:
-    """Show how far all workers are together."""
-    done, total = progress(prepared)
-    ended = threading.Event()
-
-    def watch(bar: "tqdm[None]") -> None:
-        while not ended.wait(_POLL_S):
-            bar.update(progress(prepared)[0] - bar.n)
-
-    with tqdm(desc="encoding", total=total, initial=done, unit="img", disable=None) as bar:
-        watcher = threading.Thread(target=watch, args=(bar,), daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
-            bar.update(progress(prepared)[0] - bar.n)

@@ -29,7 +29,7 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
         # for what is finished is on the disk and the rest is done anew.
         from trainer.train.workers.prepare_worker import encode_share
 
-        encode_share(config, _model_of(config))
+        encode_share(config, _model_of(config), options.get("part"))
         return
     from trainer.measure.progress import open_log
     from trainer.optim.precision import set_fp32_arithmetic

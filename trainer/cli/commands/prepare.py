@@ -1,10 +1,15 @@
 """`sdxl-train prepare CONFIG.yaml`: encode or index the sources into the prepared data set, new images included."""
 
 import argparse
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainer.cli.arguments import add_config_arguments, read_run
-from trainer.cli.start_workers import count_run_tags, prepare
+from trainer.cli.prepare_set import PrepareWish, prepare, prepare_joined
+from trainer.cli.start_workers import count_run_tags
+from trainer.parallel.environment import joined_environment
 
 
 def main(argv: Sequence[str]) -> int:
@@ -14,7 +19,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="sdxl-train prepare",
         description=main.__doc__,
-        epilog="example: sdxl-train prepare configs/4x3090.yaml data.prepared=/nvme/prepared",
+        epilog="examples: sdxl-train prepare configs/4x3090.yaml data.prepared=/nvme/prepared; on several hosts that "
+        "share the folder, torchrun --nnodes 2 ... -m trainer prepare CONFIG.yaml; on hosts that do not, --part 1/2 "
+        "and --part 2/2, then --merge",
     )
     add_config_arguments(parser)
     parser.add_argument(
@@ -32,6 +39,17 @@ def main(argv: Sequence[str]) -> int:
         help="also give back the disk space of images that are gone: shards of which less than half counts are written "
         "anew, and what only older snapshots need is deleted",
     )
+    hosts = parser.add_mutually_exclusive_group()
+    hosts.add_argument(
+        "--part", type=_part, metavar="K/N", help="write only the K-th of N parts of the set, on this host's drive"
+    )
+    hosts.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="take what is to be encoded from these prepared folders, which --part has written on other hosts",
+    )
     gone = parser.add_mutually_exclusive_group()
     gone.add_argument(
         "--keep-removed",
@@ -46,10 +64,22 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config, model = read_run(arguments.config, arguments.overrides)
     removed = "keep" if arguments.keep_removed else "drop" if arguments.drop_removed else "ask"
-    code = prepare(config, model, arguments.repack, arguments.limit, removed, arguments.prune)
-    if code == 0:
+    merge = tuple(arguments.merge or ())
+    wish = PrepareWish(arguments.repack, arguments.limit, removed, arguments.prune, arguments.part, merge)
+    joined = joined_environment(os.environ)
+    if joined is not None:
+        prepare_joined(config, model, wish, joined)
+    code = prepare(config, model, wish)
+    if code == 0 and wish.part is None:
         count_run_tags(config)
     return code
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no part such as 3/16")
+    return int(found[1]), int(found[2])
 
 
 def _count(text: str) -> int:

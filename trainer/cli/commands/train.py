@@ -9,7 +9,8 @@ from pathlib import Path
 from trainer.checkpoint.run_dir import list_checkpoints, only_writer
 from trainer.cli.arguments import add_config_arguments, read_run
 from trainer.cli.keep_running import write_resolved
-from trainer.cli.start_workers import await_prepared, count_run_tags, ensure_prepared, start_workers
+from trainer.cli.prepare_set import await_prepared, ensure_prepared
+from trainer.cli.start_workers import count_run_tags, start_workers
 from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel

@@ -58,6 +58,7 @@ def encode_shards(
     encode_text: EncodeText | None = None,
     vae_batch_size: int = 4,
     decode_threads: int = 2,
+    part: tuple[int, int] = (1, 1),
 ) -> int:
     """Write shards until all that are planned exist; returns how many this worker wrote.
 
@@ -67,6 +68,7 @@ def encode_shards(
     Args:
         vae_batch_size: images of the square bucket that are encoded at once; more of small ones.
         decode_threads: that decode and resize images while others are encoded.
+        part: (k, n): only the k-th of n parts of the shards, k from 1.
         encode: may be None where no image is to be encoded (see `pending_payloads`).
         encode_text: must be given exactly when the set was planned with cached text.
     """
@@ -82,6 +84,7 @@ def encode_shards(
         shards = sorted(
             pending_shards(connection), key=lambda shard: shard.name if _is_encoded(shard) else shard.first_key
         )
+        shards = shards[part[0] - 1 :: part[1]]
         for shard_folder in {(prepared / shard.name).parent for shard in shards}:
             shard_folder.mkdir(parents=True, exist_ok=True)
         # Each worker begins at another place, so that they rarely try for the same shard.

@@ -67,8 +67,12 @@ def note_references(config: Config) -> None:
     write_references(config.data.prepared, min(_WRITERS, len(os.sched_getaffinity(0))))
 
 
-def encode_share(config: Config, model: RunModel) -> None:
-    """Encode shards beside the other workers until none is left, without a process group: none waits for another."""
+def encode_share(config: Config, model: RunModel, part: tuple[int, int] | None = None) -> None:
+    """Encode shards beside the other workers until none is left, without a process group: none waits for another.
+
+    Args:
+        part: (k, n): of all shards only the k-th of n parts, k from 1.
+    """
     import numpy as np
     import torch
 
@@ -111,4 +115,5 @@ def encode_share(config: Config, model: RunModel) -> None:
         encode_text,
         vae_batch_size=config.data.vae_batch_size,
         decode_threads=max(2, config.data.workers),
+        part=part or (1, 1),
     )

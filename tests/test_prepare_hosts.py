@@ -1,0 +1,68 @@
+"""Two hosts prepare one set over a folder that both see."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.photographs import write_crops
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_folder: Path) -> Path:
+    write_crops(tmp_path / "photos", 48)
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"""run: {{dir: {tmp_path}/run}}
+model: {{path: {model_folder}, vae_precision: fp32}}
+data:
+  sources: [{{path: {tmp_path}/photos}}]
+  prepared: {tmp_path}/one
+  rows_per_shard: 4
+  buckets: {{resolution: 128, min_px: 64, max_px: 256, step_px: 64}}
+train: {{steps: 1}}
+optimizer: {{lr: 1e-4}}
+launch: {{workers: 1}}
+"""
+    )
+    return path
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    command = [sys.executable, "-m", "trainer", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def finished(prepared: Path) -> dict[str, bytes]:
+    kinds = ("shards", "snapshots", "edits", "settings.json", "CURRENT", "bad.jsonl")
+    files = [path for kind in kinds for path in (prepared / kind, *(prepared / kind).rglob("*")) if path.is_file()]
+    return {path.relative_to(prepared).as_posix(): path.read_bytes() for path in files}
+
+
+def test_two_hosts_over_a_shared_folder(config: Path, tmp_path: Path) -> None:
+    said = run("prepare", config)
+    assert "prepared 48 images" in said and "img/s, " in said and " each of 1 worker" in said
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    hosts = []
+    for number in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(number)]
+        command += ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "trainer"]
+        command += ["prepare", str(config), f"data.prepared={tmp_path}/two"]
+        hosts.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True))
+    told = [host.communicate(timeout=600)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], told
+    assert "prepared 48 images" in told[0] and " each of 2 workers" in told[0] and told[1] == ""
+    assert finished(tmp_path / "two") == finished(tmp_path / "one")
+    said = run("prepare", config, f"data.prepared={tmp_path}/part", "--part", "2/2")
+    assert "part 2 of 2: " in said and "--merge FOLDER" in said and not (tmp_path / "part" / "CURRENT").exists()

@@ -1,0 +1,226 @@
+"""`prepare` from its plan to the snapshot: on this host's workers, or as one worker of torchrun's or SLURM's job."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from trainer.cli.start_workers import describe_plan, describe_pruned, start_workers, worker_count
+from trainer.config.rules_sources import is_needed_to_train
+from trainer.config.schema import Config
+from trainer.config.sections.sources import HfSource
+from trainer.data.catalog.scan import Removed
+from trainer.data.prepare.commit import Committed, commit
+from trainer.data.prepare.merge_parts import take_shards
+from trainer.data.prepare.prune import delete_unused, plan_prune
+from trainer.data.prepare.stages import forget_plan, is_current, plan_prepare, plan_repack, progress
+from trainer.data.sources.listing import is_there, main_path
+from trainer.data.survey.caption_survey import planned_records
+from trainer.errors import UserError
+from trainer.model_files.run_model import RunModel
+from trainer.train.caption_rules import describe_captions, require_captions, survey_of
+from trainer.train.workers.prepare_worker import needs_workers, note_references, prepare_settings
+
+_POLL_S = 1.0
+_PATIENCE_S = 30 * 86400.0  # with which workers of other hosts wait for the plan, and for the last shard
+
+
+@dataclass(frozen=True)
+class PrepareWish:
+    """What `prepare` is asked for.
+
+    Attributes:
+        repack: store latents that are used where they lie in the data set's own shards, on all workers.
+        limit: look at no more than the first so many images that each source lists.
+        removed: what becomes of images that are not there any more.
+        prune: give back the disk space of images that are gone, and of older snapshots.
+        part: (k, n): write only the k-th of n parts of the shards, k from 1, and leave the rest to `merge`.
+        merge: prepared folders, whose shards are taken in place of encoding.
+    """
+
+    repack: bool = False
+    limit: int | None = None
+    removed: Removed = "ask"
+    prune: bool = False
+    part: tuple[int, int] | None = None
+    merge: tuple[Path, ...] = ()
+
+
+def ensure_prepared(config: Config, model: RunModel) -> int:
+    """Prepare the data set if it is not there yet; returns an exit code. New images are not looked for."""
+    if not is_current(prepare_settings(config, model)):
+        return prepare(config, model)
+    for source in config.data.sources:
+        place = main_path(source)
+        if not is_needed_to_train(config, source) and not isinstance(source, HfSource) and not is_there(place):
+            print(f"{place} is not there; training on what was prepared from it")
+    return 0
+
+
+def await_prepared(config: Config, model: RunModel) -> None:
+    """Wait until another process has prepared the data set."""
+    settings = prepare_settings(config, model)
+    while not is_current(settings):
+        time.sleep(_POLL_S)
+
+
+def prepare(config: Config, model: RunModel, wish: PrepareWish = PrepareWish()) -> int:
+    """Find what is new or has changed, encode new images on all workers, and make all that a new snapshot.
+
+    Returns an exit code.
+    """
+    for _ in _stages(config, model, wish):
+        if code := _write_shards(config, wish):
+            return code
+    return 0
+
+
+def prepare_joined(config: Config, model: RunModel, wish: PrepareWish, joined: dict[str, str]) -> None:
+    """Be one worker of a job that torchrun or SLURM has started, all of which see the same folder.
+
+    Worker 0 plans and commits; all encode, each the shards that no other has begun. Ends the process.
+    """
+    from trainer.parallel.worker import run_worker
+
+    os.environ.update(joined)
+    run_worker(lambda stop_requested: _join(config, model, wish))
+
+
+def _join(config: Config, model: RunModel, wish: PrepareWish) -> None:
+    from trainer.parallel.comm import barrier, broadcast_object, close, init_comm
+    from trainer.train.workers.prepare_worker import encode_share
+
+    comm = init_comm(_PATIENCE_S)
+    stages = _stages(config, model, wish) if comm.rank == 0 else iter(())
+    while True:
+        said = broadcast_object(comm, _next_stage(stages) if comm.rank == 0 else None)
+        if isinstance(said, list):
+            raise UserError(*said)
+        if said == "done":
+            break
+        with _bar(config, quiet=comm.rank != 0):
+            encode_share(config, model, wish.part)
+            barrier(comm)
+    close(comm)
+
+
+def _next_stage(stages: Iterator[None]) -> "str | list[str]":
+    """What all workers are to do now; the lines of a mistake."""
+    try:
+        next(stages)
+        return "encode"
+    except StopIteration:
+        return "done"
+    except UserError as error:
+        return list(error.lines)
+
+
+def _stages(config: Config, model: RunModel, wish: PrepareWish) -> Iterator[None]:
+    """Plans, and what follows on it; the caller writes what is planned whenever it is given the turn."""
+    prepared = config.data.prepared
+    print(f"preparing {prepared}")
+    counts = plan_prepare(prepare_settings(config, model), limit=wish.limit, removed=wish.removed)
+    for line in describe_plan(counts):
+        print(line)
+    captions = survey_of(config, planned_records(prepared))
+    for line in describe_captions(config, model, captions):
+        print(line)
+    if counts.pending_rows:
+        try:
+            require_captions(config, captions)
+        except UserError:
+            forget_plan(prepared)
+            raise
+        if wish.merge:
+            print(take_shards(prepared, wish.merge))
+        else:
+            yield
+    if wish.part is not None:
+        print(_part_done(prepared, *wish.part))
+        return
+    done = commit(prepared)
+    if wish.repack and plan_repack(prepared)[0]:
+        yield
+        done = commit(prepared)
+        if config.data.augment.flip_probability:
+            print("repacked latents are not mirrored: data.augment.flip_probability has no effect on them")
+        print("repacked: the files that held the latents are still read by runs that stopped in the middle of an epoch")
+    if wish.prune:
+        if plan_prune(prepared):
+            yield
+        done = commit(prepared)
+        print(describe_pruned(delete_unused(prepared)))
+    for line in _describe_done(prepared, done):
+        print(line)
+
+
+def _part_done(prepared: Path, part: int, parts: int) -> str:
+    done, total = progress(prepared)
+    return (
+        f"part {part} of {parts}: {done:,} of {total:,} images are encoded in {prepared}; when all parts are there, "
+        "`sdxl-train prepare CONFIG.yaml --merge FOLDER...` makes them one set"
+    )
+
+
+def _describe_done(prepared: Path, done: Committed) -> list[str]:
+    left_out = f"; {done.left_out} left out, with the reason in {prepared / 'bad.jsonl'}" if done.left_out else ""
+    masks = [str(done.masks)] if done.masks else []
+    return [*masks, f"prepared {done.images:,} images{left_out}"]
+
+
+def _write_shards(config: Config, wish: PrepareWish) -> int:
+    """Write what is planned, on all workers if it takes a model or the reading of much; returns an exit code."""
+    with _bar(config):
+        if not needs_workers(config):
+            note_references(config)
+            return 0
+        notice = "ending; the same command goes on with what is missing"
+        return start_workers("prepare", config, config.data.prepared, {"part": wish.part}, stop_notice=notice)
+
+
+@contextmanager
+def _bar(config: Config, quiet: bool = False) -> Iterator[None]:
+    """Show how far all workers are together, how fast, and at the end how fast they were."""
+    prepared, cards = config.data.prepared, worker_count(config)
+    (done, total), begin = progress(prepared), time.monotonic()
+    ended = threading.Event()
+
+    def watch(bar: "tqdm[None]") -> None:
+        while not ended.wait(_POLL_S):
+            bar.set_postfix_str(
+                f"{(bar.n - done) / (time.monotonic() - begin) / cards:.2f} img/s a worker", refresh=False
+            )
+            bar.update(progress(prepared)[0] - bar.n)
+
+    with tqdm(desc="encoding", total=total, initial=done, unit="img", disable=True if quiet else None) as bar:
+        watcher = threading.Thread(target=watch, args=(bar,), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+            now = progress(prepared)[0]
+            bar.update(now - bar.n)
+    seconds = time.monotonic() - begin
+    if now > done and not quiet:
+        rate = (now - done) / seconds
+        print(
+            f"encoded {now - done:,} images in {_time(seconds)}: {rate:,.1f} img/s, {rate / cards:,.2f} each of "
+            f"{cards} worker{'s' * (cards > 1)}"
+        )
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
