@@ -57,7 +57,7 @@ def test_parts_that_do_not_fit(tmp_path: Path) -> None:
     for i in range(3):
         remove(photos, name(i))
     encode_part(tmp_path / "b", photos, 2, 2)
-    with pytest.raises(UserError, match="such as photos/crop-0-00.: its host saw other sources"):
+    with pytest.raises(UserError, match=r"such as photos/crop-0-00.: its host saw other sources"):
         take_shards(tmp_path / "a", [tmp_path / "b"])
     encode_part(tmp_path / "c", photos, 2, 2)
     (shard, *_) = (tmp_path / "c").glob("shards/*/*")
