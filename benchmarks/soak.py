@@ -280,7 +280,9 @@ def _narrow_model(config: Path, folder: Path) -> Path:
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("unet"))
     wide = json.loads((model / "unet" / "config.json").read_text())
     narrow = {"block_out_channels": [8, 16, 24], "norm_num_groups": 8, "attention_head_dim": [1, 2, 3]}
-    UNet2DConditionModel.from_config(wide | narrow | {"transformer_layers_per_block": 1}).save_pretrained(folder / "unet")
+    UNet2DConditionModel.from_config(wide | narrow | {"transformer_layers_per_block": 1}).save_pretrained(
+        folder / "unet"
+    )
     return folder
 
 
