@@ -63,12 +63,12 @@ def describe_plan(counts: PrepareCounts) -> list[str]:
     scan = counts.scan
     lines = [f"{scan.listed:,} images found: {scan.new:,} new, {scan.known:,} prepared before, {scan.bad:,} unusable"]
     changes = {
-        "new captions": scan.captions,
+        "captions changed" if scan.captions != 1 else "caption changed": scan.captions,
         "seen more or less often": scan.repeats,
         "renamed": scan.renamed,
         "moved": scan.moved,
         "back": scan.back,
-        "changed, to be encoded anew": scan.changed,
+        "changed images": scan.changed,
         "removed": scan.removed,
         "not there any more, but kept": scan.kept,
     }

@@ -1,4 +1,4 @@
-"""Two hosts prepare one set over a folder that both see."""
+"""`prepare` as it is typed: by two hosts over a folder that both see, again after changes, and not at all."""
 
 import os
 import socket
@@ -66,3 +66,25 @@ def test_two_hosts_over_a_shared_folder(config: Path, tmp_path: Path) -> None:
     assert finished(tmp_path / "two") == finished(tmp_path / "one")
     said = run("prepare", config, f"data.prepared={tmp_path}/part", "--part", "2/2")
     assert "part 2 of 2: " in said and "--merge FOLDER" in said and not (tmp_path / "part" / "CURRENT").exists()
+
+
+def test_again_after_changes_and_without_the_source(config: Path, tmp_path: Path) -> None:
+    photos, weighted = tmp_path / "photos", "data.sources=[{path: " + str(tmp_path / "photos") + ", weight: 0.5}]"
+    run("prepare", config)
+    (photos / "crop-0-001.txt").write_text("another text")
+    for ending in ("jpg", "txt"):
+        (photos / f"crop-0-002.{ending}").rename(photos / f"renamed.{ending}")
+    assert "changes: 1 caption changed, 1 renamed" in run("prepare", config)
+    for i in range(10, 40):
+        (photos / f"crop-0-{i:03d}.jpg").unlink()
+    said = run("prepare", config, code=2)
+    assert "30 of its 48 prepared images are not there any more" in said and "--drop-removed" in said
+    said = run("prepare", config, weighted, "--drop-removed", "--prune")
+    assert "changes: 30 removed" in said and "prepared 18 images" in said
+    assert " files deleted, 0.00 GB given back; a run that stopped within an epoch" in said
+    assert "photos: 9 images per epoch, 100.0%" in run("plan", config, weighted)
+    photos.rename(tmp_path / "gone")
+    said = run(config, weighted)
+    assert f"{photos} is not there; training on what was prepared from it" in said and "done: step 1" in said
+    said = run("prepare", config, weighted, code=2)
+    assert f"data.sources: path ({photos}): there is no such folder" in said and "Traceback" not in said
