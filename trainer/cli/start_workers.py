@@ -24,10 +24,12 @@ from trainer.data.prepare.stages import (
     plan_repack,
     progress,
 )
+from trainer.data.prepare.working_folder import LEFT_OUT
 from trainer.data.sources.listing import is_there, main_path
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.caption_survey import planned_records
 from trainer.data.survey.image_weights import counted, describe_tags
+from trainer.data.survey.stats import BAD_FILE
 from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
@@ -87,7 +89,7 @@ def prepare(
     prepared = config.data.prepared
     print(f"preparing {prepared}")
     counts = plan_prepare(prepare_settings(config, model), limit=limit, removed=removed)
-    for line in describe_plan(counts):
+    for line in describe_plan(counts, prepared):
         print(line)
     captions = survey_of(config, planned_records(prepared))
     for line in describe_captions(config, model, captions):
@@ -110,7 +112,11 @@ def prepare(
         print("repacked: the files that held the latents are still read by runs that stopped in the middle of an epoch")
     if done.masks:
         print(done.masks)
-    left_out = f"; {done.left_out} left out, with the reason in {prepared / 'bad.jsonl'}" if done.left_out else ""
+    left_out = ""
+    if done.left_out:
+        # Those that were found while encoding have not been told yet.
+        reasons = f": {done.reasons}; all in" if done.left_out != counts.reasons.total else ", with the reason in"
+        left_out = f"; {done.left_out:,} unusable{reasons} {prepared / BAD_FILE}"
     print(f"prepared {done.images:,} images{left_out}")
     return 0
 
@@ -137,7 +143,7 @@ def _write_shards(config: Config) -> int:
         return start_workers("prepare", config, config.data.prepared, {}, stop_notice=notice)
 
 
-def describe_plan(counts: PrepareCounts) -> list[str]:
+def describe_plan(counts: PrepareCounts, prepared: Path) -> list[str]:
     """What a scan of the sources found."""
     scan = counts.scan
     lines = [f"{scan.listed:,} images found: {scan.new:,} new, {scan.known:,} prepared before, {scan.bad:,} unusable"]
@@ -151,6 +157,11 @@ def describe_plan(counts: PrepareCounts) -> list[str]:
         "removed": scan.removed,
         "not there any more, but kept": scan.kept,
     }
+    if counts.reasons.total:
+        lines.append(f"{counts.reasons.total:,} unusable: {counts.reasons.describe()}; all in {prepared / BAD_FILE}")
+    if scan.filtered:
+        kinds = ", ".join(f"{number:,} {what}" for what, number in scan.filtered.most_common())
+        lines.append(f"filters leave out {scan.filtered.total():,}: {kinds}; all in {prepared / LEFT_OUT}")
     if any(changes.values()):
         lines.append("changes: " + ", ".join(f"{number:,} {what}" for what, number in changes.items() if number))
     if counts.empty_captions:
