@@ -33,6 +33,7 @@ from trainer.data.catalog.settings import (
     store_settings,
     stored_settings,
 )
+from trainer.data.prepare.near_duplicates import leave_near_duplicates_out
 from trainer.data.prepare.working_folder import LEFT_OUT, alone, write_bad, write_left_out
 from trainer.data.sources.listing import main_path
 from trainer.data.store.moves import moves_file, note_moves
@@ -99,6 +100,7 @@ def plan_prepare(
             if not begin_with(settings):
                 catalog.forget_open_rows(connection)
             counts = scan(connection, prepared, settings, show_progress, limit, removed)
+            leave_near_duplicates_out(connection, settings, counts, show_progress)
             new_rows, empty = catalog.count_new(connection)
             rows, masks = catalog.count_rows(connection), _new_masks(connection, settings)
             if rows:

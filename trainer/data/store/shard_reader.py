@@ -224,8 +224,7 @@ def _check_caption(caption: bytes) -> None:
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict) or not all(
-        value is None or isinstance(value, float | int if name in _NUMBERS else str)
-        for name, value in fields.items()
+        value is None or isinstance(value, float | int if name in _NUMBERS else str) for name, value in fields.items()
     ):
         raise ShardError("the caption is no record of a caption")
 
