@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from trainer.config.sections.sources import HfSource, Source
+from trainer.config.sections.sources import FolderSource, HfSource, Source
 from trainer.data.buckets import make_buckets
 from trainer.data.catalog.catalog import (
     BadRow,
@@ -55,6 +55,7 @@ from trainer.data.catalog.filtered import (
 from trainer.data.catalog.judge import NEVER, bad_listed, judge, problem_of_texts
 from trainer.data.catalog.listing_table import add_listed, listed_pages, listing_table
 from trainer.data.catalog.settings import PrepareSettings, moves_of
+from trainer.data.catalog.twin_names import forget_longer_keys, tell_twins_apart
 from trainer.data.catalog.verdicts import Known, KnownLeftOut, LeftOut, Replaced, Rules, StillLeftOut, Verdict
 from trainer.data.images import pillow_rules
 from trainer.data.sources.listing import is_there, list_source, main_path, source_names
@@ -143,7 +144,9 @@ def scan(
     look = partial(_look, rules)
     with listing_table(connection, prepared) as scratch, _without_garbage_collector():
         sources = [source for source in settings.sources if removed == "ask" or _is_there(source)]
-        _list_sources(connection, scratch, settings, sources, limit, counts, show_progress)
+        has_endings = _list_sources(connection, scratch, settings, sources, limit, counts, show_progress)
+        if any(isinstance(source, FolderSource) for source in sources):
+            counts.bad += tell_twins_apart(connection, rules, has_endings)
         bar = tqdm(total=counts.listed, desc="images", unit="img", disable=None if show_progress else True)
         with (
             bar,
@@ -185,6 +188,7 @@ def scan(
         while keys := after.fetchmany(_PAGE):
             note_vanished(connection, (key for (key,) in keys))
         _settle(connection, settings, removed, counts)
+        forget_longer_keys(connection)
     counts.filtered = count_left_out(connection) if has_filtered else Counter()
     return counts
 
@@ -277,11 +281,14 @@ def _list_sources(
     limit: int | None,
     counts: ScanCounts,
     show_progress: bool,
-) -> None:
+) -> bool:
+    """Fill the table of what is listed; returns whether any folder has images of more than one ending."""
+    has_endings = False
     bar = tqdm(desc="listing", unit="img", disable=None if show_progress else True)
     for source, name in zip(settings.sources, source_names(settings.sources), strict=True):
         if source not in sources:
             continue
+        endings: set[str] = set()
         items = islice(list_source(source, name, counts.ignored, scratch, settings.limits), limit)
         while page := list(islice(items, _PAGE)):
             problems = [item.problem or problem_of_texts(item, settings.limits) for item in page]
@@ -290,10 +297,14 @@ def _list_sources(
             with transaction(connection):
                 add_listed(connection, good)
                 add_bad(connection, bad)
+            if isinstance(source, FolderSource):
+                endings.update(item.file.rpartition(".")[2] for item in page)
             counts.listed += len(page)
             counts.bad += len(bad)
             bar.update(len(page))
+        has_endings |= len(endings) > 1
     bar.close()
+    return has_endings
 
 
 def _catalogued(
