@@ -8,7 +8,7 @@ from trainer.errors import printable
 _SHOWN = 3
 _MOST_KINDS = 1000
 _MOST_CHARS = 120
-_NUMBER = re.compile(r"(?<![A-Za-z])\d[\d,.]*")
+_NUMBER = re.compile(r"(?<![A-Za-z]{2})\d[\d,.]*")
 _NAMES = re.compile(r"'[^']*'|\"[^\"]*\"|[^\s;:,()]*/[^\s;:,()]*")
 _OTHERS = "another reason"
 

@@ -19,6 +19,7 @@ from trainer.data.catalog.verdicts import Rules
 from trainer.data.sources.source import WHOLE
 from trainer.guards import Refused
 
+_TABLE = "CREATE TABLE IF NOT EXISTS longer_keys (key TEXT PRIMARY KEY) WITHOUT ROWID"
 _PAGE = 8192
 _MOST_ROUNDS = 4
 _OF_FOLDERS = "caption_path != '' AND kind = 'image'"
@@ -42,7 +43,7 @@ def tell_twins_apart(connection: sqlite3.Connection, rules: Rules, has_endings: 
         has_endings: whether any folder lists files of more than one ending.
     """
     connection.create_function("with_ending", 2, _with_ending, deterministic=True)
-    connection.execute("CREATE TABLE IF NOT EXISTS longer_keys (key TEXT PRIMARY KEY) WITHOUT ROWID")
+    connection.execute(_TABLE)
     same = 0
     for _ in range(_MOST_ROUNDS if has_endings else 0):  # a longer key may be another one's own
         connection.execute("DROP TABLE IF EXISTS listing.twins")
@@ -72,6 +73,7 @@ def tell_twins_apart(connection: sqlite3.Connection, rules: Rules, has_endings: 
 
 def forget_longer_keys(connection: sqlite3.Connection) -> None:
     """Those that nothing has any more."""
+    connection.execute(_TABLE)
     connection.execute(
         """DELETE FROM longer_keys WHERE NOT EXISTS (SELECT 1 FROM rows r WHERE r.key = longer_keys.key)
             AND NOT EXISTS (SELECT 1 FROM filtered f WHERE f.key = longer_keys.key)

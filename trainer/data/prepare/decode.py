@@ -153,6 +153,7 @@ class _RowFiles:
 
 
 def located(path: str, offset: int, length: int, cells: CellReader) -> Path | bytes:
+    """The file, or the bytes where they are a part of one, at a locator as in `SourceItem`; raises BadImage."""
     if length == WHOLE:
         return Path(path)
     if length == ROW:
