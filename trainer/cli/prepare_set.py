@@ -18,9 +18,10 @@ from trainer.data.catalog.scan import Removed
 from trainer.data.prepare.commit import Committed, commit
 from trainer.data.prepare.merge_parts import take_shards
 from trainer.data.prepare.prune import delete_unused, plan_prune
-from trainer.data.prepare.stages import forget_plan, is_current, plan_prepare, plan_repack, progress
+from trainer.data.prepare.stages import PrepareCounts, forget_plan, is_current, plan_prepare, plan_repack, progress
 from trainer.data.sources.listing import is_there, main_path
 from trainer.data.survey.caption_survey import planned_records
+from trainer.data.survey.stats import BAD_FILE
 from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
 from trainer.train.caption_rules import describe_captions, require_captions, survey_of
@@ -125,7 +126,7 @@ def _stages(config: Config, model: RunModel, wish: PrepareWish) -> Iterator[None
     prepared = config.data.prepared
     print(f"preparing {prepared}")
     counts = plan_prepare(prepare_settings(config, model), limit=wish.limit, removed=wish.removed)
-    for line in describe_plan(counts):
+    for line in describe_plan(counts, prepared):
         print(line)
     captions = survey_of(config, planned_records(prepared))
     for line in describe_captions(config, model, captions):
@@ -155,7 +156,7 @@ def _stages(config: Config, model: RunModel, wish: PrepareWish) -> Iterator[None
             yield
         done = commit(prepared)
         print(describe_pruned(delete_unused(prepared)))
-    for line in _describe_done(prepared, done):
+    for line in _describe_done(prepared, counts, done):
         print(line)
 
 
@@ -167,10 +168,13 @@ def _part_done(prepared: Path, part: int, parts: int) -> str:
     )
 
 
-def _describe_done(prepared: Path, done: Committed) -> list[str]:
-    left_out = f"; {done.left_out} left out, with the reason in {prepared / 'bad.jsonl'}" if done.left_out else ""
-    masks = [str(done.masks)] if done.masks else []
-    return [*masks, f"prepared {done.images:,} images{left_out}"]
+def _describe_done(prepared: Path, counts: PrepareCounts, done: Committed) -> list[str]:
+    left_out = ""
+    if done.left_out:
+        # Those that were found while encoding have not been told yet.
+        reasons = f": {done.reasons}; all in" if done.left_out != counts.reasons.total else ", with the reason in"
+        left_out = f"; {done.left_out:,} unusable{reasons} {prepared / BAD_FILE}"
+    return [*([str(done.masks)] if done.masks else []), f"prepared {done.images:,} images{left_out}"]
 
 
 def _write_shards(config: Config, wish: PrepareWish) -> int:

@@ -13,8 +13,10 @@ from trainer.data.prepare.prune import Pruned
 from trainer.data.prepare.stages import (
     PrepareCounts,
 )
+from trainer.data.prepare.working_folder import LEFT_OUT
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.image_weights import counted, describe_tags
+from trainer.data.survey.stats import BAD_FILE
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
 from trainer.train.caption_rules import tag_separators
 
@@ -58,7 +60,7 @@ def describe_pruned(pruned: Pruned) -> str:
     return text
 
 
-def describe_plan(counts: PrepareCounts) -> list[str]:
+def describe_plan(counts: PrepareCounts, prepared: Path) -> list[str]:
     """What a scan of the sources found."""
     scan = counts.scan
     lines = [f"{scan.listed:,} images found: {scan.new:,} new, {scan.known:,} prepared before, {scan.bad:,} unusable"]
@@ -72,6 +74,11 @@ def describe_plan(counts: PrepareCounts) -> list[str]:
         "removed": scan.removed,
         "not there any more, but kept": scan.kept,
     }
+    if counts.reasons.total:
+        lines.append(f"{counts.reasons.total:,} unusable: {counts.reasons.describe()}; all in {prepared / BAD_FILE}")
+    if scan.filtered:
+        kinds = ", ".join(f"{number:,} {what}" for what, number in scan.filtered.most_common())
+        lines.append(f"filters leave out {scan.filtered.total():,}: {kinds}; all in {prepared / LEFT_OUT}")
     if any(changes.values()):
         lines.append("changes: " + ", ".join(f"{number:,} {what}" for what, number in changes.items() if number))
     if counts.empty_captions:

@@ -12,6 +12,7 @@ from pathlib import Path
 from trainer.config.fields import Key, Problem, dotted
 from trainer.config.rule_parts import clash, full_path, is_given, key_of, value_at
 from trainer.config.rules_ema import ema_rules
+from trainer.config.rules_filters import filter_rules
 from trainer.config.rules_loss_weights import loss_weight_rules
 from trainer.config.rules_objective import objective_problems
 from trainer.config.rules_sources import is_needed_to_train, paths_of, source_rules
@@ -33,6 +34,7 @@ def broken_rules(config: Config) -> list[Problem]:
         _optimizer,
         _buckets,
         source_rules,
+        filter_rules,
         _mode,
         _captions,
         _trainable,

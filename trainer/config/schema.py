@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from trainer.config.sections.checkpoint_config import CheckpointConfig
 from trainer.config.sections.ema_config import EmaConfig
+from trainer.config.sections.filters_config import FiltersConfig
 from trainer.config.sections.guard_config import GuardConfig
 from trainer.config.sections.launch_config import LaunchConfig
 from trainer.config.sections.limits_config import LimitsConfig
@@ -102,6 +103,8 @@ class DataConfig(Section):
     """What is drawn anew each time an image is seen. Needs `data.mode: images`, but for mirrored `.npz` latents."""
     buckets: BucketConfig = BucketConfig()
     """Aspect-ratio buckets."""
+    filters: FiltersConfig = FiltersConfig()
+    """Which images are left out. May change at any time: nothing is encoded that was encoded before."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the images held out for the validation loss, chosen by a hash of each image's key."""
     rows_per_shard: PositiveInt = 2048

@@ -16,21 +16,26 @@ MOST_LOSS_WEIGHT = 100.0
 """No image counts more, whatever its weights are multiplied to."""
 WEIGHT_MARK = '"loss_weight":'
 """What stands before an image's own loss weight in a record, and nowhere else: within a text the quotes are escaped."""
+SCORE_MARK = '"score":'
+"""The same before its score, which only the filters of `prepare` read."""
+_NO_TEXT = ('{"caption":"",' + WEIGHT_MARK, '{"caption":"",' + SCORE_MARK)
 _JOINT = ", "
 _MARK = "\ufdd0"
 """Stands for the caption while the tags beside it are cut: a code point that is set aside for such use."""
 
 
-def caption_record(caption: str = "", tags: str = "", loss_weight: float = 1.0) -> bytes:
-    """What a shard stores for an image: a UTF-8 JSON object; empty tags and a loss weight of 1 are left out."""
+def caption_record(caption: str = "", tags: str = "", loss_weight: float = 1.0, score: float | None = None) -> bytes:
+    """What a shard stores for an image: a UTF-8 JSON object; empty tags, a loss weight of 1 and no score are left
+    out."""
     # Written out, because `json.dumps` takes ten times as long, and there may be millions.
     fields = f'"caption":{encode_basestring(caption)}' + (f',"tags":{encode_basestring(tags)}' if tags else "")
-    return f"{{{fields}{f',{WEIGHT_MARK}{loss_weight!r}' if loss_weight != 1 else ''}}}".encode()
+    fields += f",{WEIGHT_MARK}{loss_weight!r}" if loss_weight != 1 else ""
+    return f"{{{fields}{'' if score is None else f',{SCORE_MARK}{score!r}'}}}".encode()
 
 
 def has_no_text(record: str) -> bool:
     """Whether a record that `caption_record` gave holds neither a caption nor tags."""
-    return record == '{"caption":""}' or record.startswith('{"caption":"",' + WEIGHT_MARK)
+    return record == '{"caption":""}' or record.startswith(_NO_TEXT)
 
 
 @dataclass(frozen=True)

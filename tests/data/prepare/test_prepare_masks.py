@@ -225,7 +225,7 @@ def test_images_without_a_mask_are_trained_in_full(tmp_path: Path) -> None:
     settings = settings_for(tmp_path / "prepared", sources=both)
     counts, done = prepare(settings)
     assert (counts.masks, counts.new_rows) == (4, 11)
-    assert "4 of 11 new images have a mask, the others are trained in full" in describe_plan(counts)
+    assert "4 of 11 new images have a mask, the others are trained in full" in describe_plan(counts, settings.prepared)
     assert done.masks is not None and (done.masks.images, done.masks.masked) == (11, 4)
     full = {key for rows in all_rows(PreparedSet.open(settings.prepared)) for key in _full(rows)}
     assert full == {"photos/sub/2", *(f"others/crop-0-{i:03d}" for i in range(6))}

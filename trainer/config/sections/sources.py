@@ -72,6 +72,8 @@ class KohyaJsonSource(AnySource):
     """Folder of the images that the keys name, which `prepare` encodes. Give this or `latents`."""
     weight_field: str | None = None
     """Field of an entry with the image's own loss weight, such as `loss_weight`; images without it count 1."""
+    score_field: str | None = None
+    """Field of an entry with the image's score, a number, for `data.filters.min_score` and `max_score`."""
     masks: Literal["none", "alpha"] = "none"
     """Where the masks of `objective.loss.masked` are: nowhere, or in the `alpha_mask` of the `.npz`, with `images` in
     their `alpha` channels."""
@@ -86,6 +88,8 @@ class LatentTarsSource(AnySource):
     """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
     weight_field: str | None = None
     """Field of an entry with the image's own loss weight, such as `loss_weight`; images without it count 1."""
+    score_field: str | None = None
+    """Field of an entry with the image's score, a number, for `data.filters.min_score` and `max_score`."""
     masks: Literal["none", "alpha"] = "none"
     """Where the masks of `objective.loss.masked` are: nowhere, or in the `alpha_mask` of the `.npz`."""
 
@@ -101,6 +105,8 @@ class WebdatasetSource(AnySource):
     """Field of the `.json` files that holds the tags: text, or a list."""
     weight_field: str | None = None
     """Field of the `.json` files with the image's own loss weight, such as `loss_weight`; without it, 1."""
+    score_field: str | None = None
+    """Field of the `.json` files with the image's score, a number, for `data.filters.min_score` and `max_score`."""
     masks: Literal["none", "alpha", "files"] = "none"
     """Where the masks of `objective.loss.masked` are: nowhere, in the images' `alpha` channels, or in `files` beside
     them in the tar. White is trained, black is not; an image without a mask is trained in full."""
@@ -122,6 +128,8 @@ class ParquetSource(AnySource):
     """Column of the tags: text, or a list."""
     weight_column: str | None = None
     """Column of the images' own loss weights: numbers, null for 1."""
+    score_column: str | None = None
+    """Column of the images' scores, numbers, for `data.filters.min_score` and `max_score`."""
     key_column: str | None = None
     """Column with a name for each image, which messages then show beside file and row."""
     images: PathField | None = None
@@ -150,6 +158,8 @@ class HfSource(AnySource):
     """Column of the tags: text, or a list."""
     weight_column: str | None = None
     """Column of the images' own loss weights: numbers, null for 1."""
+    score_column: str | None = None
+    """Column of the images' scores, numbers, for `data.filters.min_score` and `max_score`."""
     key_column: str | None = None
     """Column with a name for each image, which messages then show beside the row."""
     masks: Literal["none", "alpha", "column"] = "none"

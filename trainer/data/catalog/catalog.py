@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from trainer.data.buckets import Bucket, Placement
 from trainer.data.captions import has_no_text
@@ -29,7 +29,7 @@ Payload = Literal["encode", "npz", "image", "repack", "copy"]
 """What a row's shard is to hold: latents that the VAE gives for an image (`encode`), that lie in an `.npz` (`repack`)
 or in another shard (`copy`), or only where the `.npz` or the `image` lies."""
 
-_ROW = """
+ROW = """
     path TEXT NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL,
     file_bytes INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, caption_stamp INTEGER NOT NULL,
     caption TEXT NOT NULL, repeats INTEGER NOT NULL,
@@ -39,17 +39,18 @@ _ROW = """
     resized_h INTEGER NOT NULL, resized_w INTEGER NOT NULL,
     crop_top INTEGER NOT NULL, crop_left INTEGER NOT NULL, no_caption INTEGER NOT NULL, mask TEXT,
     content INTEGER, stored_key TEXT"""
+"""The columns of a row beside its key."""
 _SINCE_FORMAT_4 = f"""
 CREATE INDEX IF NOT EXISTS renamed_by_shard ON rows (generation, split, bucket_h, bucket_w, payload, stored_key)
     WHERE stored_key IS NOT NULL;
-CREATE TABLE IF NOT EXISTS removed (key TEXT NOT NULL, {_ROW}, reason TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS removed (key TEXT NOT NULL, {ROW}, reason TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS removed_by_key ON removed (key);
 CREATE INDEX IF NOT EXISTS removed_by_content ON removed (content);
 CREATE TABLE IF NOT EXISTS dirty (name TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS shards_by_rows ON shards (row_generation, split, bucket_h, bucket_w, first_key);
 """
 _SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS rows (key TEXT NOT NULL UNIQUE, {_ROW});
+CREATE TABLE IF NOT EXISTS rows (key TEXT NOT NULL UNIQUE, {ROW});
 CREATE INDEX IF NOT EXISTS rows_by_shard ON rows (generation, split, bucket_h, bucket_w, payload, key, no_caption);
 CREATE TABLE IF NOT EXISTS bad (
     key TEXT NOT NULL, path TEXT NOT NULL,
@@ -176,24 +177,26 @@ def add_rows(connection: sqlite3.Connection, generation: int, rows: Sequence[Cat
     """Add usable images to the open generation; what was said of them as bad is forgotten."""
     connection.executemany(
         f"INSERT INTO rows VALUES ({', '.join('?' * 24)})",
-        [
-            (
-                *(row.key, row.path, row.offset, row.length, *row.stamp),
-                *(row.caption, row.repeats, generation, row.split),
-                *(row.placement.bucket.height_px, row.placement.bucket.width_px, row.payload),
-                *row.original_hw,
-                *row.placement.resized_hw,
-                *row.placement.crop_top_left,
-                has_no_text(row.caption),
-                None if row.mask is None else row.mask.to_text(),
-                row.content,
-                row.stored_key,
-            )
-            for row in rows
-        ],
+        [row_values(row, generation) for row in rows],
     )
     if connection.execute("SELECT 1 FROM bad LIMIT 1").fetchone():
         connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", [(row.key, row.path) for row in rows])
+
+
+def row_values(row: CatalogRow, generation: int) -> tuple[Any, ...]:
+    """A row as a table holds it: its key, then `ROW`."""
+    return (
+        *(row.key, row.path, row.offset, row.length, *row.stamp),
+        *(row.caption, row.repeats, generation, row.split),
+        *(row.placement.bucket.height_px, row.placement.bucket.width_px, row.payload),
+        *row.original_hw,
+        *row.placement.resized_hw,
+        *row.placement.crop_top_left,
+        has_no_text(row.caption),
+        None if row.mask is None else row.mask.to_text(),
+        row.content,
+        row.stored_key,
+    )
 
 
 def add_bad(connection: sqlite3.Connection, rows: Sequence[BadRow]) -> None:

@@ -17,14 +17,24 @@ from trainer.data.sources.source import MaskPlace
 _REPLACED = "replaced by another image"
 _REMOVED = "removed"
 
+_PAGE = 8192
+_ARRIVALS = """SELECT a.key, r.rowid, r.content, r.caption FROM arrivals a JOIN rows r ON r.key = a.key
+    WHERE a.rowid > ? AND a.rowid <= ? ORDER BY a.rowid"""
+_SAME_CELL_OF = """r.key = rows.key AND r.content IS NULL AND rows.content IS NULL AND r.payload = 'encode'
+    AND rows.payload = 'encode' AND r.path = rows.path AND r.offset = rows.offset AND r.length = rows.length
+    AND r.file_bytes = rows.file_bytes AND r.mtime_ns = rows.mtime_ns"""
+"""What is encoded and has no checksum, a cell of a table, is known by its place in a file that has not changed."""
+_SAME_CELL = f"EXISTS (SELECT 1 FROM removed r WHERE {_SAME_CELL_OF})"
+
 _IN_SHARD = """INSERT OR IGNORE INTO dirty SELECT s.name FROM {rows} r JOIN shards s
     ON s.row_generation = r.generation AND s.split = r.split AND s.bucket_h = r.bucket_h AND s.bucket_w = r.bucket_w
     AND s.first_key <= IFNULL(r.stored_key, r.key) AND s.last_key >= IFNULL(r.stored_key, r.key)
     AND CASE s.payload WHEN 'repack' THEN 'npz' WHEN 'copy' THEN 'encode' ELSE s.payload END = r.payload
     WHERE {which}"""
-_COLUMNS = """path, offset, length, file_bytes, mtime_ns, caption_stamp, caption, repeats, generation, split,
+COLUMNS = """path, offset, length, file_bytes, mtime_ns, caption_stamp, caption, repeats, generation, split,
     bucket_h, bucket_w, payload, original_h, original_w, resized_h, resized_w, crop_top, crop_left, no_caption, mask,
     content"""
+"""Those of a row, but for its key and `stored_key`."""
 
 
 class Update(NamedTuple):
@@ -75,10 +85,11 @@ def set_aside(connection: sqlite3.Connection, keys: Sequence[str], reason: str) 
     """These rows are in the next snapshot no more."""
     _mark_shards_of(connection, keys)
     values = [(reason, key) for key in keys]
-    # What is in no snapshot yet may not have been encoded.
-    is_stored = "generation IN (SELECT generation FROM generations WHERE committed)"
+    # What is in no snapshot yet may not have been encoded; what only refers to a file comes back from that.
+    is_stored = """generation IN (SELECT generation FROM generations WHERE committed)
+        AND (content IS NOT NULL OR payload = 'encode')"""
     connection.executemany(
-        f"""INSERT INTO removed SELECT key, {_COLUMNS}, IFNULL(stored_key, key), ? FROM rows
+        f"""INSERT INTO removed SELECT key, {COLUMNS}, IFNULL(stored_key, key), ? FROM rows
             WHERE key = ? AND {is_stored}""",
         values,
     )
@@ -133,21 +144,45 @@ def recognize(connection: sqlite3.Connection, with_captions: bool) -> Counter[st
             FROM vanished v JOIN rows r ON r.key = v.key WHERE r.content IS NOT NULL;
         CREATE INDEX temp.candidates_by_content ON candidates (content);"""
     )
-    new = """SELECT key, content, caption FROM rows WHERE generation = ? AND content IS NOT NULL
-        AND (content IN (SELECT content FROM candidates) OR content IN (SELECT content FROM removed)) ORDER BY key"""
-    replaced = "SELECT 1 FROM replaced WHERE key = ?"
-    for key, content, caption in connection.execute(new, (generation,)).fetchall():
-        same = "AND caption = ?2" if with_captions else "AND ?2 IS NOT NULL"
+    # By their keys in a table, because rows change while they are gone through, and there may be millions.
+    connection.execute("DROP TABLE IF EXISTS temp.arrivals")
+    connection.execute(
+        f"""CREATE TEMP TABLE arrivals AS SELECT key FROM rows WHERE generation = ? AND (content IN
+            (SELECT content FROM candidates UNION SELECT content FROM removed WHERE content IS NOT NULL)
+            OR {_SAME_CELL}) ORDER BY key""",
+        (generation,),
+    )
+    after = 0
+    while page := connection.execute(_ARRIVALS, (after, after + _PAGE)).fetchall():
+        after += _PAGE
+        with transaction(connection):
+            for key, rowid, content, caption in page:
+                counts += _recognize_one(connection, key, rowid, content, caption if with_captions else None)
+    return counts
+
+
+def _recognize_one(
+    connection: sqlite3.Connection, key: str, rowid: int, content: int | None, caption: str | None
+) -> Counter[str]:
+    """Of one new row; its caption only where the stored one must have the same."""
+    same = "AND caption = ?2" if caption is not None else "AND ?2 IS NULL"
+    if content is None:
+        query = f"""SELECT r.rowid, 0, r.key FROM rows JOIN removed r ON {_SAME_CELL_OF} WHERE rows.rowid = ?1
+            {same.replace("caption", "r.caption")} ORDER BY 1 LIMIT 1"""
+        found = connection.execute(query, (rowid, caption)).fetchone()
+    else:
         query = f"""SELECT old_rowid, vanished, '' FROM candidates WHERE content = ?1 {same}
             UNION ALL SELECT rowid, 0, key FROM removed WHERE content = ?1 {same} ORDER BY 2 DESC, 1 LIMIT 1"""
         found = connection.execute(query, (content, caption)).fetchone()
-        if found is None:
-            continue
-        twin = _Twin(key, found[0], bool(found[1]))
-        _take_place(connection, twin)
-        of_now = twin.vanished or (found[2] != key and connection.execute(replaced, (found[2],)).fetchone())
-        counts["renamed" if of_now else "back"] += 1
-        counts["replaced"] += connection.execute(replaced, (key,)).fetchone() is not None
+    counts: Counter[str] = Counter()
+    if found is None:
+        return counts
+    replaced = "SELECT 1 FROM replaced WHERE key = ?"
+    twin = _Twin(key, found[0], bool(found[1]))
+    _take_place(connection, twin)
+    of_now = twin.vanished or (found[2] != key and connection.execute(replaced, (found[2],)).fetchone())
+    counts["renamed" if of_now else "back"] += 1
+    counts["replaced"] += connection.execute(replaced, (key,)).fetchone() is not None
     return counts
 
 
@@ -156,45 +191,48 @@ def _take_place(connection: sqlite3.Connection, twin: _Twin) -> None:
     said = "path, offset, length, file_bytes, mtime_ns, caption_stamp, caption, no_caption, repeats, mask"
     values = connection.execute(f"SELECT {said} FROM rows WHERE key = ?", (twin.new_key,)).fetchone()
     assignments = ", ".join(f"{name} = ?" for name in said.split(", "))
-    with transaction(connection):
-        connection.execute("DELETE FROM rows WHERE key = ?", (twin.new_key,))
-        if twin.vanished:
-            (old_key,) = connection.execute("SELECT key FROM rows WHERE rowid = ?", (twin.old_rowid,)).fetchone()
-            connection.execute("DELETE FROM vanished WHERE key = ?", (old_key,))
-            connection.execute("DELETE FROM candidates WHERE old_rowid = ?", (twin.old_rowid,))
-            connection.execute(
-                "UPDATE rows SET stored_key = NULLIF(IFNULL(stored_key, key), ?1), key = ?1 WHERE rowid = ?2",
-                (twin.new_key, twin.old_rowid),
-            )
-        else:
-            connection.execute(
-                f"""INSERT INTO rows SELECT ?1, {_COLUMNS}, NULLIF(stored_key, ?1) FROM removed WHERE rowid = ?2""",
-                (twin.new_key, twin.old_rowid),
-            )
-            connection.execute("DELETE FROM removed WHERE rowid = ?", (twin.old_rowid,))
-        connection.execute(f"UPDATE rows SET {assignments} WHERE key = ?", (*values, twin.new_key))
-        connection.execute("UPDATE rows SET repeats = 1 WHERE key = ? AND split = 'validation'", (twin.new_key,))
-        _mark_shards_of(connection, [twin.new_key])
+    connection.execute("DELETE FROM rows WHERE key = ?", (twin.new_key,))
+    if twin.vanished:
+        (old_key,) = connection.execute("SELECT key FROM rows WHERE rowid = ?", (twin.old_rowid,)).fetchone()
+        connection.execute("DELETE FROM vanished WHERE key = ?", (old_key,))
+        connection.execute("DELETE FROM candidates WHERE old_rowid = ?", (twin.old_rowid,))
+        connection.execute(
+            "UPDATE rows SET stored_key = NULLIF(IFNULL(stored_key, key), ?1), key = ?1 WHERE rowid = ?2",
+            (twin.new_key, twin.old_rowid),
+        )
+    else:
+        connection.execute(
+            f"""INSERT INTO rows SELECT ?1, {COLUMNS}, NULLIF(stored_key, ?1) FROM removed WHERE rowid = ?2""",
+            (twin.new_key, twin.old_rowid),
+        )
+        connection.execute("DELETE FROM removed WHERE rowid = ?", (twin.old_rowid,))
+    connection.execute(f"UPDATE rows SET {assignments} WHERE key = ?", (*values, twin.new_key))
+    connection.execute("UPDATE rows SET repeats = 1 WHERE key = ? AND split = 'validation'", (twin.new_key,))
+    _mark_shards_of(connection, [twin.new_key])
 
 
 def vanished_of(connection: sqlite3.Connection, names: Iterable[str]) -> dict[str, tuple[int, int, str]]:
     """For each source of these names that has lost images: how many, of how many, and the first one's path.
 
-    What is listed, but cannot be used any more, is not lost.
+    What is listed, but cannot be used any more or is left out by a filter, is not lost.
     """
     found = {}
     for name in names:
         ends = (f"{name}/", f"{name}0")  # "0" follows "/"
         query = """SELECT COUNT(*), MIN(r.path) FROM vanished v JOIN rows r ON r.key = v.key
-            WHERE v.key > ? AND v.key < ? AND NOT EXISTS (SELECT 1 FROM bad b WHERE b.key = v.key)"""
+            WHERE v.key > ? AND v.key < ? AND NOT EXISTS (SELECT 1 FROM bad b WHERE b.key = v.key)
+            AND NOT EXISTS (SELECT 1 FROM filtered f WHERE f.content = r.content)"""
         lost, first = connection.execute(query, ends).fetchone()
         if lost:
-            (all_of_it,) = connection.execute("SELECT COUNT(*) FROM rows WHERE key > ? AND key < ?", ends).fetchone()
-            found[name] = lost, all_of_it, first
+            found[name] = lost, sum(_count(connection, table, ends) for table in ("rows", "filtered")), first
     return found
 
 
-def set_vanished_aside(connection: sqlite3.Connection, page: int = 8192) -> int:
+def _count(connection: sqlite3.Connection, table: str, ends: tuple[str, str]) -> int:
+    return connection.execute(f"SELECT COUNT(*) FROM {table} WHERE key > ? AND key < ?", ends).fetchone()[0]
+
+
+def set_vanished_aside(connection: sqlite3.Connection, page: int = _PAGE) -> int:
     """Set all aside that are not listed any more; returns how many, but for what cannot be used any more."""
     bad = "SELECT COUNT(*) FROM vanished v WHERE EXISTS (SELECT 1 FROM bad b WHERE b.key = v.key)"
     count = -connection.execute(bad).fetchone()[0]

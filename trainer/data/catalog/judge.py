@@ -4,7 +4,6 @@ Its file is opened where nothing else tells."""
 
 import os
 import zlib
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,13 +11,15 @@ from trainer.data.buckets import Bucket, Placement, place
 from trainer.data.captions import WEIGHT_MARK, caption_record
 from trainer.data.catalog.catalog import BadRow, CatalogRow, FileStamp, Payload
 from trainer.data.catalog.changes import Update
+from trainer.data.catalog.filtered import LeftOutBefore
+from trainer.data.catalog.filters import NEAR_DUPLICATES
 from trainer.data.catalog.fingerprint import fingerprint
 from trainer.data.catalog.settings import PrepareSettings
+from trainer.data.catalog.verdicts import Known, KnownLeftOut, LeftOut, Replaced, Rules, StillLeftOut, Verdict
 from trainer.data.images import BadImage, has_alpha, image_hw
 from trainer.data.masks import BadMask, check_mask_shape
 from trainer.data.sources.folder import BadCaption, read_caption
 from trainer.data.sources.source import OWN_MASK, ROW, WHOLE, MaskPlace, SourceItem, open_range, read_bytes
-from trainer.data.store.moves import Move, moved
 from trainer.data.store.npz import HEAD_BYTES, BadNpz, latents_hw, latents_hw_of_head
 from trainer.data.store.shards import LATENT_FACTOR
 from trainer.errors import printable
@@ -30,44 +31,6 @@ NEVER = -1
 
 _MOST_KEY = 4096
 _PLAIN = '{"caption":'
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """Another image in the place of one that the catalogue has; or one that cannot be used."""
-
-    by: CatalogRow | BadRow
-
-
-Verdict = CatalogRow | BadRow | Update | Replaced | str
-"""A new row, a bad one, what has changed of one that the catalogue has; or `known` or `bad` for what it has."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the catalogue holds under a key."""
-
-    place: tuple[str, int]
-    stamp: FileStamp
-    payload: Payload
-    repeats: int
-    split: str
-    content: int | None
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What decides a row, but for the item."""
-
-    settings: PrepareSettings
-    buckets: tuple[Bucket, ...]
-    moves: tuple[Move, ...] = ()
-    """Places of sources that are others now than when the set was prepared."""
-
-    def is_moved(self, before: tuple[str, int], now: tuple[str, int]) -> bool:
-        """Whether what lies `now` at a file and offset is what lay there before, in a source that was moved as a
-        whole."""
-        return before[1] == now[1] and moved(before[0], self.moves) == now[0]
 
 
 def problem_of_texts(item: SourceItem, limits: Limits) -> str:
@@ -97,11 +60,19 @@ def _as_utf8(text: str) -> str:
         return text.encode(errors="backslashreplace").decode()
 
 
-def judge(rules: Rules, item: SourceItem, known: Known | None, judged: tuple[int, int] | None) -> Verdict:
+def judge(
+    rules: Rules,
+    item: SourceItem,
+    known: Known | None,
+    judged: tuple[int, int] | None,
+    left_out: LeftOutBefore | None = None,
+) -> Verdict:
     """Look at one item.
 
     Args:
+        known: what the rows of the catalogue hold under its key.
         judged: size and time of its file when it was found to be bad.
+        left_out: what was known of it when a filter left it out.
     """
     file_bytes, mtime_ns = item.file_bytes, item.mtime_ns
     try:
@@ -112,10 +83,14 @@ def judge(rules: Rules, item: SourceItem, known: Known | None, judged: tuple[int
             mtime_ns ^= _mtime_ns(item.mask.file)  # an image that is bad by its mask is mended by it
         stamp = FileStamp(file_bytes, mtime_ns, _caption_stamp(item))
         if known is not None:
-            return _compared(rules, item, known, stamp)
+            verdict = _compared(rules, item, known, stamp)
+            return _filtered(rules, item, known, verdict) if rules.filters.is_on else verdict
         if judged == (file_bytes, mtime_ns):
             return "bad"
-        return _row(rules, item, stamp)
+        if left_out is not None and (verdict := _still_left_out(rules, item, left_out, stamp)) is not None:
+            return verdict
+        row = _row(rules, item, stamp)
+        return _let_through(rules, row) if rules.filters.is_on else row
     except BadCaption as error:
         return BadRow(item.file, item.key, NEVER, NEVER, str(error))
     except Refused as error:
@@ -124,6 +99,34 @@ def judge(rules: Rules, item: SourceItem, known: Known | None, judged: tuple[int
         return BadRow(item.file, item.key, NEVER, NEVER, f"cannot be read: {error.strerror}")
     except (BadImage, BadMask, BadNpz, EOFError, ValueError) as error:
         return BadRow(item.file, item.key, file_bytes, mtime_ns, printable(str(error)))
+
+
+def _let_through(rules: Rules, row: CatalogRow) -> CatalogRow | LeftOut:
+    reason = rules.filters.reason(row.key, row.original_hw, row.caption)
+    return row if reason is None else LeftOut(row, reason)
+
+
+def _filtered(rules: Rules, item: SourceItem, known: Known, verdict: Verdict) -> Verdict:
+    """The verdict on an image that is a row, or that it is left out."""
+    if isinstance(verdict, Replaced):
+        return Replaced(_let_through(rules, verdict.by)) if isinstance(verdict.by, CatalogRow) else verdict
+    update = verdict if isinstance(verdict, Update) else None
+    caption = known.caption if update is None or update.caption is None else update.caption
+    reason = rules.filters.reason(item.key, known.original_hw, caption)
+    return verdict if reason is None else KnownLeftOut(item.key, reason, update)
+
+
+def _still_left_out(rules: Rules, item: SourceItem, before: LeftOutBefore, stamp: FileStamp) -> StillLeftOut | None:
+    """That it is as it was when it was left out, and still is; its file is not opened. None: it is to be looked at."""
+    repeats = 1 if before.split == "validation" else item.repeats
+    if (before.place, before.stamp, before.repeats) != ((item.file, item.offset), stamp, repeats):
+        return None
+    reason = rules.filters.reason(item.key, before.original_hw, before.caption)
+    if reason is not None:
+        return StillLeftOut(item.key, None if reason == before.reason else reason)
+    # Whether it is still one of several is told when all are known.
+    is_compared = rules.settings.filters.near_duplicates is not None and before.reason.filter == NEAR_DUPLICATES
+    return StillLeftOut(item.key, None) if is_compared else None
 
 
 def _compared(rules: Rules, item: SourceItem, known: Known, stamp: FileStamp) -> Verdict:

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from trainer.config.sections.sources import HfSource, Source
+from trainer.config.sections.sources import FolderSource, HfSource, Source
 from trainer.data.buckets import make_buckets
 from trainer.data.catalog.catalog import (
     BadRow,
@@ -42,9 +42,21 @@ from trainer.data.catalog.changes import (
     set_vanished_aside,
     vanished_of,
 )
-from trainer.data.catalog.judge import NEVER, Known, Replaced, Rules, Verdict, bad_listed, judge, problem_of_texts
+from trainer.data.catalog.filtered import (
+    LeftOutBefore,
+    begin_filtering,
+    count_left_out,
+    forget_left_out,
+    leave_new_out,
+    leave_rows_out,
+    left_out_between,
+    reword,
+)
+from trainer.data.catalog.judge import NEVER, bad_listed, judge, problem_of_texts
 from trainer.data.catalog.listing_table import add_listed, listed_pages, listing_table
 from trainer.data.catalog.settings import PrepareSettings, moves_of
+from trainer.data.catalog.twin_names import forget_longer_keys, tell_twins_apart
+from trainer.data.catalog.verdicts import Known, KnownLeftOut, LeftOut, Replaced, Rules, StillLeftOut, Verdict
 from trainer.data.images import pillow_rules
 from trainer.data.sources.listing import is_there, list_source, main_path, source_names
 from trainer.data.sources.source import SourceItem
@@ -73,6 +85,7 @@ class ScanCounts:
         changed: in the place of another one of the same key; encoded anew.
         removed: not listed any more.
         kept: the same, but they stay.
+        filtered: left out, by filter.
     """
 
     listed: int = 0
@@ -87,6 +100,7 @@ class ScanCounts:
     removed: int = 0
     kept: int = 0
     bad: int = 0
+    filtered: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
 
 
@@ -123,13 +137,16 @@ def scan(
     if limit is None:
         _forget_gone(connection)
     begin_changes(connection)
+    has_filtered = begin_filtering(connection) or settings.filters.is_on
     wish = settings.buckets
     buckets = make_buckets(wish.resolution, wish.min_px, wish.max_px, wish.step_px)
     rules = Rules(settings, buckets, moves_of(settings))
     look = partial(_look, rules)
     with listing_table(connection, prepared) as scratch, _without_garbage_collector():
         sources = [source for source in settings.sources if removed == "ask" or _is_there(source)]
-        _list_sources(connection, scratch, settings, sources, limit, counts, show_progress)
+        has_endings = _list_sources(connection, scratch, settings, sources, limit, counts, show_progress)
+        if any(isinstance(source, FolderSource) for source in sources):
+            counts.bad += tell_twins_apart(connection, rules, has_endings)
         bar = tqdm(total=counts.listed, desc="images", unit="img", disable=None if show_progress else True)
         with (
             bar,
@@ -140,45 +157,67 @@ def scan(
             previous = _Previous("", ("", 0), ("", 0))
             for page in pages:
                 before = previous.key
-                known, judged, stale = _catalogued(connection, page, before)
+                known, judged, stale = _catalogued(connection, page, before, rules)
+                left_out = left_out_between(connection, before, page[-1].key) if has_filtered else {}
                 clashes, previous = _clashes(page, known, previous, rules)
                 looked = [
-                    look(item, clash, known.get(item.key), judged.get((item.key, item.file)), pool)
+                    look(
+                        item,
+                        clash,
+                        known.get(item.key),
+                        judged.get((item.key, item.file)),
+                        left_out.get(item.key),
+                        pool,
+                    )
                     for item, clash in zip(page, clashes, strict=True)
                 ]
                 found = [result.result() if isinstance(result, Future) else result for result in looked]
                 with transaction(connection):
                     connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", stale)
+                    if left_out:
+                        still = {verdict.key for verdict in found if isinstance(verdict, StillLeftOut)}
+                        forget_left_out(connection, (key for key in left_out if key > before and key not in still))
                     _take_in(connection, generation, found, counts)
                 listed = {item.key for item in page}
                 note_vanished(connection, (key for key in known if key not in listed and key > before))
                 bar.update(len(page))
     if limit is None:
         connection.execute("DELETE FROM bad WHERE key > ? AND file_bytes != ?", (previous.key, NEVER))
+        connection.execute("DELETE FROM filtered WHERE key > ?", (previous.key,))
         after = connection.execute("SELECT key FROM rows WHERE key > ?", (previous.key,))
         while keys := after.fetchmany(_PAGE):
             note_vanished(connection, (key for (key,) in keys))
         _settle(connection, settings, removed, counts)
+        forget_longer_keys(connection)
+    counts.filtered = count_left_out(connection) if has_filtered else Counter()
     return counts
 
 
 def _take_in(connection: sqlite3.Connection, generation: int, found: list[Verdict], counts: ScanCounts) -> None:
     """Write down what has been found of a page, and count it."""
-    replaced = [verdict.by for verdict in found if isinstance(verdict, Replaced)]
-    set_replaced_aside(connection, [row.key for row in replaced])
+    replaced = [verdict for verdict in found if isinstance(verdict, Replaced)]
+    set_replaced_aside(connection, [verdict.key for verdict in replaced])
+    replaced = [verdict.by for verdict in replaced]
     rows = [*found, *replaced]
     new = [row for row in rows if isinstance(row, CatalogRow)]
     bad = [row for row in rows if isinstance(row, BadRow)]
+    gone = [verdict for verdict in found if isinstance(verdict, KnownLeftOut)]
     updates = [update for update in found if isinstance(update, Update)]
+    updates += [verdict.update for verdict in gone if verdict.update is not None]
     add_rows(connection, generation, new)
     add_bad(connection, bad)
     changed = apply_updates(connection, updates)
+    leave_rows_out(connection, [(verdict.key, verdict.reason) for verdict in gone])
+    leave_new_out(connection, [(verdict.row, verdict.reason) for verdict in rows if isinstance(verdict, LeftOut)])
+    still = [verdict for verdict in found if isinstance(verdict, StillLeftOut)]
+    reword(connection, [(verdict.key, verdict.reason) for verdict in still if verdict.reason is not None])
     counts.captions += changed["captions"]
     counts.repeats += changed["repeats"]
     counts.moved += changed["moved"]
     counts.changed += sum(isinstance(row, CatalogRow) for row in replaced)
     counts.new += len(new) - sum(isinstance(row, CatalogRow) for row in replaced)
-    counts.known += len(updates) + sum(verdict == "known" for verdict in found)
+    counts.known += sum(isinstance(verdict, Update) for verdict in found)
+    counts.known += sum(verdict == "known" for verdict in found)
     counts.bad += len(bad) + sum(verdict == "bad" for verdict in found)
 
 
@@ -242,11 +281,14 @@ def _list_sources(
     limit: int | None,
     counts: ScanCounts,
     show_progress: bool,
-) -> None:
+) -> bool:
+    """Fill the table of what is listed; returns whether any folder has images of more than one ending."""
+    has_endings = False
     bar = tqdm(desc="listing", unit="img", disable=None if show_progress else True)
     for source, name in zip(settings.sources, source_names(settings.sources), strict=True):
         if source not in sources:
             continue
+        endings: set[str] = set()
         items = islice(list_source(source, name, counts.ignored, scratch, settings.limits), limit)
         while page := list(islice(items, _PAGE)):
             problems = [item.problem or problem_of_texts(item, settings.limits) for item in page]
@@ -255,14 +297,18 @@ def _list_sources(
             with transaction(connection):
                 add_listed(connection, good)
                 add_bad(connection, bad)
+            if isinstance(source, FolderSource):
+                endings.update(item.file.rpartition(".")[2] for item in page)
             counts.listed += len(page)
             counts.bad += len(bad)
             bar.update(len(page))
+        has_endings |= len(endings) > 1
     bar.close()
+    return has_endings
 
 
 def _catalogued(
-    connection: sqlite3.Connection, page: list[SourceItem], after: str
+    connection: sqlite3.Connection, page: list[SourceItem], after: str, rules: Rules
 ) -> tuple[dict[str, Known], dict[tuple[str, str], tuple[int, int]], list[tuple[str, str]]]:
     """What the catalogue holds of a page whose keys follow the key `after`.
 
@@ -271,10 +317,10 @@ def _catalogued(
         judged to be bad; and of the bad, the key and path of those that are listed no more.
     """
     last = page[-1].key
-    query = """SELECT key, path, offset, file_bytes, mtime_ns, caption_stamp, payload, repeats, split, content
-        FROM rows WHERE key BETWEEN ? AND ?"""
+    query = f"""SELECT key, path, offset, file_bytes, mtime_ns, caption_stamp, payload, repeats, split, content
+        {_filtered_columns(rules)} FROM rows WHERE key BETWEEN ? AND ?"""
     found = connection.execute(query, (min(after, page[0].key), last))
-    known = {v[0]: Known(v[1:3], FileStamp(*v[3:6]), *v[6:]) for v in found}
+    known = {v[0]: Known(v[1:3], FileStamp(*v[3:6]), *v[6:10], *(v[10:] and (v[10:12], *v[12:]))) for v in found}
     query = "SELECT key, path, file_bytes, mtime_ns FROM bad WHERE key BETWEEN ? AND ?"
     judged = {v[:2]: v[2:] for v in connection.execute(query, (after, last))}
     listed = {(item.key, item.file) for item in page} if judged else set()
@@ -285,6 +331,13 @@ def _catalogued(
         if file_bytes != NEVER and after < place[0] < last and place not in listed
     ]
     return known, judged, stale
+
+
+def _filtered_columns(rules: Rules) -> str:
+    """What filters look at of known images."""
+    if not rules.filters.is_on:
+        return ""
+    return ", original_h, original_w" + (", caption" if rules.filters.reads_records else "")
 
 
 def _clashes(
@@ -320,14 +373,15 @@ def _look(
     clash: str | None,
     known: Known | None,
     judged: tuple[int, int] | None,
+    left_out: LeftOutBefore | None,
     pool: ThreadPoolExecutor,
 ) -> Verdict | Future[Verdict]:
     """Judge one item."""
     if clash is not None:
         return BadRow(item.file, item.key, NEVER, NEVER, clash)
     if item.file_bytes >= 0 and item.bucket_hw is not None and not item.caption_path:
-        return judge(rules, item, known, judged)
-    return pool.submit(judge, rules, item, known, judged)
+        return judge(rules, item, known, judged, left_out)
+    return pool.submit(judge, rules, item, known, judged, left_out)
 
 
 def _exists(path: str) -> bool:

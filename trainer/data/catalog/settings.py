@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.config.sections.filters_config import FiltersConfig
 from trainer.config.sections.sources import Source
 from trainer.data.buckets import BucketRules
+from trainer.data.loss_weights import TagSeparators
 from trainer.data.sources.listing import source_names
 from trainer.data.store.moves import Move
 from trainer.errors import UserError
@@ -17,6 +19,9 @@ from trainer.guards import DEFAULT_LIMITS, Limits, Refused, read_json
 
 SETTINGS_FORMAT = 2
 _READ_WHEN_TRAINED = ("loss_weight", "prior")  # of a source; may change at any time
+_FILTERS = "data.filters"
+_NO_FILTERS = FiltersConfig()
+_AS_USUAL = TagSeparators()
 _USED: dict[str, Any] = {
     "data.rows_per_shard": int,
     "data.buckets.resolution": int,
@@ -31,6 +36,8 @@ _OPTIONAL = (
     "weight_extension",
     "weight_field",
     "weight_column",
+    "score_field",
+    "score_column",
     "weight",
     "per_epoch",
     "share",
@@ -58,6 +65,10 @@ class PrepareSettings:
     mode: Literal["latents", "images"] = "latents"
     limits: Limits = DEFAULT_LIMITS
     """Of what is read; what was prepared within others stays."""
+    filters: FiltersConfig = _NO_FILTERS
+    """Which images are left out; may change at any time."""
+    separators: TagSeparators = _AS_USUAL
+    """Of the tags that are filtered."""
 
     def to_json(self) -> dict[str, Any]:
         """Flat, under the names of the configuration; sources as absolute paths."""
@@ -80,7 +91,14 @@ class PrepareSettings:
             "the VAE's scaling_factor": self.scaling_factor,
             "the text encoders (weights and model.text_encoder_precision)": self.text_encoders,
             **({} if self.captions is None else {"captions": self.captions}),
+            **({_FILTERS: self._filters_to_json()} if self.filters.is_on else {}),
         }
+
+    def _filters_to_json(self) -> dict[str, Any]:
+        """Those that are on, and what separates tags, where they are filtered."""
+        splits_tags = self.filters.tags_include or self.filters.tags_exclude
+        separators = {"tag_separators": [self.separators.tag, *self.separators.others]} if splits_tags else {}
+        return self.filters.model_dump(mode="json", exclude_defaults=True) | separators
 
 
 def _source_to_json(source: Source) -> dict[str, Any]:
@@ -95,7 +113,7 @@ def _source_to_json(source: Source) -> dict[str, Any]:
 def check_settings(settings: PrepareSettings) -> bool:
     """Whether `settings.prepared` was made, or begun, with exactly these settings.
 
-    False where nothing was prepared yet, or where only sources differ: what is there of them is used.
+    False where nothing was prepared yet, or where only sources and filters differ: what is there of them is used.
 
     Raises:
         UserError: the set was prepared with other settings; a line for each that differs.
@@ -108,7 +126,7 @@ def check_settings(settings: PrepareSettings) -> bool:
         f"data.prepared ({settings.prepared}): was prepared with {name} = {_shown(old.get(name))}, "
         f"the configuration has {_shown(new.get(name))}"
         for name in new
-        if name != "data.sources" and old.get(name) != new[name]
+        if name not in ("data.sources", _FILTERS) and old.get(name) != new[name]
     ]
     problems += _mask_problems(settings.prepared, old["data.sources"], new["data.sources"])
     if problems:

@@ -4,7 +4,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
@@ -41,6 +41,8 @@ class Committed:
     virtual_rows: int
     left_out: int
     """Images listed in bad.jsonl."""
+    reasons: str = field(default="", compare=False)
+    """The commonest of these images' reasons."""
     masks: MaskCounts | None = None
     """Of the images that this commit added; None where no masks are stored."""
 
@@ -77,12 +79,13 @@ def commit(prepared: Path) -> Committed:
         with transaction(connection):
             excluded = [BadRow(**_NO_ROW | row) for _, entry in entries for row in entry.info.excluded]
             planned_shards.mark_committed(connection, generations, excluded, replaced)
-            left_out = write_bad(prepared, connection)
+            reasons = write_bad(prepared, connection)
     return Committed(
         snapshot=snapshot_name(base.number),
         images=sum(entry.rows for entry in base.shards),
         virtual_rows=sum(entry.virtual_rows for entry in base.shards),
-        left_out=left_out,
+        left_out=reasons.total,
+        reasons=reasons.describe(),
         masks=count_masks([entry.info for _, entry in entries]),
     )
 
@@ -116,7 +119,7 @@ def _as_they_are_now(
         for entry in entries:
             if entry.name in planned:
                 entry = _edited(prepared, connection, planned[entry.name], entry, number, file)
-            elif not entry.parts:
+            elif entry.rows and not entry.parts:
                 entry = replace(entry, parts=_parts_as_written(prepared, entry))
             done.append(entry)
     return tuple(done)

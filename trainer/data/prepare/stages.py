@@ -22,6 +22,7 @@ from trainer.data.catalog.planned_shards import (
     pending_shards,
     plan_generation,
 )
+from trainer.data.catalog.reasons import Reasons
 from trainer.data.catalog.scan import Removed, ScanCounts, scan
 from trainer.data.catalog.settings import (
     PrepareSettings,
@@ -32,7 +33,8 @@ from trainer.data.catalog.settings import (
     store_settings,
     stored_settings,
 )
-from trainer.data.prepare.working_folder import alone, write_bad
+from trainer.data.prepare.near_duplicates import leave_near_duplicates_out
+from trainer.data.prepare.working_folder import LEFT_OUT, alone, write_bad, write_left_out
 from trainer.data.sources.listing import main_path
 from trainer.data.store.moves import moves_file, note_moves
 from trainer.data.store.shards import HEADER_BYTES
@@ -51,6 +53,8 @@ class PrepareCounts:
     """Among the new rows."""
     masks: int | None
     """New images that have a mask; None where no source of images has masks."""
+    reasons: Reasons
+    """Why images cannot be used."""
     pending_rows: int
     pending_shards: int
 
@@ -96,6 +100,7 @@ def plan_prepare(
             if not begin_with(settings):
                 catalog.forget_open_rows(connection)
             counts = scan(connection, prepared, settings, show_progress, limit, removed)
+            leave_near_duplicates_out(connection, settings, counts, show_progress)
             new_rows, empty = catalog.count_new(connection)
             rows, masks = catalog.count_rows(connection), _new_masks(connection, settings)
             if rows:
@@ -103,13 +108,18 @@ def plan_prepare(
                     replace_file(moves_file(prepared), text)
                 store_settings(settings)
             plan_generation(connection, settings.rows_per_shard)
-            write_bad(prepared, connection)
+            reasons = write_bad(prepared, connection)
+            write_left_out(prepared, connection)
             pending = pending_shards(connection)
     if not rows:
         folders = ", ".join(str(main_path(source)) for source in settings.sources)
         found = f"none of {counts.listed} images can be used, see {prepared}/bad.jsonl" if counts.listed else "no image"
+        if counts.filtered:
+            found = f"data.filters leaves none of {counts.listed} images, see {prepared}/{LEFT_OUT}"
         raise UserError(f"data.sources ({folders}): {found}")
-    return PrepareCounts(counts, rows, new_rows, empty, masks, sum(shard.rows for shard in pending), len(pending))
+    return PrepareCounts(
+        counts, rows, new_rows, empty, masks, reasons, sum(shard.rows for shard in pending), len(pending)
+    )
 
 
 def _holds_latents(source: Source) -> bool:

@@ -13,6 +13,7 @@ from trainer.data.sources.folder_walk import walk_folders
 from trainer.errors import UserError
 from trainer.guards import DEFAULT_LIMITS, Limits
 
+_MOST_SCORE = 1e15
 _WILDCARDS = ("*", "?", "[")
 
 
@@ -91,6 +92,19 @@ def loss_weight_of(value: object) -> float:
     raise ValueError(f"its loss weight is {str(value)[:40]!r}, not a number above 0 and at most {MOST_LOSS_WEIGHT:g}")
 
 
+def score_of(value: object) -> float | None:
+    """An image's score as it stands in data sets; None where there is none.
+
+    Raises:
+        ValueError: it is no number, why, as the reason to leave the image out.
+    """
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST_SCORE:
+        return float(value)
+    raise ValueError(f"its score is {str(value)[:40]!r}, not a number")
+
+
 class TableColumns(Protocol):
     """What sources that are tables say of their columns."""
 
@@ -115,6 +129,9 @@ class TableColumns(Protocol):
     @property
     def weight_column(self) -> str | None: ...
 
+    @property
+    def score_column(self) -> str | None: ...
+
 
 def text_columns(source: TableColumns, found: Collection[str], place: str) -> list[str]:
     """The columns that are read beside the image and its mask.
@@ -125,7 +142,7 @@ def text_columns(source: TableColumns, found: Collection[str], place: str) -> li
     Raises:
         UserError: the table lacks a column.
     """
-    fields = ("image_column", "caption_column", "tags_column", "key_column", "weight_column")
+    fields = ("image_column", "caption_column", "tags_column", "key_column", "weight_column", "score_column")
     named = {field: column for field in fields if (column := getattr(source, field)) is not None}
     named |= {"mask_column": source.mask_column} if source.masks == "column" else {}
     for field, column in named.items():
@@ -140,10 +157,11 @@ def row_key(source: TableColumns, key: str, fields: Mapping[str, Any]) -> str:
 
 
 def row_captions(source: TableColumns, fields: Mapping[str, Any]) -> str:
-    """A row's caption, tags and loss weight as a caption record; ValueError where the weight is none."""
+    """A row's caption, tags, loss weight and score as a caption record; ValueError where one is no such number."""
     tags = text_of(fields[source.tags_column]) if source.tags_column else ""
     weight = loss_weight_of(fields[source.weight_column]) if source.weight_column else 1.0
-    return caption_record(text_of(fields[source.caption_column], "\n"), tags, weight).decode()
+    score = score_of(fields[source.score_column]) if source.score_column else None
+    return caption_record(text_of(fields[source.caption_column], "\n"), tags, weight, score).decode()
 
 
 def path_problem(row: int, path: object, image: str = "") -> str:

@@ -169,4 +169,5 @@ def read_caption(path: str, default: str | None = None, most_bytes: int = Limits
         pass
     except Refused as error:
         raise BadCaption(f"its caption {error.reason_for(path)}") from None
-    return caption_record(**{field: text}, loss_weight=weight).decode()
+    caption, tags = (text, "") if field == "caption" else ("", text)
+    return caption_record(caption, tags, weight).decode()

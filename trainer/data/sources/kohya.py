@@ -64,7 +64,7 @@ def image_stem(key: str) -> str:
 def _list_images(source: KohyaJsonSource, name: str, root: str, limits: Limits) -> Iterator[SourceItem]:
     endings = ("", *sorted(EXTENSIONS), *sorted(extension.upper() for extension in EXTENSIONS))
     last = endings[0]
-    for entry in read_metadata(source.path, source.weight_field, limits):
+    for entry in read_metadata(source.path, source.weight_field, limits, source.score_field):
         if entry.problem:
             yield _unusable(entry, name, str(source.path), entry.problem)
             continue
@@ -88,7 +88,7 @@ def _list_images(source: KohyaJsonSource, name: str, root: str, limits: Limits) 
 
 def _list_latents(source: KohyaJsonSource, name: str, root: str, scratch: Path, limits: Limits) -> Iterator[SourceItem]:
     with tempfile.TemporaryDirectory(dir=scratch) as folder, closing(_WaitingEntries(Path(folder))) as waiting:
-        for entry in read_metadata(source.path, source.weight_field, limits):
+        for entry in read_metadata(source.path, source.weight_field, limits, source.score_field):
             if entry.problem:
                 yield _unusable(entry, name, str(source.path), entry.problem)
                 continue

@@ -58,7 +58,7 @@ def list_latent_tars(
             used_by = array("I", [0]) * (1 + members)  # for each member a checksum of its key, never 0
             folders = [frozenset(Path(tar).parts[:-1]) for tar in tars]
             stamps = [os.stat(tar).st_mtime_ns for tar in tars]  # noqa: PTH116
-            for page in _pages(read_metadata(source.metadata, source.weight_field, limits)):
+            for page in _pages(read_metadata(source.metadata, source.weight_field, limits, source.score_field)):
                 for entry, found in zip(page, _look_up(connection, page, folders), strict=True):
                     if entry.problem:
                         yield SourceItem(f"{name}/{entry.key}", str(source.metadata), problem=entry.problem)

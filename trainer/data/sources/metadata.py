@@ -16,7 +16,7 @@ import ijson
 
 from trainer.data.captions import caption_record
 from trainer.data.sources.bounded_json import BoundedJson
-from trainer.data.sources.columns import loss_weight_of
+from trainer.data.sources.columns import loss_weight_of, score_of
 from trainer.errors import UserError, printable
 from trainer.guards import DEFAULT_LIMITS, Limits, open_regular
 
@@ -43,17 +43,19 @@ def read_metadata(
     path: Path,
     weight_field: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    score_field: str | None = None,
 ) -> Iterator[MetadataEntry]:
     """All entries in the file's order; what is wrong with one is told in its `problem`.
 
     Args:
         weight_field: of an entry's own loss weight; None: it has none.
+        score_field: the same of its score.
 
     Raises:
         UserError: the file as a whole cannot be read, or not beyond some place.
     """
     entries = _json_lines if path.suffix.lower() == ".jsonl" else _json_object
-    rules = _Rules(weight_field, limits.image_pixels)
+    rules = _Rules(weight_field, score_field, limits.image_pixels)
     try:
         with open_regular(path) as file:
             for key, fields in entries(file, str(path), limits):
@@ -65,6 +67,7 @@ def read_metadata(
 @dataclass(frozen=True)
 class _Rules:
     weight_field: str | None
+    score_field: str | None
     most_pixels: int
 
 
@@ -122,6 +125,7 @@ def _entry(key: str, fields: Any, rules: _Rules) -> MetadataEntry:
         if not isinstance(tags, str):
             tags = _text(tags, "tags")
         weight = loss_weight_of(fields.get(rules.weight_field)) if rules.weight_field else 1.0
+        score = score_of(fields.get(rules.score_field)) if rules.score_field else None
         original_hw, bucket_hw = _hw(fields, "image_size"), _hw(fields, "train_resolution")
     except ValueError as error:
         return MetadataEntry(key, "", None, None, str(error))
@@ -132,15 +136,15 @@ def _entry(key: str, fields: Any, rules: _Rules) -> MetadataEntry:
             return MetadataEntry(key, "", None, None, "its metadata has a train_resolution below 8 px")
         if bucket_hw[0] * bucket_hw[1] > rules.most_pixels:
             return MetadataEntry(key, "", None, None, f"its train_resolution is beyond {rules.most_pixels:,} pixels")
-    return MetadataEntry(key, _record(caption.strip(), tags.strip(), weight), original_hw, bucket_hw, "")
+    return MetadataEntry(key, _record(caption.strip(), tags.strip(), weight, score), original_hw, bucket_hw, "")
 
 
-def _record(caption: str, tags: str, weight: float) -> str:
+def _record(caption: str, tags: str, weight: float, score: float | None) -> str:
     try:
-        return caption_record(caption, tags, weight).decode()
+        return caption_record(caption, tags, weight, score).decode()
     except UnicodeEncodeError:  # half a character, written as an escape
         caption, tags = (text.encode(errors="replace").decode() for text in (caption, tags))
-        return caption_record(caption, tags, weight).decode()
+        return caption_record(caption, tags, weight, score).decode()
 
 
 def _text(value: object, name: str) -> str:

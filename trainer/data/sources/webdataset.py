@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.data.captions import caption_record
 from trainer.data.images import EXTENSIONS
-from trainer.data.sources.columns import files_below, loss_weight_of, text_of
+from trainer.data.sources.columns import files_below, loss_weight_of, score_of, text_of
 from trainer.data.sources.source import OWN_MASK, MaskPlace, SourceItem, read_bytes
 from trainer.data.sources.tar_members import BadTar, TarMember, walk_tar
 from trainer.errors import printable
@@ -110,7 +110,7 @@ def _items(
 
 
 def _caption(source: WebdatasetSource, path: str, by_ending: dict[str, TarMember], most_bytes: int) -> str:
-    """The caption record: the text of `.txt` or `.caption`, else the field of `.json`; tags and weight from `.json`."""
+    """The caption record: the text of `.txt` or `.caption`, else the field of `.json`; the others from `.json`."""
     texts = {}
     for ending in _CAPTIONS:
         member = by_ending.get(ending)
@@ -126,7 +126,8 @@ def _caption(source: WebdatasetSource, path: str, by_ending: dict[str, TarMember
             raise ValueError("its .json is no object")
     text = texts.get(".txt") or texts.get(".caption") or text_of(fields.get(source.caption_field))
     weight = loss_weight_of(fields.get(source.weight_field)) if source.weight_field else 1.0
-    return caption_record(text, text_of(fields.get(source.tags_field)), weight).decode()
+    score = score_of(fields.get(source.score_field)) if source.score_field else None
+    return caption_record(text, text_of(fields.get(source.tags_field)), weight, score).decode()
 
 
 def _ending(name: str) -> str:

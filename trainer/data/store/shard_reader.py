@@ -30,6 +30,7 @@ from trainer.data.store.references import (
 from trainer.data.store.shards import HEADER_BYTES, ShardError, chained_crc
 from trainer.guards import Refused
 
+_NUMBERS = ("loss_weight", "score")  # of a caption record
 _MOST_CAPTION_BYTES = 16 << 20
 
 ChoosePlace = Callable[[str, Placement], View]
@@ -223,8 +224,7 @@ def _check_caption(caption: bytes) -> None:
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict) or not all(
-        value is None or isinstance(value, float | int if name == "loss_weight" else str)
-        for name, value in fields.items()
+        value is None or isinstance(value, float | int if name in _NUMBERS else str) for name, value in fields.items()
     ):
         raise ShardError("the caption is no record of a caption")
 

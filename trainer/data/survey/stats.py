@@ -1,7 +1,6 @@
 """What a prepared data set consists of: buckets, what was left out, and a sample of its images' sizes and texts."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,6 +11,7 @@ import numpy as np
 
 from trainer.data.buckets import Bucket
 from trainer.data.captions import CaptionRules, compose
+from trainer.data.catalog.reasons import without_numbers
 from trainer.data.loss_weights import LossWeights
 from trainer.data.sampler import pick_rows
 from trainer.data.store.mask_counts import MaskCounts
@@ -121,10 +121,6 @@ def _known(record: RowRecord) -> np.ndarray:
 
 def _reason(line: str) -> str:
     try:
-        return _kind(printable(json.loads(line)["reason"]))
+        return without_numbers(printable(json.loads(line)["reason"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         return "(a line that cannot be read)"
-
-
-def _kind(reason: str) -> str:
-    return re.sub(r"\d[\d,.]*", "N", reason)

@@ -10,7 +10,7 @@ from trainer.data.buckets import BucketRules
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.prepare.encode import encode_shards, pending_payloads, write_references
 from trainer.model_files.run_model import RunModel
-from trainer.train.caption_rules import caption_rules, caption_tokenizer
+from trainer.train.caption_rules import caption_rules, caption_tokenizer, tag_separators
 
 _WRITERS = 8
 
@@ -44,6 +44,8 @@ def prepare_settings(config: Config, model: RunModel) -> PrepareSettings:
         rows_per_shard=config.data.rows_per_shard,
         mode=config.data.mode,
         limits=config.limits.plain(),
+        filters=config.data.filters,
+        separators=tag_separators(config),
     )
 
 
