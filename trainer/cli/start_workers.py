@@ -155,6 +155,13 @@ def describe_plan(counts: PrepareCounts) -> list[str]:
         lines.append("changes: " + ", ".join(f"{number:,} {what}" for what, number in changes.items() if number))
     if counts.empty_captions:
         lines.append(f"{counts.empty_captions:,} of {counts.new_rows:,} new images have no caption")
+    for encoding, (number, example) in sorted(scan.foreign.items()):
+        are = "captions are" if number > 1 else "caption is"
+        lines.append(f"{number:,} {are} not UTF-8, read as {encoding}, such as {example}")
+    number, example = scan.lossy
+    if number:
+        hold = "captions hold" if number > 1 else "caption holds"
+        lines.append(f"{number:,} {hold} U+FFFD, in place of characters that were lost before, such as {example}'s")
     if counts.masks is not None and counts.new_rows:
         lines.append(f"{counts.masks:,} of {counts.new_rows:,} new images have a mask, the others are trained in full")
     if scan.ignored:

@@ -4,7 +4,8 @@ Its file is opened where nothing else tells."""
 
 import os
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,17 +17,20 @@ from trainer.data.catalog.fingerprint import fingerprint
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.images import BadImage, has_alpha, image_hw
 from trainer.data.masks import BadMask, check_mask_shape
-from trainer.data.sources.folder import BadCaption, read_caption
+from trainer.data.sources.sidecars import PLAIN_TEXT, BadCaption, FoundCaption, Sidecars, read_caption
 from trainer.data.sources.source import OWN_MASK, ROW, WHOLE, MaskPlace, SourceItem, open_range, read_bytes
 from trainer.data.store.moves import Move, moved
 from trainer.data.store.npz import HEAD_BYTES, BadNpz, latents_hw, latents_hw_of_head
 from trainer.data.store.shards import LATENT_FACTOR
 from trainer.errors import printable
 from trainer.guards import Limits, Refused
-from trainer.keyed import draw_uniform
+from trainer.keyed import draw_seed, draw_uniform
 
 NEVER = -1
 """File size of a bad row that is to be judged anew each time."""
+
+LOST = "\ufffd"
+"""What stands in a text for what could not be decoded."""
 
 _MOST_KEY = 4096
 _PLAIN = '{"caption":'
@@ -53,6 +57,8 @@ class Known:
     repeats: int
     split: str
     content: int | None
+    is_lossy: int
+    """Whether its caption holds U+FFFD, as one does that was not UTF-8 when nothing else could be read."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,12 @@ class Rules:
     buckets: tuple[Bucket, ...]
     moves: tuple[Move, ...] = ()
     """Places of sources that are others now than when the set was prepared."""
+    sidecars: Mapping[str, Sidecars] = field(default_factory=dict)
+    """How the files beside images are read, by the name of each source that has more than a text."""
+
+    def sidecars_of(self, item: SourceItem) -> Sidecars:
+        """How the files beside this image are read."""
+        return self.sidecars.get(item.key.partition("/")[0], PLAIN_TEXT) if self.sidecars else PLAIN_TEXT
 
     def is_moved(self, before: tuple[str, int], now: tuple[str, int]) -> bool:
         """Whether what lies `now` at a file and offset is what lay there before, in a source that was moved as a
@@ -110,7 +122,7 @@ def judge(rules: Rules, item: SourceItem, known: Known | None, judged: tuple[int
             file_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
         if item.mask is not None and item.mask.file and item.mask.length == WHOLE:
             mtime_ns ^= _mtime_ns(item.mask.file)  # an image that is bad by its mask is mended by it
-        stamp = FileStamp(file_bytes, mtime_ns, _caption_stamp(item))
+        stamp = FileStamp(file_bytes, mtime_ns, _caption_stamp(item, rules.sidecars_of(item)))
         if known is not None:
             return _compared(rules, item, known, stamp)
         if judged == (file_bytes, mtime_ns):
@@ -131,7 +143,7 @@ def _compared(rules: Rules, item: SourceItem, known: Known, stamp: FileStamp) ->
     same_file = known.stamp[:2] == stamp[:2]
     repeats = 1 if known.split == "validation" else item.repeats
     place = (item.file, item.offset)
-    if same_file and (known.place, known.stamp, known.repeats) == (place, stamp, repeats):
+    if same_file and not known.is_lossy and (known.place, known.stamp, known.repeats) == (place, stamp, repeats):
         return "known"
     content, payload = known.content, _payload(rules.settings, item)
     if payload != known.payload:
@@ -144,12 +156,15 @@ def _compared(rules: Rules, item: SourceItem, known: Known, stamp: FileStamp) ->
         if content is None or content != known.content:
             return _replaced(rules, item, stamp)
     caption = None
-    if stamp.caption_stamp != known.stamp.caption_stamp:
-        if rules.settings.text_encoders is not None:  # what they give is stored beside the latents
+    is_other = stamp.caption_stamp != known.stamp.caption_stamp
+    if is_other or known.is_lossy:
+        caption = _caption(item, rules)
+        is_other = is_other or LOST not in caption.record  # decoded better than when it was prepared
+        if is_other and rules.settings.text_encoders is not None:  # what they give is stored beside the latents
             return _replaced(rules, item, stamp)
-        caption = _caption(item, rules.settings.limits)
     mask = None if item.mask == OWN_MASK else item.mask
-    return Update(item.key, item.file, item.offset, item.length, stamp, repeats, mask, content, caption)
+    changes = (item.key, item.file, item.offset, item.length, stamp, repeats, mask, content)
+    return Update(*changes, *(caption or (None, None)))
 
 
 def _replaced(rules: Rules, item: SourceItem, stamp: FileStamp) -> Replaced:
@@ -167,9 +182,11 @@ def _payload(settings: PrepareSettings, item: SourceItem) -> Payload:
     return "image" if settings.mode == "images" else "encode"
 
 
-def _caption(item: SourceItem, limits: Limits) -> str:
+def _caption(item: SourceItem, rules: Rules) -> FoundCaption:
     given = item.caption or caption_record("").decode()
-    return read_caption(item.caption_path, given, limits.caption_bytes) if item.caption_path else given
+    if not item.caption_path:
+        return FoundCaption(given, None)
+    return read_caption(item.caption_path, given, rules.settings.limits.caption_bytes, rules.sidecars_of(item))
 
 
 def _row(rules: Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
@@ -191,6 +208,7 @@ def _row(rules: Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
         mask = _mask(item, original_hw, settings.limits)
         if payload == "encode":
             content = fingerprint(item.file, item.offset, item.length, mask)
+    caption = _caption(item, rules)
     return CatalogRow(
         key=item.key,
         path=item.file,
@@ -198,13 +216,14 @@ def _row(rules: Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
         length=item.length,
         payload=payload,
         stamp=stamp,
-        caption=_caption(item, settings.limits),
+        caption=caption.record,
         repeats=1 if held_out else item.repeats,
         split="validation" if held_out else "train",
         original_hw=original_hw,
         placement=placement,
         mask=mask,
         content=content,
+        foreign=caption.foreign,
     )
 
 
@@ -255,11 +274,15 @@ def _bucket_hw(item: SourceItem, limits: Limits) -> tuple[int, int]:
     return height * LATENT_FACTOR, width * LATENT_FACTOR
 
 
-def _caption_stamp(item: SourceItem) -> int:
-    """Differs where the caption does, or the image's own loss weight, or what its file is said to hold."""
+def _caption_stamp(item: SourceItem, sidecars: Sidecars) -> int:
+    """Differs where the caption does, or the image's own loss weight, or what its files are said to hold."""
     caption = item.caption or ""
     if not item.caption_path:
         return zlib.crc32(caption.encode())
+    if not sidecars.are_plain:
+        tags_path = sidecars.tags_path(item.caption_path)
+        times = _mtime_ns(item.caption_path), _mtime_ns(tags_path) if tags_path else 0
+        return draw_seed("sidecars", *times, caption, repr(sidecars))
     is_plain = WEIGHT_MARK not in caption and (not caption or caption.startswith(_PLAIN))
     return _mtime_ns(item.caption_path) + (0 if is_plain else zlib.crc32(caption.encode()))
 

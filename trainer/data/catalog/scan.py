@@ -42,12 +42,12 @@ from trainer.data.catalog.changes import (
     set_vanished_aside,
     vanished_of,
 )
-from trainer.data.catalog.judge import NEVER, Known, Replaced, Rules, Verdict, bad_listed, judge, problem_of_texts
+from trainer.data.catalog.judge import LOST, NEVER, Known, Replaced, Rules, Verdict, bad_listed, judge, problem_of_texts
 from trainer.data.catalog.listing_table import add_listed, listed_pages, listing_table
 from trainer.data.catalog.settings import PrepareSettings, moves_of
 from trainer.data.images import pillow_rules
-from trainer.data.sources.listing import is_there, list_source, main_path, source_names
-from trainer.data.sources.source import SourceItem
+from trainer.data.sources.listing import is_there, list_source, main_path, sidecars_by_source, source_names
+from trainer.data.sources.source import ForeignText, SourceItem
 from trainer.errors import UserError
 
 _PAGE = 8192
@@ -88,6 +88,21 @@ class ScanCounts:
     kept: int = 0
     bad: int = 0
     ignored: Counter[str] = field(default_factory=Counter)
+    foreign: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """By the encoding as which captions were read that are not UTF-8: how many, and where one of them lies."""
+    lossy: tuple[int, str] = (0, "")
+    """New captions and known ones that hold U+FFFD, in place of what was lost: how many, and an image."""
+
+    def note_foreign(self, foreign: ForeignText | None) -> None:
+        """Count a caption that was read."""
+        if foreign is not None:
+            count, example = self.foreign.get(foreign.encoding, (0, foreign.place))
+            self.foreign[foreign.encoding] = count + 1, example
+
+    def note_lossy(self, caption: str, path: str) -> None:
+        """Count a caption that was read."""
+        if LOST in caption:
+            self.lossy = self.lossy[0] + 1, self.lossy[1] or path
 
 
 class _Previous(NamedTuple):
@@ -125,7 +140,7 @@ def scan(
     begin_changes(connection)
     wish = settings.buckets
     buckets = make_buckets(wish.resolution, wish.min_px, wish.max_px, wish.step_px)
-    rules = Rules(settings, buckets, moves_of(settings))
+    rules = Rules(settings, buckets, moves_of(settings), sidecars_by_source(settings.sources))
     look = partial(_look, rules)
     with listing_table(connection, prepared) as scratch, _without_garbage_collector():
         sources = [source for source in settings.sources if removed == "ask" or _is_there(source)]
@@ -180,6 +195,9 @@ def _take_in(connection: sqlite3.Connection, generation: int, found: list[Verdic
     counts.new += len(new) - sum(isinstance(row, CatalogRow) for row in replaced)
     counts.known += len(updates) + sum(verdict == "known" for verdict in found)
     counts.bad += len(bad) + sum(verdict == "bad" for verdict in found)
+    for row in (*new, *updates):
+        counts.note_foreign(row.foreign)
+        counts.note_lossy(row.caption or "", row.path)
 
 
 def _settle(connection: sqlite3.Connection, settings: PrepareSettings, removed: Removed, counts: ScanCounts) -> None:
@@ -257,6 +275,8 @@ def _list_sources(
                 add_bad(connection, bad)
             counts.listed += len(page)
             counts.bad += len(bad)
+            for item in page:
+                counts.note_foreign(item.foreign)
             bar.update(len(page))
     bar.close()
 
@@ -271,9 +291,9 @@ def _catalogued(
         judged to be bad; and of the bad, the key and path of those that are listed no more.
     """
     last = page[-1].key
-    query = """SELECT key, path, offset, file_bytes, mtime_ns, caption_stamp, payload, repeats, split, content
-        FROM rows WHERE key BETWEEN ? AND ?"""
-    found = connection.execute(query, (min(after, page[0].key), last))
+    query = """SELECT key, path, offset, file_bytes, mtime_ns, caption_stamp, payload, repeats, split, content,
+        instr(caption, ?) FROM rows WHERE key BETWEEN ? AND ?"""
+    found = connection.execute(query, (LOST, min(after, page[0].key), last))
     known = {v[0]: Known(v[1:3], FileStamp(*v[3:6]), *v[6:]) for v in found}
     query = "SELECT key, path, file_bytes, mtime_ns FROM bad WHERE key BETWEEN ? AND ?"
     judged = {v[:2]: v[2:] for v in connection.execute(query, (after, last))}
