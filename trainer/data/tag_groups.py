@@ -47,15 +47,19 @@ def taken_out(
         What is used of the groups by place, group after group and each in the order of the image; and all other tags.
     """
     placed: dict[Place, list[str]] = {"first": [], "last": []}
+    others = [*tags]
     for group in groups:
-        placed[group.keep] += _chosen([tag for tag in tags if tag in group.members], group, seed)
-    return placed, [tag for tag in tags if not any(tag in group.members for group in groups)]
+        members = group.members
+        if found := [tag for tag in others if tag in members]:
+            placed[group.keep] += _chosen(found, group, seed)
+            others = [tag for tag in others if tag not in members]
+    return placed, others
 
 
 def _chosen(found: list[str], group: TagGroup, seed: int | None) -> list[str]:
     """What one draw uses of an image's tags of a group."""
     take = len(found) if group.take is None else group.take
-    if not found or seed is None:
+    if seed is None or not group.is_random:
         return found[:take]
     dropout, *draws = draw_words(seed, b"tag group " + group.name.encode(), 1 + len(found))
     if dropout < group.dropout * 2**32:
