@@ -12,15 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from trainer.errors import MOST_OF_A_LINE, UserError, printable
 
 __all__ = [
     "DEFAULT_LIMITS",
+    "Decoded",
     "Limits",
     "Refused",
     "deadline",
+    "decode_text",
     "open_regular",
     "parse_json",
     "printable",
@@ -30,6 +32,13 @@ __all__ = [
 ]
 
 MOST_DIGITS = 40  # of a whole number in JSON; converting thousands of digits takes seconds
+_UTF_8, _FALLBACK = "UTF-8", "Windows-1252"
+_BYTE_ORDER_MARKS = {  # the longer ones first, of which a shorter one is the beginning
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 _JSON_DEPTH, _JSON_ITEMS = 64, 1_500_000  # each item costs up to 100 bytes of memory
 
 
@@ -123,6 +132,40 @@ def read_text(path: Path, most_bytes: int, encoding: str = "utf-8-sig") -> str:
         line = error.object.count(b"\n", 0, error.start) + 1  # without the mark that may stand before the text
         name = encoding.upper().removesuffix("-SIG")
         raise Refused(f"{path}:{line}: not {name} text (byte 0x{error.object[error.start]:02x})") from None
+
+
+class Decoded(NamedTuple):
+    """A text of somebody's own writing, and how it was encoded."""
+
+    text: str
+    encoding: str
+
+    @property
+    def is_utf_8(self) -> bool:
+        """Whether it is what such files should be."""
+        return self.encoding == _UTF_8
+
+
+def decode_text(data: bytes, where: str) -> Decoded:
+    """The text of a file that some editor wrote: UTF-8 with or without a mark; else UTF-16 or UTF-32 by its byte order
+    mark; else Windows-1252, of which Latin-1 is a part, if it defines every byte. Never is a character replaced.
+
+    Raises:
+        Refused: it is none of these; `where` stands before the reason.
+    """
+    try:
+        return Decoded(data.decode("utf-8-sig"), _UTF_8)
+    except UnicodeDecodeError:
+        pass
+    marked = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
+    try:
+        if marked is None and b"\0" in data:  # no text of one byte a character: UTF-16 without its mark, or no text
+            raise UnicodeDecodeError(_FALLBACK, data, data.index(b"\0"), data.index(b"\0") + 1, "")
+        return Decoded(data.decode(marked or "cp1252"), marked or _FALLBACK)
+    except UnicodeDecodeError as error:
+        byte = f"(byte 0x{data[error.start]:02x} at {error.start:,})"
+        found = f"bears the mark of {marked}, but is none" if marked else f"is neither {_UTF_8} nor {_FALLBACK}"
+        raise Refused(f"{where}: {found} {byte}; save it as {_UTF_8}") from None
 
 
 def read_json(path: Path, limits: Limits = DEFAULT_LIMITS, *, most_bytes: int | None = None) -> Any:

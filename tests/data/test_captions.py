@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.captions import CaptionRules, caption_record, compose
+from trainer.data.captions import CaptionRules, caption_record, compose, is_record
 from trainer.keyed import draw_seed
 
 TAGS = [f"tag {i}" for i in range(12)]
@@ -315,3 +315,56 @@ def test_no_text_is_too_odd(caption: str, tags: str, seed: int) -> None:
 def test_records() -> None:
     assert caption_record("ü") == '{"caption":"ü"}'.encode()
     assert json.loads(caption_record("a", "b, c")) == {"caption": "a", "tags": "b, c"}
+
+
+WEIGHTED = caption_record((("a", 1.0), ("b, c", 5.0), ("d", 0.5), ("e", 3.5)))
+
+
+def test_captions_are_drawn_by_their_weights() -> None:
+    assert json.loads(WEIGHTED) == {"captions": [["a", 1.0], ["b, c", 5.0], ["d", 0.5], ["e", 3.5]]}
+    draws, rules = 8000, CaptionRules(several="random", prefix="p")
+    counts = Counter(compose(WEIGHTED, rules, draw_seed(0, "caption", i, "x", 0), 0) for i in range(draws))
+    for text, share in {"p a": 0.1, "p b, c": 0.5, "p d": 0.05, "p e": 0.35}.items():
+        assert abs(counts.pop(text) - draws * share) < 4.5 * math.sqrt(draws * share * (1 - share))
+    assert not counts
+    for settled in (rules.as_settled(), CaptionRules(prefix="p")):
+        assert {compose(WEIGHTED, settled, seed, 0) for seed in range(20)} == {"p a"}
+
+
+def test_lines_are_drawn_alike_and_as_wildcards_draw_them() -> None:
+    record = caption_record("a\nb {x|y}\nc", "t\nu")
+    seeds = [draw_seed(i) for i in range(6000)]
+    drawn = [compose(record, CaptionRules(several="random"), seed, 0) for seed in seeds]
+    assert all(abs(count - 2000) < 4.5 * math.sqrt(6000 * 2 / 9) for count in Counter(drawn).values())
+    assert set(drawn) == {"a", "b {x|y}", "c"}
+    wild = [compose(record, CaptionRules(wildcards=True), seed, 0) for seed in seeds]
+    assert [text[0] for text in wild] == [text[0] for text in drawn]
+
+
+def test_weighted_draws_never_change() -> None:
+    texts = [compose(WEIGHTED, CaptionRules(several="random"), seed, 0) for seed in range(12)]
+    assert texts == ["b, c", "e", "b, c", "b, c", "b, c", "b, c", "b, c", "e", "b, c", "e", "a", "b, c"]
+    assert CaptionRules(several="random").is_random and not CaptionRules(several="random").as_settled().is_random
+
+
+def test_a_caption_of_several_beside_tags() -> None:
+    record = caption_record((("a, b.", 1.0), ("c.", 3.0)), "x, y", 0.5)
+    assert json.loads(record)["loss_weight"] == 0.5
+    rules = CaptionRules(use="both", several="random", shuffle_tags=True)
+    texts = {compose(record, rules, draw_seed(i), 0) for i in range(200)}
+    assert texts == {"a, b., x, y", "a, b., y, x", "c., x, y", "c., y, x"}
+
+
+@pytest.mark.parametrize(
+    "altered",
+    ["[]", "[[]]", '["a"]', '[["a"]]', '[["a", "1"]]', '[["a", 0]]', '[["a", -1]]', '[["a", true]]', '[["a", NaN]]',
+     '[["a", Infinity]]', '[["a", 1, 2]]', '[[1, 1]]', '{"a": 1}', '"a"', "null"],
+)  # fmt: skip
+def test_altered_captions_are_no_record(altered: str) -> None:
+    assert not is_record(json.loads(f'{{"captions": {altered}}}'))
+    assert not is_record(json.loads(f'{{"caption": {altered}}}')) or altered in ('"a"', "null")
+
+
+def test_what_is_a_record() -> None:
+    assert is_record(json.loads(WEIGHTED)) and is_record({"caption": None, "tags": "a", "loss_weight": 2})
+    assert not is_record([]) and not is_record({"caption": 1}) and not is_record({"loss_weight": "1"})

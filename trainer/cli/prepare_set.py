@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer.cli.start_workers import describe_plan, describe_pruned, start_workers, worker_count
+from trainer.cli.prepare_messages import describe_plan, describe_pruned
+from trainer.cli.start_workers import start_workers, worker_count
 from trainer.config.rules_sources import is_needed_to_train
 from trainer.config.schema import Config
 from trainer.config.sections.sources import HfSource

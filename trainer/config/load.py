@@ -6,7 +6,7 @@ Relative paths are relative to the current directory, not to the file.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -234,5 +234,6 @@ def _with_standins(section: type[BaseModel], tree: object, settled: list[Key], a
         elif declared.is_required():
             choices = get_args(declared.annotation)
             is_text = declared.annotation is str or Path in (declared.annotation, *choices)
-            filled[name] = "." if is_text else choices[0] if choices else 1
+            is_list = get_origin(declared.annotation) is list
+            filled[name] = "." if is_text else ["."] if is_list else choices[0] if choices else 1
     return filled

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trainer.config.fields import Key, Problem, dotted
 from trainer.config.rule_parts import clash, full_path, is_given, key_of, value_at
+from trainer.config.rules_captions import caption_rules
 from trainer.config.rules_ema import ema_rules
 from trainer.config.rules_filters import filter_rules
 from trainer.config.rules_loss_weights import loss_weight_rules
@@ -22,7 +23,6 @@ from trainer.config.spelling import nearest_path
 from trainer.config.wording import shown
 
 PIXELS_PER_LATENT = 8
-_CACHED_TEXT = "must not go together; a text that is encoded once is the same at each draw"
 
 
 def broken_rules(config: Config) -> list[Problem]:
@@ -36,7 +36,7 @@ def broken_rules(config: Config) -> list[Problem]:
         source_rules,
         filter_rules,
         _mode,
-        _captions,
+        caption_rules,
         _trainable,
         _export,
         ema_rules,
@@ -137,53 +137,6 @@ def _uses_npz(config: Config) -> bool:
     """Whether a source gives `.npz` files, which may hold latents of the mirrored images as well."""
     sources = config.data.sources
     return any(isinstance(source, LatentTarsSource) or getattr(source, "latents", None) for source in sources)
-
-
-def _captions(config: Config) -> Iterator[Problem]:
-    captions = config.captions
-    cuts = captions.shuffle_tags or captions.tag_dropout_rate > 0
-    idle = {
-        "captions.caption_probability": (captions.use == "mix", ("captions.use",), "use: mix"),
-        "captions.both_order": (captions.use == "both", ("captions.use",), "use: both"),
-        "captions.both_separator": (captions.use == "both", ("captions.use",), "use: both"),
-        "captions.keep_tokens": (cuts, ("captions.shuffle_tags",), "shuffle_tags or tag_dropout_rate"),
-        "captions.keep_tokens_separator": (cuts, ("captions.shuffle_tags",), "shuffle_tags or tag_dropout_rate"),
-        "captions.tag_separator": (
-            cuts or captions.secondary_separator is not None or config.objective.loss_weights.weighs_tags,
-            ("captions.shuffle_tags",),
-            "shuffle_tags, tag_dropout_rate, secondary_separator or weights of tags",
-        ),
-    }
-    for key, (works, others, needed) in idle.items():
-        if is_given(config, key) and not works:
-            yield clash(config, (key, *others), f"has no effect without `{needed}`")
-    if captions.use == "mix" and captions.caption_probability in (0.0, 1.0):
-        field = "caption" if captions.caption_probability else "tags"
-        yield clash(config, ("captions.caption_probability",), f"mixes nothing; write `use: {field}`")
-    epochs = config.train.epochs
-    if epochs is not None and captions.dropout_every_n_epochs > epochs:
-        yield clash(config, ("captions.dropout_every_n_epochs", "train.epochs"), "has no effect; the run ends before")
-    if config.data.cache_text:
-        for key in ("shuffle_tags", "tag_dropout_rate", "wildcards", "dropout_rate", "dropout_every_n_epochs"):
-            if is_given(config, f"captions.{key}"):
-                yield clash(config, ("data.cache_text", f"captions.{key}"), _CACHED_TEXT)
-        if captions.use == "mix":
-            yield clash(config, ("data.cache_text", "captions.use"), _CACHED_TEXT)
-    yield from _fields_of_text(config)
-
-
-def _fields_of_text(config: Config) -> Iterator[Problem]:
-    """What asks for captions or tags that no source can have."""
-    if not all(isinstance(source, FolderSource) for source in config.data.sources):
-        return
-    key = "data.sources.0.caption_files_hold"
-    held = {getattr(source, "caption_files_hold", "caption") for source in config.data.sources}
-    if held == {"caption"}:
-        for name in ("captions.shuffle_tags", "captions.tag_dropout_rate"):
-            if is_given(config, name):
-                yield clash(config, (name, key), "has no effect; if the files hold tags, write `tags`")
-    if len(held) == 1 and config.captions.use in {"tags", "both", "mix"} - (held & {"tags"}):
-        yield clash(config, ("captions.use", key), "has no effect; no source has both captions and tags")
 
 
 def _trainable(config: Config) -> Iterator[Problem]:

@@ -69,7 +69,7 @@ def _tags(config: Config) -> Iterator[Problem]:
     if balance.power and balance.min == balance.max:
         yield clash(config, (f"{at}.min", f"{at}.max"), "all tags would weigh the same; leave `power` out")
     sources = config.data.sources
-    if all(isinstance(source, FolderSource) and source.caption_files_hold == "caption" for source in sources):
+    if all(isinstance(source, FolderSource) and "tags" not in source.holds for source in sources):
         has_file = weights.tag_file is not None and weights.tag_file.exists()  # that it is missing is told elsewhere
         for key, given in ((f"{at}.power", balance.power > 0), (f"{_WEIGHTS}.tag_file", has_file)):
             if given:

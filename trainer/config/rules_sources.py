@@ -29,14 +29,35 @@ def source_rules(config: Config) -> Iterator[Problem]:
             yield clash(config, keys, "the same source twice; use `repeats` to see its images more often")
         yield from _mask_keys(config, i, source)
         if isinstance(source, FolderSource):
-            if not source.caption_extension.startswith(".") or len(source.caption_extension) < 2:
-                yield clash(config, (f"{at}.caption_extension",), "must be a dot and an ending, such as .txt")
+            yield from _files_beside(config, at, source)
         elif isinstance(source, KohyaJsonSource):
             keys = (f"{at}.latents", f"{at}.images")
             if (source.latents is None) == (source.images is None):
                 yield clash(config, keys, "give one of them: the folder of the `.npz` files, or that of the images")
         if config.data.mode == "images" and (isinstance(source, LatentTarsSource) or getattr(source, "latents", None)):
             yield clash(config, (f"{at}.type", "data.mode"), "holds latents; use `mode: latents`")
+
+
+def _files_beside(config: Config, at: str, source: FolderSource) -> Iterator[Problem]:
+    """Keys of a folder that say what lies beside its images."""
+    extensions = {"caption_extension": source.caption_extension, "tags_extension": source.tags_extension}
+    for name, extension in extensions.items():
+        if extension is not None and (not extension.startswith(".") or len(extension) < 2):
+            example = ".txt" if name == "caption_extension" else ".tags"
+            yield clash(config, (f"{at}.{name}",), f"must be a dot and an ending, such as {example}")
+    for other in ("caption_extension", "weight_extension"):
+        if source.tags_extension is not None and source.tags_extension == getattr(source, other):
+            yield clash(config, (f"{at}.tags_extension", f"{at}.{other}"), "must be files of their own")
+    if source.caption_files_hold == "tags":
+        for name, used in (("caption_extension", source.holds_json), ("tags_extension", source.tags_extension)):
+            if used:
+                rule = "give only one of them; each says where the tags are"
+                yield clash(config, (f"{at}.{name}", f"{at}.caption_files_hold"), rule)
+    for name in ("caption_field", "captions_field", "tags_field", "weight_field"):
+        if is_given(config, f"{at}.{name}") and not source.holds_json:
+            yield clash(config, (f"{at}.{name}", f"{at}.caption_extension"), "has no effect without `.json` files")
+    if source.weight_field is not None and source.weight_extension is not None:
+        yield clash(config, (f"{at}.weight_field", f"{at}.weight_extension"), "give only one of them")
 
 
 def _mask_keys(config: Config, i: int, source: Source) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from trainer.data.loss_weights import LossWeights, TagSeparators
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.caption_survey import CaptionSurvey, sampled_records, survey_captions
 from trainer.data.survey.image_weights import holds_weights, image_weights
+from trainer.data.tag_groups import TagGroup
 from trainer.errors import UserError
 from trainer.model.text import TOKENS_PER_CHUNK, CaptionTokenizer, load_tokenizers
 from trainer.model_files.run_model import RunModel
@@ -21,7 +22,12 @@ _LONGEST = 400
 
 def caption_rules(config: Config) -> CaptionRules:
     """The rules of the configuration's `captions`."""
-    return CaptionRules(**config.captions.model_dump(exclude={"max_empty_fraction", "max_tokens", "chunks"}))
+    fields = config.captions.model_dump(exclude={"max_empty_fraction", "max_tokens", "chunks", "tag_groups"})
+    groups = (
+        TagGroup(group.name, tuple(group.tags), group.keep, group.dropout, group.take)
+        for group in config.captions.tag_groups
+    )
+    return CaptionRules(**fields, tag_groups=tuple(groups))
 
 
 def tag_separators(config: Config) -> TagSeparators:
@@ -63,9 +69,11 @@ def describe_captions(config: Config, model: RunModel, survey: CaptionSurvey) ->
         f"{tokenizer.max_tokens} tokens that are used"
     )
     captions = config.captions
-    asks_for_tags = captions.use != "caption" or captions.shuffle_tags or captions.tag_dropout_rate > 0
+    asks_for_tags = captions.use != "caption" or caption_rules(config).cuts_tags
     if asks_for_tags and sampled and not survey.with_tags:
         lines.append("  none of them has tags, so that what `captions` asks for tags has no effect")
+    if captions.several == "random" and sampled and not survey.with_several:
+        lines.append("  none of them has several captions or lines, so that `captions.several` has no effect")
     asks_for_weights = config.objective.loss_weights.per_image and holds_weights(config.data.sources)
     if asks_for_weights and sampled and not survey.with_weights:
         lines.append("  none of them has a loss weight other than 1: see `weight_field` and its like in `data.sources`")

@@ -16,7 +16,7 @@ from tests.data.kohya_files import entry, kohya_npz, settings_of, write_files, w
 from tests.data.photographs import astronaut, settings_for, write_crops
 from tests.data.prepare.test_changes import caption, held, name, prepare, remove, rename
 from tests.data.records import caption_text
-from trainer.cli.start_workers import describe_plan
+from trainer.cli.prepare_messages import describe_plan
 from trainer.config.sections.filters_config import FiltersConfig
 from trainer.config.sections.sources import FolderSource, KohyaJsonSource, ParquetSource
 from trainer.data.captions import PLAIN, compose

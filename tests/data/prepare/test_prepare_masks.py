@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from tests.data.photographs import pooled, settings_for, write_crops
 from tests.data.sources.test_webdataset import write_tar
-from trainer.cli.start_workers import describe_plan
+from trainer.cli.prepare_messages import describe_plan
 from trainer.config.sections.sources import (
     FolderSource,
     HfSource,

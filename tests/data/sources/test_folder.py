@@ -7,8 +7,9 @@ import pytest
 
 from tests.data.records import caption_text
 from trainer.config.sections.sources import FolderSource
-from trainer.data.sources.folder import list_folder, read_caption
+from trainer.data.sources.folder import list_folder
 from trainer.data.sources.listing import source_names
+from trainer.data.sources.sidecars import read_caption
 from trainer.errors import UserError
 
 
@@ -35,11 +36,11 @@ def test_names_stay_when_a_source_is_added() -> None:
 
 def test_captions(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    assert caption_text(read_caption(str(path))) == ""
+    assert caption_text(read_caption(str(path)).record) == ""
     path.write_bytes('\ufeff a "cat",\n1girl ☕ \n'.encode())
-    assert caption_text(read_caption(str(path))) == 'a "cat",\n1girl ☕'
+    assert caption_text(read_caption(str(path)).record) == 'a "cat",\n1girl ☕'
     path.write_bytes(b"caf\xe9")
-    assert caption_text(read_caption(str(path))) == "caf\ufffd"
+    assert caption_text(read_caption(str(path)).record) == "café"
 
 
 def test_caption_files_of_tags(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_caption_files_of_tags(tmp_path: Path) -> None:
     for kohya in (False, True):
         source = FolderSource(path=tmp_path, caption_files_hold="tags", kohya_repeats=kohya)
         items = list_folder(source, "x", Counter())
-        records[kohya] = sorted(read_caption(item.caption_path, item.caption) for item in items)
+        records[kohya] = sorted(read_caption(item.caption_path, item.caption).record for item in items)
     assert records[False] == ['{"caption":"","tags":"1girl, solo"}', '{"caption":""}']
     assert records[True] == ['{"caption":"","tags":"1girl, solo"}', '{"caption":"","tags":"sks girl"}']
 
@@ -81,6 +82,6 @@ def test_kohyas_layout(tmp_path: Path) -> None:
         "t/10_sks girl/sub/b": 20,
         "t/3_x/a": 6,
     }
-    captions = {key: caption_text(read_caption(item.caption_path, item.caption)) for key, item in items.items()}
+    captions = {key: caption_text(read_caption(item.caption_path, item.caption).record) for key, item in items.items()}
     assert captions == {"t/10_sks girl/a": "a caption", "t/10_sks girl/sub/b": "sks girl", "t/3_x/a": "x"}
     assert ignored == {"(outside of <repeats>_<words> folders)": 2}

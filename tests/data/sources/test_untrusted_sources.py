@@ -21,10 +21,11 @@ from tests.hostile_tables import MEMBERS, variant
 from trainer.config.sections.sources import FolderSource, ParquetSource, WebdatasetSource
 from trainer.data.images import BadImage, image_hw
 from trainer.data.sources.columns import files_below
-from trainer.data.sources.folder import BadCaption, list_folder, read_caption
+from trainer.data.sources.folder import list_folder
 from trainer.data.sources.metadata import read_metadata
 from trainer.data.sources.parquet import list_parquet
 from trainer.data.sources.parquet_pages import check_pages
+from trainer.data.sources.sidecars import BadCaption, read_caption
 from trainer.data.sources.webdataset import list_webdataset
 from trainer.errors import UserError
 from trainer.guards import Limits, Refused
@@ -56,7 +57,7 @@ def test_captions_are_regular_files_of_a_bounded_size(tmp_path: Path) -> None:
         with pytest.raises(BadCaption) as caught:
             read_caption(str(tmp_path / name), most_bytes=100)
         assert str(caught.value) == reason
-    assert read_caption(str(tmp_path / "none.txt")) == '{"caption":""}'
+    assert read_caption(str(tmp_path / "none.txt")).record == '{"caption":""}'
 
 
 def test_each_folder_is_visited_once(tmp_path: Path) -> None:

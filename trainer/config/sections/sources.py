@@ -43,9 +43,21 @@ class FolderSource(AnySource):
     path: PathField
     """The folder."""
     caption_extension: str = ".txt"
-    """Ending of the caption file that lies beside each image."""
+    """Ending of the caption file that lies beside each image. `.json`: each is a JSON object, and not the text."""
     caption_files_hold: Literal["caption", "tags"] = "caption"
     """What is in the caption files: natural language, or tags, which `captions` can shuffle and drop one by one."""
+    caption_field: str = "caption"
+    """Of caption files that are `.json`: the field with the caption; text, or a list of several."""
+    captions_field: str = "captions"
+    """The field with several captions, which counts before that of one: a list of texts, or of objects
+    `{text: a cat, weight: 2}`; see `captions.several`."""
+    tags_field: str = "tags"
+    """The field with the tags: text, or a list."""
+    weight_field: str | None = None
+    """The field with the image's own loss weight, such as `loss_weight`; images without it count 1."""
+    tags_extension: str | None = None
+    """Ending of a file beside each image that holds nothing but its tags, such as `.tags`: separated as
+    `captions.tag_separator` says, or one a line."""
     weight_extension: str | None = None
     """Ending of a file beside each image that holds nothing but its own loss weight, such as `.weight`; images without
     one count 1."""
@@ -59,6 +71,18 @@ class FolderSource(AnySource):
     """`files`: the mask of `photo.jpg` lies beside it, `photo-masklabel.png`. Files that end so are not trained on."""
     mask_folder: PathField | None = None
     """`files`: take the masks from this folder, under the images' names with the ending of any kind of image."""
+
+    @property
+    def holds_json(self) -> bool:
+        """Whether the caption files are JSON objects."""
+        return self.caption_extension.lower() == ".json"
+
+    @property
+    def holds(self) -> frozenset[str]:
+        """What of `caption` and `tags` may lie beside an image."""
+        if self.holds_json:
+            return frozenset({"caption", "tags"})
+        return frozenset({self.caption_files_hold, *(["tags"] if self.tags_extension is not None else [])})
 
 
 class KohyaJsonSource(AnySource):
@@ -101,6 +125,9 @@ class WebdatasetSource(AnySource):
     """A folder of `.tar` files, or a pattern such as `/data/tars/*.tar`."""
     caption_field: str = "caption"
     """Field of the `.json` files that holds the caption, where there is no `.txt` or `.caption`."""
+    captions_field: str | None = None
+    """Field of the `.json` files with several captions, such as `captions`, which counts before all others: a list of
+    texts, or of objects `{text: a cat, weight: 2}`; see `captions.several`."""
     tags_field: str = "tags"
     """Field of the `.json` files that holds the tags: text, or a list."""
     weight_field: str | None = None

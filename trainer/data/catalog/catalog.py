@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from trainer.data.buckets import Bucket, Placement
 from trainer.data.captions import has_no_text
-from trainer.data.sources.source import MaskPlace
+from trainer.data.sources.source import ForeignText, MaskPlace
 from trainer.errors import UserError
 
 CATALOG_FORMAT = 4
@@ -98,6 +98,8 @@ class CatalogRow(NamedTuple):
     mask: MaskPlace | None = None
     content: int | None = None
     stored_key: str | None = None
+    foreign: ForeignText | None = None
+    """That a file of its caption is not UTF-8; told, not kept."""
 
     @property
     def key_in_shard(self) -> str:

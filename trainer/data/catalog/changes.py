@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from trainer.data.captions import has_no_text
 from trainer.data.catalog.catalog import FileStamp, open_generation, transaction
-from trainer.data.sources.source import MaskPlace
+from trainer.data.sources.source import ForeignText, MaskPlace
 
 _REPLACED = "replaced by another image"
 _REMOVED = "removed"
@@ -51,6 +51,8 @@ class Update(NamedTuple):
     content: int | None
     caption: str | None
     """None: as it was."""
+    foreign: ForeignText | None = None
+    """That a file of this caption is not UTF-8."""
 
 
 def apply_updates(connection: sqlite3.Connection, updates: Sequence[Update]) -> Counter[str]:

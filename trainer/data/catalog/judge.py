@@ -18,16 +18,19 @@ from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.catalog.verdicts import Known, KnownLeftOut, LeftOut, Replaced, Rules, StillLeftOut, Verdict
 from trainer.data.images import BadImage, has_alpha, image_hw
 from trainer.data.masks import BadMask, check_mask_shape
-from trainer.data.sources.folder import BadCaption, read_caption
+from trainer.data.sources.sidecars import BadCaption, FoundCaption, Sidecars, read_caption
 from trainer.data.sources.source import OWN_MASK, ROW, WHOLE, MaskPlace, SourceItem, open_range, read_bytes
 from trainer.data.store.npz import HEAD_BYTES, BadNpz, latents_hw, latents_hw_of_head
 from trainer.data.store.shards import LATENT_FACTOR
 from trainer.errors import printable
 from trainer.guards import Limits, Refused
-from trainer.keyed import draw_uniform
+from trainer.keyed import draw_seed, draw_uniform
 
 NEVER = -1
 """File size of a bad row that is to be judged anew each time."""
+
+LOST = "\ufffd"
+"""What stands in a text for what could not be decoded."""
 
 _MOST_KEY = 4096
 _PLAIN = '{"caption":'
@@ -81,7 +84,7 @@ def judge(
             file_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
         if item.mask is not None and item.mask.file and item.mask.length == WHOLE:
             mtime_ns ^= _mtime_ns(item.mask.file)  # an image that is bad by its mask is mended by it
-        stamp = FileStamp(file_bytes, mtime_ns, _caption_stamp(item))
+        stamp = FileStamp(file_bytes, mtime_ns, _caption_stamp(item, rules.sidecars_of(item)))
         if known is not None:
             verdict = _compared(rules, item, known, stamp)
             return _filtered(rules, item, known, verdict) if rules.filters.is_on else verdict
@@ -134,7 +137,7 @@ def _compared(rules: Rules, item: SourceItem, known: Known, stamp: FileStamp) ->
     same_file = known.stamp[:2] == stamp[:2]
     repeats = 1 if known.split == "validation" else item.repeats
     place = (item.file, item.offset)
-    if same_file and (known.place, known.stamp, known.repeats) == (place, stamp, repeats):
+    if same_file and not known.is_lossy and (known.place, known.stamp, known.repeats) == (place, stamp, repeats):
         return "known"
     content, payload = known.content, _payload(rules.settings, item)
     if payload != known.payload:
@@ -147,12 +150,15 @@ def _compared(rules: Rules, item: SourceItem, known: Known, stamp: FileStamp) ->
         if content is None or content != known.content:
             return _replaced(rules, item, stamp)
     caption = None
-    if stamp.caption_stamp != known.stamp.caption_stamp:
-        if rules.settings.text_encoders is not None:  # what they give is stored beside the latents
+    is_other = stamp.caption_stamp != known.stamp.caption_stamp
+    if is_other or known.is_lossy:
+        caption = _caption(item, rules)
+        is_other = is_other or LOST not in caption.record  # decoded better than when it was prepared
+        if is_other and rules.settings.text_encoders is not None:  # what they give is stored beside the latents
             return _replaced(rules, item, stamp)
-        caption = _caption(item, rules.settings.limits)
     mask = None if item.mask == OWN_MASK else item.mask
-    return Update(item.key, item.file, item.offset, item.length, stamp, repeats, mask, content, caption)
+    changes = (item.key, item.file, item.offset, item.length, stamp, repeats, mask, content)
+    return Update(*changes, *(caption or (None, None)))
 
 
 def _replaced(rules: Rules, item: SourceItem, stamp: FileStamp) -> Replaced:
@@ -170,9 +176,11 @@ def _payload(settings: PrepareSettings, item: SourceItem) -> Payload:
     return "image" if settings.mode == "images" else "encode"
 
 
-def _caption(item: SourceItem, limits: Limits) -> str:
+def _caption(item: SourceItem, rules: Rules) -> FoundCaption:
     given = item.caption or caption_record("").decode()
-    return read_caption(item.caption_path, given, limits.caption_bytes) if item.caption_path else given
+    if not item.caption_path:
+        return FoundCaption(given, None)
+    return read_caption(item.caption_path, given, rules.settings.limits.caption_bytes, rules.sidecars_of(item))
 
 
 def _row(rules: Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
@@ -194,6 +202,7 @@ def _row(rules: Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
         mask = _mask(item, original_hw, settings.limits)
         if payload == "encode":
             content = fingerprint(item.file, item.offset, item.length, mask)
+    caption = _caption(item, rules)
     return CatalogRow(
         key=item.key,
         path=item.file,
@@ -201,13 +210,14 @@ def _row(rules: Rules, item: SourceItem, stamp: FileStamp) -> CatalogRow:
         length=item.length,
         payload=payload,
         stamp=stamp,
-        caption=_caption(item, settings.limits),
+        caption=caption.record,
         repeats=1 if held_out else item.repeats,
         split="validation" if held_out else "train",
         original_hw=original_hw,
         placement=placement,
         mask=mask,
         content=content,
+        foreign=caption.foreign,
     )
 
 
@@ -258,11 +268,15 @@ def _bucket_hw(item: SourceItem, limits: Limits) -> tuple[int, int]:
     return height * LATENT_FACTOR, width * LATENT_FACTOR
 
 
-def _caption_stamp(item: SourceItem) -> int:
-    """Differs where the caption does, or the image's own loss weight, or what its file is said to hold."""
+def _caption_stamp(item: SourceItem, sidecars: Sidecars) -> int:
+    """Differs where the caption does, or the image's own loss weight, or what its files are said to hold."""
     caption = item.caption or ""
     if not item.caption_path:
         return zlib.crc32(caption.encode())
+    if not sidecars.are_plain:
+        tags_path = sidecars.tags_path(item.caption_path)
+        times = _mtime_ns(item.caption_path), _mtime_ns(tags_path) if tags_path else 0
+        return draw_seed("sidecars", *times, caption, repr(sidecars))
     is_plain = WEIGHT_MARK not in caption and (not caption or caption.startswith(_PLAIN))
     return _mtime_ns(item.caption_path) + (0 if is_plain else zlib.crc32(caption.encode()))
 

@@ -63,7 +63,7 @@ def listed_pages(connection: sqlite3.Connection, size: int) -> Generator[list[So
         while values := cursor.fetchmany(size):
             yield [
                 SourceItem._make(
-                    (*v[:8], _pair(v[8:10]), _pair(v[10:12]), v[12], v[13], v[14] and MaskPlace.from_text(v[14]), "")
+                    (*v[:8], _pair(v[8:10]), _pair(v[10:12]), *v[12:14], v[14] and MaskPlace.from_text(v[14]), "", None)
                 )
                 for v in values
             ]

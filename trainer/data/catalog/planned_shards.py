@@ -205,6 +205,7 @@ def rows_of_shard(connection: sqlite3.Connection, shard: PlannedShard) -> list[C
                 *(*values[:5], FileStamp(*values[5:8]), *values[8:11], values[11:13], placement(*values[13:17])),
                 None if values[17] is None else MaskPlace.from_text(values[17]),
                 *values[18:20],
+                None,
             )
         )
         for values in _select_rows(connection, columns, group, (shard.first_key, shard.last_key))

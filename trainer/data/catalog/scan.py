@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -52,13 +51,14 @@ from trainer.data.catalog.filtered import (
     left_out_between,
     reword,
 )
-from trainer.data.catalog.judge import NEVER, bad_listed, judge, problem_of_texts
+from trainer.data.catalog.judge import LOST, NEVER, bad_listed, judge, problem_of_texts
 from trainer.data.catalog.listing_table import add_listed, listed_pages, listing_table
+from trainer.data.catalog.scan_counts import ScanCounts
 from trainer.data.catalog.settings import PrepareSettings, moves_of
 from trainer.data.catalog.twin_names import forget_longer_keys, tell_twins_apart
 from trainer.data.catalog.verdicts import Known, KnownLeftOut, LeftOut, Replaced, Rules, StillLeftOut, Verdict
 from trainer.data.images import pillow_rules
-from trainer.data.sources.listing import is_there, list_source, main_path, source_names
+from trainer.data.sources.listing import is_there, list_source, main_path, sidecars_by_source, source_names
 from trainer.data.sources.source import SourceItem
 from trainer.errors import UserError
 
@@ -69,39 +69,6 @@ _MOST_LOST = 0.05
 Removed = Literal["ask", "drop", "keep"]
 """Images that are not listed any more go, but more than one, and 5 % of a source's, at once is an error; they go,
 however many; or they stay as they were prepared."""
-
-
-@dataclass
-class ScanCounts:
-    """What a scan found, in images.
-
-    Attributes:
-        known: as they were, or with another caption, key or place, or seen more or less often.
-        captions: known ones whose caption or tags are others.
-        repeats: known ones that are seen more or less often.
-        moved: known ones that lie elsewhere.
-        renamed: known under another key.
-        back: that had been removed once.
-        changed: in the place of another one of the same key; encoded anew.
-        removed: not listed any more.
-        kept: the same, but they stay.
-        filtered: left out, by filter.
-    """
-
-    listed: int = 0
-    new: int = 0
-    known: int = 0
-    captions: int = 0
-    repeats: int = 0
-    moved: int = 0
-    renamed: int = 0
-    back: int = 0
-    changed: int = 0
-    removed: int = 0
-    kept: int = 0
-    bad: int = 0
-    filtered: Counter[str] = field(default_factory=Counter)
-    ignored: Counter[str] = field(default_factory=Counter)
 
 
 class _Previous(NamedTuple):
@@ -140,7 +107,7 @@ def scan(
     has_filtered = begin_filtering(connection) or settings.filters.is_on
     wish = settings.buckets
     buckets = make_buckets(wish.resolution, wish.min_px, wish.max_px, wish.step_px)
-    rules = Rules(settings, buckets, moves_of(settings))
+    rules = Rules(settings, buckets, moves_of(settings), sidecars_by_source(settings.sources))
     look = partial(_look, rules)
     with listing_table(connection, prepared) as scratch, _without_garbage_collector():
         sources = [source for source in settings.sources if removed == "ask" or _is_there(source)]
@@ -219,6 +186,9 @@ def _take_in(connection: sqlite3.Connection, generation: int, found: list[Verdic
     counts.known += sum(isinstance(verdict, Update) for verdict in found)
     counts.known += sum(verdict == "known" for verdict in found)
     counts.bad += len(bad) + sum(verdict == "bad" for verdict in found)
+    for row in (*new, *updates):
+        counts.note_foreign(row.foreign)
+        counts.note_lossy(row.caption or "", row.path)
 
 
 def _settle(connection: sqlite3.Connection, settings: PrepareSettings, removed: Removed, counts: ScanCounts) -> None:
@@ -301,6 +271,8 @@ def _list_sources(
                 endings.update(item.file.rpartition(".")[2] for item in page)
             counts.listed += len(page)
             counts.bad += len(bad)
+            for item in page:
+                counts.note_foreign(item.foreign)
             bar.update(len(page))
         has_endings |= len(endings) > 1
     bar.close()
@@ -317,10 +289,10 @@ def _catalogued(
         judged to be bad; and of the bad, the key and path of those that are listed no more.
     """
     last = page[-1].key
-    query = f"""SELECT key, path, offset, file_bytes, mtime_ns, caption_stamp, payload, repeats, split, content
-        {_filtered_columns(rules)} FROM rows WHERE key BETWEEN ? AND ?"""
-    found = connection.execute(query, (min(after, page[0].key), last))
-    known = {v[0]: Known(v[1:3], FileStamp(*v[3:6]), *v[6:10], *(v[10:] and (v[10:12], *v[12:]))) for v in found}
+    query = f"""SELECT key, path, offset, file_bytes, mtime_ns, caption_stamp, payload, repeats, split, content,
+        instr(caption, ?) {_filtered_columns(rules)} FROM rows WHERE key BETWEEN ? AND ?"""
+    found = connection.execute(query, (LOST, min(after, page[0].key), last))
+    known = {v[0]: Known(v[1:3], FileStamp(*v[3:6]), *v[6:11], *(v[11:] and (v[11:13], *v[13:]))) for v in found}
     query = "SELECT key, path, file_bytes, mtime_ns FROM bad WHERE key BETWEEN ? AND ?"
     judged = {v[:2]: v[2:] for v in connection.execute(query, (after, last))}
     listed = {(item.key, item.file) for item in page} if judged else set()

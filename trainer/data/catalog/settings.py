@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config.sections.filters_config import FiltersConfig
-from trainer.config.sections.sources import Source
+from trainer.config.sections.sources import FolderSource, Source
 from trainer.data.buckets import BucketRules
 from trainer.data.loss_weights import TagSeparators
 from trainer.data.sources.listing import source_names
@@ -38,6 +38,8 @@ _OPTIONAL = (
     "weight_column",
     "score_field",
     "score_column",
+    "captions_field",
+    "tags_extension",
     "weight",
     "per_epoch",
     "share",
@@ -102,10 +104,13 @@ class PrepareSettings:
 
 
 def _source_to_json(source: Source) -> dict[str, Any]:
-    """Without the keys of masks where there are none, as sets were before there were masks."""
+    """Without the keys of masks where there are none, and of JSON where captions are text: as before there were any."""
+    idle = {*_READ_WHEN_TRAINED}
+    if isinstance(source, FolderSource) and not source.holds_json:
+        idle |= {"caption_field", "captions_field", "tags_field"}
     return {
         key: os.path.realpath(value) if isinstance(value, Path) else value
-        for key, value in source.model_dump(exclude={*_READ_WHEN_TRAINED}).items()
+        for key, value in source.model_dump(exclude=idle).items()
         if (value is not None or key not in _OPTIONAL) and (source.masks != "none" or not key.startswith("mask"))
     }
 

@@ -1,6 +1,7 @@
 """What is found of a listed item, and what it is compared with."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from trainer.data.buckets import Bucket
@@ -8,6 +9,8 @@ from trainer.data.catalog.catalog import BadRow, CatalogRow, FileStamp, Payload
 from trainer.data.catalog.changes import Update
 from trainer.data.catalog.filters import Filters, Reason
 from trainer.data.catalog.settings import PrepareSettings
+from trainer.data.sources.sidecars import PLAIN_TEXT, Sidecars
+from trainer.data.sources.source import SourceItem
 from trainer.data.store.moves import Move, moved
 
 
@@ -63,6 +66,8 @@ class Known:
     repeats: int
     split: str
     content: int | None
+    is_lossy: int
+    """Whether its caption holds U+FFFD, as one does that was not UTF-8 when nothing else could be read."""
     original_hw: tuple[int, int] = (0, 0)
     """Only where there are filters."""
     caption: str = ""
@@ -77,6 +82,12 @@ class Rules:
     buckets: tuple[Bucket, ...]
     moves: tuple[Move, ...] = ()
     """Places of sources that are others now than when the set was prepared."""
+    sidecars: Mapping[str, Sidecars] = field(default_factory=dict)
+    """How the files beside images are read, by the name of each source that has more than a text."""
+
+    def sidecars_of(self, item: SourceItem) -> Sidecars:
+        """How the files beside this image are read."""
+        return self.sidecars.get(item.key.partition("/")[0], PLAIN_TEXT) if self.sidecars else PLAIN_TEXT
 
     @cached_property
     def filters(self) -> Filters:

@@ -12,7 +12,7 @@ from trainer.data.catalog.filtered import count_left_out, leave_rows_out, let_in
 from trainer.data.catalog.filters import NEAR_DUPLICATES, Reason
 from trainer.data.catalog.listing_table import listing_table
 from trainer.data.catalog.near_pairs import find_near_pairs
-from trainer.data.catalog.scan import ScanCounts
+from trainer.data.catalog.scan_counts import ScanCounts
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.prepare.perceptual_hash import IMAGES, hash_images
 

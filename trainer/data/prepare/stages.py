@@ -23,7 +23,8 @@ from trainer.data.catalog.planned_shards import (
     plan_generation,
 )
 from trainer.data.catalog.reasons import Reasons
-from trainer.data.catalog.scan import Removed, ScanCounts, scan
+from trainer.data.catalog.scan import Removed, scan
+from trainer.data.catalog.scan_counts import ScanCounts
 from trainer.data.catalog.settings import (
     PrepareSettings,
     begin_with,

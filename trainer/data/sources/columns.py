@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.data.captions import MOST_LOSS_WEIGHT, caption_record
+from trainer.data.captions import MOST_CAPTION_WEIGHT, MOST_LOSS_WEIGHT, Captions, caption_record
 from trainer.data.sources.folder_walk import walk_folders
 from trainer.errors import UserError
 from trainer.guards import DEFAULT_LIMITS, Limits
@@ -77,6 +77,36 @@ def text_of(value: object, joint: str = ", ") -> str:
     if isinstance(value, list):
         return joint.join(stripped for part in value if isinstance(part, str) and (stripped := part.strip()))
     return ""
+
+
+def captions_of(value: object) -> str | Captions:
+    """Captions as JSON holds them: text; or a list of texts and of objects with `text` and `weight` (1 if not given).
+
+    Returns:
+        Text, of several lines where there are several captions that weigh the same; else each with its weight.
+
+    Raises:
+        ValueError: it is something else, as the reason to leave the image out.
+    """
+    if value is None or isinstance(value, str):
+        return (value or "").strip()
+    if not isinstance(value, list):
+        raise ValueError("its caption is neither text nor a list")
+    found = tuple(pair for entry in value if (pair := _weighted(entry))[0])
+    if len({weight for _, weight in found}) < 2:
+        return "\n".join(text for text, _ in found)
+    return found
+
+
+def _weighted(entry: object) -> tuple[str, float]:
+    """One of several captions on one line, and its weight."""
+    text, weight = (entry.get("text"), entry.get("weight", 1)) if isinstance(entry, dict) else (entry, 1)
+    if not isinstance(text, str):
+        raise ValueError("one of its captions is neither text nor an object with `text` and `weight`")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MOST_CAPTION_WEIGHT:
+        rule = f"not a number above 0 and at most {MOST_CAPTION_WEIGHT:g}"
+        raise ValueError(f"the weight of one of its captions is {str(weight)[:40]!r}, {rule}")
+    return " ".join(filter(None, map(str.strip, text.split("\n")))), float(weight)
 
 
 def loss_weight_of(value: object) -> float:

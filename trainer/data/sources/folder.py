@@ -1,4 +1,4 @@
-"""A folder of images, searched recursively, with a caption file beside each image.
+"""A folder of images, searched recursively, with a caption file beside each image (`sidecars.py`).
 
 With `kohya_repeats` it is kohya's layout: `<repeats>_<words>/image.png`; see `FolderSource`.
 """
@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.data.captions import caption_record
 from trainer.data.images import EXTENSIONS
 from trainer.data.sources.columns import loss_weight_of
 from trainer.data.sources.folder_walk import is_folder, walk_folders
 from trainer.data.sources.source import OWN_MASK, MaskPlace, SourceItem
 from trainer.errors import UserError, printable
-from trainer.guards import DEFAULT_LIMITS, Limits, Refused, open_regular, read_bytes
+from trainer.guards import DEFAULT_LIMITS, Limits, Refused, decode_text, open_regular
 
 if TYPE_CHECKING:
     from trainer.config.sections.sources import FolderSource
@@ -53,10 +52,6 @@ def list_folder(
                 yield item
     except OSError as error:
         raise UserError(f"data.sources: path ({root}): {error.filename} cannot be read: {error.strerror}") from error
-
-
-class BadCaption(ValueError):
-    """A caption that cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ def _item(walk: _Walk, entry: os.DirEntry[str]) -> SourceItem | None:
             walk.ignored["(mask that is not used)"] += 1
         return None
     if extension.lower() not in EXTENSIONS:
-        if extension not in (caption_extension, walk.source.weight_extension):
+        if extension not in (caption_extension, walk.source.weight_extension, walk.source.tags_extension):
             walk.ignored[printable(extension.lower()[:20]) or "(none)"] += 1
         return None
     caption, problem = walk.caption, ""
@@ -135,7 +130,7 @@ def _with_weight(caption: str | None, path: str) -> tuple[str | None, str]:
     """The record of an image without a caption file, with the weight that the file holds; and what is wrong with it."""
     try:
         with open_regular(path) as file:
-            text = file.read(_MOST_WEIGHT_BYTES).decode("utf-8-sig", errors="replace").strip()
+            text = decode_text(file.read(_MOST_WEIGHT_BYTES), path).text.strip()
     except FileNotFoundError:
         return caption, ""
     except OSError as error:
@@ -148,26 +143,3 @@ def _with_weight(caption: str | None, path: str) -> tuple[str | None, str]:
         return caption, str(error)
     fields = {**json.loads(caption or _EMPTY), "loss_weight": weight}
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")), ""
-
-
-def read_caption(path: str, default: str | None = None, most_bytes: int = Limits.caption_bytes) -> str:
-    """The caption file as the JSON text that shards hold; `default`, or an empty caption, where there is no file.
-
-    A default of tags alone says that the file holds tags as well; its loss weight is kept. Bytes that are not UTF-8 are
-    replaced; a byte order mark and surrounding space are taken off.
-
-    Raises:
-        BadCaption: it is no regular file, or larger than `most_bytes`.
-        OSError: it cannot be read.
-    """
-    fields = json.loads(default or _EMPTY)
-    weight = fields.pop("loss_weight", 1.0)
-    ((field, text),) = fields.items()
-    try:
-        text = read_bytes(path, most_bytes).decode("utf-8-sig", errors="replace").strip()
-    except FileNotFoundError:
-        pass
-    except Refused as error:
-        raise BadCaption(f"its caption {error.reason_for(path)}") from None
-    caption, tags = (text, "") if field == "caption" else ("", text)
-    return caption_record(caption, tags, weight).decode()

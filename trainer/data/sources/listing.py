@@ -19,6 +19,7 @@ from trainer.data.sources.hf import list_hf
 from trainer.data.sources.kohya import list_kohya_json
 from trainer.data.sources.latent_tars import list_latent_tars
 from trainer.data.sources.parquet import list_parquet
+from trainer.data.sources.sidecars import Sidecars, sidecars_of
 from trainer.data.sources.source import SourceItem
 from trainer.data.sources.webdataset import list_webdataset
 from trainer.guards import DEFAULT_LIMITS, Limits
@@ -66,6 +67,13 @@ def list_source(
     if isinstance(source, HfSource):
         return list_hf(source, name, ignored, limits)
     return list_latent_tars(source, name, ignored, scratch, limits)
+
+
+def sidecars_by_source(sources: tuple[Source, ...]) -> dict[str, Sidecars]:
+    """How the files beside images are read, by the name of each source that has more than a text beside each image."""
+    named = zip(source_names(sources), sources, strict=True)
+    found = {name: sidecars_of(source) for name, source in named if isinstance(source, FolderSource)}
+    return {name: sidecars for name, sidecars in found.items() if not sidecars.are_plain}
 
 
 def main_path(source: Source) -> Path:

@@ -47,6 +47,13 @@ OWN_MASK = MaskPlace("")
 """The mask lies in the image's own file: its alpha channel, or the `alpha_mask` of an `.npz`."""
 
 
+class ForeignText(NamedTuple):
+    """A text that is not UTF-8: how it was read, and where it lies, as a person knows the place."""
+
+    encoding: str
+    place: str
+
+
 class SourceItem(NamedTuple):
     """One image of a source. A plain tuple, because millions of them pass by."""
 
@@ -75,6 +82,8 @@ class SourceItem(NamedTuple):
     """Where its mask lies; None where it has none, or none is wanted."""
     problem: str = ""
     """Why the item cannot be used; then the other fields only say what it is about."""
+    foreign: ForeignText | None = None
+    """That its caption, which was read while listing, is not UTF-8."""
 
 
 def read_bytes(file: str, offset: int, length: int) -> bytes:

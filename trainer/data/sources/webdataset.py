@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from trainer.data.captions import caption_record
+from trainer.data.captions import Captions, caption_record
 from trainer.data.images import EXTENSIONS
-from trainer.data.sources.columns import files_below, loss_weight_of, score_of, text_of
-from trainer.data.sources.source import OWN_MASK, MaskPlace, SourceItem, read_bytes
+from trainer.data.sources.columns import captions_of, files_below, loss_weight_of, score_of, text_of
+from trainer.data.sources.source import OWN_MASK, ForeignText, MaskPlace, SourceItem, read_bytes
 from trainer.data.sources.tar_members import BadTar, TarMember, walk_tar
 from trainer.errors import printable
-from trainer.guards import DEFAULT_LIMITS, Limits, Refused
+from trainer.guards import DEFAULT_LIMITS, Limits, Refused, decode_text
 
 if TYPE_CHECKING:
     from trainer.config.sections.sources import WebdatasetSource
@@ -87,12 +87,12 @@ def _items(
         ignored["(mask that is not used)"] += 1
     if len(images) > 1:
         ignored["(further image of a sample)"] += len(images) - 1
-    image, caption, problem = images[0], None, ""
+    image, caption, foreign, problem = images[0], None, None, ""
     if not image.size:  # told at once, because a small tar may hold any number of them
         yield SourceItem(key, path, image.offset, 0, problem="is empty")
         return
     try:
-        caption = _caption(source, path, by_ending, limits.caption_bytes)
+        caption, foreign = _caption(source, path, by_ending, limits.caption_bytes)
     except (ValueError, OSError, EOFError, RecursionError, Refused) as error:
         problem = f"its caption cannot be read: {printable(str(error))}"
     yield SourceItem(
@@ -106,28 +106,36 @@ def _items(
         mtime_ns=image.mtime_ns,
         mask=mask,
         problem=problem,
+        foreign=foreign,
     )
 
 
-def _caption(source: WebdatasetSource, path: str, by_ending: dict[str, TarMember], most_bytes: int) -> str:
-    """The caption record: the text of `.txt` or `.caption`, else the field of `.json`; the others from `.json`."""
-    texts = {}
+def _caption(
+    source: WebdatasetSource, path: str, by_ending: dict[str, TarMember], most_bytes: int
+) -> tuple[str, ForeignText | None]:
+    """The caption record: the field of several captions in `.json`, else the text of `.txt` or `.caption`, else the
+    field of `.json`; tags, weight and score from `.json`. And which member is not UTF-8."""
+    texts, foreign = {}, None
     for ending in _CAPTIONS:
         member = by_ending.get(ending)
         if member is not None:
             if member.size > most_bytes:
                 raise ValueError(f"{member.name} has {member.size:,} bytes; at most {most_bytes:,} are read")
             data = read_bytes(path, member.offset, member.size)
-            texts[ending] = data.decode("utf-8-sig", errors="replace").strip()
+            decoded = decode_text(data, member.name)
+            texts[ending] = decoded.text.strip()
+            if foreign is None and not decoded.is_utf_8:
+                foreign = ForeignText(decoded.encoding, f"{member.name} in {path}")
     fields: dict[str, Any] = {}
     if ".json" in texts:
         fields = json.loads(texts[".json"])
         if not isinstance(fields, dict):
             raise ValueError("its .json is no object")
-    text = texts.get(".txt") or texts.get(".caption") or text_of(fields.get(source.caption_field))
+    several: str | Captions = captions_of(fields.get(source.captions_field)) if source.captions_field else ""
+    text = several or texts.get(".txt") or texts.get(".caption") or text_of(fields.get(source.caption_field))
     weight = loss_weight_of(fields.get(source.weight_field)) if source.weight_field else 1.0
     score = score_of(fields.get(source.score_field)) if source.score_field else None
-    return caption_record(text, text_of(fields.get(source.tags_field)), weight, score).decode()
+    return caption_record(text, text_of(fields.get(source.tags_field)), weight, score).decode(), foreign
 
 
 def _ending(name: str) -> str:

@@ -12,6 +12,7 @@ from crc32c import crc32c
 
 from trainer.data.augment import View, view_sizes
 from trainer.data.buckets import Bucket, Placement
+from trainer.data.captions import is_record
 from trainer.data.images import BadImage, load_mask, load_view
 from trainer.data.masks import FULL, BadMask
 from trainer.data.sources.source import OWN_MASK, WHOLE, MaskPlace
@@ -223,9 +224,7 @@ def _check_caption(caption: bytes) -> None:
         fields = json.loads(caption) if len(caption) <= _MOST_CAPTION_BYTES else None
     except (ValueError, RecursionError):
         fields = None
-    if not isinstance(fields, dict) or not all(
-        value is None or isinstance(value, float | int if name in _NUMBERS else str) for name, value in fields.items()
-    ):
+    if not is_record(fields):
         raise ShardError("the caption is no record of a caption")
 
 

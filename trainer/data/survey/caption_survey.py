@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.data.captions import WEIGHT_MARK, CaptionRules, compose
+from trainer.data.captions import WEIGHT_MARK, CaptionRules, compose, holds_several
 from trainer.data.catalog.catalog import open_catalog
 from trainer.data.sampler import pick_rows
 from trainer.data.store.snapshot import PreparedSet
@@ -35,6 +35,8 @@ class CaptionSurvey:
     """Images whose text is empty."""
     with_tags: int
     """Records that hold tags."""
+    with_several: int
+    """Records that hold several captions, or a field of several lines."""
     with_weights: int
     """Records that hold a loss weight of the image's own, other than 1."""
     examples: tuple[CaptionExample, ...]
@@ -78,6 +80,7 @@ def survey_captions(
         texts=texts,
         empty_keys=tuple(key for (key, _), text in zip(records, texts, strict=True) if not text),
         with_tags=sum(bool((json.loads(record).get("tags") or "").strip()) for _, record in records),
+        with_several=sum(map(holds_several, (json.loads(record) for _, record in records))),
         with_weights=sum(WEIGHT_MARK in record for _, record in records),
         examples=tuple(_example(key, record, rules, seed) for key, record in filled[::step][:num_examples]),
     )
