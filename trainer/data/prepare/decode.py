@@ -136,14 +136,14 @@ class _RowFiles:
 
     def image(self, row: CatalogRow) -> Path | bytes:
         """The image's file, or its bytes where they are a part of one; raises BadImage."""
-        return _located(row.path, row.offset, row.length, self._images)
+        return located(row.path, row.offset, row.length, self._images)
 
     def mask(self, row: CatalogRow) -> Path | bytes | None:
         """The same of the mask, where it lies in a file of its own; raises BadMask."""
         if row.mask is None or row.mask == OWN_MASK:
             return None
         try:
-            return _located(*row.mask, self._masks)
+            return located(*row.mask, self._masks)
         except BadImage as error:
             raise BadMask(f"its mask {error}") from error
 
@@ -152,7 +152,12 @@ class _RowFiles:
         self._masks.close()
 
 
-def _located(path: str, offset: int, length: int, cells: CellReader) -> Path | bytes:
+def located(path: str, offset: int, length: int, cells: CellReader) -> Path | bytes:
+    """The image at a place that is told as in `SourceItem`: its file, or its bytes where they are a part of one.
+
+    Raises:
+        BadImage: it cannot be read.
+    """
     if length == WHOLE:
         return Path(path)
     if length == ROW:

@@ -121,10 +121,11 @@ def _known(record: RowRecord) -> np.ndarray:
 
 def _reason(line: str) -> str:
     try:
-        return _kind(printable(json.loads(line)["reason"]))
+        return kind_of_reason(printable(json.loads(line)["reason"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         return "(a line that cannot be read)"
 
 
-def _kind(reason: str) -> str:
+def kind_of_reason(reason: str) -> str:
+    """A reason without its numbers, which would make each of many the only one of its kind."""
     return re.sub(r"\d[\d,.]*", "N", reason)
