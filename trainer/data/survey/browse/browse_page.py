@@ -22,6 +22,7 @@ from trainer.data.survey.browse.page_parts import (
 _OPEN_BUCKETS, _MOST_BUCKETS = 16, 400
 _OPEN_SOURCES, _MOST_SOURCES = 16, 400
 _MOST_REASONS = 100
+_OPEN_TAGS = 15
 _MARK = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -94,7 +95,9 @@ def _buckets(facts: PageFacts) -> str:
     ]
     heads = ["width × height, px", "images", *(["per epoch"] if repeated else [])]
     held = sum(bucket.images for bucket in facts.buckets if bucket.split != "train")
-    note = f"<p>{count(held)} more images are held out for validation.</p>" if held else ""
+    note = (
+        f"<p>{count(held)} more {'images are' if held > 1 else 'image is'} held out for validation.</p>" if held else ""
+    )
     return note + _folded("Training images by bucket", heads, bars, facts.images[0], _OPEN_BUCKETS, _MOST_BUCKETS)
 
 
@@ -157,23 +160,29 @@ def _tags(facts: PageFacts) -> str:
             "their source.</p>"
         )
     of = f"a sample of {count(tags.looked_at)}" if tags.is_sample else f"all {count(tags.looked_at)}"
-    few = ", ".join(f"{count(tags_)} on at most {most}" for most, tags_ in tags.few if tags_)
-    told = f"; of these are {few} image{'s' if few[-2:] != ' 1' else ''}" if few else ""
+    few = [
+        f"{count(number)} on {'one image' if most == 1 else f'at most {most} images'}"
+        for most, number in tags.few
+        if number
+    ]
+    told = f" Rare ones: {', '.join(few)}." if few else ""
     note = (
         f"<p>{count(tags.different)} different tags on {percent(tags.tagged, tags.looked_at)} of {of} images, "
-        f"repeats counted{told}.</p>"
+        f"repeats counted.{told}</p>"
     )
-    top = bar_table("The most common tags", ["tag", "images"], [Bar(t, (n,)) for t, n in tags.top], "images", 0)
-    rare = [Bar(tag, (number,)) for tag, number in tags.rare]
-    rarest = bar_table("The rarest tags", ["tag", "images"], rare, "images", 0) if rare else ""
-    return f'{note}<div class="pair"><div class="tall">{top}</div><div class="tall">{rarest}</div></div>'
+    tables = [
+        f"<div>{_folded(title, ['tag', 'images'], [Bar(t, (n,)) for t, n in found], 0, _OPEN_TAGS, len(found))}</div>"
+        for title, found in (("The most common tags", tags.top), ("The rarest tags", tags.rare))
+        if found
+    ]
+    return f'{note}<div class="pair">{"".join(tables)}</div>'
 
 
 def _left_out(facts: PageFacts) -> str:
     if not facts.left_out:
         return "<p>Nothing was left out.</p>"
     rows = "".join(
-        f'<tr><td class="number">{count(part.images)}</td><td>{shown_text(part.reason, 300)}</td>'
+        f'<tr><td class="number">{count(part.images)}</td><td class="reason">{shown_text(part.reason, 300)}</td>'
         f'<td class="examples">{", ".join(shown_text(example, 120) for example in part.examples)}</td>'
         f"<td>{shown_text(part.file)}</td></tr>"
         for part in facts.left_out[:_MOST_REASONS]

@@ -85,10 +85,11 @@ def _card(image: GalleryImage, length: str) -> str:
     ]
     rows = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts)
     return (
-        f'<button type="button" class="open" aria-label="Enlarge {name}"><span class="pictures">{picture}'
-        f"{_whole(image.thumbnail)}</span></button>"
+        f'<button type="button" class="open" aria-label="Enlarge {name}">'
+        f'<span class="pictures">{picture}</span></button>'
         f'<div class="about"><p class="key">{shown_text(image.key, 200)}</p><p class="text">{text}</p>'
-        f'<p class="size">{bucket}{_flag(image)}</p><dl class="more">{rows}</dl></div>'
+        f'<dl class="more">{rows}</dl><div class="foot"><span class="size">{bucket}{_flag(image)}</span>'
+        f"{_whole(image.thumbnail)}</div></div>"
     )
 
 

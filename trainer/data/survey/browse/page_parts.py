@@ -115,7 +115,7 @@ def histogram(values: np.ndarray, unit: str, used: int | None) -> str:
         last = i == bins - 1 and values.max() >= bins * step
         title = f"{i * step:,} {'or more' if last else f'to {(i + 1) * step - 1:,}'} {unit}: {counts[i]:,} texts"
         parts.append(
-            f'<rect class="{"beyond" if used and i * step > used else "column"}" x="{x(i * step) + 0.5:.1f}" '
+            f'<rect class="{"beyond" if used and (i + 1) * step - 1 > used else "column"}" x="{x(i * step) + 0.5:.1f}" '
             f'y="{y:.1f}" width="{max(0.5, x(step) - _LEFT - 1):.1f}" height="{height:.1f}">'
             f"<title>{escape(title)}</title></rect>"
         )
