@@ -154,7 +154,8 @@ def test_tags_of_all_or_of_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     whole = tag_facts(prepared, TagSeparators(), lambda *_: None)
     assert (whole.tagged, whole.looked_at, whole.is_sample) == (20, 30, False)
     assert (sampled.different, sampled.top, sampled.few) == (whole.different, whole.top, whole.few)
-    assert whole.top[0] == ("all", 20) and whole.few == [(1, 20), (2, 20), (5, 20), (10, 20), (50, 21)]
+    assert whole.top[0] == ("all", 20) and len(whole.top) == 11 and len(whole.rare) == 10
+    assert not {*whole.top} & {*whole.rare} and whole.few == [(1, 20), (2, 20), (5, 20), (10, 20), (50, 21)]
 
 
 def test_axes_have_round_numbers() -> None:

@@ -7,17 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from tests.data.photographs import settings_for, write_crops
 from tests.data.small_set import write_small_set
 from tests.data.survey.browsed_set import BrowsedSet, write_browsed_set
 from trainer.cli.main import main
 from trainer.config.load import load_config
-from trainer.data.augment import Augmentation
+from trainer.data.augment import Augmentation, view_sizes
 from trainer.data.buckets import Bucket
+from trainer.data.captions import PLAIN
 from trainer.data.catalog.catalog import open_catalog
 from trainer.data.loader import BatchReader, Request
 from trainer.data.mixture import Mixture
+from trainer.data.prepare.commit import commit
+from trainer.data.prepare.encode import encode_shards
+from trainer.data.prepare.stages import plan_prepare
 from trainer.data.store.snapshot import PreparedSet
+from trainer.data.survey.browse.gallery import find_image
 from trainer.data.survey.image_lookup import find_stored
 from trainer.data.survey.image_visits import visits
 from trainer.errors import UserError
@@ -141,3 +148,44 @@ def test_mistakes_are_one_line(
     assert main(["data", "show", str(browsed.config), *arguments]) == 2
     captured = capsys.readouterr()
     assert said in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.e2e
+def test_images_that_are_decoded_anew_tell_each_visits_crop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_crops(tmp_path / "photos", 6)
+    settings = settings_for(tmp_path / "prepared", tmp_path / "photos", mode="images")
+    plan_prepare(settings, show_progress=False)
+    encode_shards(tmp_path / "prepared", 0, 1, None)
+    commit(tmp_path / "prepared")
+    prepared, augmentation = PreparedSet.open(tmp_path / "prepared"), Augmentation(0.5, True)
+    reader = BatchReader(prepared, "train", 3, lambda texts: np.zeros((len(texts), 2, 1, 77), np.int64), augmentation)
+    mirrored = set()
+    for bucket_index, rows in enumerate(prepared.rows_per_bucket("train")):
+        batch = reader.read(Request(1, bucket_index, np.arange(rows), np.ones(rows, dtype=np.float32)))
+        for key, sizes in zip(batch.keys, batch.time_ids.tolist(), strict=True):
+            image = find_stored(prepared, None, key)
+            place, path, problem = find_image(image.record, image.bucket, None)
+            assert place is not None and Path(path).is_file() and not problem
+            (visit,) = visits(prepared, image, 1, 3, PLAIN, augmentation, place.placement)
+            assert visit.view is not None and list(view_sizes(place.original_hw, visit.view)) == sizes
+            mirrored.add(visit.view.flipped)
+    assert mirrored == {True, False}
+    config = {
+        "run": {"dir": str(tmp_path / "run"), "seed": 3},
+        "model": {"path": str(tmp_path / "no-model")},
+        "data": {
+            "sources": [{"path": str(tmp_path / "photos")}],
+            "prepared": str(tmp_path / "prepared"),
+            "mode": "images",
+            "augment": {"flip_probability": 0.5, "random_crop": True},
+        },
+        "train": {"steps": 1},
+        "optimizer": {"lr": 1e-6},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["data", "show", str(tmp_path / "config.yaml"), "crop-0-003", "--epochs", "20"]) == 0
+    out = capsys.readouterr().out
+    assert "decoded anew at each visit" in out and ", mirrored\n" in out and out.count("    crop from left") == 20
+    assert main(["data", "browse", str(tmp_path / "prepared")]) == 0
+    html = (tmp_path / "prepared" / "browse.html").read_text(encoding="utf-8")
+    assert html.count('<svg class="whole"') == 6 and "made of the latents" not in html

@@ -57,9 +57,10 @@ def near_duplicate_list(facts: PageFacts) -> str:
     more = len(facts.duplicates) - _MOST_GROUPS
     note = f"<p>and {count(more)} more groups</p>" if more > 0 else ""
     groups_told = f"{count(len(facts.duplicates))} group{'s' if len(facts.duplicates) > 1 else ''}"
+    others = "" if len(facts.gallery) == facts.images[0] else "; images that are not shown may have twins as well"
     return (
-        f"<p>{groups_told} among the {shown} pictures below that look alike, by a "
-        f'perceptual hash; more images may have such twins.</p><ul class="twins">{"".join(groups)}</ul>{note}'
+        f"<p>{groups_told} among the {shown} pictures below that look alike, by a perceptual hash{others}.</p>"
+        f'<ul class="twins">{"".join(groups)}</ul>{note}'
     )
 
 

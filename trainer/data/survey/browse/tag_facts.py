@@ -70,10 +70,9 @@ def _of_sample(prepared: PreparedSet, separators: TagSeparators, report: Callabl
 
 
 def _facts(images: Mapping[str, int], tagged: int, looked_at: int, is_sample: bool) -> TagFacts:
-    top = nlargest(SHOWN, images.items(), key=lambda item: (item[1], item[0]))
-    rare = nsmallest(SHOWN, images.items(), key=lambda item: (item[1], item[0]))
-    shown = {tag for tag, _ in top}
+    # Of few tags, the more common half is shown as common, the others as rare.
+    by_count: Callable[[tuple[str, int]], tuple[int, str]] = lambda item: (-item[1], item[0])  # noqa: E731
+    top = nsmallest(min(SHOWN, -(-len(images) // 2)), images.items(), key=by_count)
+    rare = nlargest(min(SHOWN, len(images) // 2), images.items(), key=by_count)
     few = [(most, sum(count <= most for count in images.values())) for most in _FEW]
-    return TagFacts(
-        tagged, looked_at, is_sample, len(images), top, [item for item in rare if item[0] not in shown], few
-    )
+    return TagFacts(tagged, looked_at, is_sample, len(images), top, rare, few)
