@@ -159,7 +159,7 @@ def test_tags_of_all_or_of_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_axes_have_round_numbers() -> None:
-    assert [round_up(n) for n in (0, 1, 1.1, 3, 70, 12_400_000)] == [1, 1, 2, 4, 100, 20_000_000]
+    assert [round_up(n) for n in (0, 1, 1.1, 3, 70, 12_400_000)] == [1, 1, 1.2, 3, 80, 15_000_000]
     assert [short_count(n) for n in (0, 7, 950, 12_400, 12_400_000)] == ["0", "7", "950", "12.4k", "12.4M"]
     assert [percent(0, 0), percent(1, 10**6), percent(1, 8)] == ["0.0 %", "< 0.1 %", "12.5 %"]
     drawn = histogram(np.array([0, 10, 80, 5000] + [20] * 1000), "tokens", 75)

@@ -146,7 +146,7 @@ def _captions(facts: PageFacts) -> str:
     lost = f" {count(texts.unreadable)} of them cannot be read." if texts.unreadable else ""
     return (
         f"<p>Length in {shown_text(unit)} of {of} texts, as they are trained, without anything random.{lost}</p>"
-        f"{histogram(texts.lengths, unit, used)}<p>{'; '.join(said).capitalize()}.</p>"
+        f"{histogram(texts.lengths, unit.partition(' (')[0], used)}<p>{'; '.join(said).capitalize()}.</p>"
     )
 
 

@@ -14,7 +14,7 @@ from trainer.errors import printable
 
 _T = TypeVar("_T", str, Bucket)
 _MOST_TEXT = 1500
-_MOST_GROUPS, _MOST_OF_A_GROUP = 60, 12
+_OPEN, _MOST_GROUPS, _MOST_OF_A_GROUP = 9, 60, 12
 
 
 def filters(facts: PageFacts) -> str:
@@ -54,13 +54,17 @@ def near_duplicate_list(facts: PageFacts) -> str:
         )
         rest = len(group) - _MOST_OF_A_GROUP
         groups.append(f"<li>{links}{f'<span>and {count(rest)} more</span>' if rest > 0 else ''}</li>")
+    first, others = (f'<ul class="twins">{"".join(some)}</ul>' for some in (groups[:_OPEN], groups[_OPEN:]))
+    folded = (
+        f"<details><summary>{count(len(groups) - _OPEN)} more</summary>{others}</details>" if groups[_OPEN:] else ""
+    )
     more = len(facts.duplicates) - _MOST_GROUPS
     note = f"<p>and {count(more)} more groups</p>" if more > 0 else ""
     groups_told = f"{count(len(facts.duplicates))} group{'s' if len(facts.duplicates) > 1 else ''}"
-    others = "" if len(facts.gallery) == facts.images[0] else "; images that are not shown may have twins as well"
+    of_others = "" if len(facts.gallery) == facts.images[0] else "; images that are not shown may have twins as well"
     return (
-        f"<p>{groups_told} among the {shown} pictures below that look alike, by a perceptual hash{others}.</p>"
-        f'<ul class="twins">{"".join(groups)}</ul>{note}'
+        f"<p>{groups_told} among the {shown} pictures below that look alike, by a perceptual hash{of_others}.</p>"
+        f"{first}{folded}{note}"
     )
 
 

@@ -45,12 +45,12 @@ def percent(part: float, whole: float) -> str:
     return "< 0.1 %" if 0 < share < 0.1 else f"{share:.1f} %"
 
 
-def round_up(number: float) -> float:
-    """The next number of the form 1, 2, 2.5, 4 or 5 times a power of ten, at which an axis may end; at least 1."""
+def round_up(number: float, steps: Sequence[float] = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)) -> float:
+    """The next of `steps` times a power of ten, at which an axis may end; at least 1."""
     if number <= 1:
         return 1.0
     power = 10 ** math.floor(math.log10(number))
-    return next(step * power for step in (1, 2, 2.5, 4, 5, 10) if step * power >= number)
+    return next(step * power for step in (*steps, 10) if step * power >= number)
 
 
 def bar_table(caption: str, heads: Sequence[str], bars: Sequence[Bar], unit: str, whole: float) -> str:
@@ -94,7 +94,7 @@ def histogram(values: np.ndarray, unit: str, used: int | None) -> str:
     The few largest values are put into the last bar, so that one of them does not press the others together.
     """
     most = max(1, int(np.quantile(values, 0.995)), used + 1 if used and values.max() > used else 0)
-    step = max(1, math.ceil(round_up((most + 1) / _MOST_BINS)))
+    step = max(1, round(round_up((most + 1) / _MOST_BINS, (1, 2, 5))))
     bins = most // step + 1
     counts = np.bincount(np.minimum(values // step, bins - 1), minlength=bins)
     shares = 100 * counts / len(values)
@@ -119,7 +119,7 @@ def histogram(values: np.ndarray, unit: str, used: int | None) -> str:
             f'y="{y:.1f}" width="{max(0.5, x(step) - _LEFT - 1):.1f}" height="{height:.1f}">'
             f"<title>{escape(title)}</title></rect>"
         )
-    ticks = max(1, math.ceil(round_up(bins * step / 6)))
+    ticks = max(1, round(round_up(bins * step / 6, (1, 2, 5))))
     parts += [
         f'<text x="{x(value):.1f}" y="{base + 14}" text-anchor="middle">{value:,}</text>'
         for value in range(0, bins * step + 1, ticks)
