@@ -1,8 +1,11 @@
 """One image by its key, and its visits: the same as the readers of a run give. `data show` from end to end."""
 
 import json
+import shutil
+import sqlite3
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +115,20 @@ def test_an_image_that_is_not_committed_yet(browsed: BrowsedSet, tmp_path: Path)
     assert json.loads(image.record.caption) == {"caption": "photo 7"}
     with open_catalog(browsed.prepared, read_only=True) as catalog, pytest.raises(UserError, match="is planned, but"):
         find_stored(prepared, catalog, "tagged/twin")
+
+
+def test_a_catalogue_of_an_older_format_is_read_as_it_is(browsed: BrowsedSet, tmp_path: Path) -> None:
+    shutil.copytree(browsed.prepared, tmp_path / "prepared")
+    with closing(sqlite3.connect(tmp_path / "prepared" / "catalog.sqlite", isolation_level=None)) as catalog:
+        catalog.executescript(
+            "DROP TABLE removed; DROP INDEX renamed_by_shard; ALTER TABLE rows DROP COLUMN stored_key; "
+            "PRAGMA user_version = 3"
+        )
+    prepared = PreparedSet.open(tmp_path / "prepared")
+    with open_catalog(prepared.path, read_only=True) as catalog:
+        assert find_stored(prepared, catalog, "twin").key == "tagged/twin"
+        with pytest.raises(UserError, match="did you mean `tagged/twin`"):
+            find_stored(prepared, catalog, "twim")
 
 
 def test_show_tells_all_of_it(browsed: BrowsedSet, capsys: pytest.CaptureFixture[str]) -> None:

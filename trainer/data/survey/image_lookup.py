@@ -15,6 +15,7 @@ from trainer.errors import UserError
 
 _NEIGHBOURS = 400
 _MOST_NAMES = 20_000
+_FORMAT_WITH_CHANGES = 4
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,14 @@ def find_stored(prepared: PreparedSet, catalog: sqlite3.Connection | None, key: 
 
 
 def _group_of(catalog: sqlite3.Connection, key: str) -> tuple | None:
-    return catalog.execute(
-        "SELECT generation, split, bucket_h, bucket_w, IFNULL(stored_key, key) FROM rows WHERE key = ?", (key,)
-    ).fetchone()
+    stored_key = "IFNULL(stored_key, key)" if _knows_changes(catalog) else "key"
+    query = f"SELECT generation, split, bucket_h, bucket_w, {stored_key} FROM rows WHERE key = ?"
+    return catalog.execute(query, (key,)).fetchone()
+
+
+def _knows_changes(catalog: sqlite3.Connection) -> bool:
+    """Whether its format has what is renamed and removed; older ones are read as they are."""
+    return catalog.execute("PRAGMA user_version").fetchone()[0] >= _FORMAT_WITH_CHANGES
 
 
 def _shards_of(prepared: PreparedSet, catalog: sqlite3.Connection, key: str) -> Iterator[ShardSummary]:
@@ -112,7 +118,7 @@ def _unknown(prepared: PreparedSet, catalog: sqlite3.Connection, key: str, names
         if bad is not None and bad.key == name:
             return f"{name}: was left out: {bad.reason} ({bad.path})"
     gone = (
-        catalog.execute("PRAGMA user_version").fetchone()[0] >= 4
+        _knows_changes(catalog)
         and catalog.execute(
             f"SELECT key, reason FROM removed WHERE key IN ({', '.join('?' * len(names))})", names
         ).fetchone()
