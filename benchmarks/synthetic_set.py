@@ -42,6 +42,7 @@ class _Part:
     index: int
     rows: int
     payload: Literal["hole", "random", "npz", "shared npz"]
+    with_tags: bool = False
 
 
 def stand_in_tokens(captions: Sequence[str]) -> np.ndarray:
@@ -51,9 +52,13 @@ def stand_in_tokens(captions: Sequence[str]) -> np.ndarray:
     return ids
 
 
-def write_synthetic_set(root: Path, rows: int, *, holes: bool, resolution: int = 1024) -> None:
-    """Write `rows` rows into some 40 buckets of very different sizes; the same rows each time."""
-    _write_set(root, rows, resolution, "hole" if holes else "random")
+def write_synthetic_set(root: Path, rows: int, *, holes: bool, resolution: int = 1024, with_tags: bool = False) -> None:
+    """Write `rows` rows into some 40 buckets of very different sizes; the same rows each time.
+
+    Args:
+        with_tags: each row has half a caption, and its words as tags as well.
+    """
+    _write_set(root, rows, resolution, "hole" if holes else "random", with_tags)
 
 
 def write_npz_set(root: Path, rows: int, *, shared: bool = False) -> None:
@@ -61,13 +66,19 @@ def write_npz_set(root: Path, rows: int, *, shared: bool = False) -> None:
     _write_set(root, rows, 1024, "shared npz" if shared else "npz")
 
 
-def _write_set(root: Path, rows: int, resolution: int, payload: Literal["hole", "random", "npz", "shared npz"]) -> None:
+def _write_set(
+    root: Path,
+    rows: int,
+    resolution: int,
+    payload: Literal["hole", "random", "npz", "shared npz"],
+    with_tags: bool = False,
+) -> None:
     random = np.random.default_rng(0)
     buckets = make_buckets(resolution, resolution // 2, 2 * resolution, 64)
     counts = np.floor(random.dirichlet(np.full(len(buckets), 0.7)) * rows).astype(int)
     counts[counts.argmax()] += rows - counts.sum()
     parts = [
-        _Part(root, bucket, index, min(ROWS_PER_SHARD, count - begin), payload)
+        _Part(root, bucket, index, min(ROWS_PER_SHARD, count - begin), payload, with_tags)
         for bucket, count in zip(buckets, counts.tolist(), strict=True)
         for index, begin in enumerate(range(0, count, ROWS_PER_SHARD))
     ]
@@ -121,12 +132,17 @@ def _batches(part: _Part, head: ShardHead) -> Iterator[RowBatch]:
             latents = _cut(pool, n, head.latent_shape, random)
         yield RowBatch(
             latents=latents,
-            captions=[caption_record(text[s : s + length]).decode() for s, length in zip(starts, lengths, strict=True)],
+            captions=[_record(text[s : s + length], part.with_tags) for s, length in zip(starts, lengths, strict=True)],
             keys=[f"synthetic/{_name(bucket)}/{part.index:04d}/{row:06d}" for row in rows],
             sizes=sizes,
             repeats=np.ones(n, dtype=np.uint32),
             references=[] if latents is not None else [_npz(part, row, random) for row in rows],
         )
+
+
+def _record(text: str, with_tags: bool) -> str:
+    half = len(text) // 2
+    return (caption_record(text[:half], ", ".join(text[half:].split())) if with_tags else caption_record(text)).decode()
 
 
 def _cut(pool: bytes, n: int, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:

@@ -40,6 +40,18 @@ def test_loss_weights() -> None:
 
 
 @pytest.mark.slow
+def test_browse_page() -> None:
+    """Two rows, pages of the size that a gallery takes."""
+    command = [sys.executable, "-W", "error", "benchmarks/browse_page.py", "--rows", "3000"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    rows = [row.strip("| ").split(" | ") for row in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["3,000 images, tags counted", "3,000 images, tags kept"]
+    assert all(0.5 < float(row[3]) < 5 for row in rows)
+
+
+@pytest.mark.slow
 def test_optimizer_speed() -> None:
     """A row for each kind and rounding, with the bytes that each promises."""
     command = [sys.executable, "-W", "error", "benchmarks/optimizer_speed.py", "--weights", "3e6"]

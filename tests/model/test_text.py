@@ -198,3 +198,5 @@ def test_tokens_are_counted_beyond_what_is_used(
 ) -> None:
     expected = [len(pipeline.tokenizer(caption).input_ids) - 2 for caption in ODD_CAPTIONS]
     assert tokenize.count_tokens(ODD_CAPTIONS) == expected and max(expected) > 150
+    words = [[word for chunk in tokenize.words_of(caption) for word in chunk] for caption in ODD_CAPTIONS]
+    assert [*map(len, words)] == expected and words[3][:4] == ["the</w>", "cat</w>", ",</w>", "the</w>"]

@@ -18,7 +18,7 @@ COMMANDS = {
     "bench": "measure strategies and batch sizes on this machine: speed, memory, where the time goes",
     "prepare": "encode the images of a config into its prepared data set",
     "verify": "re-read a prepared data set and compare it with its checksums",
-    "data": "look at a prepared data set: `data stats`",
+    "data": "look at a prepared data set: `data stats`, a page (`data browse`), one image (`data show`)",
     "eval": "validation loss and a sample grid of a run or checkpoint",
     "sample": "draw images from a run or checkpoint",
     "ema": "a running average of another length than the run kept",

@@ -131,6 +131,24 @@ def load_view(
         alpha[:] = alpha[:, ::-1].copy()
 
 
+def load_reduced(file: Path | bytes, original_hw: tuple[int, int], least_px: int) -> Image.Image:
+    """The whole image as displayed, RGB over white, for a small picture of it: a JPEG is decoded at a fraction of its
+    size, but with sides of at least `least_px` where it has them; others are as large as they are.
+
+    Raises:
+        BadImage: it cannot be decoded, or its size is not `original_hw` any more.
+    """
+    with _reasons(file), open_image(file, DEFAULT_LIMITS) as image, _in_turn(image):
+        orientation = _orientation(image)
+        width, height = image.size[::-1] if orientation in _SIDEWAYS else image.size
+        if (height, width) != original_hw:
+            raise BadImage(f"is {width}x{height} px, but was {original_hw[1]}x{original_hw[0]} px when it was listed")
+        check_scans(image)
+        if image.format == "JPEG":
+            image.draft(None, (least_px, least_px))
+        return _upright(_to_rgb(image), orientation).copy()
+
+
 def load_mask(file: Path | bytes, image_hw: tuple[int, int], view: View, mask: np.ndarray) -> None:
     """Fill `mask`, u8 [bucket height / 8, bucket width / 8], with what a mask file says of a view of its image.
 

@@ -66,6 +66,11 @@ class CaptionTokenizer:
             for first in map(self.one.encode, captions)
         ]
 
+    def words_of(self, caption: str) -> list[list[str]]:
+        """The tokens of a caption as text, by chunk, start and end left out; chunks beyond `chunks` are not used."""
+        first = self.one.encode(caption)
+        return [piece.tokens[1 : sum(piece.attention_mask) - 1] for piece in (first, *first.overflowing)]
+
     def _both(self, caption: str) -> tuple[list[list[int]], list[list[int]]]:
         pieces = self._pieces(self.one, caption)
         ids = [piece.ids for piece in pieces]

@@ -1,4 +1,4 @@
-"""`sdxl-train data stats CONFIG.yaml|PREPARED_DIR`: what a prepared data set consists of."""
+"""`sdxl-train data ACTION CONFIG.yaml|PREPARED_DIR ...`: look at a prepared data set. `stats` is told here."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -7,31 +7,56 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from trainer.cli.data_browse import browse
+from trainer.cli.data_show import show
 from trainer.cli.run_target import add_prepared_target, find_prepared
 from trainer.cli.start_workers import count_run_tags
+from trainer.cli.text_lengths import text_measure
 from trainer.config.load import load_config
+from trainer.config.spelling import nearest
 from trainer.data.captions import PLAIN, CaptionRules
 from trainer.data.loss_weights import LossWeights
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, left_out, mask_counts, sample
 from trainer.errors import UserError
 from trainer.evaluate.data_chart import DataChart, data_chart_png
-from trainer.model_files.model_source import ModelPath, find_source
-from trainer.model_files.tokenizer_files import tokenizer_folders
+from trainer.model_files.model_source import ModelPath
 from trainer.train.caption_rules import caption_rules, run_loss_weights
 
 _SHOWN_REASONS = 12
-_USED_TOKENS = 75
-Lengths = Callable[[Sequence[str]], list[int]]
+USAGE = """\
+usage: sdxl-train data stats  CONFIG.yaml|PREPARED_DIR [--out PNG] [--sample N]
+       sdxl-train data browse CONFIG.yaml|PREPARED_DIR [--out HTML] [--images N]
+       sdxl-train data show   CONFIG.yaml KEY [--epochs N]
+
+Look at a prepared data set; each action has its own --help.
+
+  stats   print buckets and what was left out, draw histograms
+  browse  write one page with all of it and a gallery, as the model sees the images
+  show    say of one image: file, crop, latents, captions and tokens in the next epochs
+"""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Look at a prepared data set. `stats` prints its buckets and what was left out, and draws histograms of aspect
-    ratios, image sizes, caption lengths and, of a config with loss weights, of these."""
+    """Look at a prepared data set: numbers and histograms, a page, or one image."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    if argv[0] not in ACTIONS:
+        near = nearest(argv[0], ACTIONS)
+        hint = f"did you mean `data {near}`?" if near else f"write one of {', '.join(f'`data {a}`' for a in ACTIONS)}"
+        raise UserError(f"data {argv[0]}: there is no such action; {hint}")
+    return ACTIONS[argv[0]](argv[1:])
+
+
+def stats(argv: Sequence[str]) -> int:
+    """Print the buckets of a prepared data set and what was left out, and draw histograms of aspect ratios, image
+    sizes, caption lengths and, of a config with loss weights, of these."""
     parser = argparse.ArgumentParser(
-        prog="sdxl-train data", description=main.__doc__, epilog="example: sdxl-train data stats configs/4x3090.yaml"
+        prog="sdxl-train data stats",
+        description=stats.__doc__,
+        epilog="example: sdxl-train data stats configs/4x3090.yaml",
     )
-    parser.add_argument("action", choices=["stats"], help="what to do")
     add_prepared_target(parser)
     parser.add_argument("--out", type=Path, metavar="PNG", help="the histograms (default: PREPARED_DIR/stats.png)")
     parser.add_argument(
@@ -44,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     for line in [*_table(bucket_counts(prepared)), *([str(masks)] if masks else []), *_left_out(prepared.path)]:
         print(line)
     rules, weights, model, tokenizer = _read_with(arguments, prepared)
-    lengths, unit, used = _lengths(model, tokenizer)
+    measure = text_measure(model, tokenizer)
     found = _sample(prepared, max(1, arguments.sample), rules, weights)
     out = arguments.out or prepared.path / "stats.png"
     if not out.parent.is_dir():
@@ -56,9 +81,9 @@ def main(argv: Sequence[str]) -> int:
         subtitle=f"{of} training images (repeats counted), snapshot {prepared.snapshot_name.removesuffix('.json')}",
         original_hw=found.original_hw,
         target_hw=found.target_hw,
-        text_lengths=lengths(found.texts),
-        length_unit=unit,
-        used_length=used,
+        text_lengths=measure.of(found.texts),
+        length_unit=measure.unit,
+        used_length=measure.used,
         loss_weights=found.loss_weights,
     )
     data_chart_png(chart, out)
@@ -91,15 +116,6 @@ def _told(weights: np.ndarray) -> str:
         f"loss weights: mean {weights.mean():.3g}, median {middle:.3g}; nine in ten from {low:.3g} to {high:.3g}, all "
         f"from {least:.3g} to {most:.3g}"
     )
-
-
-def _lengths(model: ModelPath | None, tokenizer: Path | None) -> tuple[Lengths, str, int | None]:
-    """How texts are measured: in tokens where there are tokenizers."""
-    if model is None:
-        return lambda texts: [len(text) for text in texts], "characters (give --model to count tokens)", None
-    from trainer.model.text import load_tokenizers
-
-    return load_tokenizers(tokenizer_folders(find_source(model), tokenizer)).count_tokens, "CLIP tokens", _USED_TOKENS
 
 
 def _sample(prepared: PreparedSet, count: int, rules: CaptionRules, weights: LossWeights | None) -> Sample:
@@ -139,3 +155,6 @@ def _left_out(prepared: Path) -> list[str]:
     lines += [f"  {count:>12,}  {reason}" for reason, count in reasons.most_common(_SHOWN_REASONS)]
     rest = len(reasons) - _SHOWN_REASONS
     return [*lines, f"  and {rest} more reasons"] if rest > 0 else lines
+
+
+ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"stats": stats, "browse": browse, "show": show}

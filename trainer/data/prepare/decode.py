@@ -153,7 +153,11 @@ class _RowFiles:
 
 
 def located(path: str, offset: int, length: int, cells: CellReader) -> Path | bytes:
-    """The file, or the bytes where they are a part of one, at a locator as in `SourceItem`; raises BadImage."""
+    """The image at a place that is told as in `SourceItem`: its file, or its bytes where they are a part of one.
+
+    Raises:
+        BadImage: it cannot be read.
+    """
     if length == WHOLE:
         return Path(path)
     if length == ROW:

@@ -99,6 +99,11 @@ def tag_counts(
     return counts
 
 
+def kept_counts(prepared: PreparedSet, separators: TagSeparators) -> TagCounts | None:
+    """The counts of an open prepared set as they were kept; None where they were not counted yet."""
+    return _read(*_kept_in(prepared, separators))
+
+
 def count_tags(
     prepared: PreparedSet, separators: TagSeparators, processes: int, report: Report = lambda images: None
 ) -> TagCounts:
