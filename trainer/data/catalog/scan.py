@@ -162,6 +162,9 @@ def scan(
 
 def _take_in(connection: sqlite3.Connection, generation: int, found: list[Verdict], counts: ScanCounts) -> None:
     """Write down what has been found of a page, and count it."""
+    if all(verdict == "known" for verdict in found):  # as nearly all are of a set that has hardly changed
+        counts.known += len(found)
+        return
     replaced = [verdict for verdict in found if isinstance(verdict, Replaced)]
     set_replaced_aside(connection, [verdict.key for verdict in replaced])
     replaced = [verdict.by for verdict in replaced]
@@ -292,7 +295,10 @@ def _catalogued(
     query = f"""SELECT key, path, offset, file_bytes, mtime_ns, caption_stamp, payload, repeats, split, content,
         instr(caption, ?) {_filtered_columns(rules)} FROM rows WHERE key BETWEEN ? AND ?"""
     found = connection.execute(query, (LOST, min(after, page[0].key), last))
-    known = {v[0]: Known(v[1:3], FileStamp(*v[3:6]), *v[6:11], *(v[11:] and (v[11:13], *v[13:]))) for v in found}
+    if rules.filters.is_on:
+        known = {v[0]: Known(v[1:3], FileStamp(*v[3:6]), *(*v[6:11], v[11:13], *v[13:])) for v in found}
+    else:
+        known = {v[0]: Known(v[1:3], FileStamp(*v[3:6]), *v[6:]) for v in found}
     query = "SELECT key, path, file_bytes, mtime_ns FROM bad WHERE key BETWEEN ? AND ?"
     judged = {v[:2]: v[2:] for v in connection.execute(query, (after, last))}
     listed = {(item.key, item.file) for item in page} if judged else set()
