@@ -9,7 +9,7 @@ import pytest
 
 from tests.data.kohya_files import entry, kohya_npz, write_files, write_metadata
 from tests.train.real_run import Watched, model_of, run_config, watched_run
-from trainer.cli.start_workers import prepare
+from trainer.cli.prepare_set import prepare
 from trainer.config.schema import Config
 from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.model_files.single_files import write_single_file
 from tests.train.real_run import model_of, run_config, watched_run
-from trainer.cli.start_workers import prepare
+from trainer.cli.prepare_set import prepare
 from trainer.config.load import load_config, to_yaml
 from trainer.model_files.examine.check import check_model
 

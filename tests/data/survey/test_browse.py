@@ -24,7 +24,7 @@ from trainer.data.loss_weights import TagSeparators
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.browse.chosen_rows import choose_rows
 from trainer.data.survey.browse.left_out_list import left_out_by_reason
-from trainer.data.survey.browse.near_duplicates import near_duplicates
+from trainer.data.survey.browse.look_alikes import near_duplicates
 from trainer.data.survey.browse.page_parts import histogram, percent, round_up, short_count
 from trainer.data.survey.browse.tag_facts import tag_facts
 from trainer.data.survey.browse.thumbnails import LEAST_PX, rgb_of_latents, thumbnail_of_image

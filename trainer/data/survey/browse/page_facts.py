@@ -14,7 +14,7 @@ from trainer.data.store.snapshot import SPLITS, PreparedSet
 from trainer.data.store.snapshot_file import read_snapshot
 from trainer.data.survey.browse.gallery import GalleryImage, gallery
 from trainer.data.survey.browse.left_out_list import LeftOut, left_out_by_reason
-from trainer.data.survey.browse.near_duplicates import near_duplicates
+from trainer.data.survey.browse.look_alikes import near_duplicates
 from trainer.data.survey.browse.tag_facts import TagFacts, tag_facts
 from trainer.data.survey.stats import BucketCounts, bucket_counts
 
