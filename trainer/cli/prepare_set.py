@@ -43,6 +43,7 @@ class PrepareWish:
         prune: give back the disk space of images that are gone, and of older snapshots.
         part: (k, n): write only the k-th of n parts of the shards, k from 1, and leave the rest to `merge`.
         merge: prepared folders, whose shards are taken in place of encoding.
+        look_again: look at the sources even if nothing of them seems to have changed.
     """
 
     repack: bool = False
@@ -51,6 +52,7 @@ class PrepareWish:
     prune: bool = False
     part: tuple[int, int] | None = None
     merge: tuple[Path, ...] = ()
+    look_again: bool = False
 
 
 def ensure_prepared(config: Config, model: RunModel) -> int:
@@ -126,7 +128,9 @@ def _stages(config: Config, model: RunModel, wish: PrepareWish) -> Iterator[None
     """Plans, and what follows on it; the caller writes what is planned whenever it is given the turn."""
     prepared = config.data.prepared
     print(f"preparing {prepared}")
-    counts = plan_prepare(prepare_settings(config, model), limit=wish.limit, removed=wish.removed)
+    counts = plan_prepare(
+        prepare_settings(config, model), limit=wish.limit, removed=wish.removed, look_again=wish.look_again
+    )
     for line in describe_plan(counts, prepared):
         print(line)
     captions = survey_of(config, planned_records(prepared))

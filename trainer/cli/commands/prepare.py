@@ -39,6 +39,12 @@ def main(argv: Sequence[str]) -> int:
         help="also give back the disk space of images that are gone: shards of which less than half counts are written "
         "anew, and what only older snapshots need is deleted",
     )
+    parser.add_argument(
+        "--look-again",
+        action="store_true",
+        help="look at every file; without it, metadata files, tars and parquet files of which neither size nor time "
+        "has changed are taken for unchanged, with all that they describe",
+    )
     hosts = parser.add_mutually_exclusive_group()
     hosts.add_argument(
         "--part", type=_part, metavar="K/N", help="write only the K-th of N parts of the set, on this host's drive"
@@ -64,8 +70,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config, model = read_run(arguments.config, arguments.overrides)
     removed = "keep" if arguments.keep_removed else "drop" if arguments.drop_removed else "ask"
-    merge = tuple(arguments.merge or ())
-    wish = PrepareWish(arguments.repack, arguments.limit, removed, arguments.prune, arguments.part, merge)
+    merge, again = tuple(arguments.merge or ()), arguments.look_again
+    wish = PrepareWish(arguments.repack, arguments.limit, removed, arguments.prune, arguments.part, merge, again)
     joined = joined_environment(os.environ)
     if joined is not None:
         prepare_joined(config, model, wish, joined)

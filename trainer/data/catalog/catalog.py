@@ -247,3 +247,4 @@ def forget_open_rows(connection: sqlite3.Connection) -> None:
     with transaction(connection):
         connection.execute("DELETE FROM rows WHERE generation = ?", (open_generation(connection),))
         connection.execute("DELETE FROM bad")
+        connection.execute("DROP TABLE IF EXISTS looked_through")

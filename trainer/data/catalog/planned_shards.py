@@ -243,5 +243,6 @@ def mark_committed(
 def forget_generation(connection: sqlite3.Connection, generation: int) -> None:
     """Its rows and shards were never planned; only for one of which no shard has been written."""
     with transaction(connection):
+        connection.execute("DROP TABLE IF EXISTS looked_through")
         for table in ("rows", "shards", "generations"):
             connection.execute(f"DELETE FROM {table} WHERE generation = ?", (generation,))

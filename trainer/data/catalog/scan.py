@@ -56,6 +56,7 @@ from trainer.data.catalog.listing_table import add_listed, listed_pages, listing
 from trainer.data.catalog.scan_counts import ScanCounts
 from trainer.data.catalog.settings import PrepareSettings, moves_of
 from trainer.data.catalog.twin_names import forget_longer_keys, tell_twins_apart
+from trainer.data.catalog.untouched import found_before, note_look, stamp_of
 from trainer.data.catalog.verdicts import Known, KnownLeftOut, LeftOut, Replaced, Rules, StillLeftOut, Verdict
 from trainer.data.images import pillow_rules
 from trainer.data.sources.listing import is_there, list_source, main_path, sidecars_by_source, source_names
@@ -86,6 +87,7 @@ def scan(
     show_progress: bool,
     limit: int | None = None,
     removed: Removed = "ask",
+    look_again: bool = False,
 ) -> ScanCounts:
     """Make the catalogue's rows those of the sources: new ones join its open generation, what cannot be used its bad
     rows, and what is not listed any more goes.
@@ -95,69 +97,88 @@ def scan(
     Args:
         limit: look at no more than the first so many items of each source; nothing is taken for removed.
         removed: what to do about images that are not listed any more.
+        look_again: list the sources even if nothing can have changed.
 
     Raises:
         UserError: a source cannot be read, or more than 5 % of its images have vanished and `removed` is "ask".
     """
     counts = ScanCounts()
     generation = open_generation(connection)
+    has_filtered = begin_filtering(connection) or settings.filters.is_on
+    stamp = stamp_of(settings) if limit is None and removed == "ask" and not has_filtered else None
+    if not look_again and (before := found_before(connection, stamp)) is not None:
+        return before
+    note_look(connection, None, counts)
     if limit is None:
         _forget_gone(connection)
     begin_changes(connection)
-    has_filtered = begin_filtering(connection) or settings.filters.is_on
     wish = settings.buckets
     buckets = make_buckets(wish.resolution, wish.min_px, wish.max_px, wish.step_px)
     rules = Rules(settings, buckets, moves_of(settings), sidecars_by_source(settings.sources))
-    look = partial(_look, rules)
     with listing_table(connection, prepared) as scratch, _without_garbage_collector():
         sources = [source for source in settings.sources if removed == "ask" or _is_there(source)]
         has_endings = _list_sources(connection, scratch, settings, sources, limit, counts, show_progress)
         if any(isinstance(source, FolderSource) for source in sources):
             counts.bad += tell_twins_apart(connection, rules, has_endings)
-        bar = tqdm(total=counts.listed, desc="images", unit="img", disable=None if show_progress else True)
-        with (
-            bar,
-            pillow_rules(),
-            ThreadPoolExecutor(_THREADS) as pool,
-            closing(listed_pages(connection, _PAGE)) as pages,
-        ):
-            previous = _Previous("", ("", 0), ("", 0))
-            for page in pages:
-                before = previous.key
-                known, judged, stale = _catalogued(connection, page, before, rules)
-                left_out = left_out_between(connection, before, page[-1].key) if has_filtered else {}
-                clashes, previous = _clashes(page, known, previous, rules)
-                looked = [
-                    look(
-                        item,
-                        clash,
-                        known.get(item.key),
-                        judged.get((item.key, item.file)),
-                        left_out.get(item.key),
-                        pool,
-                    )
-                    for item, clash in zip(page, clashes, strict=True)
-                ]
-                found = [result.result() if isinstance(result, Future) else result for result in looked]
-                with transaction(connection):
-                    connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", stale)
-                    if left_out:
-                        still = {verdict.key for verdict in found if isinstance(verdict, StillLeftOut)}
-                        forget_left_out(connection, (key for key in left_out if key > before and key not in still))
-                    _take_in(connection, generation, found, counts)
-                listed = {item.key for item in page}
-                note_vanished(connection, (key for key in known if key not in listed and key > before))
-                bar.update(len(page))
+        last = _walk(connection, rules, generation, counts, has_filtered, show_progress)
     if limit is None:
-        connection.execute("DELETE FROM bad WHERE key > ? AND file_bytes != ?", (previous.key, NEVER))
-        connection.execute("DELETE FROM filtered WHERE key > ?", (previous.key,))
-        after = connection.execute("SELECT key FROM rows WHERE key > ?", (previous.key,))
+        connection.execute("DELETE FROM bad WHERE key > ? AND file_bytes != ?", (last, NEVER))
+        connection.execute("DELETE FROM filtered WHERE key > ?", (last,))
+        after = connection.execute("SELECT key FROM rows WHERE key > ?", (last,))
         while keys := after.fetchmany(_PAGE):
             note_vanished(connection, (key for (key,) in keys))
         _settle(connection, settings, removed, counts)
         forget_longer_keys(connection)
+        note_look(connection, stamp, counts)
     counts.filtered = count_left_out(connection) if has_filtered else Counter()
     return counts
+
+
+def _walk(
+    connection: sqlite3.Connection,
+    rules: Rules,
+    generation: int,
+    counts: ScanCounts,
+    has_filtered: bool,
+    show_progress: bool,
+) -> str:
+    """Look at all that is listed, by key, beside what the catalogue has; returns the last key."""
+    look = partial(_look, rules)
+    bar = tqdm(total=counts.listed, desc="images", unit="img", disable=None if show_progress else True)
+    with (
+        bar,
+        pillow_rules(),
+        ThreadPoolExecutor(_THREADS) as pool,
+        closing(listed_pages(connection, _PAGE)) as pages,
+    ):
+        previous = _Previous("", ("", 0), ("", 0))
+        for page in pages:
+            before = previous.key
+            known, judged, stale = _catalogued(connection, page, before, rules)
+            left_out = left_out_between(connection, before, page[-1].key) if has_filtered else {}
+            clashes, previous = _clashes(page, known, previous, rules)
+            looked = [
+                look(
+                    item,
+                    clash,
+                    known.get(item.key),
+                    judged.get((item.key, item.file)),
+                    left_out.get(item.key),
+                    pool,
+                )
+                for item, clash in zip(page, clashes, strict=True)
+            ]
+            found = [result.result() if isinstance(result, Future) else result for result in looked]
+            with transaction(connection):
+                connection.executemany("DELETE FROM bad WHERE key = ? AND path = ?", stale)
+                if left_out:
+                    still = {verdict.key for verdict in found if isinstance(verdict, StillLeftOut)}
+                    forget_left_out(connection, (key for key in left_out if key > before and key not in still))
+                _take_in(connection, generation, found, counts)
+            listed = {item.key for item in page}
+            note_vanished(connection, (key for key in known if key not in listed and key > before))
+            bar.update(len(page))
+    return previous.key
 
 
 def _take_in(connection: sqlite3.Connection, generation: int, found: list[Verdict], counts: ScanCounts) -> None:

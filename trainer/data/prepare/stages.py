@@ -78,7 +78,11 @@ def is_current(settings: PrepareSettings) -> bool:
 
 
 def plan_prepare(
-    settings: PrepareSettings, show_progress: bool = True, limit: int | None = None, removed: Removed = "ask"
+    settings: PrepareSettings,
+    show_progress: bool = True,
+    limit: int | None = None,
+    removed: Removed = "ask",
+    look_again: bool = False,
 ) -> PrepareCounts:
     """Find all images, catalogue what is new of them and what has changed, and group the new ones into shards.
 
@@ -87,6 +91,7 @@ def plan_prepare(
     Args:
         limit: look at no more than the first so many images that each source lists.
         removed: what becomes of images that are not there any more.
+        look_again: look at the sources even if nothing of them can have changed.
 
     Raises:
         UserError: other settings than those the folder was made with, a missing source, more than 5 % of a source
@@ -100,7 +105,7 @@ def plan_prepare(
             catalog.upgrade(connection)
             if not begin_with(settings):
                 catalog.forget_open_rows(connection)
-            counts = scan(connection, prepared, settings, show_progress, limit, removed)
+            counts = scan(connection, prepared, settings, show_progress, limit, removed, look_again)
             leave_near_duplicates_out(connection, settings, counts, show_progress)
             new_rows, empty = catalog.count_new(connection)
             rows, masks = catalog.count_rows(connection), _new_masks(connection, settings)
