@@ -112,7 +112,7 @@ def test_a_run_trains_on_what_is_sound(model_folder: Path, tmp_path: Path) -> No
     }
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(config))
-    assert "prepared 4 images; 5 left out" in _said(0, "prepare", file)
+    assert "prepared 4 images; 5 unusable" in _said(0, "prepare", file)
     lines = [json.loads(line) for line in (tmp_path / "prepared/bad.jsonl").read_text().splitlines()]
     assert {line["key"].partition("/")[2]: line["reason"].partition(" (")[0] for line in lines} == {
         "cut": "cannot be decoded: Truncated File Read",
