@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from trainer.data.catalog.reasons import without_numbers
+from trainer.data.prepare.working_folder import LEFT_OUT
 from trainer.data.survey.stats import BAD_FILE
 from trainer.errors import UserError
 from trainer.guards import open_regular, printable
 
-LEFT_OUT_FILE = "left-out.jsonl"
-"""Beside `BAD_FILE`, where images were left out by choice."""
 MOST_REASONS = 200
 _EXAMPLES = 3
 _MOST_LINE_BYTES = 1 << 20
@@ -35,7 +34,7 @@ class LeftOut:
 def left_out_by_reason(prepared: Path) -> list[LeftOut]:
     """The reasons of both lists, most images first; the lists may have millions of lines, of which none stays."""
     found = []
-    for name in (BAD_FILE, LEFT_OUT_FILE):
+    for name in (BAD_FILE, LEFT_OUT):
         images: Counter[str] = Counter()
         examples: dict[str, list[str]] = {}
         for reason, example in _entries(prepared / name):
