@@ -55,4 +55,4 @@ def test_a_mistake_is_one_line(name: str, mistakes: Callable[..., tuple[str, ...
     ],
 )
 def test_what_goes_together(overrides: list[str], load: Callable[..., Config]) -> None:
-    load(overrides=overrides)
+    assert load(overrides=overrides).data.filters.is_on or overrides == [SCORED]

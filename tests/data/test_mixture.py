@@ -1,7 +1,9 @@
 """Weighted sources: counts as stated to one image, each image as often as stated, whatever the workers and restarts."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,16 @@ def test_an_epoch_over_restarts_with_other_workers_is_as_stated(tmp_path: Path) 
     assert position == next_epoch(replace(position, epoch=1))
     assert sorted(keys) == sorted(key for key, _ in epoch_of(prepared, mixture, 1))
     assert Counter(map(source_of, keys)) == {"art": 68, "photos": 136, "rest": 116}
+
+
+def test_threads_that_ask_at_once_are_told_the_same(tmp_path: Path) -> None:
+    """Readers ask for an epoch that nobody has asked for before."""
+    prepared = mixed_set(tmp_path, {"art": {"weight": 0.3}}, ROWS)
+
+    def told(mixture: Mixture, epoch: int) -> tuple[list[int], list[int]]:
+        return list(mixture.rows(epoch)), mixture.stored(epoch, 0, np.arange(5))[0].tolist()
+
+    expected = [told(Mixture.of(prepared, SEED), epoch) for epoch in range(40)]
+    for _ in range(5):
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(partial(told, Mixture.of(prepared, SEED)), range(40))) == expected

@@ -40,8 +40,9 @@ class Mixture:
     """Virtual rows of each bucket, as they are stored."""
     sources: tuple["_Source", ...] = ()
     """Those of which an epoch takes more or less than all once, and the others; empty: all of everything once."""
-    _begins: list[NDArray[np.int64]] = field(default_factory=list)
-    """[sources, buckets] of each epoch: rows that the epochs before it have taken."""
+    _begins: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    """[sources, buckets] by epoch: rows that the epochs before it have taken. Threads that fill it at once write the
+    same."""
 
     @staticmethod
     def of(prepared: PreparedSet, seed: int) -> "Mixture":
@@ -77,14 +78,14 @@ class Mixture:
         if not self.sources:
             return ids, np.zeros(len(ids), dtype=np.int64)
         found, rounds = np.full(len(ids), PADDING, dtype=np.int64), np.zeros(len(ids), dtype=np.int64)
-        ends = np.cumsum(self._taken(epoch)[:, bucket])
+        begins, ends = self._begin(epoch), np.cumsum(self._taken(epoch)[:, bucket])
         of_source = np.where(ids == PADDING, -1, np.searchsorted(ends, ids, side="right"))
         for number, source in enumerate(self.sources):
             mine = np.flatnonzero(of_source == number)
             if not len(mine):
                 continue
             within = ids[mine] - (ends[number - 1] if number else 0)
-            begin, count = int(self._begins[epoch][number, bucket]), int(source.rows[bucket])
+            begin, count = int(begins[number, bucket]), int(source.rows[bucket])
             rounds[mine] = (begin + within) // count - begin // count
             places = (begin + within) % count
             if source.rule:
@@ -94,16 +95,20 @@ class Mixture:
 
     def _taken(self, epoch: int) -> NDArray[np.int64]:
         """[sources, buckets]."""
-        if not self._begins:
-            self._begins.append(np.zeros((len(self.sources), len(self.stored_rows)), dtype=np.int64))
-        while len(self._begins) < epoch + 2:
-            e = len(self._begins) - 1
+        return self._begin(epoch + 1) - self._begin(epoch)
+
+    def _begin(self, epoch: int) -> NDArray[np.int64]:
+        """As in `_begins`."""
+        known = next((e for e in range(epoch, 0, -1) if e in self._begins), 0)
+        begins = self._begins.get(known, np.zeros((len(self.sources), len(self.stored_rows)), dtype=np.int64))
+        for e in range(known, epoch):
             spread = [
                 source.spread(total, draw_seed(self.seed, "spread", source.name, e))
                 for source, total in zip(self.sources, _totals(self.sources, e), strict=True)
             ]
-            self._begins.append(self._begins[e] + np.array(spread, dtype=np.int64))
-        return self._begins[epoch + 1] - self._begins[epoch]
+            begins = begins + np.array(spread, dtype=np.int64)
+            self._begins[e + 1] = begins
+        return begins
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,11 +26,11 @@ _SAME_CELL_OF = """r.key = rows.key AND r.content IS NULL AND rows.content IS NU
 """What is encoded and has no checksum, a cell of a table, is known by its place in a file that has not changed."""
 _SAME_CELL = f"EXISTS (SELECT 1 FROM removed r WHERE {_SAME_CELL_OF})"
 
-_IN_SHARD = """INSERT OR IGNORE INTO dirty SELECT s.name FROM {rows} r JOIN shards s
+_IN_SHARD = """INSERT OR IGNORE INTO dirty SELECT s.name FROM rows r JOIN shards s
     ON s.row_generation = r.generation AND s.split = r.split AND s.bucket_h = r.bucket_h AND s.bucket_w = r.bucket_w
     AND s.first_key <= IFNULL(r.stored_key, r.key) AND s.last_key >= IFNULL(r.stored_key, r.key)
     AND CASE s.payload WHEN 'repack' THEN 'npz' WHEN 'copy' THEN 'encode' ELSE s.payload END = r.payload
-    WHERE {which}"""
+    WHERE r.key = ?"""
 COLUMNS = """path, offset, length, file_bytes, mtime_ns, caption_stamp, caption, repeats, generation, split,
     bucket_h, bucket_w, payload, original_h, original_w, resized_h, resized_w, crop_top, crop_left, no_caption, mask,
     content"""
@@ -80,7 +80,7 @@ def apply_updates(connection: sqlite3.Connection, updates: Sequence[Update]) -> 
 
 
 def _mark_shards_of(connection: sqlite3.Connection, keys: Iterable[str]) -> None:
-    connection.executemany(_IN_SHARD.format(rows="rows", which="r.key = ?"), [(key,) for key in keys])
+    connection.executemany(_IN_SHARD, [(key,) for key in keys])
 
 
 def set_aside(connection: sqlite3.Connection, keys: Sequence[str], reason: str) -> None:
