@@ -147,7 +147,7 @@ def _compared(rules: Rules, item: SourceItem, known: Known, stamp: FileStamp) ->
             return _replaced(rules, item, stamp)
     elif not same_file:
         content = fingerprint(item.file, item.offset, item.length, item.mask)
-        if content is None or content != known.content:
+        if content != known.content:
             return _replaced(rules, item, stamp)
     caption = None
     is_other = stamp.caption_stamp != known.stamp.caption_stamp
