@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from tests.data.photographs import coffee, pooled, settings_for, write_crops
 from tests.data.records import caption_text
-from trainer.config.sections.sources import FolderSource
+from trainer.config.sections.sources import FolderSource, ParquetSource
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.prepare.commit import Committed, commit
 from trainer.data.prepare.encode import encode_shards
@@ -339,3 +341,28 @@ def test_a_source_that_is_gone_as_a_whole_may_be_kept_or_dropped(photos: Path, t
     assert counts.scan.kept == 5 and held(settings.prepared) == whole
     counts, done, _ = prepare(settings, removed="drop")
     assert counts.scan.removed == 5 and done.images == 200
+
+
+def test_a_touched_and_moved_table_is_the_same_images(tmp_path: Path) -> None:
+    """Copies have the time of the copying; cells have no file of their own to compare."""
+    write_crops(tmp_path / "photos", 8)
+    images = [(tmp_path / "photos" / f"{name(i)}.jpg").read_bytes() for i in range(8)]
+    table = pa.table({"image": images, "caption": [f"cell {i}" for i in range(8)]})
+    (tmp_path / "tables").mkdir()
+    pq.write_table(table, tmp_path / "tables" / "t.parquet", row_group_size=3)
+
+    def settings(folder: str) -> PrepareSettings:
+        source = ParquetSource(type="parquet", files=tmp_path / folder, caption_column="caption", name="cells")
+        return settings_for(tmp_path / "prepared", sources=(source,))
+
+    assert len(prepare(settings("tables"))[2]) == 8
+    whole = held(tmp_path / "prepared")
+    os.utime(tmp_path / "tables" / "t.parquet", (1, 1))
+    counts, _, encoded = prepare(settings("tables"))
+    assert not encoded and counts.scan.known == 8
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "tables" / "t.parquet", tmp_path / "copy")
+    counts, _, encoded = prepare(settings("copy"))
+    assert not encoded and counts.scan.moved == 8 and held(tmp_path / "prepared") == whole
+    pq.write_table(table.slice(0, 7), tmp_path / "copy" / "t.parquet", row_group_size=3)
+    assert len(prepare(settings("copy"))[2]) == 7, "another table is encoded anew"
