@@ -19,6 +19,7 @@ from PIL import Image
 from tests.data.photographs import coffee, pooled, settings_for, write_crops
 from tests.data.records import caption_text
 from trainer.config.sections.sources import FolderSource, ParquetSource
+from trainer.data.catalog.catalog import open_catalog
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.prepare.commit import Committed, commit
 from trainer.data.prepare.encode import encode_shards
@@ -366,3 +367,19 @@ def test_a_touched_and_moved_table_is_the_same_images(tmp_path: Path) -> None:
     assert not encoded and counts.scan.moved == 8 and held(tmp_path / "prepared") == whole
     pq.write_table(table.slice(0, 7), tmp_path / "copy" / "t.parquet", row_group_size=3)
     assert len(prepare(settings("copy"))[2]) == 7, "another table is encoded anew"
+
+
+def test_what_was_prepared_before_there_were_checksums_comes_back(photos: Path, tmp_path: Path) -> None:
+    """By key and place, if the file has not changed; then it has a checksum, and is found under another name too."""
+    write_crops(tmp_path / "more", 5, seed=3)
+    both = settings_for(tmp_path / "prepared", photos, tmp_path / "more")
+    prepare(both)
+    whole = held(both.prepared)
+    with open_catalog(both.prepared) as connection:
+        connection.execute("UPDATE rows SET content = NULL")
+    prepare(settings_for(tmp_path / "prepared", photos))
+    counts, _, encoded = prepare(both)
+    assert not encoded and counts.scan.back == 5 and held(both.prepared) == whole
+    rename(tmp_path / "more", "crop-3-001", "renamed")
+    counts, _, encoded = prepare(both)
+    assert not encoded and counts.scan.renamed == 1

@@ -18,13 +18,12 @@ _REPLACED = "replaced by another image"
 _REMOVED = "removed"
 
 _PAGE = 8192
-_ARRIVALS = """SELECT a.key, r.rowid, r.content, r.caption FROM arrivals a JOIN rows r ON r.key = a.key
+_ARRIVALS = """SELECT a.key, r.content, r.caption FROM arrivals a JOIN rows r ON r.key = a.key
     WHERE a.rowid > ? AND a.rowid <= ? ORDER BY a.rowid"""
-_SAME_CELL_OF = """r.key = rows.key AND r.content IS NULL AND rows.content IS NULL AND r.payload = 'encode'
-    AND rows.payload = 'encode' AND r.path = rows.path AND r.offset = rows.offset AND r.length = rows.length
+_SAME_PLACE = """r.key = rows.key AND r.content IS NULL AND r.payload = 'encode' AND rows.payload = 'encode'
+    AND r.path = rows.path AND r.offset = rows.offset AND r.length = rows.length
     AND r.file_bytes = rows.file_bytes AND r.mtime_ns = rows.mtime_ns"""
-"""What is encoded and has no checksum, a cell of a table, is known by its place in a file that has not changed."""
-_SAME_CELL = f"EXISTS (SELECT 1 FROM removed r WHERE {_SAME_CELL_OF})"
+"""What was found before there were checksums is known by its key and place, in a file that has not changed."""
 
 _IN_SHARD = """INSERT OR IGNORE INTO dirty SELECT s.name FROM rows r JOIN shards s
     ON s.row_generation = r.generation AND s.split = r.split AND s.bucket_h = r.bucket_h AND s.bucket_w = r.bucket_w
@@ -151,31 +150,28 @@ def recognize(connection: sqlite3.Connection, with_captions: bool) -> Counter[st
     connection.execute(
         f"""CREATE TEMP TABLE arrivals AS SELECT key FROM rows WHERE generation = ? AND (content IN
             (SELECT content FROM candidates UNION SELECT content FROM removed WHERE content IS NOT NULL)
-            OR {_SAME_CELL}) ORDER BY key""",
+            OR EXISTS (SELECT 1 FROM removed r WHERE {_SAME_PLACE})) ORDER BY key""",
         (generation,),
     )
     after = 0
     while page := connection.execute(_ARRIVALS, (after, after + _PAGE)).fetchall():
         after += _PAGE
         with transaction(connection):
-            for key, rowid, content, caption in page:
-                counts += _recognize_one(connection, key, rowid, content, caption if with_captions else None)
+            for key, content, caption in page:
+                counts += _recognize_one(connection, key, content, caption if with_captions else None)
     return counts
 
 
-def _recognize_one(
-    connection: sqlite3.Connection, key: str, rowid: int, content: int | None, caption: str | None
-) -> Counter[str]:
+def _recognize_one(connection: sqlite3.Connection, key: str, content: int | None, caption: str | None) -> Counter[str]:
     """Of one new row; its caption only where the stored one must have the same."""
-    same = "AND caption = ?2" if caption is not None else "AND ?2 IS NULL"
-    if content is None:
-        query = f"""SELECT r.rowid, 0, r.key FROM rows JOIN removed r ON {_SAME_CELL_OF} WHERE rows.rowid = ?1
-            {same.replace("caption", "r.caption")} ORDER BY 1 LIMIT 1"""
-        found = connection.execute(query, (rowid, caption)).fetchone()
-    else:
-        query = f"""SELECT old_rowid, vanished, '' FROM candidates WHERE content = ?1 {same}
-            UNION ALL SELECT rowid, 0, key FROM removed WHERE content = ?1 {same} ORDER BY 2 DESC, 1 LIMIT 1"""
-        found = connection.execute(query, (content, caption)).fetchone()
+    query = """SELECT old_rowid, vanished, '' FROM candidates WHERE content = ?1 AND IFNULL(?2, caption) = caption
+        UNION ALL SELECT rowid, 0, key FROM removed WHERE content = ?1 AND IFNULL(?2, caption) = caption
+        ORDER BY 2 DESC, 1 LIMIT 1"""
+    found = connection.execute(query, (content, caption)).fetchone()
+    if found is None:
+        query = f"""SELECT r.rowid, 0, r.key FROM rows JOIN removed r ON {_SAME_PLACE}
+            WHERE rows.key = ?1 AND IFNULL(?2, r.caption) = r.caption ORDER BY 1 LIMIT 1"""
+        found = connection.execute(query, (key, caption)).fetchone()
     counts: Counter[str] = Counter()
     if found is None:
         return counts
@@ -190,7 +186,7 @@ def _recognize_one(
 
 def _take_place(connection: sqlite3.Connection, twin: _Twin) -> None:
     """The stored row gets the new one's key, caption, place and repeats; the new one, which is not stored yet, goes."""
-    said = "path, offset, length, file_bytes, mtime_ns, caption_stamp, caption, no_caption, repeats, mask"
+    said = "path, offset, length, file_bytes, mtime_ns, caption_stamp, caption, no_caption, repeats, mask, content"
     values = connection.execute(f"SELECT {said} FROM rows WHERE key = ?", (twin.new_key,)).fetchone()
     assignments = ", ".join(f"{name} = ?" for name in said.split(", "))
     connection.execute("DELETE FROM rows WHERE key = ?", (twin.new_key,))
