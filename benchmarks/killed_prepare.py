@@ -16,7 +16,7 @@ import numpy as np
 from child_process import Child
 from PIL import Image
 
-_WORKING_FILES = ("catalog.sqlite", "catalog.sqlite-journal", "lock")
+_WORKING_FILES = ("catalog.sqlite", "catalog.sqlite-journal", "lock", "moved.json")
 
 
 def kill_prepare(folder: Path, kills: int, photos: int) -> str:

@@ -187,6 +187,10 @@ def soak(arguments: argparse.Namespace, folder: Path) -> bool:
         disturb(command, rng.choices(kinds, weights)[0], rng, measured)
         print(f"{measured.faults.total()} faults, step {command.step()}", file=sys.stderr, flush=True)
     code = command.process.wait()
+    if code:
+        lines = (disturbed / "screen.txt").read_text(errors="replace").splitlines()
+        print("\n".join([f"exit code {code} after {measured.faults.total()} faults", *lines[-5:]]), file=sys.stderr)
+        return False
     _train(settings(arguments, straight, steps))
     differing = compare(disturbed, straight, steps)
     print(json.dumps({"strategy": arguments.strategy, "steps": steps, "exit code": code, "faults": measured.faults}))

@@ -83,8 +83,11 @@ def test_again_after_changes_and_without_the_source(config: Path, tmp_path: Path
     assert "changes: 30 removed" in said and "prepared 18 images" in said
     assert " files deleted, 0.00 GB given back; a run that stopped within an epoch" in said
     assert "photos: 9 images per epoch, 100.0%" in run("plan", config, weighted)
+    (photos / "crop-0-003.txt").write_text("seen at the start")
+    said = run(config, weighted, "data.look_at_start=true")
+    assert "changes: 1 caption changed" in said and "done: step 1" in said
     photos.rename(tmp_path / "gone")
-    said = run(config, weighted)
-    assert f"{photos} is not there; training on what was prepared from it" in said and "done: step 1" in said
+    said = run(config, weighted, "train.steps=2")
+    assert f"{photos} is not there; training on what was prepared from it" in said and "done: step 2" in said
     said = run("prepare", config, weighted, code=2)
     assert f"data.sources: path ({photos}): there is no such folder" in said and "Traceback" not in said

@@ -24,7 +24,9 @@ from trainer.data.sources.listing import is_there, main_path
 from trainer.data.survey.caption_survey import planned_records
 from trainer.data.survey.stats import BAD_FILE
 from trainer.errors import UserError
+from trainer.measure.run_arithmetic import format_duration
 from trainer.model_files.run_model import RunModel
+from trainer.parallel.environment import joined_environment
 from trainer.train.caption_rules import describe_captions, require_captions, survey_of
 from trainer.train.workers.prepare_worker import needs_workers, note_references, prepare_settings
 
@@ -56,8 +58,9 @@ class PrepareWish:
 
 
 def ensure_prepared(config: Config, model: RunModel) -> int:
-    """Prepare the data set if it is not there yet; returns an exit code. New images are not looked for."""
-    if not is_current(prepare_settings(config, model)):
+    """Prepare the data set if it is not there yet, or changes are to be looked for; returns an exit code."""
+    looks = config.data.look_at_start and joined_environment(os.environ) is None
+    if not is_current(prepare_settings(config, model)) or looks:
         return prepare(config, model)
     for source in config.data.sources:
         place = main_path(source)
@@ -220,16 +223,6 @@ def _bar(config: Config, quiet: bool = False) -> Iterator[None]:
     if now > done and not quiet:
         rate = (now - done) / seconds
         print(
-            f"encoded {now - done:,} images in {_time(seconds)}: {rate:,.1f} img/s, {rate / cards:,.2f} each of "
-            f"{cards} worker{'s' * (cards > 1)}"
+            f"encoded {now - done:,} images in {format_duration(seconds)}: {rate:,.1f} img/s, {rate / cards:,.2f} each "
+            f"of {cards} worker{'s' * (cards > 1)}"
         )
-
-
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

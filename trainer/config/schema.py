@@ -96,6 +96,9 @@ class DataConfig(Section):
     """Where the images come from; any number of entries, of any types."""
     prepared: PathField
     """Folder of the prepared data set (latents in shards). Made by `prepare`, or on the first start."""
+    look_at_start: Flag = False
+    """Look through the sources at each start of a training, as `prepare` does, and not only at the first and where
+    `data.sources` has changed. Not under torchrun and SLURM."""
     mode: Literal["latents", "images"] = "latents"
     """`latents`: the VAE encodes each image once, in `prepare`. `images`: `prepare` only lists the images; each is
     decoded anew whenever it is seen and the VAE runs in every step, which costs time and allows `data.augment`."""

@@ -26,8 +26,7 @@ def near_duplicates(fingerprints: Sequence[int | None], most_bits: int = MOST_BI
         return i
 
     for begin in range(0, len(bits), _AT_ONCE):
-        some = bits[begin : begin + _AT_ONCE, None] ^ bits[None, :]
-        differing = np.unpackbits(some[..., None].view(np.uint8), axis=-1).sum(axis=-1, dtype=np.uint8)
+        differing = np.bitwise_count(bits[begin : begin + _AT_ONCE, None] ^ bits[None, :])
         for i, j in np.argwhere(differing <= most_bits).tolist():
             if begin + i < j:
                 leader[find(j)] = find(begin + i)
