@@ -383,3 +383,18 @@ def test_what_was_prepared_before_there_were_checksums_comes_back(photos: Path, 
     rename(tmp_path / "more", "crop-3-001", "renamed")
     counts, _, encoded = prepare(both)
     assert not encoded and counts.scan.renamed == 1
+
+
+def test_a_set_without_its_catalogue_is_trained_on_but_not_changed(photos: Path, tmp_path: Path) -> None:
+    settings = settings_for(tmp_path / "prepared", photos)
+    prepare(settings)
+    whole = held(settings.prepared)
+    shutil.copytree(settings.prepared, tmp_path / "copy", ignore=shutil.ignore_patterns("catalog.sqlite*"))
+    photos.rename(tmp_path / "elsewhere")
+    copy = settings_for(tmp_path / "copy", tmp_path / "elsewhere")
+    assert is_current(copy) and not (tmp_path / "copy" / "catalog.sqlite").exists()
+    write_crops(tmp_path / "elsewhere", 3, seed=9)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"copy\): its catalog\.sqlite is missing"):
+            prepare(copy)
+    assert held(copy.prepared) == whole

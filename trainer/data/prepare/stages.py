@@ -66,13 +66,13 @@ def is_current(settings: PrepareSettings) -> bool:
     Raises:
         UserError: it was made with other settings.
     """
-    current = current_snapshot(settings.prepared)
-    if not check_settings(settings) or current is None:
+    current, is_same = current_snapshot(settings.prepared), check_settings(settings)
+    if current is not None and not (settings.prepared / "catalog.sqlite").exists():
+        return True  # a set copied without its working files, which stays as it is
+    if not is_same or current is None:
         return False
     if read_snapshot(settings.prepared, current).settings != settings.to_json():
         return False
-    if not (settings.prepared / "catalog.sqlite").exists():
-        return True  # a set copied without its working files
     with catalog.open_catalog(settings.prepared) as connection:
         return not pending_generations(connection) and not catalog.has_open_rows(connection)
 
@@ -103,6 +103,7 @@ def plan_prepare(
         check_settings(settings)
         with catalog.open_catalog(prepared) as connection:
             catalog.upgrade(connection)
+            _require_catalogued(prepared, connection)
             if not begin_with(settings):
                 catalog.forget_open_rows(connection)
             counts = scan(connection, prepared, settings, show_progress, limit, removed, look_again)
@@ -126,6 +127,15 @@ def plan_prepare(
     return PrepareCounts(
         counts, rows, new_rows, empty, masks, reasons, sum(shard.rows for shard in pending), len(pending)
     )
+
+
+def _require_catalogued(prepared: Path, connection: sqlite3.Connection) -> None:
+    """UserError where there is a set of which the catalogue knows nothing: what is in its shards cannot be told."""
+    if current_snapshot(prepared) is not None and catalog.open_generation(connection) == 1:
+        raise UserError(
+            f"data.prepared ({prepared}): its catalog.sqlite is missing, so that the set can be trained on, but not be "
+            "changed; copy that file too, or prepare into another folder"
+        )
 
 
 def _holds_latents(source: Source) -> bool:
