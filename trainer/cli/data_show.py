@@ -15,7 +15,7 @@ from trainer.cli.start_workers import count_run_tags
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.data.augment import Augmentation
-from trainer.data.buckets import source_box
+from trainer.data.buckets import Bucket, source_box
 from trainer.data.catalog.catalog import open_catalog
 from trainer.data.sources.source import ROW, WHOLE
 from trainer.data.store.snapshot import PreparedSet
@@ -169,10 +169,10 @@ def _epochs(
     yield f"in the next {epochs} epochs{told}:"
     if missing:
         yield f"  tokens are not told: {missing}"
-    before: tuple[str, ...] = ()
+    before: tuple[tuple[str, Bucket], ...] = ()
     for epoch in range(first, first + epochs):
         found = visits(prepared, image, epoch, config.run.seed, rules, augmentation, centred)
-        texts = tuple(visit.text for visit in found)
+        texts = tuple((visit.text, visit.bucket) for visit in found)
         yield f"epoch {epoch + 1}: seen {len(found)} time{'' if len(found) == 1 else 's'}"
         if texts and texts == before and not augmentation.random_crop and not augmentation.flip_probability:
             yield "  the same as in the epoch before"
@@ -185,7 +185,8 @@ def _epochs(
 
 
 def _visit(visit: Visit, image: StoredImage, tokenizer: CaptionTokenizer | None) -> Iterator[str]:
-    yield f"  {visit.text or '(empty)'}"
+    at = f" (at {visit.bucket.width_px} x {visit.bucket.height_px} px)" if visit.bucket != image.bucket else ""
+    yield f"  {visit.text or '(empty)'}{at}"
     if visit.view is not None:
         top, left = visit.view.placement.crop_top_left
         yield f"    crop from left {left}, top {top}{', mirrored' if visit.view.flipped else ''}"

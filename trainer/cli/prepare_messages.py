@@ -48,6 +48,10 @@ def describe_plan(counts: PrepareCounts, prepared: Path) -> list[str]:
         lines.append(f"{number:,} {hold} U+FFFD, in place of characters that were lost before, such as {example}'s")
     if counts.masks is not None and counts.new_rows:
         lines.append(f"{counts.masks:,} of {counts.new_rows:,} new images have a mask, the others are trained in full")
+    if any(counts.pending_at.values()):
+        at = ", ".join(f"{number:,} at {resolution} px" for resolution, number in counts.pending_at.items() if number)
+        main = counts.pending_rows - sum(counts.pending_at.values())
+        lines.append(f"to be encoded: {main:,} at the main resolution, {at}")
     if scan.ignored:
         kinds = ", ".join(f"{number:,} x {ending}" for ending, number in scan.ignored.most_common(5))
         lines.append(f"ignored other files: {kinds}")

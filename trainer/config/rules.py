@@ -18,7 +18,7 @@ from trainer.config.rules_loss_weights import loss_weight_rules
 from trainer.config.rules_objective import objective_problems
 from trainer.config.rules_sources import is_needed_to_train, paths_of, source_rules
 from trainer.config.schema import Config
-from trainer.config.sections.sources import FolderSource, LatentTarsSource
+from trainer.config.sections.sources import FolderSource, LatentTarsSource, Source
 from trainer.config.spelling import nearest_path
 from trainer.config.wording import shown
 
@@ -119,6 +119,31 @@ def _buckets(config: Config) -> Iterator[Problem]:
         yield clash(config, (least, side), "the shortest side must be at most the resolution")
     if buckets.max_px < buckets.resolution:
         yield clash(config, (most, side), "the longest side must be at least the resolution")
+    yield from _further_resolutions(config)
+
+
+def _further_resolutions(config: Config) -> Iterator[Problem]:
+    buckets = config.data.buckets
+    side, step, at = "data.buckets.resolution", "data.buckets.step_px", "data.buckets.also_at"
+    seen: dict[int, str] = {}
+    for i, other in enumerate(buckets.also_at):
+        key = f"{at}.{i}.resolution"
+        if other.resolution >= buckets.resolution:
+            yield clash(config, (key, side), "must be less than the main resolution, which is the largest")
+        if other.resolution % buckets.step_px:
+            yield clash(config, (key, step), "must be a multiple of the step")
+        if seen.setdefault(other.resolution, key) != key:
+            yield clash(config, (key, seen[other.resolution]), "the same resolution twice")
+    shares = [f"{at}.{i}.share" for i, other in enumerate(buckets.also_at) if other.share is not None]
+    total = sum(other.share or 0.0 for other in buckets.also_at)
+    if shares and total >= 1 - 1e-6:
+        yield clash(config, shares, f"must leave something for the main resolution, but add up to {total:g}")
+    if buckets.also_at and not any(map(_holds_images, config.data.sources)):
+        yield clash(config, (at, "data.sources"), "has no effect on latents that come with the sources")
+
+
+def _holds_images(source: Source) -> bool:
+    return not isinstance(source, LatentTarsSource) and getattr(source, "latents", None) is None
 
 
 def _mode(config: Config) -> Iterator[Problem]:

@@ -69,6 +69,15 @@ class ModelConfig(Section):
     """Precision in which the frozen text encoders are held and run."""
 
 
+class ResolutionConfig(Section):
+    resolution: PositiveInt
+    """Pixels on the side of the square bucket; less than that of `data.buckets`, whose rules hold here as well, with
+    `min_px` and `max_px` reduced in proportion."""
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Part of an epoch's images that is seen at this resolution in place of the main one, another part in each epoch.
+    Default: all of them are, beside the main one, as one image more."""
+
+
 class BucketConfig(Section):
     resolution: PositiveInt = 1024
     """Pixels on the side of the square bucket; all buckets have at most this area."""
@@ -80,6 +89,9 @@ class BucketConfig(Section):
     """Bucket sides are multiples of this, in pixels; a multiple of 8."""
     no_upscale: Flag = False
     """Never enlarge an image: smaller ones get a bucket of their own size, rounded down to `step_px`."""
+    also_at: list[ResolutionConfig] = []
+    """Further resolutions at which the images to train on are held, each encoded once. May change at any time; what
+    is held is not encoded again. Images whose latents come with the sources stay at their one resolution."""
 
 
 class AugmentConfig(Section):

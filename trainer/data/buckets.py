@@ -6,7 +6,13 @@ The list of shapes and the choice among them are those of kohya's sd-scripts (`m
 
 import bisect
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+ALSO_AT = "data.buckets.also_at"
+"""The name of the setting of further resolutions."""
 
 
 @dataclass(frozen=True, order=True)
@@ -26,6 +32,27 @@ class BucketRules:
     max_px: int = 2048
     step_px: int = 64
     no_upscale: bool = False
+
+
+@dataclass(frozen=True)
+class OtherResolution:
+    """That images are trained at this resolution as well; the fields of an entry of `data.buckets.also_at`."""
+
+    resolution: int
+    share: float | None = None
+    """Of an epoch's images, in place of the main resolution; None: all of them, beside it."""
+
+
+def other_resolutions(settings: Mapping[str, Any]) -> tuple[OtherResolution, ...]:
+    """Those that a set was prepared with; what somebody has altered in them is passed over."""
+    listed = settings.get(ALSO_AT)
+    found = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    pairs = [(entry.get("resolution"), entry.get("share")) for entry in found]
+    return tuple(
+        OtherResolution(resolution, share)
+        for resolution, share in pairs
+        if type(resolution) is int and (share is None or (isinstance(share, float | int) and 0 < share < 1))
+    )
 
 
 @dataclass(frozen=True)
@@ -66,12 +93,34 @@ def place(image_hw: tuple[int, int], buckets: tuple[Bucket, ...], rules: BucketR
         ValueError: with `no_upscale`, the image is smaller than one step.
     """
     if rules.no_upscale:
-        bucket, resized_hw = _place_without_upscale(image_hw, rules)
-    else:
-        bucket, resized_hw = _place_covering(image_hw, buckets)
-    top = (resized_hw[0] - bucket.height_px) // 2
-    left = (resized_hw[1] - bucket.width_px) // 2
-    return Placement(bucket, resized_hw, (top, left))
+        return _centred(*_place_without_upscale(image_hw, rules))
+    return _centred(*_place_covering(image_hw, buckets))
+
+
+def at_resolution(rules: BucketRules, resolution: int) -> BucketRules:
+    """The same rules at a lower resolution; sides scale with it, so that each aspect ratio has its bucket there."""
+    least, most = (side * resolution / rules.resolution for side in (rules.min_px, rules.max_px))
+    return replace(
+        rules,
+        resolution=resolution,
+        min_px=max(rules.step_px, _down(least, rules.step_px)),
+        max_px=max(resolution, _down(most, rules.step_px)),
+    )
+
+
+def bucket_at(bucket: Bucket, rules: BucketRules) -> Bucket:
+    """Which bucket of a lower resolution the images of a bucket have there: that of the nearest aspect ratio; with
+    `no_upscale` the same one, if it is no larger than that resolution.
+
+    Args:
+        rules: as `at_resolution` gives them.
+    """
+    return place((bucket.height_px, bucket.width_px), _buckets_of(rules), rules).bucket
+
+
+def place_into(image_hw: tuple[int, int], bucket: Bucket) -> Placement:
+    """An image resized to cover a given bucket, and cropped at the centre."""
+    return _centred(*_place_covering(image_hw, (bucket,)))
 
 
 def source_box(image_hw: tuple[int, int], placement: Placement) -> tuple[float, float, float, float]:
@@ -80,6 +129,16 @@ def source_box(image_hw: tuple[int, int], placement: Placement) -> tuple[float, 
     scale_y, scale_x = image_hw[0] / resized_h, image_hw[1] / resized_w
     bottom, right = (top + bucket.height_px) * scale_y, (left + bucket.width_px) * scale_x
     return top * scale_y, left * scale_x, min(bottom, image_hw[0]), min(right, image_hw[1])
+
+
+def _centred(bucket: Bucket, resized_hw: tuple[int, int]) -> Placement:
+    top, left = (resized_hw[0] - bucket.height_px) // 2, (resized_hw[1] - bucket.width_px) // 2
+    return Placement(bucket, resized_hw, (top, left))
+
+
+@lru_cache(maxsize=16)
+def _buckets_of(rules: BucketRules) -> tuple[Bucket, ...]:
+    return make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)
 
 
 def _place_covering(image_hw: tuple[int, int], buckets: tuple[Bucket, ...]) -> tuple[Bucket, tuple[int, int]]:

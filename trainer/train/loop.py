@@ -250,7 +250,7 @@ def open_training_loader(
             _loss_weights(config, comm, run.prepared),
             with_masks=loss.masked,
             unmasked_probability=loss.unmasked_probability,
-            mixture=run.mixture if run.mixture.sources else None,
+            mixture=run.mixture if run.mixture.pools else None,
         ),
         state.position,
         rank=comm.rank,

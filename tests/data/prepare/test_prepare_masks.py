@@ -239,7 +239,8 @@ def test_a_catalogue_from_before_there_were_masks_is_read(tmp_path: Path) -> Non
         connection.executescript(
             """DROP TABLE removed; DROP TABLE dirty; DROP INDEX shards_by_rows; DROP INDEX renamed_by_shard;
             ALTER TABLE rows DROP COLUMN content; ALTER TABLE rows DROP COLUMN stored_key;
-            ALTER TABLE rows DROP COLUMN mask; PRAGMA user_version = 2;"""
+            ALTER TABLE shards DROP COLUMN resolution; ALTER TABLE shards DROP COLUMN held_h;
+            ALTER TABLE shards DROP COLUMN held_w; ALTER TABLE rows DROP COLUMN mask; PRAGMA user_version = 2;"""
         )
     assert is_current(settings)
     again, done = prepare(settings)

@@ -131,10 +131,10 @@ def _sample(prepared: PreparedSet, count: int, rules: CaptionRules, weights: Los
 def _table(counts: Sequence[BucketCounts]) -> list[str]:
     """Buckets of both splits with their counts, as lines."""
     lines = [f"{'bucket (width x height)':<26}{'images':>12}{'with repeats':>14}{'share':>9}{'shards':>8}"]
-    for split in dict.fromkeys(count.split for count in counts):
-        ours = [count for count in counts if count.split == split]
+    for split, resolution in dict.fromkeys((count.split, count.resolution) for count in counts):
+        ours = [count for count in counts if (count.split, count.resolution) == (split, resolution)]
         total = sum(count.per_epoch for count in ours)
-        lines.append(f"{split}:")
+        lines.append(f"{split}, the same images at {resolution} px:" if resolution else f"{split}:")
         for count in ours:
             name = f"  {count.bucket.width_px} x {count.bucket.height_px}"
             lines.append(_row(name, count.images, count.per_epoch, count.per_epoch / total, count.shards))

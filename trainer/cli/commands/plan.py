@@ -120,6 +120,9 @@ def _print_data(config: Config, model: RunModel) -> CaptionSurvey | None:
         print(f"  {bucket.width_px:>12} x {bucket.height_px:<8} {count:>12,}")
     for source, count in mixture.rows_of_sources(0).items():
         print(f"  {source}: {count:,} images per epoch, {count / max(1, sum(rows)):.1%}")
+    for resolution, count in mixture.rows_of_resolutions(0).items():
+        at = f"{resolution or config.data.buckets.resolution} px"
+        print(f"  at {at}: {count:,} images per epoch, {count / max(1, sum(rows)):.1%}")
     arithmetic = arithmetic_of(config, worker_count(config), prepared.buckets("train"), rows)
     captions = survey_of(config, sampled_records(prepared))
     for line in (*arithmetic.describe(), *describe_captions(config, model, captions)):

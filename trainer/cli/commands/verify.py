@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     prepared = PreparedSet.open(find_prepared(arguments))
     begin = time.perf_counter()
-    images = sum(prepared.images(split) for split in SPLITS)
+    images = sum(shard.rows for split in SPLITS for shard in prepared.shards(split, at_all_resolutions=True))
     with tqdm(desc="verifying", total=images, unit="img", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
 
         def report(images_read: int, bytes_read: int, damaged: int) -> None:

@@ -6,6 +6,9 @@ to a generation, the images that one `prepare` added, and are found in its shard
 means for its shard, whose name is in `dirty` until then, the next commit finds by comparing the two.
 
 What is gone, but still stored, is in `removed`, from where it comes back with the same content.
+
+A row's bucket is that of the main resolution. The same range of rows may be held by shards of other resolutions
+(`data.buckets.also_at`) in buckets of their own.
 """
 
 import sqlite3
@@ -20,7 +23,7 @@ from trainer.data.captions import has_no_text
 from trainer.data.sources.source import ForeignText, MaskPlace
 from trainer.errors import UserError
 
-CATALOG_FORMAT = 4
+CATALOG_FORMAT = 5
 _CACHE_KIB = 32 * 1024
 _DAMAGE = (1, 11, 20, 26)
 """SQLite's codes ERROR (no such table or column), CORRUPT, MISMATCH, NOTADB; a full disk is no fault of the file."""
@@ -59,13 +62,16 @@ CREATE TABLE IF NOT EXISTS bad (
 CREATE TABLE IF NOT EXISTS shards (
     name TEXT PRIMARY KEY, generation INTEGER NOT NULL, row_generation INTEGER NOT NULL, split TEXT NOT NULL,
     bucket_h INTEGER NOT NULL, bucket_w INTEGER NOT NULL, payload TEXT NOT NULL,
-    first_key TEXT NOT NULL, last_key TEXT NOT NULL, rows INTEGER NOT NULL) WITHOUT ROWID;
+    first_key TEXT NOT NULL, last_key TEXT NOT NULL, rows INTEGER NOT NULL,
+    resolution INTEGER NOT NULL DEFAULT 0, held_h INTEGER, held_w INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS generations (
     generation INTEGER PRIMARY KEY, committed INTEGER NOT NULL);
 {_SINCE_FORMAT_4}"""
 _UPGRADES = {
     2: "ALTER TABLE rows ADD COLUMN mask TEXT;",
     3: f"ALTER TABLE rows ADD COLUMN content INTEGER; ALTER TABLE rows ADD COLUMN stored_key TEXT; {_SINCE_FORMAT_4}",
+    4: "ALTER TABLE shards ADD COLUMN resolution INTEGER NOT NULL DEFAULT 0; "
+    "ALTER TABLE shards ADD COLUMN held_h INTEGER; ALTER TABLE shards ADD COLUMN held_w INTEGER;",
 }
 """From each older format to the next."""
 

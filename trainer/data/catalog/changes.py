@@ -74,17 +74,18 @@ def apply_updates(connection: sqlite3.Connection, updates: Sequence[Update]) -> 
             ),
         )
         if edited or update.repeats != repeats:
-            _mark_shards_of(connection, [update.key])
+            mark_shards_of(connection, [update.key])
     return counts
 
 
-def _mark_shards_of(connection: sqlite3.Connection, keys: Iterable[str]) -> None:
+def mark_shards_of(connection: sqlite3.Connection, keys: Iterable[str]) -> None:
+    """The shards of these rows are to be compared with them at the next commit."""
     connection.executemany(_IN_SHARD, [(key,) for key in keys])
 
 
 def set_aside(connection: sqlite3.Connection, keys: Sequence[str], reason: str) -> None:
     """These rows are in the next snapshot no more."""
-    _mark_shards_of(connection, keys)
+    mark_shards_of(connection, keys)
     values = [(reason, key) for key in keys]
     # What is in no snapshot yet may not have been encoded; what only refers to a file comes back from that.
     is_stored = """generation IN (SELECT generation FROM generations WHERE committed)
@@ -206,7 +207,7 @@ def _take_place(connection: sqlite3.Connection, twin: _Twin) -> None:
         connection.execute("DELETE FROM removed WHERE rowid = ?", (twin.old_rowid,))
     connection.execute(f"UPDATE rows SET {assignments} WHERE key = ?", (*values, twin.new_key))
     connection.execute("UPDATE rows SET repeats = 1 WHERE key = ? AND split = 'validation'", (twin.new_key,))
-    _mark_shards_of(connection, [twin.new_key])
+    mark_shards_of(connection, [twin.new_key])
 
 
 def vanished_of(connection: sqlite3.Connection, names: Iterable[str]) -> dict[str, tuple[int, int, str]]:

@@ -4,13 +4,13 @@ import glob
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config.sections.filters_config import FiltersConfig
 from trainer.config.sections.sources import FolderSource, Source
-from trainer.data.buckets import BucketRules
+from trainer.data.buckets import ALSO_AT, Bucket, BucketRules, OtherResolution, at_resolution, bucket_at
 from trainer.data.loss_weights import TagSeparators
 from trainer.data.sources.listing import source_names
 from trainer.data.store.moves import Move
@@ -71,6 +71,8 @@ class PrepareSettings:
     """Which images are left out; may change at any time."""
     separators: TagSeparators = _AS_USUAL
     """Of the tags that are filtered."""
+    also_at: tuple[OtherResolution, ...] = ()
+    """Resolutions at which images are held as well; may change at any time."""
 
     def to_json(self) -> dict[str, Any]:
         """Flat, under the names of the configuration; sources as absolute paths."""
@@ -94,7 +96,15 @@ class PrepareSettings:
             "the text encoders (weights and model.text_encoder_precision)": self.text_encoders,
             **({} if self.captions is None else {"captions": self.captions}),
             **({_FILTERS: self._filters_to_json()} if self.filters.is_on else {}),
+            **({ALSO_AT: [asdict(other) for other in self.also_at]} if self.also_at else {}),
         }
+
+    def elsewhere_of(self, bucket: Bucket) -> list[tuple[int, Bucket]]:
+        """The other resolutions that images of a bucket are held at, and in which buckets there; not where they would
+        be the same pixels."""
+        found = [(other.resolution, at_resolution(self.buckets, other.resolution)) for other in self.also_at]
+        held = [(resolution, bucket_at(bucket, rules)) for resolution, rules in found]
+        return [(resolution, there) for resolution, there in held if there != bucket]
 
     def _filters_to_json(self) -> dict[str, Any]:
         """Those that are on, and what separates tags, where they are filtered."""
@@ -118,7 +128,8 @@ def _source_to_json(source: Source) -> dict[str, Any]:
 def check_settings(settings: PrepareSettings) -> bool:
     """Whether `settings.prepared` was made, or begun, with exactly these settings.
 
-    False where nothing was prepared yet, or where only sources and filters differ: what is there of them is used.
+    False where nothing was prepared yet, or where only sources, filters and further resolutions differ: what is there
+    of them is used.
 
     Raises:
         UserError: the set was prepared with other settings; a line for each that differs.
@@ -131,7 +142,7 @@ def check_settings(settings: PrepareSettings) -> bool:
         f"data.prepared ({settings.prepared}): was prepared with {name} = {_shown(old.get(name))}, "
         f"the configuration has {_shown(new.get(name))}"
         for name in new
-        if name not in ("data.sources", _FILTERS) and old.get(name) != new[name]
+        if name not in ("data.sources", _FILTERS, ALSO_AT) and old.get(name) != new[name]
     ]
     problems += _mask_problems(settings.prepared, old["data.sources"], new["data.sources"])
     if problems:

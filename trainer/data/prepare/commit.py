@@ -2,13 +2,14 @@
 
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from trainer.data.buckets import other_resolutions
 from trainer.data.catalog import planned_shards
 from trainer.data.catalog.catalog import BadRow, open_catalog, transaction
 from trainer.data.catalog.planned_shards import PlannedShard, rows_of_shard
@@ -61,10 +62,13 @@ def commit(prepared: Path) -> Committed:
         base = read_snapshot(prepared, current) if current else Snapshot(0, (), {}, ())
         generations = planned_shards.pending_generations(connection)
         entries = _entries(prepared, planned_shards.pending_shards(connection))
+        excluded = [BadRow(**_NO_ROW | row) for _, entry in entries for row in entry.info.excluded]
+        with transaction(connection):
+            planned_shards.leave_excluded_out(connection, excluded)
         fresh = tuple(entry for generation, entry in entries if generation not in base.generations)
         replaced = planned_shards.replaced_shards(connection)
         kept = tuple(entry for entry in base.shards if entry.name not in replaced)
-        there = tuple(entry for entry in kept + fresh if entry.info.rows)
+        there = _at_wanted_resolutions(prepared, connection, settings, kept + fresh, replaced)
         shards = _as_they_are_now(prepared, connection, base.number + 1, there)
         if shards != base.shards or base.settings != settings:
             all_generations = (*base.generations, *(g for g in generations if g not in base.generations))
@@ -77,16 +81,15 @@ def commit(prepared: Path) -> Committed:
             replace_file(prepared / "snapshots" / snapshot_name(base.number), snapshot_to_json(base))
             replace_file(prepared / "CURRENT", snapshot_name(base.number) + "\n")
         with transaction(connection):
-            excluded = [BadRow(**_NO_ROW | row) for _, entry in entries for row in entry.info.excluded]
-            planned_shards.mark_committed(connection, generations, excluded, replaced)
+            planned_shards.mark_committed(connection, generations, replaced)
             reasons = write_bad(prepared, connection)
     return Committed(
         snapshot=snapshot_name(base.number),
-        images=sum(entry.rows for entry in base.shards),
-        virtual_rows=sum(entry.virtual_rows for entry in base.shards),
+        images=sum(entry.rows for entry in base.shards if not entry.resolution),
+        virtual_rows=sum(entry.virtual_rows for entry in base.shards if not entry.resolution),
         left_out=reasons.total,
         reasons=reasons.describe(),
-        masks=count_masks([entry.info for _, entry in entries]),
+        masks=count_masks([entry.info for _, entry in entries if not entry.resolution]),
     )
 
 
@@ -96,9 +99,43 @@ def _entries(prepared: Path, shards: list[PlannedShard]) -> list[tuple[int, Shar
     if missing:
         raise UserError(f"data.prepared ({prepared}): {missing} of {len(shards)} shards are missing; run prepare again")
     return [
-        (shard.generation, ShardEntry(shard.name, shard.split, shard.bucket, _info(prepared / shard.name)))
+        (
+            shard.generation,
+            ShardEntry(
+                shard.name, shard.split, shard.bucket, _info(prepared / shard.name), resolution=shard.resolution
+            ),
+        )
         for shard in shards
     ]
+
+
+def _at_wanted_resolutions(
+    prepared: Path,
+    connection: sqlite3.Connection,
+    settings: dict[str, Any],
+    entries: Sequence[ShardEntry],
+    replaced: Collection[str],
+) -> tuple[ShardEntry, ...]:
+    """Those that have rows, of the resolutions that are trained now; with what was encoded for one of them before."""
+    wanted = {0, *(other.resolution for other in other_resolutions(settings))}
+    names = {entry.name for entry in entries} | {*replaced}
+    back = [
+        shard
+        for resolution in sorted(wanted - {0})
+        for shard in planned_shards.committed_shards(connection, resolution)
+        if shard.name not in names
+    ]
+    planned_shards.mark_dirty(connection, [shard.name for shard in back])  # nobody has followed what changed of them
+    there = [*entries, *(entry for _, entry in _entries(prepared, back))]
+    mains = planned_shards.main_shards(connection, replaced)
+    there = [
+        replace(entry, rows_of=mains[entry.name]) if entry.resolution else entry
+        for entry in there
+        if entry.info.rows and entry.resolution in wanted
+    ]
+    # Of images none of which could be encoded at the main resolution, there is no other one.
+    names = {"", *(entry.name for entry in there)}
+    return tuple(entry for entry in there if entry.rows_of in names)
 
 
 def _info(path: Path) -> ShardInfo:

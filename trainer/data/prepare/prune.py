@@ -147,6 +147,8 @@ def delete_unused(prepared: Path) -> Pruned:
             path.unlink()
         files = [path for kind in ("shards/*/*", "edits/*") for path in prepared.glob(kind) if path not in needed]
         num_bytes = sum(path.stat().st_blocks * 512 for path in files)
+        with open_catalog(prepared) as connection:
+            planned_shards.forget_unlisted(connection, {entry.name for entry in entries})
         for path in files:
             path.unlink()
         for folder in prepared.glob("shards/*"):

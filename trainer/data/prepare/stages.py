@@ -10,6 +10,7 @@ split or interrupted (the catalogue, which is a working file, aside).
 
 import os
 import sqlite3
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,8 @@ class PrepareCounts:
     """Why images cannot be used."""
     pending_rows: int
     pending_shards: int
+    pending_at: dict[int, int]
+    """Rows that are to be encoded at each further resolution, where there is one."""
 
 
 def is_current(settings: PrepareSettings) -> bool:
@@ -114,7 +117,7 @@ def plan_prepare(
                 if (text := note_moves(prepared, moves_of(settings))) is not None:
                     replace_file(moves_file(prepared), text)
                 store_settings(settings)
-            plan_generation(connection, settings.rows_per_shard)
+            plan_generation(connection, settings.rows_per_shard, settings.elsewhere_of if settings.also_at else None)
             reasons = write_bad(prepared, connection)
             write_left_out(prepared, connection)
             pending = pending_shards(connection)
@@ -124,9 +127,11 @@ def plan_prepare(
         if counts.filtered:
             found = f"data.filters leaves none of {counts.listed} images, see {prepared}/{LEFT_OUT}"
         raise UserError(f"data.sources ({folders}): {found}")
-    return PrepareCounts(
-        counts, rows, new_rows, empty, masks, reasons, sum(shard.rows for shard in pending), len(pending)
-    )
+    at: Counter[int] = Counter()
+    for shard in pending:
+        at[shard.resolution] += shard.rows
+    further = {other.resolution: at[other.resolution] for other in settings.also_at}
+    return PrepareCounts(counts, rows, new_rows, empty, masks, reasons, at.total(), len(pending), further)
 
 
 def _require_catalogued(prepared: Path, connection: sqlite3.Connection) -> None:

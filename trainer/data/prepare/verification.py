@@ -67,7 +67,7 @@ def verify(prepared: PreparedSet, processes: int, report: Report, first: int = 2
     """
     context = fork_server()
     counts = context.Array(c_int64, 3)
-    shards = [shard for split in SPLITS for shard in prepared.shards(split)]
+    shards = [shard for split in SPLITS for shard in prepared.shards(split, at_all_resolutions=True)]
     lines: list[str] = []
     shown: list[Damage] = []
     pool = ProcessPoolExecutor(max(1, min(processes, len(shards))), context, _begin, (prepared, counts))

@@ -15,6 +15,7 @@ import numpy as np
 
 from trainer.data.augment import ChooseView, View, centred_view
 from trainer.data.buckets import Bucket, Placement
+from trainer.data.store.bucket_groups import groups_of
 from trainer.data.store.edits import Edit, EditFile, OpenEdit, edits_file
 from trainer.data.store.moves import read_moves
 from trainer.data.store.references import ReferencedFiles
@@ -44,17 +45,8 @@ class ShardSummary:
     rows: int
     virtual_rows: int
     file_bytes: int
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The shards of one bucket: their places in the snapshot, and cumulative virtual rows int64 [shards + 1]."""
-
-    bucket: Bucket
-    shards: np.ndarray
-    starts: np.ndarray
-    parts: tuple[tuple[str, int, int], ...]
-    """The name of a source, the first virtual row of a stretch of its rows, and how many they are."""
+    resolution: int = 0
+    """0: the main one."""
 
 
 class PreparedSet:
@@ -73,8 +65,10 @@ class PreparedSet:
         self._edits = {number: shard.edit for number, shard in enumerate(snapshot.shards) if shard.edit is not None}
         self._edit_files: OrderedDict[int, EditFile] = OrderedDict()
         self._offsets = np.array([_offsets(shard.info) for shard in snapshot.shards], dtype=np.int64)
-        self._groups = {split: _groups(snapshot.shards, split) for split in SPLITS}
-        self._images = {split: sum(s.rows for s in snapshot.shards if s.split == split) for split in SPLITS}
+        self._groups = {split: groups_of(snapshot.shards, split) for split in SPLITS}
+        self._resolutions = [shard.resolution for shard in snapshot.shards]
+        main = [shard for shard in snapshot.shards if not shard.resolution]
+        self._images = {split: sum(s.rows for s in main if s.split == split) for split in SPLITS}
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         self._files = ReferencedFiles(read_moves(prepared))
@@ -97,13 +91,19 @@ class PreparedSet:
         return [group.bucket for group in self._groups[split]]
 
     def rows_per_bucket(self, split: str) -> list[int]:
-        """Virtual rows (an image of r repeats counts r times) of each of `buckets(split)`."""
-        return [int(group.starts[-1]) for group in self._groups[split]]
+        """Virtual rows (an image of r repeats counts r times) of each of `buckets(split)`, at the main resolution;
+        those of others follow them."""
+        return [group.main_rows for group in self._groups[split]]
 
     def parts_per_bucket(self, split: str) -> list[Sequence[tuple[str, int, int]]]:
         """Of each of `buckets(split)` the stretches of rows that are of one source: its name, the first virtual row,
-        and how many there are."""
+        and how many there are; at the main resolution."""
         return [group.parts for group in self._groups[split]]
+
+    @property
+    def has_other_resolutions(self) -> bool:
+        """Whether images to train on are held at more than one."""
+        return any(self._resolutions)
 
     @property
     def scaling_factor(self) -> float:
@@ -117,8 +117,8 @@ class PreparedSet:
         """Images of the split, each counted once."""
         return self._images[split]
 
-    def shards(self, split: str) -> list[ShardSummary]:
-        """The shards of a split that have rows, by bucket."""
+    def shards(self, split: str, at_all_resolutions: bool = False) -> list[ShardSummary]:
+        """The shards of a split that have rows, by bucket; of the main resolution, or all."""
         return [
             ShardSummary(
                 index,
@@ -128,9 +128,11 @@ class PreparedSet:
                 int(self._facts[index, _ROWS]),
                 int(self._facts[index, _VIRTUAL_ROWS]),
                 int(self._facts[index, _FILE_BYTES]),
+                self._resolutions[index],
             )
             for bucket_index, group in enumerate(self._groups[split])
             for index in group.shards.tolist()
+            if at_all_resolutions or not self._resolutions[index]
         ]
 
     def missing(self) -> list[tuple[str, int]]:
@@ -182,7 +184,7 @@ class PreparedSet:
         """Read virtual rows of one bucket; a row that is damaged or cannot be read never raises.
 
         Args:
-            ids: int64 [m] in 0..rows_per_bucket; -1 is padding.
+            ids: int64 [m] in 0..rows_per_bucket, or of other resolutions as `stretches` tells; -1 is padding.
             payload: latents or pixels are read into it (such as a view of pinned memory), contiguous, [m, *shape] as
                 `payload_shape` tells; default: a new array.
             choose_view: of each image, from its key, the repeat and its view at the centre.
@@ -372,19 +374,3 @@ def _facts(shard: ShardEntry) -> tuple[int, ...]:
 
 def _offsets(info: ShardInfo) -> list[int]:
     return [info.offsets[name] for name in SECTIONS]
-
-
-def _groups(shards: tuple[ShardEntry, ...], split: str) -> list[_Group]:
-    members: dict[Bucket, list[int]] = {}
-    for i, shard in enumerate(shards):
-        if shard.split == split and shard.virtual_rows:
-            members.setdefault(shard.bucket, []).append(i)
-    groups = []
-    for bucket in sorted(members):
-        counts = [shards[i].virtual_rows for i in members[bucket]]
-        starts = np.cumsum([0, *counts], dtype=np.int64)
-        parts = [part for i in members[bucket] for part in shards[i].parts]
-        firsts = np.cumsum([0, *(part.virtual_rows for part in parts)]).tolist()
-        stretches = tuple((part.source, first, part.virtual_rows) for part, first in zip(parts, firsts, strict=False))
-        groups.append(_Group(bucket, np.array(members[bucket], dtype=np.int64), starts, stretches))
-    return groups

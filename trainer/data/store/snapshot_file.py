@@ -12,8 +12,9 @@ from trainer.data.store.shards import SECTIONS, ShardInfo
 from trainer.errors import UserError
 from trainer.guards import Refused, read_json, read_text
 
-SNAPSHOT_FORMAT = "sdxl-train snapshot 2"
-_FORMATS = ("sdxl-train snapshot 1", SNAPSHOT_FORMAT)  # the first has no edits and no parts
+SNAPSHOT_FORMAT = "sdxl-train snapshot 3"
+_ONE_RESOLUTION = "sdxl-train snapshot 2"  # as sets of one resolution are still written, for older versions to read
+_FORMATS = ("sdxl-train snapshot 1", _ONE_RESOLUTION, SNAPSHOT_FORMAT)  # the first has no edits and no parts
 _NAME = re.compile(r"\d{6,12}\.json")
 _SPLITS = ("train", "validation")
 _MOST_NAME_BYTES = 4096
@@ -36,7 +37,9 @@ class ShardEntry:
         name: relative to the prepared folder.
         info: of the file.
         edit: what has changed of its rows since it was written.
-        parts: its rows that count, by source, in their order; of snapshots of the format before this one none.
+        parts: its rows that count, by source, in their order; of snapshots of the first format none.
+        resolution: 0: the main one; else the images are those of another shard, at this resolution as well.
+        rows_of: the name of that shard, whose rows these are, in the same order.
     """
 
     name: str
@@ -45,6 +48,8 @@ class ShardEntry:
     info: ShardInfo
     edit: Edit | None = None
     parts: tuple[Part, ...] = ()
+    resolution: int = 0
+    rows_of: str = ""
 
     @property
     def rows(self) -> int:
@@ -95,8 +100,10 @@ def snapshot_to_json(snapshot: Snapshot) -> str:
     present = [name for name in SECTIONS if any(info.offsets[name] >= 0 for info in infos)]
     names = sorted({part.source for shard in shards for part in shard.parts})
     numbers = {name: number for number, name in enumerate(names)}
+    has_more = any(shard.resolution for shard in shards)
+    places = {shard.name: place for place, shard in enumerate(shards)} if has_more else {}
     document = {
-        "format": SNAPSHOT_FORMAT,
+        "format": SNAPSHOT_FORMAT if places else _ONE_RESOLUTION,
         "number": snapshot.number,
         "generations": snapshot.generations,
         "settings": snapshot.settings,
@@ -114,6 +121,8 @@ def snapshot_to_json(snapshot: Snapshot) -> str:
             "offsets": {name: [info.offsets[name] for info in infos] for name in present},
             "edit": [None if shard.edit is None else list(asdict(shard.edit).values()) for shard in shards],
             "parts": [[[numbers[part.source], *part[1:]] for part in shard.parts] for shard in shards],
+            **({"resolution": [shard.resolution for shard in shards]} if has_more else {}),
+            **({"rows_of": [places.get(shard.rows_of, -1) for shard in shards]} if has_more else {}),
         },
     }
     return json.dumps(document, ensure_ascii=False, indent=None, separators=(",", ":")) + "\n"
@@ -154,6 +163,7 @@ def _snapshot(document: dict[str, Any]) -> Snapshot:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("its sources are no names")
     edits, parts = columns.get("edit", [None] * count), columns.get("parts", [[]] * count)
+    resolutions, mains = columns.get("resolution", [0] * count), columns.get("rows_of", [-1] * count)
     for column, values in [*columns.items(), *offsets.items()]:
         if column not in ("text_shape", "offsets") and (not isinstance(values, list) or len(values) != count):
             raise ValueError(f"{column} is not {count} values")
@@ -174,15 +184,30 @@ def _snapshot(document: dict[str, Any]) -> Snapshot:
             ),
             edit=None if edits[i] is None else _edit(edits[i]),
             parts=tuple(_part(names, part) for part in parts[i]),
+            resolution=resolutions[i],
+            rows_of=columns["name"][mains[i]] if resolutions[i] else "",
         )
         for i, shard_name in enumerate(columns["name"])
     )
     for entry in entries:
         _check_entry(entry)
+    if any(resolutions):
+        _check_resolutions(entries)
     number, generations = document["number"], document["generations"]
     if not _is_count(number) or not all(map(_is_count, generations)):
         raise ValueError("its number or its generations are no whole numbers")
     return Snapshot(number, tuple(generations), settings, entries)
+
+
+def _check_resolutions(entries: tuple[ShardEntry, ...]) -> None:
+    """Raises ValueError where a shard does not hold the images that another one holds."""
+    mains = {entry.name: entry for entry in entries if entry.resolution == 0}
+    for entry in entries:
+        if not _is_count(entry.resolution):
+            raise ValueError(f"{entry.name} has a resolution that is no whole number")
+        main = mains.get(entry.rows_of)
+        if entry.resolution and (main is None or (main.split, main.parts) != (entry.split, entry.parts)):
+            raise ValueError(f"{entry.name} does not hold the images of another shard")
 
 
 def _edit(values: list[int]) -> Edit:

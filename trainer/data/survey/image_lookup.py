@@ -100,7 +100,7 @@ def _in_shard(prepared: PreparedSet, shard: ShardSummary, names: list[str], seen
         _, repeats = prepared.read_captions(shard)
     except (ShardError, OSError) as error:
         raise UserError(f"{prepared.path / shard.name}: cannot be read: {error}") from error
-    ours = [s for s in prepared.shards(shard.split) if s.bucket_index == shard.bucket_index]
+    ours = [s for s in prepared.shards(shard.split, at_all_resolutions=True) if s.bucket_index == shard.bucket_index]
     first = sum(other.virtual_rows for other in ours[: ours.index(shard)])
     for place, within in enumerate(accumulate(repeats[:-1], initial=0)):
         record = prepared.read_record(shard.split, shard.bucket_index, first + within)

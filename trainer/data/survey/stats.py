@@ -34,6 +34,13 @@ class BucketCounts:
     per_epoch: int
     """Images with their repeats."""
     shards: int
+    resolution: int
+    """0: the main one; else the same images are held at this one as well."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it holds images that no other bucket holds."""
+        return not self.resolution
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,16 @@ class Sample:
 
 
 def bucket_counts(prepared: PreparedSet) -> list[BucketCounts]:
-    """Every bucket that has images, by split."""
+    """Every bucket that has images, by split and resolution."""
     counts = []
     for split in SPLITS:
-        shards = prepared.shards(split)
-        for index, bucket in enumerate(prepared.buckets(split)):
-            ours = [shard for shard in shards if shard.bucket_index == index]
-            images, per_epoch = sum(shard.rows for shard in ours), sum(shard.virtual_rows for shard in ours)
-            counts.append(BucketCounts(split, bucket, images, per_epoch, len(ours)))
+        shards = prepared.shards(split, at_all_resolutions=True)
+        for resolution in sorted({shard.resolution for shard in shards}):
+            for index, bucket in enumerate(prepared.buckets(split)):
+                ours = [s for s in shards if (s.bucket_index, s.resolution) == (index, resolution)]
+                if ours:
+                    images, per_epoch = sum(shard.rows for shard in ours), sum(shard.virtual_rows for shard in ours)
+                    counts.append(BucketCounts(split, bucket, images, per_epoch, len(ours), resolution))
     return counts
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.config.schema import Config
 from trainer.config.sections.sources import Source
-from trainer.data.buckets import BucketRules
+from trainer.data.buckets import BucketRules, OtherResolution
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.prepare.encode import encode_shards, pending_payloads, write_references
 from trainer.model_files.run_model import RunModel
@@ -46,6 +46,7 @@ def prepare_settings(config: Config, model: RunModel) -> PrepareSettings:
         limits=config.limits.plain(),
         filters=config.data.filters,
         separators=tag_separators(config),
+        also_at=tuple(OtherResolution(other.resolution, other.share) for other in buckets.also_at),
     )
 
 

@@ -18,6 +18,7 @@ from trainer.data.survey.browse.page_parts import (
     percent,
     shown_text,
 )
+from trainer.data.survey.stats import BucketCounts
 
 _OPEN_BUCKETS, _MOST_BUCKETS = 16, 400
 _OPEN_SOURCES, _MOST_SOURCES = 16, 400
@@ -70,7 +71,7 @@ def _filled(template: str, parts: Mapping[str, str]) -> str:
 
 def _tiles(facts: PageFacts) -> str:
     train, validation = facts.images
-    per_epoch = sum(bucket.per_epoch for bucket in facts.buckets if bucket.split == "train")
+    per_epoch = sum(bucket.per_epoch for bucket in _main_buckets(facts))
     tiles = [("training images", count(train))]
     if per_epoch != train:
         tiles.append(("seen in an epoch, with repeats", count(per_epoch)))
@@ -83,8 +84,12 @@ def _tiles(facts: PageFacts) -> str:
     return "".join(f"<div><dd>{number}</dd><dt>{name}</dt></div>" for name, number in tiles)
 
 
+def _main_buckets(facts: PageFacts) -> list[BucketCounts]:
+    return [bucket for bucket in facts.buckets if bucket.split == "train" and bucket.is_main]
+
+
 def _buckets(facts: PageFacts) -> str:
-    buckets = sorted((b for b in facts.buckets if b.split == "train"), key=lambda b: (-b.images, b.bucket))
+    buckets = sorted(_main_buckets(facts), key=lambda b: (-b.images, b.bucket))
     repeated = any(bucket.per_epoch != bucket.images for bucket in buckets)
     bars = [
         Bar(
@@ -98,6 +103,10 @@ def _buckets(facts: PageFacts) -> str:
     note = (
         f"<p>{count(held)} more {'images are' if held > 1 else 'image is'} held out for validation.</p>" if held else ""
     )
+    for resolution in sorted({bucket.resolution for bucket in facts.buckets} - {0}):
+        ours = [bucket for bucket in facts.buckets if bucket.resolution == resolution]
+        images, shapes = sum(bucket.images for bucket in ours), len(ours)
+        note += f"<p>{count(images)} of them are held at {resolution} px as well, in {count(shapes)} buckets.</p>"
     return note + _folded("Training images by bucket", heads, bars, facts.images[0], _OPEN_BUCKETS, _MOST_BUCKETS)
 
 

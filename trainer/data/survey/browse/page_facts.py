@@ -116,7 +116,9 @@ def page_facts(
 def _sources(prepared: PreparedSet) -> list[SourceCounts] | None:
     """Most images first; exact, from the snapshot."""
     shards = [
-        shard for shard in read_snapshot(prepared.path, prepared.snapshot_name).shards if shard.split == SPLITS[0]
+        shard
+        for shard in read_snapshot(prepared.path, prepared.snapshot_name).shards
+        if shard.split == SPLITS[0] and not shard.resolution
     ]
     if any(shard.rows and not shard.parts for shard in shards):
         return None
