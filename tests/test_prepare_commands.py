@@ -91,3 +91,27 @@ def test_again_after_changes_and_without_the_source(config: Path, tmp_path: Path
     assert f"{photos} is not there; training on what was prepared from it" in said and "done: step 2" in said
     said = run("prepare", config, weighted, code=2)
     assert f"data.sources: path ({photos}): there is no such folder" in said and "Traceback" not in said
+
+
+def test_images_at_two_resolutions_from_preparing_to_training(config: Path, tmp_path: Path) -> None:
+    run("prepare", config)
+    config.write_text(
+        config.read_text().replace("step_px: 64}", "step_px: 64, also_at: [{resolution: 64, share: 0.5}]}")
+    )
+    (tmp_path / "photos" / "crop-0-007.jpg").unlink()
+    said = run("prepare", config, "--keep-removed", code=2)
+    assert "data.buckets.also_at" in said and "crop-0-007.jpg" in said
+    said = run("prepare", config)
+    assert "to be encoded: 0 at the main resolution, 47 at 64 px" in said and "prepared 47 images" in said
+    said = run("plan", config)
+    assert "at 128 px: 24 images per epoch, 51.1%" in said and "at 64 px: 23 images per epoch, 48.9%" in said
+    assert "train, the same images at 64 px:" in run("data", "stats", config)
+    told = run("data", "show", config, "crop-0-003", "--epochs", "6")
+    assert 1 <= told.count("(at 64 x 64 px)") <= 5 and told.count("seen 1 time") == 6
+    files = {}
+    for name, steps in {"straight": (8,), "resumed": (3, 8)}.items():
+        for total in steps:
+            run(config, f"train.steps={total}", "train.global_batch_size=4", f"run.dir={tmp_path}/{name}")
+        found = tmp_path / name / "checkpoints/step-00000008/unet/diffusion_pytorch_model.safetensors"
+        files[name] = found.read_bytes()
+    assert files["straight"] == files["resumed"]

@@ -177,6 +177,15 @@ def _elsewhere(
         yield (names.next((main.split, *sides)), *facts, resolution, *sides)
 
 
+def lacks_resolution(connection: sqlite3.Connection, elsewhere_of: ElsewhereOf) -> int | None:
+    """One at which rows that are planned at the main resolution are not planned yet, if there is any."""
+    names = _ShardNames(0)
+    for main in _shards(connection, "s.resolution = 0"):
+        for shard in _elsewhere(connection, main, 0, names, elsewhere_of):
+            return _planned(shard).resolution
+    return None
+
+
 def main_shards(connection: sqlite3.Connection, replaced: Collection[str]) -> dict[str, str]:
     """For each shard of another resolution the name of that of the main one that holds the same rows.
 

@@ -226,6 +226,7 @@ def _settle(connection: sqlite3.Connection, settings: PrepareSettings, removed: 
     lost = vanished_of(connection, names)
     if removed == "keep":
         counts.kept = sum(gone for gone, _, _ in lost.values())
+        counts.first_kept = min((first for _, _, first in lost.values()), default="")
         for name in lost:
             connection.execute("DELETE FROM vanished WHERE key > ? AND key < ?", (f"{name}/", f"{name}0"))
     elif removed == "ask":

@@ -20,7 +20,7 @@ class ScanCounts:
         back: that had been removed once.
         changed: in the place of another one of the same key; encoded anew.
         removed: not listed any more.
-        kept: the same, but they stay.
+        kept: the same, but they stay; `first_kept` is the path of one.
         filtered: left out, by filter.
     """
 
@@ -35,6 +35,7 @@ class ScanCounts:
     changed: int = 0
     removed: int = 0
     kept: int = 0
+    first_kept: str = ""
     bad: int = 0
     filtered: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)

@@ -117,6 +117,8 @@ def plan_prepare(
                 if (text := note_moves(prepared, moves_of(settings))) is not None:
                     replace_file(moves_file(prepared), text)
                 store_settings(settings)
+            if counts.kept and settings.also_at:
+                _require_no_more(connection, settings, counts)
             plan_generation(connection, settings.rows_per_shard, settings.elsewhere_of if settings.also_at else None)
             reasons = write_bad(prepared, connection)
             write_left_out(prepared, connection)
@@ -132,6 +134,17 @@ def plan_prepare(
         at[shard.resolution] += shard.rows
     further = {other.resolution: at[other.resolution] for other in settings.also_at}
     return PrepareCounts(counts, rows, new_rows, empty, masks, reasons, at.total(), len(pending), further)
+
+
+def _require_no_more(connection: sqlite3.Connection, settings: PrepareSettings, counts: ScanCounts) -> None:
+    """UserError where images that are not there any more would have to be encoded at a further resolution."""
+    lacking = planned_shards.lacks_resolution(connection, settings.elsewhere_of)
+    if lacking is not None:
+        raise UserError(
+            f"data.buckets.also_at: {counts.kept:,} images that are kept are not there any more, such as "
+            f"{counts.first_kept}, and cannot be encoded at {lacking} px; put them back, or prepare without "
+            "--keep-removed"
+        )
 
 
 def _require_catalogued(prepared: Path, connection: sqlite3.Connection) -> None:
