@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.data.photographs import coffee, pooled, settings_for, write_crops
+from tests.data.prepare.prepare_worker import KINDS
 from tests.data.records import caption_text
 from trainer.config.sections.sources import FolderSource, ParquetSource
 from trainer.data.catalog.catalog import open_catalog
@@ -280,14 +281,16 @@ def test_with_cached_text_another_caption_is_another_row(tmp_path: Path) -> None
 
 
 @pytest.mark.e2e
-def test_killed_at_twenty_moments(photos: Path, tmp_path: Path) -> None:
-    settings = settings_for(tmp_path / "prepared", photos, validation_fraction=0.2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_twenty_moments(photos: Path, tmp_path: Path, kind: str) -> None:
+    settings = settings_for(tmp_path / "prepared", photos, **KINDS[kind])
     prepare(settings)
     shutil.copytree(settings.prepared, tmp_path / "once")
     edit_all(photos)
-    once = settings_for(tmp_path / "once", photos, validation_fraction=0.2)
-    prepare(once)
-    command = [sys.executable, str(Path(__file__).with_name("prepare_worker.py")), str(settings.prepared), str(photos)]
+    once = settings_for(tmp_path / "once", photos, **KINDS[kind])
+    prepare(once, removed="drop")
+    script = str(Path(__file__).with_name("prepare_worker.py"))
+    command = [sys.executable, script, str(settings.prepared), str(photos), kind]
     rng = np.random.default_rng()
     for _ in range(20):
         with subprocess.Popen(
@@ -296,7 +299,7 @@ def test_killed_at_twenty_moments(photos: Path, tmp_path: Path) -> None:
             assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
             time.sleep(float(rng.uniform(0.0, 0.6)))
             worker.send_signal(signal.SIGKILL)
-    prepare(settings)
+    prepare(settings, removed="drop")
     assert held(settings.prepared) == held(once.prepared)
     for kind in ("edits", "snapshots", "shards"):
         mine, other = (
