@@ -176,7 +176,7 @@ class TrainConfig(Section):
     batch_by_area: Flag = False
     """Give buckets of small images larger batches: a bucket of 1/n of the area of `data.buckets.resolution`^2 takes n
     times as many images in each pass and in each step, n being a whole number up to 16. Helps with
-    `data.buckets.no_upscale`; without it, nearly all buckets are of the same area."""
+    `data.buckets.no_upscale` and `also_at`; without them, nearly all buckets are of the same area."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Forward and backward passes per optimizer step. Default 1, or what `global_batch_size` needs."""
     global_batch_size: PositiveInt | None = None
