@@ -17,6 +17,8 @@ from trainer.adapters.targets import Target
 from trainer.config.sections.adapter_config import AdapterConfig, rank_of, scale_of
 from trainer.errors import UserError
 
+_LORAS = ("lora", "locon", "dora")
+
 
 def inject(module: nn.Module, targets: Sequence[Target], config: AdapterConfig) -> None:
     """Replace the target layers of one part of the model; in place. What is new lies on the meta device, in fp32.
@@ -45,26 +47,25 @@ def inject(module: nn.Module, targets: Sequence[Target], config: AdapterConfig) 
 def peft_config(names: dict[str, bool], config: AdapterConfig) -> PeftConfig:
     """PEFT's own configuration of an adapter on these modules (name -> whether it is a larger convolution)."""
     wide = [re.escape(name) for name, is_conv in names.items() if is_conv]
-    rank, common = config.rank, {"target_modules": sorted(names)}
-    alphas = {is_conv: scale_of(config, is_conv=is_conv) * _divisor(config, is_conv) for is_conv in (False, True)}
+    rank, common = config.rank, dict[str, Any](target_modules=sorted(names))
     if config.kind == "oft":
         return OFTConfig(r=0, oft_block_size=rank, use_cayley_neumann=False, **common)
+    alphas = {is_conv: scale_of(config, is_conv=is_conv) * _divisor(config, is_conv) for is_conv in (False, True)}
+    common |= {"r": rank, "lora_alpha" if config.kind in _LORAS else "alpha": alphas[False]}
     if wide:  # one expression for all of them: each pattern is tried on each layer
         pattern = "|".join(wide)
         common |= {"rank_pattern": {pattern: rank_of(config, is_conv=True)}, "alpha_pattern": {pattern: alphas[True]}}
     if config.kind == "loha":
-        return LoHaConfig(r=rank, alpha=alphas[False], **common)  # pyright: ignore[reportArgumentType]
+        return LoHaConfig(**common)
     if config.kind == "lokr":
-        factor = config.lokr_factor or -1
-        return LoKrConfig(r=rank, alpha=alphas[False], decompose_factor=factor, **common)  # pyright: ignore[reportArgumentType]
-    stabilized, dora = config.rank_stabilized, config.kind == "dora"
-    return LoraConfig(r=rank, lora_alpha=alphas[False], use_rslora=stabilized, use_dora=dora, **common)  # pyright: ignore[reportArgumentType]
+        return LoKrConfig(decompose_factor=config.lokr_factor or -1, **common)
+    return LoraConfig(use_rslora=config.rank_stabilized, use_dora=config.kind == "dora", **common)
 
 
 def _divisor(config: AdapterConfig, is_conv: bool) -> float:
     """What PEFT divides its alpha by; LoHa and LoKr know no stabilized ranks there."""
     rank = rank_of(config, is_conv=is_conv)
-    return rank**0.5 if config.rank_stabilized and config.kind in ("lora", "locon", "dora") else rank
+    return rank**0.5 if config.rank_stabilized and config.kind in _LORAS else rank
 
 
 def _settle(layer: Any, scale: float, config: AdapterConfig) -> None:
