@@ -166,7 +166,7 @@ def _require_shapes(path: Path, layer: AdapterLayer) -> None:
     right = right and all(len(shape) >= least.get(leaf, 2) for leaf, shape in shapes.items())
     floats = all(tensor.meta.is_floating_point() for tensor in layer.tensors.values())
     if not right or not floats or not 1 <= (layer.rank or 1) <= _MAX_RANK:
-        said = ", ".join(f"{leaf} {list(shape)}" for leaf, shape in shapes.items())
+        said = ", ".join(f"{leaf} {list(shape)}" for leaf, shape in sorted(shapes.items()))
         raise UserError(f"{path}: the tensors of {printable(layer.name, 100)} do not go together: {said}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -45,20 +46,35 @@ def change_of(kind: str, tensors: Mapping[str, Tensor], scale: float, shape: tor
     Raises:
         DoesNotFit: it has another number of elements.
     """
+    if _elements(kind, tensors) != shape.numel():  # before anything of that size is made
+        raise DoesNotFit
     if kind in ("lora", "dora"):
         change = tensors["lora_up.weight"].flatten(1) @ tensors["lora_down.weight"].flatten(1) * scale
     elif kind == "loha":
-        first = tensors["hada_w1_a"] @ tensors["hada_w1_b"]
-        second = tensors["hada_w2_a"] @ tensors["hada_w2_b"]
-        if first.shape != second.shape:
-            raise DoesNotFit
+        first, second = (tensors[f"hada_w{n}_a"] @ tensors[f"hada_w{n}_b"] for n in (1, 2))
         change = first * second * scale
     else:
         assert kind == "lokr", kind
         change = _kronecker(tensors, scale)
-    if change.numel() != shape.numel() or change.shape[0] != shape[0]:
+    if change.shape[0] != shape[0]:
         raise DoesNotFit
     return change.reshape(shape)
+
+
+def _elements(kind: str, tensors: Mapping[str, Tensor]) -> int:
+    """Of the change; 0 where the tensors have no such form."""
+    if kind in ("lora", "dora"):
+        return len(tensors["lora_up.weight"]) * tensors["lora_down.weight"][0].numel()
+    if kind == "loha":
+        sides = {(len(tensors[f"hada_w{n}_a"]), tensors[f"hada_w{n}_b"].shape[1]) for n in (1, 2)}
+        are_matrices = all(tensors[f"hada_w{n}_{half}"].ndim == 2 for n in (1, 2) for half in "ab")
+        return math.prod(sides.pop()) if len(sides) == 1 and are_matrices else 0
+    if tensors["lokr_w1"].ndim != 2:
+        return 0
+    if "lokr_w2" in tensors:
+        return tensors["lokr_w1"].numel() * tensors["lokr_w2"].numel() if tensors["lokr_w2"].ndim in (2, 4) else 0
+    a, b = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
+    return tensors["lokr_w1"].numel() * len(a) * b.shape[1] if a.ndim == b.ndim == 2 else 0
 
 
 def _kronecker(tensors: Mapping[str, Tensor], scale: float) -> Tensor:
