@@ -26,10 +26,11 @@ ALLOWED: dict[str, set[str]] = {
     "tiny": {"model_files"},
     "checkpoint": {"model_files", "parallel"},
     "optim": {"config", "parallel"},
-    "model": {"config", "data", "diffusion", "model_files"},
-    "memory": {"config", "data", "measure", "model", "model_files", "optim", "parallel"},
+    "adapters": {"config", "model_files"},
+    "model": {"adapters", "config", "data", "diffusion", "model_files"},
+    "memory": {"adapters", "config", "data", "measure", "model", "model_files", "optim", "parallel"},
     "evaluate": {"config", "data", "diffusion", "measure", "model", "model_files", "parallel"},
-    "publish": {"checkpoint", "config", "model", "model_files", "optim"},
+    "publish": {"adapters", "checkpoint", "config", "model", "model_files", "optim"},
 }
 ALLOWED["train"] = {*ALLOWED} - {"tiny"}
 ALLOWED["cli"] = {*ALLOWED} - {"diffusion"}

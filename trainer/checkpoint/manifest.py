@@ -12,7 +12,7 @@ STATE = "training_state/state.json"
 _MOST_BYTES = 16 << 20
 _PIECE = 8 << 20
 # What a checkpoint consists of; somebody's notes beside it do no harm.
-_OURS = ("*.safetensors", "config.json", "state.json")
+_OURS = ("*.safetensors", "config.json", "adapter_settings.json", "state.json")
 
 
 class Damage(Exception):

@@ -4,6 +4,7 @@
       unet/config.json, unet/diffusion_pytorch_model.safetensors   weights in diffusers' layout; text_encoder/ and
                                                                    text_encoder_2/ beside it, where they train
       unet_ema/...                                                 the same of a running average called `ema`
+      adapter/...                                                  in place of them: an adapter, and its settings
       training_state/optimizer.safetensors, training_state/state.json
       manifest.json                                                size and xxh3-128 of every file above
 
@@ -29,6 +30,7 @@ WEIGHTS_FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
     "text_encoder_2": "model.safetensors",
+    "adapter": "adapter_model.safetensors",
 }
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "ema": "a running average of another length than the run kept",
     "export": "write a checkpoint as one file or folder that A1111, ComfyUI, diffusers and others open",
     "merge": "the weighted sum of two models, with weights for blocks",
+    "adapter": "LoRAs and their kin: put one into a model, make one of two models, look at one",
     "schema": "print the configuration's JSON Schema, for editors",
     "inspect": "say what a model is and what is in it, or what differs between two",
     "make-tiny": "make a tiny SDXL and a data set of real photographs, to try everything out",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trainer.config.fields import Key, Problem, dotted
 from trainer.config.rule_parts import clash, full_path, is_given, key_of, value_at
+from trainer.config.rules_adapter import adapter_rules
 from trainer.config.rules_captions import caption_rules
 from trainer.config.rules_ema import ema_rules
 from trainer.config.rules_filters import filter_rules
@@ -38,6 +39,7 @@ def broken_rules(config: Config) -> list[Problem]:
         _mode,
         caption_rules,
         _trainable,
+        adapter_rules,
         _export,
         ema_rules,
         _validation,
@@ -57,6 +59,7 @@ def bad_paths(config: Config) -> list[Problem]:
     may_exist: list[Key] = [("run", "dir"), ("data", "prepared")]
     models: list[Key] = [("model", name) for name in ("path", "vae") if isinstance(getattr(config.model, name), Path)]
     files: list[Key] = [("objective", "loss_weights", "tag_file")] if config.objective.loss_weights.tag_file else []
+    files += [("adapter", "initial")] if config.adapter.initial else []
     found = [_missing(config, key) for key in (*models, *files)]
     found += [_bad_folder(config, key, must_exist=True) for key in must_exist]
     found += [_bad_folder(config, key, must_exist=False) for key in may_exist]

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from trainer.config.sections.adapter_config import AdapterConfig
 from trainer.config.sections.captions_config import CaptionsConfig
 from trainer.config.sections.checkpoint_config import CheckpointConfig
 from trainer.config.sections.ema_config import EmaConfig
@@ -300,6 +301,8 @@ class Config(Section):
     """From captions and tags to the text of each draw; all of it is a function of seed, epoch and image."""
     trainable: TrainableConfig = TrainableConfig()
     """What of the model trains, and how fast. The VAE is always frozen."""
+    adapter: AdapterConfig = AdapterConfig()
+    """A LoRA or one of its kin in place of the weights themselves; see `docs/adapters.md`."""
     train: TrainConfig = TrainConfig()
     """Length, batch and precision."""
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -39,6 +39,7 @@ class Holding:
             each pass; `zero3`: gathered for each unit.
         world: workers that share the state.
         stored_bytes: of one weight as the optimizer sees it (its master, where `compute_bytes` is smaller).
+        base_bytes: of one weight below an adapter, which does not train; None: as `stored_bytes`.
         compute_bytes: of one weight in the forward pass. Differs from `stored_bytes` with zero2 and zero3 only;
             autocast's copies are part of the trace.
         reduce_bytes: of one gradient on the wire.
@@ -76,6 +77,7 @@ class Holding:
     average_update_bytes: int = 0
     average_swap_bytes: int = 0
     frozen_bytes: int = 0
+    base_bytes: int | None = None
     before_pass_bytes: int = 0
     between_steps: Mapping[str, int] = field(default_factory=dict)
     between_steps_gathered: frozenset[str] = frozenset()

@@ -1,9 +1,10 @@
 """What a run's memory hangs on, as plain values: made once from its configuration, and changed to look for advice."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.config.schema import TrainableConfig
+from trainer.config.sections.adapter_config import AdapterConfig, trains_adapter
 from trainer.model_files.run_model import RunModel
 
 
@@ -12,7 +13,7 @@ class PlannedRun:
     """A run as its memory plan sees it.
 
     Attributes:
-        trainable: which weights train.
+        trainable: which weights train; with an adapter, which parts have one.
         precision: `train.precision`; `vae_precision`, `text_encoder_precision`: of what is frozen.
         eight_bit: moments of 8 bits.
         batch_size: images in a pass of one worker.
@@ -28,6 +29,7 @@ class PlannedRun:
         averages: running averages of what trains, and where they are held; `snapshot_averages`: of which snapshots are
             kept, each element in so many bytes.
         scores_averages: one of them is put into the model between steps.
+        adapter: what trains in place of the weights, if it is of a kind.
     """
 
     model: RunModel
@@ -56,14 +58,21 @@ class PlannedRun:
     scores_averages: bool = False
     snapshot_averages: int = 0
     snapshot_bytes: int = 4
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     @property
     def text_encoders_train(self) -> bool:
         """Whether any of them does."""
         return self.trainable.text_encoder_1.train or self.trainable.text_encoder_2.train
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter trains beside frozen weights."""
+        return trains_adapter(self.adapter)
+
     def values(self) -> dict[str, Any]:
         """All of it as plain values, the model by its components' configurations."""
-        own = {name: value for name, value in vars(self).items() if name not in ("model", "trainable")}
+        own = {name: value for name, value in vars(self).items() if name not in ("model", "trainable", "adapter")}
         configs = {name: self.model.config(name) for name in ("unet", "text_encoder", "text_encoder_2", "vae")}
-        return own | {"trainable": self.trainable.model_dump(mode="json"), "configs": configs}
+        sections = {name: getattr(self, name).model_dump(mode="json") for name in ("trainable", "adapter")}
+        return own | sections | {"configs": configs}

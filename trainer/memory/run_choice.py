@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from trainer.adapters.initial_values import AdapterStart
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.run_plan import CUDA_CONTEXT, Setting, memory_plan, require_fit
+from trainer.model.adapted import lay_out_run
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import offloaded_activations, repeated_blocks
-from trainer.model.trainable import lay_out_model
 from trainer.optim.precision import precision_of
 from trainer.parallel.comm import Comm, broadcast_object, gather_objects
 from trainer.parallel.failure import card_is_full
@@ -96,8 +97,10 @@ def _unplanned(run: PlannedRun, setting: Setting) -> MemoryChoice:
     kind: StrategyKind = "ddp" if run.strategy == "auto" else run.strategy
     blocks: tuple[str, ...] = ()
     if run.recompute == "all":
-        weights = precision_of(run.precision).weights
-        blocks = tuple(repeated_blocks(lay_out_model(run.model, run.trainable, weights, run.chunk_join)))
+        precision = precision_of(run.precision)
+        dtypes = precision.weights, precision.compute
+        laid_out = lay_out_run(run.model, run.trainable, AdapterStart(run.adapter), *dtypes, run.chunk_join)
+        blocks = tuple(repeated_blocks(laid_out))
     return MemoryChoice(
         kind if setting.workers > 1 else "single",
         recompute=blocks,

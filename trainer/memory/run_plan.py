@@ -140,7 +140,10 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
     batch = traced.shape.batch
     again = traced.recomputed_flops(holding.strategy, chosen.recomputed)
     per_image = (plain.forward_flops // batch, (plain.flops - plain.forward_flops) // batch, again // batch)
-    checkpoint, snapshot = _checkpoint_bytes(run, trace), run.snapshot_averages * run.snapshot_bytes * _trained(trace)
+    checkpoint, snapshot = (
+        _checkpoint_bytes(run, trace),
+        run.snapshot_averages * run.snapshot_bytes * _stored(run, trace),
+    )
     bucket = traced.shape.bucket
     return MemoryPlan(
         kernels=setting.kernels,
@@ -250,7 +253,7 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
     if recompute and offload:
         freed = replace(run, recompute="auto", offload_activations="auto")
         yield "memory.recompute: auto and memory.offload_activations: auto", freed
-    if run.strategy != "auto" and setting.workers > 1:
+    if run.strategy != "auto" and setting.workers > 1 and not run.has_adapter:
         yield "memory.strategy: auto", replace(run, strategy="auto")
     batch = run.batch_size
     if batch > 1:
@@ -262,7 +265,7 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
         yield "ema.place: host", replace(run, averages_place="host")
     if not run.eight_bit:
         yield "optimizer.kind: adamw_8bit", replace(run, eight_bit=True)
-    if run.precision in ("bf16", "fp32"):
+    if run.precision in ("bf16", "fp32") and not run.has_adapter:
         stochastic = replace(run, eight_bit=True, precision="bf16_stochastic")
         yield "train.precision: bf16_stochastic and optimizer.kind: adamw_8bit", stochastic
         least = replace(stochastic, batch_size=1)
@@ -284,11 +287,13 @@ def _checkpoint_bytes(run: PlannedRun, trace: Any) -> int:
     from trainer.optim.precision import precision_of
 
     each = precision_of(run.precision).weights.itemsize + 4 * run.averages
-    return _trained(trace) * each + optimizer_bytes(run, trace)
+    return _stored(run, trace) * each + optimizer_bytes(run, trace)
 
 
-def _trained(trace: "Trace") -> int:
-    """Weights of the components of which anything trains."""
+def _stored(run: PlannedRun, trace: "Trace") -> int:
+    """Weights that a checkpoint holds: of an adapter, or of the components of which anything trains."""
+    if run.has_adapter:
+        return sum(math.prod(trace.shapes[name]) for name in trace.trains)
     parts = {name.split(".", 1)[0] for name in trace.trains}
     return sum(math.prod(shape) for name, shape in trace.shapes.items() if name.split(".", 1)[0] in parts)
 

@@ -108,7 +108,8 @@ class _Replicated:
         size = holding.stored_bytes
         self._bytes = {p.name: p.numel * size for p in parameters if p.trains}
         total = sum(self._bytes.values())
-        ledger.held["weights"] = sum(p.numel * size for p in parameters)
+        base = size if holding.base_bytes is None else holding.base_bytes
+        ledger.held["weights"] = sum(p.numel * (size if p.trains else base) for p in parameters)
         ledger.held["optimizer"] = round(holding.optimizer_bytes * total / size)
         self._wrapped = holding.strategy == "ddp"
         if self._wrapped:

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.adapters.initial_values import AdapterStart
 from trainer.data.buckets import Bucket
 from trainer.memory.holdings import Holding, Kernels, Peak, StrategyName
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.strategy_peak import strategy_peak
 from trainer.memory.trace import Block, Trace, trace_pass, trace_peak
+from trainer.model.adapted import lay_out_run
 from trainer.model.denoiser import TrainedModel
 from trainer.model.load_weights import empty_text_encoders, empty_vae
 from trainer.model.recompute import (
@@ -25,7 +27,6 @@ from trainer.model.recompute import (
     repeated_blocks,
 )
 from trainer.model.text import TextEncoders, text_positions
-from trainer.model.trainable import lay_out_model
 from trainer.optim.adamw import CHUNK_ELEMENTS
 from trainer.optim.eight_bit import blocks_per_row, takes_8_bits
 from trainer.optim.ema_memory import EmaMemory, memory_of_averages
@@ -104,7 +105,8 @@ class TracedRun:
     def _model(self, way: _Way, blocks: tuple[str, ...]) -> tuple[TrainedModel, Callable[[], Tensor], list[Tensor]]:
         """The model, its pass, and the weights of frozen models that run within the pass."""
         run, frozen = self._run, None
-        model = lay_out_model(run.model, run.trainable, way.dtype, run.chunk_join).train()
+        dtypes = way.dtype, precision_of(run.precision).compute
+        model = lay_out_run(run.model, run.trainable, AdapterStart(run.adapter), *dtypes, run.chunk_join).train()
         if model.text_encoders is None and not run.cache_text:
             frozen = frozen_text_encoders(run)
         apply_recompute(model, blocks)
@@ -184,7 +186,9 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
     state = optimizer_bytes(run, trace)
     trained = sum(math.prod(trace.shapes[name]) for name in trace.trains)
     fused = precision.weights == torch.float32 and not run.eight_bit
-    largest = max(math.prod(shape) for shape in trace.shapes.values())
+    largest = max(
+        math.prod(shape) for name, shape in trace.shapes.items() if name in trace.trains or not run.has_adapter
+    )
     averages = {shards: averages_memory(run, trace, shards, kernels) for shards in {1, workers}}
 
     def holding(strategy: StrategyName, each_pass: bool = True) -> Holding:
@@ -195,6 +199,7 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
             strategy=strategy,
             world=workers,
             stored_bytes=precision.weights.itemsize,
+            base_bytes=precision.compute.itemsize if run.has_adapter else None,
             compute_bytes=narrow,
             reduce_bytes=narrow,
             optimizer_bytes=state / trained,

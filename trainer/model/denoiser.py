@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trainer.adapters.initial_values import AdapterStart
 from trainer.diffusion.noise import Draws, mixed_noise
 from trainer.diffusion.objective import Objective, mixed_input, mixed_target
 from trainer.diffusion.prediction import Mixture
@@ -24,7 +25,12 @@ class TrainedModel(nn.Module):
     """The UNet, and the text encoders if any of them trains: one forward pass, so that a wrapper sees all weights.
 
     Parameters are named `unet.*`, `text_encoder_1.*` and `text_encoder_2.*`.
+
+    Attributes:
+        adapter: what trains in place of the weights themselves; None: they do.
     """
+
+    adapter: AdapterStart | None = None
 
     def __init__(self, unet: UNet2DConditionModel, text_encoders: TextEncoders | None = None) -> None:
         super().__init__()

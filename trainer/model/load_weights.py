@@ -6,7 +6,7 @@ beside the model itself there is at most one tensor more. Importing this module 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -143,17 +143,21 @@ def _fill(model: torch.nn.Module, part: Component, dtype: torch.dtype, device: t
     model.to(device)  # the buffers that are not saved
 
 
-def read_weights(model: torch.nn.Module, part: Component, place: Callable[[str, torch.Tensor], None]) -> None:
+def read_weights(
+    model: torch.nn.Module | Mapping[str, torch.Tensor], part: Component, place: Callable[[str, torch.Tensor], None]
+) -> None:
     """Calls `place` with the name of every parameter of `model` and the tensor that `part` holds for it.
 
     One tensor is in memory at a time, on the CPU and in the dtype of the file.
 
     Args:
+        model: or the tensors that are wanted, by their names in the part.
         part: from `RunModel.part`, or a checkpoint's.
     Raises:
         UserError: a tensor is missing, has another shape, is none of the model's, or is not finite.
     """
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors = model if isinstance(model, Mapping) else model.state_dict()
+    wanted = {name: tensor.shape for name, tensor in tensors.items()}
     for fault, names in (
         ("lack", [name for name in wanted if name not in part.tensors]),
         ("hold", [name for name in part.tensors if name not in wanted]),

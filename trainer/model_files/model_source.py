@@ -216,6 +216,16 @@ def open_folder_component(component: str, folder: Path, limits: Limits = DEFAULT
     return Component(component, folder, config, tensors)
 
 
+def open_tensors(file: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, ComponentTensor]:
+    """The tensors of a safetensors file that is no component, by their names in it.
+
+    Raises:
+        UserError: it is no such file, or cannot be read.
+    """
+    header = ModelSource(file, "file", limits).header
+    return {name: _part_tensor(file, entry) for name, entry in header.tensors.items()}
+
+
 def _part_tensor(file: Path, entry: TensorEntry, key: KeyEntry | None = None) -> ComponentTensor:
     """One tensor of the module that is read from a range of a file; with a `key`, changed to the module's form."""
     import torch

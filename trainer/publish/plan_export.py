@@ -34,6 +34,7 @@ class Wish:
 
     Attributes:
         out: the file, or the folder of the diffusers layout.
+        layout: `peft`: of adapters alone, a folder as PEFT reads it.
         dtype: "same": as it is stored.
         vae_dtype: None: as `dtype`.
         weights: of a checkpoint: `live` for those that train, or a running average of them by its name.
@@ -46,7 +47,7 @@ class Wish:
     """
 
     out: Path
-    layout: Literal["single-file", "diffusers"] = "single-file"
+    layout: Literal["single-file", "diffusers", "peft"] = "single-file"
     dtype: Literal["fp16", "bf16", "fp32", "same"] = "fp16"
     vae_dtype: Literal["fp16", "bf16", "fp32", "same"] | None = None
     weights: str = "live"
@@ -89,12 +90,18 @@ def prepare_export(place: Path, wish: Wish, config: Config | None = None) -> Pre
     Raises:
         UserError: something is missing, damaged, or does not go together.
     """
-    _require_place(wish)
+    from trainer.publish.adapter_export import adapter_in, prepare_adapter
+
+    require_place(wish)
+    if (checkpoint := adapter_in(place)) is not None:
+        return prepare_adapter(checkpoint, wish, config)
+    if wish.layout == "peft":
+        raise UserError(f"--layout peft: {place} is no run or checkpoint with an adapter")
     source = open_source(place, wish.model, wish.vae, wish.weights, wish.source_projection, config)
     prediction, ztsnr = prediction_of(source, wish.prediction_type, wish.ztsnr)
     if wish.layout == "diffusers":
-        return _prepare_folder(source, wish, prediction, ztsnr)
-    return _prepare_file(source, wish, prediction, ztsnr)
+        return prepare_folder(source, wish, prediction, ztsnr)
+    return prepare_file(source, wish, prediction, ztsnr)
 
 
 def prepare_merge(first: Path, second: Path, alpha: float, blocks: BlockWeights, wish: Wish) -> PreparedExport:
@@ -107,7 +114,7 @@ def prepare_merge(first: Path, second: Path, alpha: float, blocks: BlockWeights,
     Raises:
         UserError: as `prepare_export`, and where the models do not go together.
     """
-    _require_place(wish)
+    require_place(wish)
     a, b = open_source(first, None, wish.vae, "live"), open_source(second, None, None, "live")
     told = [prediction_of(source, wish.prediction_type, wish.ztsnr) for source in (a, b)]
     if told[0] != told[1]:
@@ -119,7 +126,7 @@ def prepare_merge(first: Path, second: Path, alpha: float, blocks: BlockWeights,
     merged = replace(a, parts=parts, config=None, checkpoint=None, metadata=kept)
     recipe = {"a": names[0], "b": names[1], "alpha": alpha, "blocks": [list(pair) for pair in blocks]}
     more = {"sdxl_train.merge": json.dumps(recipe)}
-    return _prepare_file(merged, replace(wish, description=description), *told[0], more)
+    return prepare_file(merged, replace(wish, description=description), *told[0], more)
 
 
 def _name_of(source: Source, place: Path) -> str:
@@ -128,13 +135,15 @@ def _name_of(source: Source, place: Path) -> str:
     return source.metadata.get(TITLE_KEY) or place.absolute().stem
 
 
-def _require_place(wish: Wish) -> None:
+def require_place(wish: Wish) -> None:
+    """Refuse a place that cannot be written to, or holds something else."""
     if wish.layout == "single-file" and wish.out.suffix != ".safetensors":
         raise UserError(f"{wish.out}: a single file's name must end in .safetensors; other programs go by it")
     if wish.out.exists() and not wish.overwrite:
         raise UserError(f"{wish.out}: exists; give another name, or --overwrite")
     if wish.out.exists() and not _is_replaceable(wish):
-        what = "a model in diffusers' layout" if wish.layout == "diffusers" else "a file"
+        folders = {"diffusers": "a model in diffusers' layout", "peft": "a folder of PEFT's"}
+        what = folders.get(wish.layout, "a file")
         raise UserError(f"{wish.out}: --overwrite replaces {what}, and this is none; give another name")
     if not wish.out.absolute().parent.is_dir():
         raise UserError(f"{wish.out.absolute().parent}: no such folder")
@@ -144,12 +153,16 @@ def _is_replaceable(wish: Wish) -> bool:
     """Whether what lies at `wish.out` is what it would be replaced by, and no folder of other things."""
     if wish.layout == "single-file":
         return wish.out.is_file()
-    return wish.out.is_dir() and ((wish.out / "model_index.json").is_file() or not any(wish.out.iterdir()))
+    if not wish.out.is_dir():
+        return False
+    marks = ("unet/adapter_config.json",) if wish.layout == "peft" else ("model_index.json",)
+    return any((wish.out / mark).is_file() for mark in marks) or not any(wish.out.iterdir())
 
 
-def _prepare_file(
+def prepare_file(
     source: Source, wish: Wish, prediction: str, ztsnr: bool, more: Mapping[str, str] | None = None
 ) -> PreparedExport:
+    """One file; `more`: further metadata."""
     from trainer.publish.write_model import file_metadata, plan_single_file, total_bytes, write_single_file
 
     if prediction == "edm":
@@ -163,13 +176,14 @@ def _prepare_file(
         notes.append(f"flow has no marker that other tools know: in ComfyUI, add the node ModelSamplingSD3{shift}")
 
     def write(on_written: Callable[[int], None] | None) -> None:
-        with _disk_errors(wish.out):
+        with disk_errors(wish.out):
             write_single_file(wish.out, planned, metadata, on_written)
 
     return PreparedExport(total_bytes(planned), tuple(notes), write)
 
 
-def _prepare_folder(source: Source, wish: Wish, prediction: str, ztsnr: bool) -> PreparedExport:
+def prepare_folder(source: Source, wish: Wish, prediction: str, ztsnr: bool) -> PreparedExport:
+    """A folder in diffusers' layout."""
     from trainer.publish.write_model import plan_component, total_bytes, write_folder
 
     precision, tokenizers = _precision(wish), tokenizers_of(source, wish.tokenizer)
@@ -177,7 +191,7 @@ def _prepare_folder(source: Source, wish: Wish, prediction: str, ztsnr: bool) ->
     planned = [tensor for part in source.parts.values() for tensor in plan_component(part, precision)]
 
     def write(on_written: Callable[[int], None] | None) -> None:
-        with _disk_errors(wish.out):
+        with disk_errors(wish.out):
             write_folder(wish.out, source.parts, precision, scheduler, tokenizers, on_written)
 
     return PreparedExport(total_bytes(planned), (), write)
@@ -189,7 +203,8 @@ def _flow_shift(source: Source) -> float:
 
 
 @contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def disk_errors(out: Path) -> Iterator[None]:
+    """What the disk does not take, as one line."""
     try:
         yield
     except OSError as error:
@@ -218,7 +233,7 @@ def _metadata(source: Source, wish: Wish, prediction: str) -> dict[str, str]:
         prediction_type=prediction,
         unet_dtype=str(precision.of("unet", stored["unet"])).removeprefix("torch."),
         vae_dtype=str(precision.of("vae", stored["vae"])).removeprefix("torch."),
-        thumbnail=_thumbnail(wish, checkpoint),
+        thumbnail=run_thumbnail(wish, checkpoint),
     )
     own = {"sdxl_train.version": __version__, PROJECTION_KEY: wish.text_projection}
     if prediction == "flow" and config is not None:
@@ -251,7 +266,8 @@ def _resolution(source: Source) -> str:
     return f"{side}x{side}"
 
 
-def _thumbnail(wish: Wish, checkpoint: Path | None) -> str | None:
+def run_thumbnail(wish: Wish, checkpoint: Path | None) -> str | None:
+    """The image that was given, or the run's newest samples."""
     if wish.thumbnail is not None:
         return thumbnail_of([wish.thumbnail])
     if checkpoint is None or not wish.with_thumbnail:

@@ -145,7 +145,7 @@ def write_folder(
         _copy_tokenizers(temporary, *tokenizers)
         _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
         _write_json(temporary / "model_index.json", preset("model_index"))
-        _replace_folder(temporary, folder)
+        replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -160,7 +160,8 @@ def _copy_tokenizers(folder: Path, one: Path, two: Path | None) -> None:
     shutil.copytree(two, folder / "tokenizer_2")
 
 
-def _replace_folder(temporary: Path, folder: Path) -> None:
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Give a written folder its name, in place of what has it."""
     before = folder.with_name(folder.name + ".before")
     if folder.exists():
         folder.rename(before)

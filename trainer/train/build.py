@@ -13,6 +13,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
+from trainer.adapters.initial_values import AdapterStart
 from trainer.checkpoint.ema_folders import average_folder
 from trainer.checkpoint.run_dir import read_state
 from trainer.checkpoint.write import OPTIMIZER, read_tensors
@@ -31,13 +32,13 @@ from trainer.errors import UserError
 from trainer.evaluate.scoring import Scorer
 from trainer.memory.run_choice import MemoryChoice, choose_memory, smallest_card
 from trainer.memory.run_plan import Setting
+from trainer.model.adapted import fill_adapted, lay_out_run
 from trainer.model.channels_last import prefer_channels_last
 from trainer.model.compiled import compile_blocks
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.load_weights import load_text_encoders, load_vae, read_weights
 from trainer.model.recompute import apply_recompute, embeddings, gathered_units
 from trainer.model.text import TextEncoders
-from trainer.model.trainable import lay_out_model
 from trainer.model.vae import ImageEncoder
 from trainer.model_files.components import Component
 from trainer.model_files.model_source import open_folder_component
@@ -64,6 +65,7 @@ from trainer.train.saved.objective_state import take_up_objective
 from trainer.train.saved.state import TrainState
 from trainer.train.step import StepParts, by_loss_weight
 from trainer.train.step_companions import meeting_of
+from trainer.train.trained_parts import trained_parts
 
 _log = logging.getLogger(__name__)
 _WEIGHTS_WORTH_COMPILING = 100e6  # of a worker
@@ -222,12 +224,14 @@ def _check_shards(prepared: PreparedSet, max_bad_fraction: float) -> None:
 def optimizer_for(config: Config, strategy: Strategy, comm: Comm) -> torch.optim.Optimizer:
     """AdamW over what trains, with a learning rate for each part of the model."""
     rounding = precision_of(config.train.precision).rounding
-    parts = {name: getattr(config.trainable, name) for name in type(config.trainable).model_fields}
+    trains = trained_parts(config)
+    parts = {name: getattr(trains, name) for name in type(trains).model_fields}
     groups = {
         name: {full: p for full, p in strategy.parameters.items() if full.startswith(f"{name}.")}
         for name, part in parts.items()
         if part.train
     }
+    groups = {name: named for name, named in groups.items() if named}  # an adapter may be on one part alone
     return make_optimizer(
         groups,
         config.optimizer,
@@ -260,6 +264,10 @@ def fill_model(model_files: RunModel, checkpoint: Path | None, model: nn.Module,
         average: name of the one that is taken of what trains; `live`: the weights themselves.
     """
     assert isinstance(model, TrainedModel)
+    if model.adapter is not None:
+        folder = "adapter" if average == LIVE else average_folder("adapter", average)
+        fill_adapted(model_files, checkpoint and checkpoint / folder, model)
+        return
     modules: dict[str, nn.Module] = {"unet": model.unet}
     if model.text_encoders:
         modules |= {"text_encoder": model.text_encoders.one, "text_encoder_2": model.text_encoders.two}
@@ -361,8 +369,9 @@ def make_scorer(
 
 
 def _laid_out(config: Config, model_files: RunModel) -> TrainedModel:
-    weights = precision_of(config.train.precision).weights
-    return lay_out_model(model_files, config.trainable, weights, config.captions.chunks)
+    precision, adapter = precision_of(config.train.precision), AdapterStart(config.adapter, config.run.seed)
+    dtypes = precision.weights, precision.compute
+    return lay_out_run(model_files, config.trainable, adapter, *dtypes, config.captions.chunks)
 
 
 def worker_setting(config: Config, comm: Comm, data: BucketedData, card: int | None) -> Setting:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from trainer.config.schema import Config
+from trainer.config.sections.adapter_config import trains_adapter
 from trainer.config.sections.ema_config import LIVE
 from trainer.data.buckets import Bucket, make_buckets
 from trainer.memory.holdings import Kernels
@@ -12,6 +13,7 @@ from trainer.model.text import TOKENS_PER_CHUNK
 from trainer.model_files.run_model import RunModel
 from trainer.train.arithmetic import batch_factors
 from trainer.train.run_objective import extra_noises
+from trainer.train.trained_parts import trained_parts
 
 
 def planned_run(config: Config, model: RunModel) -> PlannedRun:
@@ -19,7 +21,8 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
     samples, side, ema = config.samples, config.data.buckets.resolution, config.ema
     return PlannedRun(
         model=model,
-        trainable=config.trainable,
+        trainable=trained_parts(config),
+        adapter=config.adapter,
         precision=config.train.precision,
         vae_precision=config.model.vae_precision,
         text_encoder_precision=config.model.text_encoder_precision,
@@ -33,7 +36,7 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
         validates=config.validation.every_steps > 0,
         sample_px=(samples.height_px or side, samples.width_px or side) if samples.every_steps else None,
         budget=config.memory.budget,
-        strategy=config.memory.strategy,
+        strategy="ddp" if trains_adapter(config.adapter) else config.memory.strategy,
         recompute=config.memory.recompute,
         offload_activations=config.memory.offload_activations,
         data_workers=config.data.workers,

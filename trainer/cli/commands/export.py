@@ -26,6 +26,8 @@ examples:
   sdxl-train export runs/foxes --weights ema -o foxes-ema.safetensors
       a running average that the run kept (docs/ema.md)
   sdxl-train export runs/foxes --layout diffusers -o foxes-v1
+  sdxl-train export runs/fox-lora -o fox.safetensors
+      a run with an adapter gives the adapter alone, with kohya's names; --layout peft gives a folder for PEFT
   sdxl-train export model.safetensors --dtype same --layout diffusers -o model
 
 what publishing a model takes: docs/publish.md
@@ -79,7 +81,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint, a run directory (its newest checkpoint), a diffusers folder or a .safetensors file",
     )
     add_out_arguments(parser, "the file or folder to write")
-    parser.add_argument("--layout", choices=("single-file", "diffusers"), default="single-file")
+    parser.add_argument("--layout", choices=("single-file", "diffusers", "peft"), default="single-file")
     what = parser.add_argument_group("weights")
     add_weights_arguments(what, "same")
     add_weights_name(what)

@@ -85,11 +85,12 @@ def _listed(names: list[str]) -> str:
 
 def _stored_tensors(parts: StepParts, checkpoint: Path, average: str) -> Iterator[tuple[str, Tensor]]:
     """By the names of the parameters that train; what was frozen, and still is, is no part of the average."""
-    for folder, prefix, _, _ in trained_components(parts.denoiser.model):
-        file = checkpoint / average_folder(folder, average) / WEIGHTS_FILES[folder]
-        for name, tensor in read_tensors(file) if file.is_file() else ():
-            if f"{prefix}.{name}" in parts.strategy.parameters:
-                yield f"{prefix}.{name}", tensor
+    for each in trained_components(parts.denoiser.model):
+        file = checkpoint / average_folder(each.folder, average) / WEIGHTS_FILES[each.folder]
+        for stored, tensor in read_tensors(file) if file.is_file() else ():
+            name = each.names.get(stored)
+            if name is not None and name in parts.strategy.parameters:
+                yield name, tensor
 
 
 def _corrections(parts: StepParts, averages: Averages) -> Mapping[str, Tensor]:

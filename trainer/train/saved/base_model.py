@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trainer.checkpoint.run_dir import read_state
 from trainer.config.schema import Config
+from trainer.config.sections.adapter_config import trains_adapter
 from trainer.errors import UserError
 from trainer.model_files.run_model import RunModel
 from trainer.parallel.comm import Comm
@@ -20,7 +21,8 @@ def frozen_fingerprints(config: Config, model: RunModel, comm: Comm) -> dict[str
         return {}
     trains = {"unet": config.trainable.unet.train, "text_encoder": config.trainable.text_encoder_1.train}
     trains |= {"text_encoder_2": config.trainable.text_encoder_2.train, "vae": False}
-    return {name: model.fingerprint(name) for name, train in trains.items() if not train}
+    under_adapter = trains_adapter(config.adapter)  # which changes none of them
+    return {name: model.fingerprint(name) for name, train in trains.items() if under_adapter or not train}
 
 
 def require_same_base(config: Config, frozen: Mapping[str, str], checkpoint: Path) -> None:

@@ -1,13 +1,16 @@
 """What a checkpoint holds of a run: the components that train, their averages, and the optimizer's state."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from trainer.adapters.adapter_names import stored_name
+from trainer.adapters.parameters import adapter_parameters
 from trainer.checkpoint.ema_folders import average_folder
 from trainer.checkpoint.write import OPTIMIZER, WEIGHTS_FILES, TensorFile
+from trainer.model.adapted import SETTINGS, settings_text
 from trainer.model.denoiser import TrainedModel
 from trainer.optim.ema_contents import ema_parts
 from trainer.optim.optimizers import optimizer_tensors
@@ -16,24 +19,25 @@ from trainer.train.step import StepParts
 
 
 class TrainedComponent(NamedTuple):
-    """A component of which anything trains.
+    """A component of which anything trains, or the adapter.
 
     Attributes:
-        folder: its name in diffusers' layout; `prefix`: of its parameters in the model.
-        config: the text of its `config.json`.
+        folder: its name in diffusers' layout.
+        weights: what is stored of it, by name in the file; `names`: those in the model.
+        beside: other files in its folder, as name -> text.
     """
 
     folder: str
-    prefix: str
-    module: nn.Module
-    config: str
+    weights: Mapping[str, nn.Parameter]
+    names: Mapping[str, str]
+    beside: Mapping[str, str]
 
 
 def checkpoint_files(parts: StepParts) -> list[TensorFile]:
     """The files in diffusers' layout; nothing is copied or exchanged yet."""
     files = [
-        TensorFile(f"{folder}/{WEIGHTS_FILES[folder]}", _weights(module), {"config.json": config})
-        for folder, _, module, config in trained_components(parts.denoiser.model)
+        TensorFile(f"{each.folder}/{WEIGHTS_FILES[each.folder]}", _weights(each), each.beside)
+        for each in trained_components(parts.denoiser.model)
     ]
     files += average_files(parts, parts.averages.profiles if parts.averages else ())
     state = optimizer_tensors(parts.optimizer, parts.strategy.parameters)
@@ -50,27 +54,37 @@ def average_files(parts: StepParts, names: Iterable[str], dtype: torch.dtype | N
     for name in names:
         assert parts.averages is not None
         averaged = ema_parts(parts.averages, name, parts.strategy.parameters)
-        for folder, prefix, module, config in trained_components(parts.denoiser.model):
-            tensors = _weights(module)
-            for weight, parameter in module.named_parameters():
+        for each in trained_components(parts.denoiser.model):
+            tensors = _weights(each)
+            for weight, parameter in each.weights.items():
                 if parameter.requires_grad:
-                    average = averaged[f"{prefix}.{weight}"]
+                    average = averaged[each.names[weight]]
                     tensors[weight] = average._replace(dtype=dtype or average.dtype)
-            file = f"{average_folder(folder, name)}/{WEIGHTS_FILES[folder]}"
-            files.append(TensorFile(file, tensors, {"config.json": config}))
+            file = f"{average_folder(each.folder, name)}/{WEIGHTS_FILES[each.folder]}"
+            files.append(TensorFile(file, tensors, each.beside))
     return files
 
 
-def _weights(module: nn.Module) -> dict[str, Held]:
-    return {name: held(parameter) for name, parameter in module.named_parameters()}
+def _weights(component: TrainedComponent) -> dict[str, Held]:
+    return {name: held(parameter) for name, parameter in component.weights.items()}
 
 
 def trained_components(model: TrainedModel) -> list[TrainedComponent]:
     """Those of which a checkpoint holds the weights."""
-    found = [TrainedComponent("unet", "unet", model.unet, model.unet.to_json_string())]
+    if model.adapter is not None:
+        own = adapter_parameters(model)
+        names = {stored_name(name): name for name in own}
+        weights = {stored: own[name] for stored, name in names.items()}
+        return [TrainedComponent("adapter", weights, names, {SETTINGS: settings_text(model.adapter.config)})]
+    found = [_component("unet", "unet", model.unet, model.unet.to_json_string())]
     if model.text_encoders:
         encoders = model.text_encoders.one, model.text_encoders.two
         for number, folder, encoder in zip((1, 2), ("text_encoder", "text_encoder_2"), encoders, strict=True):
             config = encoder.config.to_json_string(use_diff=False)
-            found.append(TrainedComponent(folder, f"text_encoder_{number}", encoder, config))
-    return [each for each in found if any(parameter.requires_grad for parameter in each.module.parameters())]
+            found.append(_component(folder, f"text_encoder_{number}", encoder, config))
+    return [each for each in found if any(parameter.requires_grad for parameter in each.weights.values())]
+
+
+def _component(folder: str, prefix: str, module: nn.Module, config: str) -> TrainedComponent:
+    weights = dict(module.named_parameters())
+    return TrainedComponent(folder, weights, {name: f"{prefix}.{name}" for name in weights}, {"config.json": config})

@@ -1,0 +1,85 @@
+"""What an adapter starts from: values drawn by the run's seed and each weight's own name, or somebody's file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.adapters.adapter_names import stored_name
+from trainer.config.sections.adapter_config import AdapterConfig
+from trainer.keyed import draw_seed
+
+_LOHA_SIZES = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_b": 1.0}  # as LyCORIS draws them
+_ZEROS = ("lora_B", "hada_w2_a", "lokr_w2", "lokr_w2_b", "oft_R")  # so that the change is none at first
+_KAIMING = ("lora_A", "lokr_w1", "lokr_w2_a")
+
+
+@dataclass(frozen=True)
+class AdapterStart:
+    """An adapter, and what it starts from.
+
+    Attributes:
+        seed: the run's.
+    """
+
+    config: AdapterConfig
+    seed: int = 0
+
+    @property
+    def initial(self) -> Path | None:
+        """The file to start from."""
+        return self.config.initial
+
+
+@torch.no_grad()
+def draw_initial(parameter: nn.Parameter, name: str, seed: int) -> None:
+    """Fill a parameter of an adapter; magnitudes of DoRA are left to `fill_magnitudes`.
+
+    The values hang on the seed and the stored name alone, so that they are the same for any number of workers.
+
+    Args:
+        name: in the adapted model, with the part of the model it is in.
+    """
+    leaf, size = _leaf(name), parameter.shape
+    generator = torch.Generator().manual_seed(draw_seed(seed, "adapter", stored_name(name)))
+    if leaf in _KAIMING:
+        bound = 1 / math.sqrt(math.prod(size[1:]))  # Kaiming's uniform with a = sqrt(5), as PEFT and LyCORIS have it
+        values = torch.rand(size, generator=generator).mul_(2 * bound).sub_(bound)
+    elif leaf in _LOHA_SIZES:
+        values = torch.randn(size, generator=generator).mul_(_LOHA_SIZES[leaf])
+    else:
+        assert leaf in _ZEROS or leaf == "lora_magnitude_vector", name
+        values = torch.zeros(size)
+    parameter.copy_(values)
+
+
+@torch.no_grad()
+def fill_magnitudes(model: nn.Module, keep: Collection[str] = ()) -> None:
+    """DoRA's magnitudes as the norms of the base's rows with the change as it is; all else has its values.
+
+    Args:
+        keep: names of parameters that have theirs.
+    """
+    from trainer.adapters.dora import weight_norms
+    from trainer.adapters.parameters import PEFT_NAME
+
+    for name, module in model.named_modules():
+        layer: Any = module
+        own = f"{name}.lora_magnitude_vector.{PEFT_NAME}.weight"
+        if not len(getattr(module, "lora_magnitude_vector", ())) or own in keep:
+            continue
+        magnitude: Tensor = layer.lora_magnitude_vector[PEFT_NAME].weight
+        down, up = layer.lora_A[PEFT_NAME].weight, layer.lora_B[PEFT_NAME].weight
+        norms = weight_norms(layer.base_layer.weight, down, up, layer.scaling[PEFT_NAME])
+        magnitude.copy_(norms.view(magnitude.shape))
+
+
+def _leaf(name: str) -> str:
+    parts = stored_name(name).split(".")
+    return parts[-2] if parts[-1] == "weight" else parts[-1]
