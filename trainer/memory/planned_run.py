@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainer.config.schema import TrainableConfig
+from trainer.config.sections.trainable_config import TrainableConfig
 from trainer.model_files.run_model import RunModel
 
 

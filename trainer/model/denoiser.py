@@ -13,6 +13,7 @@ from trainer.diffusion.noise import Draws, mixed_noise
 from trainer.diffusion.objective import Objective, mixed_input, mixed_target
 from trainer.diffusion.prediction import Mixture
 from trainer.model.conditioning import condition_text, unet_inputs
+from trainer.model.selection.weight_rates import Rate
 from trainer.model.text import TextConditioning, TextEncoders
 from trainer.model.vae import ImageEncoder
 
@@ -24,6 +25,10 @@ class TrainedModel(nn.Module):
     """The UNet, and the text encoders if any of them trains: one forward pass, so that a wrapper sees all weights.
 
     Parameters are named `unet.*`, `text_encoder_1.*` and `text_encoder_2.*`.
+
+    Attributes:
+        rates: how fast what trains does so, by the parameter's name.
+        resting: names of those among them that train at another time of the run, and ask for no gradients now.
     """
 
     def __init__(self, unet: UNet2DConditionModel, text_encoders: TextEncoders | None = None) -> None:
@@ -33,6 +38,8 @@ class TrainedModel(nn.Module):
             self.text_encoder_1 = text_encoders.one
             self.text_encoder_2 = text_encoders.two
         self.text_encoders = text_encoders
+        self.rates: dict[str, Rate] = {}
+        self.resting: frozenset[str] = frozenset()
 
     def forward(
         self,

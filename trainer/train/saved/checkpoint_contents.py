@@ -49,12 +49,11 @@ def average_files(parts: StepParts, names: Iterable[str], dtype: torch.dtype | N
     files = []
     for name in names:
         assert parts.averages is not None
-        averaged = ema_parts(parts.averages, name, parts.strategy.parameters)
+        averaged = ema_parts(parts.averages, name, parts.strategy.ever_trained)
         for folder, prefix, module, config in trained_components(parts.denoiser.model):
             tensors = _weights(module)
-            for weight, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    average = averaged[f"{prefix}.{weight}"]
+            for weight in tensors:
+                if average := averaged.get(f"{prefix}.{weight}"):
                     tensors[weight] = average._replace(dtype=dtype or average.dtype)
             file = f"{average_folder(folder, name)}/{WEIGHTS_FILES[folder]}"
             files.append(TensorFile(file, tensors, {"config.json": config}))
@@ -66,11 +65,13 @@ def _weights(module: nn.Module) -> dict[str, Held]:
 
 
 def trained_components(model: TrainedModel) -> list[TrainedComponent]:
-    """Those of which a checkpoint holds the weights."""
+    """Those of which a checkpoint holds the weights: anything of them trains, now or at another time of the run."""
     found = [TrainedComponent("unet", "unet", model.unet, model.unet.to_json_string())]
     if model.text_encoders:
         encoders = model.text_encoders.one, model.text_encoders.two
         for number, folder, encoder in zip((1, 2), ("text_encoder", "text_encoder_2"), encoders, strict=True):
             config = encoder.config.to_json_string(use_diff=False)
             found.append(TrainedComponent(folder, f"text_encoder_{number}", encoder, config))
-    return [each for each in found if any(parameter.requires_grad for parameter in each.module.parameters())]
+    resting = {name.partition(".")[0] for name in model.resting}
+    trains = {each.prefix for each in found if any(parameter.requires_grad for parameter in each.module.parameters())}
+    return [each for each in found if each.prefix in trains | resting]
