@@ -96,7 +96,8 @@ def ours_start(config_path: Path, overrides: list[str]) -> dict[str, float]:
     from trainer.parallel.comm import init_comm
     from trainer.train.arithmetic import arithmetic_of
     from trainer.train.build import build_run
-    from trainer.train.loop import open_training_loader, starting_state
+    from trainer.train.loop import open_training_loader
+    from trainer.train.placement import starting_state
 
     # The worker reads the resolved file, and imports again what the parent has imported.
     config = load_config(resolved, check_paths=False)
@@ -120,7 +121,8 @@ def steps(config_path: Path, overrides: list[str]) -> dict[str, float]:
     from trainer.parallel.comm import init_comm
     from trainer.train.arithmetic import arithmetic_of
     from trainer.train.build import build_run
-    from trainer.train.loop import open_training_loader, starting_state
+    from trainer.train.loop import open_training_loader
+    from trainer.train.placement import starting_state
     from trainer.train.step import train_step
 
     config = load_config(config_path, [*overrides, "run.resume=false", f"run.dir={SCRATCH}"])

@@ -22,7 +22,7 @@ from trainer.data.store.snapshot import PreparedSet
 from trainer.diffusion.masking import area_mean, masked_mean
 from trainer.errors import UserError
 from trainer.model.denoiser import Denoiser
-from trainer.train.build import require_masks
+from trainer.train.placement import require_masks
 from trainer.train.run_objective import describe_objective
 from trainer.train.step import train_step
 from trainer.train.workers.eval_worker import evaluate_weights

@@ -98,6 +98,8 @@ def _values(field: Schema) -> str:
     if field["type"] == "array":
         entries = f", {field['minItems']} of them" if field.get("minItems") == field.get("maxItems", 0) else ""
         return f"list of {_values(field['items'])}{entries}"
+    if field["type"] == "object":
+        return f"pattern: {_values(field['additionalProperties'])}, ..."
     words = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`", "null": "`null`"}
     name = "path" if field.get("format") == "path" else words.get(field["type"], "text")
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

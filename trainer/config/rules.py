@@ -5,8 +5,9 @@ than the default, so that a configuration written out in full can be read again.
 """
 
 import glob
+import math
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from trainer.config.fields import Key, Problem, dotted
@@ -20,6 +21,7 @@ from trainer.config.rules_objective import objective_problems
 from trainer.config.rules_sources import is_needed_to_train, paths_of, source_rules
 from trainer.config.schema import Config
 from trainer.config.sections.sources import FolderSource, LatentTarsSource, Source
+from trainer.config.sections.trainable_config import TextEncoderPart
 from trainer.config.spelling import nearest_path
 from trainer.config.wording import shown
 
@@ -173,11 +175,13 @@ def _trainable(config: Config) -> Iterator[Problem]:
         yield clash(config, tuple(f"trainable.{name}.train" for name in parts), "nothing trains")
     for name, part in parts.items():
         key = f"trainable.{name}"
-        for option in ("lr", "freeze"):
-            if not part.train and is_given(config, f"{key}.{option}"):
+        for option in type(part).model_fields:
+            if not part.train and option != "train" and is_given(config, f"{key}.{option}"):
                 yield clash(config, (f"{key}.{option}", f"{key}.train"), "has no effect on what does not train")
         if part.train and name != "unet" and config.data.cache_text:
             yield clash(config, ("data.cache_text", f"{key}.train"), "must not go together; its outputs change")
+    yield from _when_parts_train(config, {name: part for name, part in parts.items() if part.train})
+    yield from _weight_decay(config, {name: part for name, part in parts.items() if part.train})
     trained = [name for name in ("text_encoder_1", "text_encoder_2") if parts[name].train]
     if trained and is_given(config, "model.text_encoder_precision"):
         keys = ("model.text_encoder_precision", f"trainable.{trained[0]}.train")
@@ -185,6 +189,33 @@ def _trainable(config: Config) -> Iterator[Problem]:
     if config.captions.max_tokens == 75 and is_given(config, "captions.chunks"):
         keys = ("captions.chunks", "captions.max_tokens")
         yield clash(config, keys, "has no effect; there is one chunk, and nothing to join")
+
+
+def _when_parts_train(config: Config, parts: Mapping[str, TextEncoderPart]) -> Iterator[Problem]:
+    for name, part in parts.items():
+        start, stop = (f"trainable.{name}.{option}" for option in ("start_at", "stop_at"))
+        if isinstance(part.start_at, int) and part.start_at >= (config.train.steps or math.inf):
+            yield clash(config, (start, "train.steps"), "the run ends before it would begin to train")
+        of_one_kind = part.start_at is not None and type(part.start_at) is type(part.stop_at)
+        if of_one_kind and part.stop_at is not None and part.stop_at <= (part.start_at or 0):
+            yield clash(config, (start, stop), "it must stop after it has started")
+    if parts and all(part.start_at is not None for part in parts.values()):
+        yield clash(config, [f"trainable.{name}.start_at" for name in parts], "nothing would train at the start")
+    if parts and all(isinstance(part.stop_at, float) for part in parts.values()):
+        yield clash(config, [f"trainable.{name}.stop_at" for name in parts], "nothing would train at the end")
+
+
+def _weight_decay(config: Config, parts: Mapping[str, TextEncoderPart]) -> Iterator[Problem]:
+    decays = {name: part.weight_decay for name, part in parts.items()}
+    keys = {name: "optimizer.weight_decay" if own is None else f"trainable.{name}.weight_decay"
+            for name, own in decays.items()}  # fmt: skip
+    is_on = {name: (config.optimizer.weight_decay if own is None else own) > 0 for name, own in decays.items()}
+    for name in parts:
+        if parts[name].weight_decay_scale and not is_on[name]:
+            yield clash(config, (f"trainable.{name}.weight_decay_scale", keys[name]), "has no effect on no decay")
+    if is_given(config, "optimizer.decay_norms_and_biases") and not any(is_on.values()):
+        keys = ("optimizer.decay_norms_and_biases", "optimizer.weight_decay")
+        yield clash(config, keys, "has no effect; there is no weight decay")
 
 
 def _export(config: Config) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ from trainer.config.sections.launch_config import LaunchConfig
 from trainer.config.sections.limits_config import LimitsConfig
 from trainer.config.sections.objective_config import ObjectiveConfig
 from trainer.config.sections.sources import Source
+from trainer.config.sections.trainable_config import TrainableConfig
 from trainer.config.values import (
     Count,
     Flag,
@@ -140,33 +141,6 @@ class DataConfig(Section):
     fails); they are listed in `bad.jsonl` in `run.dir`. Not judged before 1,000 images."""
 
 
-class TextEncoderPart(Section):
-    train: Flag = False
-    """Whether it trains. Where neither does, both are held in `model.text_encoder_precision`."""
-    lr: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate. Default: `optimizer.lr`."""
-    freeze: list[str] = []
-    """Blocks or weights that stay as they are, by the beginning of their names: `encoder.layers.3`, `embeddings`;
-    `*` stands for anything."""
-
-
-class UnetPart(TextEncoderPart):
-    train: Flag = True
-    """Whether it trains."""
-    freeze: list[str] = []
-    """Blocks or weights that stay as they are, by the beginning of their names, in the original checkpoint's terms
-    (`input_blocks.4`, `output_blocks.0.1`) or diffusers' (`down_blocks.1`); `*` stands for anything."""
-
-
-class TrainableConfig(Section):
-    unet: UnetPart = UnetPart()
-    """The UNet."""
-    text_encoder_1: TextEncoderPart = TextEncoderPart()
-    """CLIP ViT-L. Its last layer and final norm are never used by SDXL and stay frozen."""
-    text_encoder_2: TextEncoderPart = TextEncoderPart()
-    """OpenCLIP ViT-bigG."""
-
-
 class TrainConfig(Section):
     steps: PositiveInt | None = None
     """Optimizer steps of the whole run. Give this or `train.epochs`."""
@@ -212,6 +186,8 @@ class OptimizerConfig(Section):
     """AdamW's term that keeps the division finite."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW's decoupled weight decay."""
+    decay_norms_and_biases: Flag = True
+    """Whether weight decay is for norms and biases too; all that is no matrix or convolution."""
     compile: Literal["auto"] | Flag = "auto"
     """Fuse the arithmetic of `adamw_8bit` and of bf16 weights by torch.compile; `adamw` over fp32 weights is fused as
     it is. `auto`: from 100 million weights a worker on, where this machine has a C++ compiler."""
@@ -300,7 +276,7 @@ class Config(Section):
     captions: CaptionsConfig = CaptionsConfig()
     """From captions and tags to the text of each draw; all of it is a function of seed, epoch and image."""
     trainable: TrainableConfig = TrainableConfig()
-    """What of the model trains, and how fast. The VAE is always frozen."""
+    """What of the model trains, how fast and when. The VAE is always frozen. See `docs/what_trains.md`."""
     adapter: AdapterConfig = AdapterConfig()
     """A LoRA or one of its kin in place of the weights themselves; see `docs/adapters.md`."""
     train: TrainConfig = TrainConfig()

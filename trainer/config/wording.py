@@ -32,6 +32,7 @@ _RULES = {
     "bool_type": "must be true or false",
     "path_type": "must be a path",
     "list_type": "must be a list",
+    "dict_type": "must hold patterns with a number each, such as {attn2: 0.5}",
     "model_type": "must be a section",
 }
 _LIMITS = {

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.config.schema import TrainableConfig
 from trainer.config.sections.adapter_config import AdapterConfig, trains_adapter
+from trainer.config.sections.trainable_config import TrainableConfig
 from trainer.model_files.run_model import RunModel
 
 

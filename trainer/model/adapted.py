@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from trainer.adapters.initial_values import AdapterStart, draw_initial, fill_mag
 from trainer.adapters.parameters import adapter_parameters
 from trainer.adapters.start_from_file import values_of_file
 from trainer.adapters.targets import find_targets
-from trainer.config.schema import TrainableConfig
 from trainer.config.sections.adapter_config import AdapterConfig, trains_adapter
+from trainer.config.sections.trainable_config import TrainableConfig
 from trainer.errors import UserError
 from trainer.model.denoiser import TrainedModel
 from trainer.model.freeze import never_used
@@ -48,14 +48,17 @@ def lay_out_run(
     weights: torch.dtype,
     compute: torch.dtype,
     join: ChunkJoin = "a1111",
+    resting: Collection[str] = (),
 ) -> TrainedModel:
     """What trains, on the meta device: the model's weights in `weights`, or an adapter and the base in `compute`.
 
+    Args:
+        resting: parts that train at another time of the run.
     Raises:
         UserError: as `lay_out_model`; or the adapter has nowhere to be.
     """
     if not trains_adapter(adapter.config):
-        return lay_out_model(model_files, parts, weights, join)
+        return lay_out_model(model_files, parts, weights, join, resting)
     from trainer.adapters.inject import inject  # and with it PEFT
 
     config = adapter.config

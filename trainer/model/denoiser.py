@@ -14,6 +14,7 @@ from trainer.diffusion.noise import Draws, mixed_noise
 from trainer.diffusion.objective import Objective, mixed_input, mixed_target
 from trainer.diffusion.prediction import Mixture
 from trainer.model.conditioning import condition_text, unet_inputs
+from trainer.model.selection.weight_rates import Rate
 from trainer.model.text import TextConditioning, TextEncoders
 from trainer.model.vae import ImageEncoder
 
@@ -28,6 +29,8 @@ class TrainedModel(nn.Module):
 
     Attributes:
         adapter: what trains in place of the weights themselves; None: they do.
+        rates: how fast what trains does so, by the parameter's name.
+        resting: names of those among them that train at another time of the run, and ask for no gradients now.
     """
 
     adapter: AdapterStart | None = None
@@ -39,6 +42,8 @@ class TrainedModel(nn.Module):
             self.text_encoder_1 = text_encoders.one
             self.text_encoder_2 = text_encoders.two
         self.text_encoders = text_encoders
+        self.rates: dict[str, Rate] = {}
+        self.resting: frozenset[str] = frozenset()
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Which parameters stay as they are: what the user names, and what SDXL never uses."""
+"""Which parameters a pattern means, and which SDXL never uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def frozen_names(
 
     Args:
         names: of all parameters.
-        patterns: whole names, or beginnings that end before a dot; `*` stands for anything, dots as well.
+        patterns: whole names, or words of them between dots, at the beginning or within; `*` stands for anything, dots
+            as well.
         other_names: second names of some parameters, which patterns may mean as well.
     """
     matchers = [(pattern, _matcher(pattern)) for pattern in patterns]
@@ -45,6 +46,16 @@ def never_used(names: Iterable[str], num_layers: int) -> set[str]:
     return {name for name in names if name.removeprefix("text_model.").startswith(unused)}
 
 
+def meant_by(
+    names: Iterable[str], patterns: Iterable[str], other_names: Mapping[str, str] | None = None
+) -> dict[str, set[str]]:
+    """By pattern, the parameters that it means; as `frozen_names`."""
+    names = list(names)
+    return {pattern: frozen_names(names, [pattern], other_names)[0] for pattern in patterns}
+
+
 def _matcher(pattern: str) -> Callable[[str], bool]:
-    whole, beginning = re.compile(translate(pattern)), re.compile(translate(f"{pattern.rstrip('.')}.*"))
-    return lambda name: bool(whole.match(name) or beginning.match(name))
+    words = pattern.strip(".")
+    forms = (pattern, f"{words}.*", f"*.{words}", f"*.{words}.*")
+    matches = re.compile("|".join(translate(form) for form in forms)).match
+    return lambda name: bool(matches(name))

@@ -112,11 +112,16 @@ def config_digest(config: dict[str, Any]) -> xxhash.xxh3_128:
 
 def count_weights(folder: Path, limits: Limits = DEFAULT_LIMITS) -> int:
     """Number of weights in a component's folder, from the headers of its files."""
-    return sum(_count_elements(file, limits) for file in weight_files(folder, limits))
+    return sum(weight_counts(folder, limits).values())
 
 
-def _count_elements(file: Path, limits: Limits) -> int:
+def weight_counts(folder: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, int]:
+    """Number of weights in each tensor of a component's folder, by the names that its files have for them."""
+    return {name: count for file in weight_files(folder, limits) for name, count in _counts(file, limits).items()}
+
+
+def _counts(file: Path, limits: Limits) -> dict[str, int]:
     try:
-        return sum(entry.count for entry in read_header(file, limits).tensors.values())
+        return {name: entry.count for name, entry in read_header(file, limits).tensors.items()}
     except HeaderFault as fault:
         raise Refused(f"{file}: is {fault.description}") from None

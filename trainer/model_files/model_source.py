@@ -291,9 +291,24 @@ def count_weights(source: ModelSource, component: str) -> int:
     """Number of weights of a component, from headers."""
     if source.kind == "folder":
         return model_folder.count_weights(component_folder(source, component), source.limits)
-    tensors = source.header
-    keys = file_keys(tensors, component)
-    return sum(math.prod(tensors.tensors[key.file_name].shape) for key in keys if key.file_name in tensors.tensors)
+    return sum(weight_counts(source, component).values())
+
+
+def weight_counts(source: ModelSource, component: str) -> dict[str, int]:
+    """Number of weights in each tensor of a component, by the names of the module's parameters, from headers."""
+    if source.kind == "folder":
+        wanted = {name for key in single_file_keys({component: component_config(source, component)})
+                  for name in key.names}  # fmt: skip
+        stored = model_folder.weight_counts(component_folder(source, component), source.limits)
+        named = {name_in_module(name, wanted): count for name, count in stored.items()}
+        return {name: count for name, count in named.items() if name is not None}
+    tensors = source.header.tensors
+    return {
+        name: math.prod(tensors[key.file_name].shape) // len(key.names)
+        for key in file_keys(source.header, component)
+        if key.file_name in tensors
+        for name in key.names
+    }
 
 
 def weights_fingerprint(source: ModelSource, component: str, text_projection: TextProjection = "correct") -> str:

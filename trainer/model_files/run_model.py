@@ -20,6 +20,7 @@ from trainer.model_files.model_source import (
     count_weights,
     find_source,
     open_component,
+    weight_counts,
     weights_fingerprint,
 )
 from trainer.model_files.tokenizer_files import tokenizer_folders
@@ -62,6 +63,10 @@ class RunModel:
     def count_weights(self, component: str) -> int:
         """Number of weights of a component, from headers."""
         return count_weights(self.source_of(component), component)
+
+    def weight_counts(self, component: str) -> dict[str, int]:
+        """Number of weights in each tensor of a component, from headers, by the names of the module's parameters."""
+        return weight_counts(self.source_of(component), component)
 
     def fingerprint(self, component: str) -> str:
         """As `weights_fingerprint`; reads all of the component's weights."""

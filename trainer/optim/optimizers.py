@@ -20,6 +20,7 @@ def make_optimizer(
     config: OptimizerConfig,
     *,
     peak_lrs: Mapping[str, float] | None = None,
+    weight_decays: Mapping[str, float] | None = None,
     rounding: Rounding | None = None,
     seed: int = 0,
     free_gradients: bool = False,
@@ -33,6 +34,7 @@ def make_optimizer(
         parameters: groups by name ("unet", "text_encoder_1", ...), each a mapping of parameters by name; names must
             differ between groups too, for they are the state's. Or the parameters of one group, called "unet".
         peak_lrs: peak learning rate by group; `config.lr` where it names none.
+        weight_decays: by group; `config.weight_decay` where it names none.
         rounding: how bf16 weights are rounded; None where they are fp32.
         seed: of the stochastic rounding; the run's.
         free_gradients: drop each gradient right after its use (not with the fused implementation).
@@ -47,7 +49,8 @@ def make_optimizer(
     groups = []
     for group, named in grouped.items():
         peak_lr = (peak_lrs or {}).get(group, config.lr)
-        settings = {"betas": (beta1, beta2), "eps": config.eps, "weight_decay": config.weight_decay}
+        weight_decay = (weight_decays or {}).get(group, config.weight_decay)
+        settings = {"betas": (beta1, beta2), "eps": config.eps, "weight_decay": weight_decay}
         groups.append({"params": list(named.items()), "name": group, "peak_lr": peak_lr, "lr": peak_lr, **settings})
     all_fp32 = all(p.dtype == torch.float32 for named in grouped.values() for p in named.values())
     if all_fp32 and is_fused(config, rounding):
@@ -102,10 +105,14 @@ def scale_lr(optimizer: torch.optim.Optimizer, factor: float | Mapping[str, floa
     """Assign `peak learning rate x factor` to each group; return the learning rates by group.
 
     Args:
-        factor: the schedule's, for all groups or by the group's name.
+        factor: the schedule's, for all groups, or by the name of the group or of its part, the name's first word.
     """
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * (factor if isinstance(factor, float | int) else factor[group["name"]])
+        name = group["name"]
+        own = factor if isinstance(factor, float | int) else factor.get(name, factor.get(name.partition(" ")[0]))
+        if own is None:
+            raise KeyError(name)
+        group["lr"] = group["peak_lr"] * own
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 

@@ -1,6 +1,6 @@
 """How the workers share one model: whole on each (DDP), or spread over them (FSDP2)."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
@@ -67,6 +67,7 @@ class Strategy:
         world: gradients are averaged over this many workers, so `backward` multiplies the loss by it:
             the step's loss is a sum over workers.
         embeddings: of a spread model, what is not gathered for the backward pass.
+        resting: what trains at another time of the run and not now, by name.
     """
 
     model: nn.Module
@@ -74,6 +75,12 @@ class Strategy:
     world: int
     sharing: Sharing
     embeddings: tuple[nn.Module, ...] = field(default=(), repr=False)
+    resting: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
+
+    @property
+    def ever_trained(self) -> dict[str, nn.Parameter]:
+        """What trains at any time of the run, by name."""
+        return self.parameters | self.resting if self.resting else self.parameters
 
     @contextmanager
     def reduction(self, *, last: bool) -> Iterator[None]:
@@ -142,6 +149,7 @@ def make_strategy(
     embeddings: Iterable[nn.Module],
     comm: Comm,
     fill: Callable[[nn.Module], None],
+    resting: Collection[str] = (),
 ) -> Strategy:
     """Give a model that lies on the meta device its memory, fill it, and wrap it for `comm.world` workers.
 
@@ -149,6 +157,7 @@ def make_strategy(
         units: what a spread model gathers one by one.
         embeddings: those of them whose backward pass needs no weights.
         fill: puts the weights in place, of a spread model into this worker's shares (`copy_share`).
+        resting: names of parameters that train at another time of the run.
     """
     embeddings = tuple(embeddings)
     if sharing.is_sharded:
@@ -163,7 +172,8 @@ def make_strategy(
         )
     materialize(model, comm.device)
     fill(model)
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     wrapped = model
     if sharing.kind == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(
@@ -173,7 +183,8 @@ def make_strategy(
             gradient_as_bucket_view=True,
             **_newer_ddp_arguments(),
         )
-    return Strategy(wrapped, parameters, comm.world, sharing, embeddings)
+    at_rest = {name: parameter for name, parameter in named.items() if name in resting}
+    return Strategy(wrapped, parameters, comm.world, sharing, embeddings, at_rest)
 
 
 def copies_gradients_in_batches() -> bool:

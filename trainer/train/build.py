@@ -2,9 +2,9 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -23,8 +23,7 @@ from trainer.data.buckets import Bucket
 from trainer.data.left_out import Stretch
 from trainer.data.mixture import Mixture
 from trainer.data.sampler import next_epoch
-from trainer.data.store.snapshot import SPLITS, PreparedSet
-from trainer.data.store.snapshot_file import current_snapshot
+from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.image_weights import weighs_images
 from trainer.diffusion.noise import Draws
 from trainer.diffusion.objective import Objective
@@ -38,6 +37,7 @@ from trainer.model.compiled import compile_blocks
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.load_weights import load_text_encoders, load_vae, read_weights
 from trainer.model.recompute import apply_recompute, embeddings, gathered_units
+from trainer.model.selection.weight_rates import Rate
 from trainer.model.text import TextEncoders
 from trainer.model.vae import ImageEncoder
 from trainer.model_files.components import Component
@@ -55,8 +55,11 @@ from trainer.train.arithmetic import arithmetic_of
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.dry_run import dry_run
 from trainer.train.gradient_blocks import gradient_blocks
+from trainer.train.groups import parameter_groups
 from trainer.train.guard.left_out_record import agreed_left_out, merged
 from trainer.train.memory_inputs import make_setting, planned_run
+from trainer.train.part_times import PartTimes, has_times, part_times, recorded_times, resting_parts
+from trainer.train.placement import FoundData, check_shards, has_snapshot, newest_snapshot, place_in_data, require_masks
 from trainer.train.run_objective import make_objective
 from trainer.train.saved.averages import averages_of, take_up_averages
 from trainer.train.saved.base_model import frozen_fingerprints, require_same_base
@@ -65,7 +68,6 @@ from trainer.train.saved.objective_state import take_up_objective
 from trainer.train.saved.state import TrainState
 from trainer.train.step import StepParts, by_loss_weight
 from trainer.train.step_companions import meeting_of
-from trainer.train.trained_parts import trained_parts
 
 _log = logging.getLogger(__name__)
 _WEIGHTS_WORTH_COMPILING = 100e6  # of a worker
@@ -82,6 +84,8 @@ class Run:
         prepared: the data set, opened at the snapshot that `state` refers to, or the newest at an epoch's start.
         mixture: how much of it each epoch takes.
         left_out: data that the run goes past.
+        times: when parts of the model train; empty where all do throughout.
+        resting: parts that do not train in this stretch of the run.
     """
 
     parts: StepParts
@@ -90,6 +94,8 @@ class Run:
     mixture: Mixture
     frozen: Mapping[str, str]
     left_out: tuple[Stretch, ...] = ()
+    times: Mapping[str, PartTimes] = field(default_factory=dict)
+    resting: frozenset[str] = frozenset()
 
 
 class BucketedData(Protocol):
@@ -118,10 +124,14 @@ class StoredData(Protocol):
         ...
 
 
-def build_run(config: Config, model: RunModel, comm: Comm) -> Run:
-    """Load model, data and training state, and share the model among the workers."""
+def build_run(config: Config, model: RunModel, comm: Comm, checkpoint: Path | None = None) -> Run:
+    """Load model, data and training state, and share the model among the workers.
+
+    Args:
+        checkpoint: to go on from; None: the one that `run.resume` says.
+    """
     require_arithmetic(config.train.precision, comm.device)
-    checkpoint = find_resume_point(config, comm)
+    checkpoint = checkpoint or find_resume_point(config, comm)
     state = TrainState.from_json(read_state(checkpoint), checkpoint) if checkpoint else None
     if state is not None and state.seed != config.run.seed:
         raise UserError(f"run.seed = {config.run.seed}: the run in {config.run.dir} was started with {state.seed}")
@@ -137,13 +147,23 @@ def build_run(config: Config, model: RunModel, comm: Comm) -> Run:
     name = state.snapshot if state and within_epoch else newest_snapshot(config.data.prepared, comm)
     prepared = PreparedSet.open(config.data.prepared, name)
     require_masks(config, prepared)
-    _check_shards(prepared, config.data.max_bad_fraction)
+    check_shards(prepared, config.data.max_bad_fraction)
     setting = worker_setting(config, comm, prepared, smallest_card(comm))
     choice = choose_memory(planned_run(config, model), comm, setting)
     left_out = merged(state.left_out if state else (), agreed_left_out(config.run.dir, comm))
     mixture = Mixture.of(prepared, config.run.seed)
-    parts = build_parts(config, model, comm, prepared, choice, checkpoint)
-    return Run(parts, state, prepared, mixture, frozen, left_out)
+    times = _part_times(config, FoundData(state, prepared, mixture, left_out), comm, checkpoint)
+    resting = resting_parts(times, state.step if state else 0)
+    parts = build_parts(config, model, comm, prepared, choice, checkpoint, resting)
+    return Run(parts, state, prepared, mixture, frozen, left_out, times, resting)
+
+
+def _part_times(config: Config, data: FoundData, comm: Comm, checkpoint: Path | None) -> dict[str, PartTimes]:
+    if not has_times(config):
+        return {}
+    state, arithmetic = place_in_data(config, data, comm.world)
+    before = recorded_times(read_state(checkpoint), checkpoint) if checkpoint else {}
+    return part_times(config, arithmetic.total_steps, state.step, before)
 
 
 def build_parts(
@@ -153,22 +173,27 @@ def build_parts(
     data: StoredData,
     choice: MemoryChoice,
     checkpoint: Path | None = None,
+    resting: Collection[str] = (),
 ) -> StepParts:
     """The model, shared among the workers, and its optimizer; as they were in the checkpoint if one is given.
 
+    Args:
+        resting: parts of the model that train at another time of the run.
     Raises:
         OutOfMemory: a step on the largest bucket does not fit.
     """
-    model, sharing = _laid_out(config, model_files), choice.sharing(config.train.precision)
+    model, sharing = _laid_out(config, model_files, resting), choice.sharing(config.train.precision)
     if config.train.channels_last:
         prefer_channels_last(model.unet)
     if config.train.compile == "blocks":
         _log.info("%d kinds of blocks are compiled in the first steps", compile_blocks(model))
     apply_recompute(model, choice.recompute)
     fill = partial(fill_model, model_files, checkpoint)
-    strategy = make_strategy(model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill)
+    strategy = make_strategy(
+        model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill, model.resting
+    )
     denoiser = make_denoiser(config, model_files, model.train(), data, comm.device, sharing)
-    optimizer = optimizer_for(config, strategy, comm)
+    optimizer = optimizer_for(config, strategy, comm, model.rates)
     clip, around, averages = config.train.max_grad_norm, choice.around_forward(model), averages_of(config.ema, strategy)
     meet = meeting_of(denoiser.objective, comm)
     parts = StepParts(comm, strategy, optimizer, denoiser, clip, around, meet=meet, averages=averages)
@@ -184,58 +209,30 @@ def build_parts(
     warm_up(strategy, partial(_throw_away_loss, denoiser, comm.device, images))
     dry_run(config, parts, choice)
     if checkpoint is not None:
-        load_optimizer_tensors(optimizer, strategy.parameters, read_tensors(checkpoint / OPTIMIZER))
+        load_optimizer_tensors(optimizer, strategy.parameters, _moments(checkpoint, strategy))
         take_up_averages(parts, checkpoint)
         take_up_objective(config.objective, denoiser.objective, checkpoint)
     return parts
 
 
-def newest_snapshot(prepared: Path, comm: Comm) -> str | None:
-    """Name of the newest snapshot that every worker sees: hosts may have copies of their own."""
-    names = gather_objects(comm, current_snapshot(prepared))
-    return None if None in names else min(names)
+def _moments(checkpoint: Path, strategy: Strategy) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's state of what trains now: of what rests, it is given up."""
+    for name, tensor in read_tensors(checkpoint / OPTIMIZER):
+        if name.rpartition(".")[0] not in strategy.resting:
+            yield name, tensor
 
 
-def has_snapshot(config: Config, comm: Comm, name: str) -> bool:
-    """Whether every worker sees a snapshot of the run's data."""
-    return all(gather_objects(comm, (config.data.prepared / "snapshots" / name).is_file()))
-
-
-def require_masks(config: Config, prepared: PreparedSet) -> None:
-    """UserError where the loss is to be masked and the snapshot, which may be an older one, holds no masks."""
-    if config.objective.loss.masked and not prepared.has_masks:
-        raise UserError(
-            f"objective.loss.masked = true: snapshot {prepared.snapshot_name} of {prepared.path}, with which this "
-            "epoch began, holds no masks; leave it false until the epoch ends, or start anew with run.resume=false"
-        )
-
-
-def _check_shards(prepared: PreparedSet, max_bad_fraction: float) -> None:
-    """Shards that are missing or cut short cost their rows; more than is allowed are an error at once."""
-    missing = prepared.missing()
-    images = sum(count for _, count in missing)
-    lines = [f"{prepared.path}: {line}" for line, _ in missing[:20]]
-    if images > max_bad_fraction * sum(prepared.images(split) for split in SPLITS):
-        raise UserError(*lines)
-    for line in lines:
-        _log.warning("%s; its rows are left out", line)
-
-
-def optimizer_for(config: Config, strategy: Strategy, comm: Comm) -> torch.optim.Optimizer:
-    """AdamW over what trains, with a learning rate for each part of the model."""
+def optimizer_for(
+    config: Config, strategy: Strategy, comm: Comm, rates: Mapping[str, Rate] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW over what trains, in groups of one learning rate and weight decay; `rates` as in `parameter_groups`."""
     rounding = precision_of(config.train.precision).rounding
-    trains = trained_parts(config)
-    parts = {name: getattr(trains, name) for name in type(trains).model_fields}
-    groups = {
-        name: {full: p for full, p in strategy.parameters.items() if full.startswith(f"{name}.")}
-        for name, part in parts.items()
-        if part.train
-    }
-    groups = {name: named for name, named in groups.items() if named}  # an adapter may be on one part alone
+    groups = parameter_groups(config, rates or {}, strategy.parameters)
     return make_optimizer(
-        groups,
+        {group.name: group.parameters for group in groups},
         config.optimizer,
-        peak_lrs={name: part.lr for name, part in parts.items() if part.lr is not None},
+        peak_lrs={group.name: group.peak_lr for group in groups},
+        weight_decays={group.name: group.weight_decay for group in groups},
         rounding=rounding,
         seed=config.run.seed,
         update=None if is_fused(config.optimizer, rounding) else _agreed_update(config, strategy, comm, rounding),
@@ -368,10 +365,10 @@ def make_scorer(
     )
 
 
-def _laid_out(config: Config, model_files: RunModel) -> TrainedModel:
+def _laid_out(config: Config, model_files: RunModel, resting: Collection[str] = ()) -> TrainedModel:
     precision, adapter = precision_of(config.train.precision), AdapterStart(config.adapter, config.run.seed)
     dtypes = precision.weights, precision.compute
-    return lay_out_run(model_files, config.trainable, adapter, *dtypes, config.captions.chunks)
+    return lay_out_run(model_files, config.trainable, adapter, *dtypes, config.captions.chunks, resting)
 
 
 def worker_setting(config: Config, comm: Comm, data: BucketedData, card: int | None) -> Setting:

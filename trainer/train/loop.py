@@ -1,46 +1,52 @@
 """The training loop: take a batch, take a step, record it; save, validate and sample when due."""
 
+import gc
 import logging
 import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.config.schema import Config
 from trainer.data.augment import Augmentation
-from trainer.data.left_out import steps_left_out, stretches_of
-from trainer.data.loader import BatchReader, Loader, open_loader
+from trainer.data.left_out import stretches_of
+from trainer.data.loader import BatchReader, Loader, StepBatches, open_loader
 from trainer.data.loss_weights import LossWeights
 from trainer.data.mixture import Mixture
-from trainer.data.sampler import EpochPlan, Position, RowsOfEpoch, epochs_done, steps_per_epoch, with_global_batch
+from trainer.data.sampler import Position, epochs_done
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.image_weights import weighs_images
 from trainer.evaluate.pictures import loss_curve_png
+from trainer.evaluate.scoring import Scorer
 from trainer.measure.progress import ProgressLine
 from trainer.measure.run_arithmetic import RunArithmetic
 from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
 from trainer.model.latents import encoded_batches
 from trainer.model_files.run_model import RunModel
-from trainer.optim.loss_scale import LossScale
 from trainer.optim.lr_schedule import lr_at
 from trainer.optim.optimizers import first_lr
 from trainer.parallel.comm import Comm, barrier, broadcast_object
-from trainer.parallel.heartbeat import heartbeat_of_worker
+from trainer.parallel.heartbeat import Heartbeat, heartbeat_of_worker
 from trainer.parallel.planned_faults import act_out
 from trainer.parallel.worker import LOG_DIR
 from trainer.publish.during_training import Exports
-from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.bad_rows import BadRows, forget_bad_rows_after, record_bad_rows
-from trainer.train.build import Run, build_run, make_scorer, newest_snapshot
+from trainer.train.build import Run, build_run, make_scorer
 from trainer.train.caption_rules import caption_rules, caption_tokenizer, run_loss_weights
 from trainer.train.guard.injected import flip_bit_if_planned, with_faults
 from trainer.train.guard.numerics_guard import GuardRules, TakenStep
 from trainer.train.guard.numerics_watch import NumericsWatch
 from trainer.train.guard.replicas import Replicas
 from trainer.train.pace import Pace
+from trainer.train.part_times import part_times, resting_parts
+from trainer.train.placement import newest_snapshot, place_in_data
 from trainer.train.run_objective import describe_objective, guidance_warning
 from trainer.train.saved.averages import (
     follow,
@@ -58,16 +64,34 @@ _log = logging.getLogger(__name__)
 def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[[], bool]) -> TrainState:
     """Train to the configured end, or until asked to stop; both end with a checkpoint.
 
+    Where a part of the model begins or ends to train, the run is built anew from a checkpoint as well.
+
     Args:
         stop_requested: asked in every step; any worker's yes ends all of them after that step.
 
     Returns:
         Where the run stands.
     """
+    checkpoint = None
+    while True:
+        state, checkpoint = _train_stretch(config, model, comm, stop_requested, checkpoint)
+        if checkpoint is None:
+            return state
+        _give_back_memory(comm)
+
+
+def _train_stretch(
+    config: Config, model: RunModel, comm: Comm, stop_requested: Callable[[], bool], checkpoint: Path | None
+) -> tuple[TrainState, Path | None]:
+    """Train from a checkpoint, or from where the run is found, as long as the same parts of the model train.
+
+    Returns:
+        Where the run stands, and the checkpoint from which it goes on with other parts; None: it ends here.
+    """
     launch = config.launch
     heartbeat = heartbeat_of_worker(LOG_DIR, launch.hang_after_s, launch.hang_at_start_s)
-    run = build_run(config, model, comm)
-    state, arithmetic = _place_in_data(config, run)
+    run = build_run(config, model, comm, checkpoint)
+    state, arithmetic = place_in_data(config, run, comm.world)
     _announce(config, model, run, arithmetic, state)
     bad, limit = BadRows(), config.data.max_bad_fraction
     watch = NumericsWatch.of(config, comm, state)
@@ -76,45 +100,30 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
     with ExitStack() as stack:
         outputs = None
         if comm.rank == 0:
-            require_checkpoint_room(config, run.parts, state.step, arithmetic.total_steps)
-            bad = forget_bad_rows_after(config.run.dir, state.step)
-            forget_snapshots_after(config.run.dir, state.step)
+            bad = _forget_what_came_after(config, run, state, arithmetic.total_steps, is_first=checkpoint is None)
             outputs = _Outputs.open(stack, config, state, arithmetic.total_steps, fresh=run.state is None)
         exports = stack.enter_context(Exports(config)) if comm.rank == 0 else None
         saving = Saving(config, run, heartbeat, lambda: exports and exports.checkpoint, replicas.compare)
+        beside = _Beside(config, heartbeat, watch, pace, saving)
         weights = scored_weights(config.ema, run.parts)
         scorer = make_scorer(config, model, comm, run.parts.denoiser, run.prepared, weights)
         if run.state is None:
             scorer.score_when_due(0, outputs and outputs.metrics, at_end=False)
-        loader = stack.enter_context(open_training_loader(config, model, comm, run, state, arithmetic.accumulation))
-        done = state.step >= arithmetic.total_steps
-        while not done:
+        open_loader_of = partial(open_training_loader, config, model, comm)
+        loader = stack.enter_context(open_loader_of(run, state, arithmetic.accumulation))
+        done, leaves = state.step >= arithmetic.total_steps, False
+        while not (done or leaves):
             heartbeat.begin("data", state.step)
             begin, waited_before = time.perf_counter(), loader.wait_s
-            lr_factor = lr_at(state.step, arithmetic.total_steps, 1.0, config.lr_schedule)
             batches = next(loader)
-            encoded = encoded_batches(run.parts.denoiser.image_encoder, batches.batches)
-            scale = state.loss_scale.scale if state.loss_scale else 1.0
-            heartbeat.begin("a step", state.step)
-            act_out(comm.rank, state.step + 1)
-            result = train_step(
-                with_faults(pace.clocked(run.parts), state.step + 1),
-                encoded,
-                arithmetic.accumulation,
-                batches.weight,
-                lr_factor,
-                stop_requested(),
-                scale,
-                tell=[*saving.tell(), *pace.tell()],
-                before_update=saving.wait_copied,
-                judge=watch.judge(state),
-            )
+            result = _take_step(beside, run, state, arithmetic, batches, stop_requested())
             state = state_after(state, result, batches.position_after, watch.rules)
             flip_bit_if_planned(run.parts, state.step)
             follow(run.parts, state.step, result)
             record_bad_rows(config.run.dir, state.step, comm.rank, result.problems)
             bad = bad.after(round(result.num_images) + result.bad_rows, result.bad_rows)
             done = state.step >= arithmetic.total_steps or result.stop or bad.too_many(limit)
+            leaves = not done and resting_parts(run.times, state.step) != run.resting
             if outputs:
                 seconds, waited = time.perf_counter() - begin, loader.wait_s - waited_before
                 epoch = epochs_done(state.position, run.mixture.rows(state.position.epoch))
@@ -124,38 +133,105 @@ def train(config: Config, model: RunModel, comm: Comm, stop_requested: Callable[
                 heartbeat.begin("a comparison of weights", state.step)
                 replicas.compare(state.step, saving.settle)
             pace.after_step(result.told[TOLD:], state.step)
-            saving.after_step(run, state, result.told[:TOLD], done=done)
+            saving.after_step(run, state, result.told[:TOLD], done=done or leaves)
             if bad.too_many(limit):
                 barrier(comm)  # the first worker to fail ends the others, and rank 0 may still be saving
                 raise bad.as_error(limit, config.run.dir)
             if not result.stop:
-                if due := scorer.due(state.step, at_end=done):
-                    heartbeat.begin(due[-1], state.step)
-                    saving.wait_copied()  # an average may take the place of the weights
-                scorer.score_when_due(state.step, outputs and outputs.metrics, at_end=done)
-            if done:
+                _score(scorer, state.step, outputs, beside, at_end=done)
+            if done or leaves:
                 heartbeat.rest()
             if exports:  # after the samples, one of which is the file's thumbnail
                 for step in saving.published():
                     exports.start_when_due(step, is_finished=step >= arithmetic.total_steps)
-            if not done and state.position.starts_epoch:
+            if not (done or leaves) and state.position.starts_epoch:
                 heartbeat.begin("new data", state.step)
-                newer = _newer_data(config, comm, state)
-                if newer:
+                if newer := _newer_data(config, comm, state):
                     loader.close()
-                    run = replace(run, state=state, prepared=newer, mixture=Mixture.of(newer, config.run.seed))
-                    state, arithmetic = _place_in_data(config, run)
+                    run, state, arithmetic = _with_newer_data(config, run, state, newer)
                     scorer = replace(scorer, prepared=newer)
-                    loader = stack.enter_context(
-                        open_training_loader(config, model, comm, run, state, arithmetic.accumulation)
-                    )
+                    loader = stack.enter_context(open_loader_of(run, state, arithmetic.accumulation))
                     if outputs:
                         outputs.progress.set_total_steps(arithmetic.total_steps)
-        if outputs:
+        if outputs and not leaves:
             _draw_loss_curve(config.run.dir)
     pace.announce_end()
+    if leaves:
+        return state, saving.path(state.step)
     _announce_end(config, state, arithmetic.total_steps)
-    return state
+    return state, None
+
+
+class _Beside(NamedTuple):
+    """What goes along with a run's steps."""
+
+    config: Config
+    heartbeat: Heartbeat
+    watch: NumericsWatch
+    pace: Pace
+    saving: Saving
+
+
+def _take_step(
+    beside: _Beside, run: Run, state: TrainState, arithmetic: RunArithmetic, batches: StepBatches, stop_asked: bool
+) -> StepResult:
+    """A step of the run, on its batches."""
+    lr_factor = lr_at(state.step, arithmetic.total_steps, 1.0, beside.config.lr_schedule)
+    encoded = encoded_batches(run.parts.denoiser.image_encoder, batches.batches)
+    scale = state.loss_scale.scale if state.loss_scale else 1.0
+    beside.heartbeat.begin("a step", state.step)
+    act_out(run.parts.comm.rank, state.step + 1)
+    return train_step(
+        with_faults(beside.pace.clocked(run.parts), state.step + 1),
+        encoded,
+        arithmetic.accumulation,
+        batches.weight,
+        lr_factor,
+        stop_asked,
+        scale,
+        tell=[*beside.saving.tell(), *beside.pace.tell()],
+        before_update=beside.saving.wait_copied,
+        judge=beside.watch.judge(state),
+    )
+
+
+def _score(scorer: Scorer, step: int, outputs: "_Outputs | None", beside: _Beside, *, at_end: bool) -> None:
+    """Validate and draw, if it is time to."""
+    if due := scorer.due(step, at_end=at_end):
+        beside.heartbeat.begin(due[-1], step)
+        beside.saving.wait_copied()  # an average may take the place of the weights
+    scorer.score_when_due(step, outputs and outputs.metrics, at_end=at_end)
+
+
+def _forget_what_came_after(
+    config: Config, run: Run, state: TrainState, total_steps: int, *, is_first: bool
+) -> BadRows:
+    """Of the run's records, what came after where it stands; the bad rows up to there. Rank 0 calls it.
+
+    Args:
+        is_first: the first stretch of this start, before which there must be room for the run's checkpoints.
+    """
+    if is_first:
+        require_checkpoint_room(config, run.parts, state.step, total_steps)
+    forget_snapshots_after(config.run.dir, state.step)
+    return forget_bad_rows_after(config.run.dir, state.step)
+
+
+def _give_back_memory(comm: Comm) -> None:
+    """Of a stretch of the run that has ended."""
+    gc.collect()
+    if comm.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _with_newer_data(
+    config: Config, run: Run, state: TrainState, newer: PreparedSet
+) -> tuple[Run, TrainState, RunArithmetic]:
+    """The run at an epoch's start, with the data as they are now."""
+    run = replace(run, state=state, prepared=newer, mixture=Mixture.of(newer, config.run.seed))
+    state, arithmetic = place_in_data(config, run, run.parts.comm.world)
+    times = part_times(config, arithmetic.total_steps, state.step, run.times)
+    return replace(run, times=times), state, arithmetic
 
 
 def _draw_loss_curve(run_dir: Path) -> None:
@@ -178,32 +254,6 @@ def state_after(state: TrainState, result: StepResult, position: Position, rules
     )
 
 
-def starting_state(config: Config, run: Run, global_batch: int) -> TrainState:
-    """Where the run goes on, or the start of a fresh one; a changed global batch opens a new segment."""
-    epoch = run.state.position.epoch if run.state else 0
-    rows_per_bucket, snapshot = run.mixture.rows(epoch), run.prepared.snapshot_name
-    factors, in_fp16 = batch_factors(config, run.prepared.buckets("train")), config.train.precision == "fp16"
-    if run.state is None:
-        start = Position.start(len(rows_per_bucket), global_batch, batch_factors=factors)
-        scale = LossScale() if in_fp16 else None
-        return TrainState(0, 0, start, snapshot, config.run.seed, scale, left_out=run.left_out)
-    position = run.state.position
-    if position.starts_epoch:  # whatever the snapshot before: this one's buckets may be others
-        position = Position.start(len(rows_per_bucket), global_batch, position.epoch, factors)
-    else:
-        position = with_global_batch(position, rows_per_bucket, config.run.seed, global_batch, factors)
-    scale = (run.state.loss_scale or LossScale()) if in_fp16 else None
-    return replace(run.state, position=position, snapshot=snapshot, loss_scale=scale, left_out=run.left_out)
-
-
-def _place_in_data(config: Config, run: Run) -> tuple[TrainState, RunArithmetic]:
-    """Where the run stands in the data it has, and what follows from the size of the data."""
-    epoch, world = run.state.position.epoch if run.state else 0, run.parts.comm.world
-    arithmetic = arithmetic_of(config, world, run.prepared.buckets("train"), run.mixture.rows(epoch))
-    state = starting_state(config, run, arithmetic.images_per_step)
-    return state, replace(arithmetic, total_steps=_total_steps(config, run.mixture.rows, state))
-
-
 def _newer_data(config: Config, comm: Comm, state: TrainState) -> PreparedSet | None:
     """At an epoch's start: the data set with what was appended to it since, if anything was."""
     name = newest_snapshot(config.data.prepared, comm)
@@ -213,23 +263,6 @@ def _newer_data(config: Config, comm: Comm, state: TrainState) -> PreparedSet | 
     count = prepared.images("train")
     _log.info("epoch %d starts with snapshot %s: %s images to train on", state.position.epoch + 1, name, f"{count:,}")
     return prepared
-
-
-def _total_steps(config: Config, rows_of: RowsOfEpoch, state: TrainState) -> int:
-    """The step at which the run ends; with `train.epochs`, what is left of this epoch and of those after it."""
-    if config.train.steps is not None:
-        return config.train.steps
-    epochs_after_this = (config.train.epochs or 0) - state.position.epoch - 1
-    if epochs_after_this < 0:
-        return state.step
-    position, left_out = state.position, stretches_of(state.left_out, state.snapshot, config.run.seed)
-    this_epoch = EpochPlan(rows_of(position.epoch), config.run.seed, position).num_steps - position.step
-    later = sum(
-        steps_per_epoch(rows_of(position.epoch + 1 + e), position.global_batch, position.batch_factors)
-        for e in range(epochs_after_this)
-    )
-    none = steps_left_out(rows_of, config.run.seed, position, left_out, epochs_after_this + 1)
-    return state.step + this_epoch + later - none
 
 
 def open_training_loader(

@@ -13,7 +13,7 @@ from trainer.model.text import TOKENS_PER_CHUNK
 from trainer.model_files.run_model import RunModel
 from trainer.train.arithmetic import batch_factors
 from trainer.train.run_objective import extra_noises
-from trainer.train.trained_parts import trained_parts
+from trainer.train.trained_parts import what_trains
 
 
 def planned_run(config: Config, model: RunModel) -> PlannedRun:
@@ -21,7 +21,7 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
     samples, side, ema = config.samples, config.data.buckets.resolution, config.ema
     return PlannedRun(
         model=model,
-        trainable=trained_parts(config),
+        trainable=what_trains(config),
         adapter=config.adapter,
         precision=config.train.precision,
         vae_precision=config.model.vae_precision,

@@ -13,6 +13,7 @@ from trainer.cli.arguments import add_config_arguments, read_run
 from trainer.cli.start_workers import worker_count
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
+from trainer.config.sections.trainable_config import TextEncoderPart, UnetPart
 from trainer.data.mixture import Mixture
 from trainer.data.prepare.stages import is_current
 from trainer.data.store.snapshot import PreparedSet
@@ -20,11 +21,14 @@ from trainer.data.survey.caption_survey import CaptionSurvey, sampled_records
 from trainer.measure.card_memory import card_bytes
 from trainer.memory.report import MemoryPlan, measured_speed, run_time
 from trainer.memory.run_plan import memory_plan, require_fit
+from trainer.model.selection.block_table import table_of_blocks
+from trainer.model.selection.part_names import COMPONENT_OF
 from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
 from trainer.train.arithmetic import arithmetic_of
 from trainer.train.caption_rules import describe_captions, require_captions, survey_of
 from trainer.train.memory_inputs import make_setting, planned_run
+from trainer.train.part_times import told_times
 from trainer.train.run_objective import describe_objective, guidance_warning
 from trainer.train.workers.prepare_worker import prepare_settings
 
@@ -89,21 +93,34 @@ def _print_memory(config: Config, model: RunModel, plan: MemoryPlan) -> None:
 
 def _print_model(config: Config, model: RunModel) -> None:
     trained, frozen = list[str](), list[str]()
-    for key, component in (("unet", "unet"), ("text_encoder_1", "text_encoder"), ("text_encoder_2", "text_encoder_2")):
+    for key, component in COMPONENT_OF.items():
         part, count = getattr(config.trainable, key), model.count_weights(component)
-        but = f" but for {', '.join(part.freeze)}" if part.freeze else ""
         if part.train:
-            trained.append(f"{key} ({count:,} weights{but})")
+            trained.append(f"{key} ({count:,} weights{_but(part)})")
         else:
             frozen.append(key)
     print(f"trains: {', '.join(trained)}; precision {config.train.precision}, optimizer {config.optimizer.kind}")
     print(f"frozen: {', '.join([*frozen, 'vae'])}")
+    for line in (*table_of_blocks(config.trainable, model), *told_times(config)):
+        print(line)
     for line in describe_objective(config, model):
         print(line)
     if warning := guidance_warning(config):
         print(f"warning: {warning}")
     if config.ema.averages:
         print(config.ema.told())
+
+
+def _but(part: TextEncoderPart) -> str:
+    """What is said of a part of which not all trains."""
+    words = []
+    if isinstance(part, UnetPart) and part.preset != "all":
+        words.append(f", preset {part.preset}")
+    if part.only:
+        words.append(f", only {', '.join(part.only)}")
+    if part.freeze:
+        words.append(f" but for {', '.join(part.freeze)}")
+    return "".join(words)
 
 
 def _print_data(config: Config, model: RunModel) -> CaptionSurvey | None:

@@ -40,7 +40,7 @@ def averages_of(config: EmaConfig, strategy: Strategy) -> Averages | None:
     if not config.averages:
         return None
     profiles = {average.name: _profile(average) for average in config.averages}
-    return start_averages(strategy.parameters, profiles, place=config.place, update_every=config.update_every)
+    return start_averages(strategy.ever_trained, profiles, place=config.place, update_every=config.update_every)
 
 
 def _profile(average: AverageConfig) -> Profile:
@@ -67,15 +67,15 @@ def take_up_averages(parts: StepParts, checkpoint: Path) -> None:
     load_progress(averages, record)
     for name in wanted:
         if name in record["averages"]:
-            load_ema_tensors(averages, name, parts.strategy.parameters, _stored_tensors(parts, checkpoint, name))
+            load_ema_tensors(averages, name, parts.strategy.ever_trained, _stored_tensors(parts, checkpoint, name))
     fresh = [name for name in wanted if name not in record["averages"]]
     if not fresh:
         return
     corrections = _corrections(parts, averages)
     if averages.step < step:  # so that all count from the same step on
-        update_averages(averages, parts.strategy.parameters, step, corrections)
+        update_averages(averages, parts.strategy.ever_trained, step, corrections)
     for name in fresh:
-        begin_average(averages, name, parts.strategy.parameters, corrections)
+        begin_average(averages, name, parts.strategy.ever_trained, corrections)
     _log.warning("%s: begins at step %d, as the weights are now: %s holds none", _listed(fresh), step, checkpoint)
 
 
@@ -85,11 +85,12 @@ def _listed(names: list[str]) -> str:
 
 def _stored_tensors(parts: StepParts, checkpoint: Path, average: str) -> Iterator[tuple[str, Tensor]]:
     """By the names of the parameters that train; what was frozen, and still is, is no part of the average."""
+    averaged = parts.strategy.ever_trained
     for each in trained_components(parts.denoiser.model):
         file = checkpoint / average_folder(each.folder, average) / WEIGHTS_FILES[each.folder]
         for stored, tensor in read_tensors(file) if file.is_file() else ():
             name = each.names.get(stored)
-            if name is not None and name in parts.strategy.parameters:
+            if name is not None and name in averaged:
                 yield name, tensor
 
 
@@ -107,7 +108,7 @@ def follow(parts: StepParts, step: int, result: StepResult) -> None:
     if averages is None:
         return
     if result.took_effect:
-        update_when_due(averages, parts.strategy.parameters, step, _corrections(parts, averages))
+        update_when_due(averages, parts.strategy.ever_trained, step, _corrections(parts, averages))
     else:
         leave_out_step(averages)
 
@@ -146,5 +147,5 @@ def scored_weights(config: EmaConfig, parts: StepParts) -> dict[str, Callable[[]
 @contextmanager
 def _in_model(parts: StepParts, average: str) -> Iterator[None]:
     assert parts.averages is not None
-    with averaged_weights(parts.averages, average, parts.strategy.parameters), parts.strategy.gathered():
+    with averaged_weights(parts.averages, average, parts.strategy.ever_trained), parts.strategy.gathered():
         yield

@@ -53,12 +53,11 @@ def average_files(parts: StepParts, names: Iterable[str], dtype: torch.dtype | N
     files = []
     for name in names:
         assert parts.averages is not None
-        averaged = ema_parts(parts.averages, name, parts.strategy.parameters)
+        averaged = ema_parts(parts.averages, name, parts.strategy.ever_trained)
         for each in trained_components(parts.denoiser.model):
             tensors = _weights(each)
-            for weight, parameter in each.weights.items():
-                if parameter.requires_grad:
-                    average = averaged[each.names[weight]]
+            for weight in tensors:
+                if average := averaged.get(each.names[weight]):
                     tensors[weight] = average._replace(dtype=dtype or average.dtype)
             file = f"{average_folder(each.folder, name)}/{WEIGHTS_FILES[each.folder]}"
             files.append(TensorFile(file, tensors, each.beside))
@@ -70,7 +69,7 @@ def _weights(component: TrainedComponent) -> dict[str, Held]:
 
 
 def trained_components(model: TrainedModel) -> list[TrainedComponent]:
-    """Those of which a checkpoint holds the weights."""
+    """Those of which a checkpoint holds the weights: anything of them trains, now or at another time of the run."""
     if model.adapter is not None:
         own = adapter_parameters(model)
         names = {stored_name(name): name for name in own}
@@ -82,7 +81,12 @@ def trained_components(model: TrainedModel) -> list[TrainedComponent]:
         for number, folder, encoder in zip((1, 2), ("text_encoder", "text_encoder_2"), encoders, strict=True):
             config = encoder.config.to_json_string(use_diff=False)
             found.append(_component(folder, f"text_encoder_{number}", encoder, config))
-    return [each for each in found if any(parameter.requires_grad for parameter in each.weights.values())]
+    ever = {name for each in found for name in each.names.values() if name in model.resting}
+    return [
+        each
+        for each in found
+        if any(p.requires_grad for p in each.weights.values()) or not ever.isdisjoint(each.names.values())
+    ]
 
 
 def _component(folder: str, prefix: str, module: nn.Module, config: str) -> TrainedComponent:

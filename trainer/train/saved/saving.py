@@ -128,7 +128,7 @@ class Saving:
             reason = self._saver.finish(self._sums)
         reasons = [said for said in gather_objects(self._comm, reason and _said(reason)) if said]
         if reasons:
-            raise UserError(f"{self._path(state.step)}: the checkpoint could not be written: {reasons[0]}")
+            raise UserError(f"{self.path(state.step)}: the checkpoint could not be written: {reasons[0]}")
 
     def _helps_elsewhere(self, reason: Exception) -> bool:
         """Whether another disk may take what this one did not."""
@@ -143,7 +143,7 @@ class Saving:
         if reason is None:
             self._to_fallback = self._to_fallback and self._saver.phase != "idle"
             return
-        path = self._path(self._begun_step)
+        path = self.path(self._begun_step)
         again = "training goes on, the next one is tried as usual"
         self._again = self._to_fallback = self._helps_elsewhere(reason)
         if self._again:
@@ -155,9 +155,10 @@ class Saving:
         since_s = time.monotonic() - self._begun_s
         if not self._told_late and self._interval_s and since_s > _LONG * self._interval_s and self._comm.rank == 0:
             self._told_late = True
-            _log.warning("%s: still being written after %.0f s", self._path(self._begun_step), since_s)
+            _log.warning("%s: still being written after %.0f s", self.path(self._begun_step), since_s)
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Of the checkpoint after so many steps, in the run's directory or, if that failed, its stand-in."""
         return checkpoint_dir(self._place(), step)
 
     def _place(self) -> Path:
@@ -172,7 +173,7 @@ class Saving:
             record = state.to_json() | averages_record(parts)
             record |= objective_record(self._config.objective, parts.denoiser.objective)
             record |= {FROZEN: dict(self._run.frozen)}
-            path = self._path(state.step)
+            path = self.path(state.step)
             published = partial(self._on_published, path, state.step)
             folders.append(Folder(path, checkpoint_files(parts), record, published))
         if snapshot:

@@ -35,8 +35,9 @@ from trainer.parallel.comm import Comm, barrier, gather_objects, sum_floats
 from trainer.parallel.strategy import Strategy
 from trainer.train.arithmetic import arithmetic_of, batch_factors
 from trainer.train.build import Run, build_parts, worker_setting
-from trainer.train.loop import open_training_loader, starting_state
+from trainer.train.loop import open_training_loader
 from trainer.train.memory_inputs import planned_run
+from trainer.train.placement import starting_state
 from trainer.train.saved.averages import follow
 from trainer.train.step import StepParts, train_step
 

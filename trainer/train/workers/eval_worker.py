@@ -12,7 +12,8 @@ from trainer.evaluate.scoring import Scorer
 from trainer.measure.telemetry import read_metrics
 from trainer.model_files.run_model import RunModel
 from trainer.parallel.comm import Comm
-from trainer.train.build import load_denoiser, make_scorer, require_masks
+from trainer.train.build import load_denoiser, make_scorer
+from trainer.train.placement import require_masks
 
 _log = logging.getLogger(__name__)
 
