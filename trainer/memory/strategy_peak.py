@@ -109,7 +109,7 @@ class _Replicated:
         self._bytes = {p.name: p.numel * size for p in parameters if p.trains}
         total = sum(self._bytes.values())
         ledger.held["weights"] = sum(p.numel * size for p in parameters)
-        ledger.held["optimizer"] = round(holding.optimizer_bytes * total / size)
+        ledger.held["optimizer"] = round(holding.optimizer_bytes * total / size) + holding.optimizer_everywhere_bytes
         self._wrapped = holding.strategy == "ddp"
         if self._wrapped:
             ledger.held["gradients"] = total  # the buckets

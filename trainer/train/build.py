@@ -45,7 +45,7 @@ from trainer.model_files.run_model import RunModel
 from trainer.optim.adamw import Rounding
 from trainer.optim.adamw_chunk import Update, compiled_update
 from trainer.optim.clipping import clip_units
-from trainer.optim.optimizers import is_fused, load_optimizer_tensors, make_optimizer
+from trainer.optim.optimizers import is_compiled, load_optimizer_tensors, make_optimizer
 from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, gather_objects
 from trainer.parallel.sharding import copy_share, materialize
@@ -220,7 +220,7 @@ def _check_shards(prepared: PreparedSet, max_bad_fraction: float) -> None:
 
 
 def optimizer_for(config: Config, strategy: Strategy, comm: Comm) -> torch.optim.Optimizer:
-    """AdamW over what trains, with a learning rate for each part of the model."""
+    """The run's optimizer over what trains, with a learning rate for each part of the model."""
     rounding = precision_of(config.train.precision).rounding
     parts = {name: getattr(config.trainable, name) for name in type(config.trainable).model_fields}
     groups = {
@@ -234,7 +234,7 @@ def optimizer_for(config: Config, strategy: Strategy, comm: Comm) -> torch.optim
         peak_lrs={name: part.lr for name, part in parts.items() if part.lr is not None},
         rounding=rounding,
         seed=config.run.seed,
-        update=None if is_fused(config.optimizer, rounding) else _agreed_update(config, strategy, comm, rounding),
+        update=_agreed_update(config, strategy, comm, rounding) if is_compiled(config.optimizer, rounding) else None,
         # Of DDP's gradients, which are views of its buckets, nothing would be freed.
         free_gradients=strategy.sharing.kind != "ddp",
     )

@@ -1,6 +1,6 @@
 """What a checkpoint holds of a run: the components that train, their averages, and the optimizer's state."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,8 +10,9 @@ from trainer.checkpoint.ema_folders import average_folder
 from trainer.checkpoint.write import OPTIMIZER, WEIGHTS_FILES, TensorFile
 from trainer.model.denoiser import TrainedModel
 from trainer.optim.ema_contents import ema_parts
+from trainer.optim.kinds.schedule_free import average_blends
 from trainer.optim.optimizers import optimizer_tensors
-from trainer.parallel.local_shard import Held, held
+from trainer.parallel.local_shard import Blend, Held, held
 from trainer.train.step import StepParts
 
 
@@ -31,9 +32,12 @@ class TrainedComponent(NamedTuple):
 
 def checkpoint_files(parts: StepParts) -> list[TensorFile]:
     """The files in diffusers' layout; nothing is copied or exchanged yet."""
+    blends = average_blends(parts.optimizer, parts.strategy.parameters)
     files = [
-        TensorFile(f"{folder}/{WEIGHTS_FILES[folder]}", _weights(module), {"config.json": config})
-        for folder, _, module, config in trained_components(parts.denoiser.model)
+        TensorFile(
+            f"{folder}/{WEIGHTS_FILES[folder]}", _blended(_weights(module), prefix, blends), {"config.json": config}
+        )
+        for folder, prefix, module, config in trained_components(parts.denoiser.model)
     ]
     files += average_files(parts, parts.averages.profiles if parts.averages else ())
     state = optimizer_tensors(parts.optimizer, parts.strategy.parameters)
@@ -59,6 +63,16 @@ def average_files(parts: StepParts, names: Iterable[str], dtype: torch.dtype | N
             file = f"{average_folder(folder, name)}/{WEIGHTS_FILES[folder]}"
             files.append(TensorFile(file, tensors, {"config.json": config}))
     return files
+
+
+def _blended(weights: dict[str, Held], prefix: str, blends: Mapping[str, Blend]) -> dict[str, Held]:
+    """With averages in the place of the weights that have one."""
+    return {
+        name: each._replace(blend=blends[f"{prefix}.{name}"], dtype=torch.float32)
+        if f"{prefix}.{name}" in blends
+        else each
+        for name, each in weights.items()
+    }
 
 
 def _weights(module: nn.Module) -> dict[str, Held]:
