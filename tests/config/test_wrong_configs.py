@@ -228,7 +228,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
     ),
     "number of another kind": (
         changed("lr: 1e-4", "lr: 1e-4\n  kind: muon\n  d_coef: 2"),
-        "c.yaml:14: optimizer.d_coef = 2 with optimizer.kind = muon: has no effect; it belongs to `prodigy`, `dadapt_",
+        "c.yaml:14: optimizer.d_coef = 2.0 with optimizer.kind = muon: has no effect; it belongs to `prodigy`, `dadapt_",
     ),
     "betas of a kind that has none": (
         changed("lr: 1e-4", "lr: 1e-4\n  kind: adafactor\n  betas: [0.9, 0.99]"),
@@ -236,7 +236,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
     ),
     "learning rate where it is found": (
         changed("lr: 1e-4", "lr: 1e-4\n  kind: prodigy"),
-        "c.yaml:12: optimizer.lr = 1e-4 with optimizer.kind = prodigy: must be about 1 (0.1 to 10)",
+        "c.yaml:12: optimizer.lr = 0.0001 with optimizer.kind = prodigy: must be about 1 (0.1 to 10)",
     ),
     "two learning rates where one is found": (
         changed("lr: 1e-4", "lr: 1\n  kind: dadapt_adam\ntrainable: {unet: {lr: 0.5}}"),
