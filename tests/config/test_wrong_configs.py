@@ -228,7 +228,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
     ),
     "number of another kind": (
         changed("lr: 1e-4", "lr: 1e-4\n  kind: muon\n  d_coef: 2"),
-        "c.yaml:14: optimizer.d_coef = 2.0 with optimizer.kind = muon: has no effect; it belongs to `prodigy`, `dadapt_",
+        "c.yaml:14: optimizer.d_coef = 2.0 with optimizer.kind = muon: has no effect; it belongs to `prodigy`",
     ),
     "betas of a kind that has none": (
         changed("lr: 1e-4", "lr: 1e-4\n  kind: adafactor\n  betas: [0.9, 0.99]"),

@@ -65,7 +65,7 @@ def test_state_is_as_large_as_the_plan_says(kind: str, rounding: str | None) -> 
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
 def test_bf16_weights_follow_those_in_fp32(kind: str, rounding: str) -> None:
     """Through updates that rounding to the nearest would drop: on average, or with what is kept beside, to 2^-15."""
-    named, optimizer = made(kind, rounding)
+    named, _ = made(kind, rounding)
     wide = {name: nn.Parameter(parameter.detach().float()) for name, parameter in named.items()}
     start = {name: parameter.detach().clone() for name, parameter in wide.items()}
     settings = numbers(kind)
