@@ -222,6 +222,34 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
         changed("lr: 1e-4", "lr: 1e-4\n  compile: true"),
         "c.yaml:13: optimizer.compile = true with optimizer.kind = adamw (the default) with train.precision = bf16",
     ),
+    "compiling a kind that is not": (
+        changed("lr: 1e-4", "lr: 1e-4\n  kind: lion\n  compile: false"),
+        "c.yaml:14: optimizer.compile = false with optimizer.kind = lion: has no effect; only `adamw`",
+    ),
+    "number of another kind": (
+        changed("lr: 1e-4", "lr: 1e-4\n  kind: muon\n  d_coef: 2"),
+        "c.yaml:14: optimizer.d_coef = 2.0 with optimizer.kind = muon: has no effect; it belongs to `prodigy`",
+    ),
+    "betas of a kind that has none": (
+        changed("lr: 1e-4", "lr: 1e-4\n  kind: adafactor\n  betas: [0.9, 0.99]"),
+        "c.yaml:14: optimizer.betas = [0.9, 0.99] with optimizer.kind = adafactor: has no effect; it belongs to",
+    ),
+    "learning rate where it is found": (
+        changed("lr: 1e-4", "lr: 1e-4\n  kind: prodigy"),
+        "c.yaml:12: optimizer.lr = 0.0001 with optimizer.kind = prodigy: must be about 1 (0.1 to 10)",
+    ),
+    "two learning rates where one is found": (
+        changed("lr: 1e-4", "lr: 1\n  kind: dadapt_adam\ntrainable: {unet: {lr: 0.5}}"),
+        "c.yaml:14: trainable.unet.lr = 0.5 with optimizer.kind = dadapt_adam: must be left out",
+    ),
+    "schedule of what has none": (
+        changed("lr: 1e-4", "lr: 1e-4\n  kind: schedule_free_adamw\nlr_schedule: {kind: cosine}"),
+        "c.yaml:14: lr_schedule.kind = cosine with optimizer.kind = schedule_free_adamw: must be `constant`",
+    ),
+    "average of an average": (
+        changed("lr: 1e-4", "lr: 1e-4\n  kind: schedule_free_adamw\nema: {averages: [{kind: plain}]}"),
+        "c.yaml:14: ema.averages = [{kind: plain}] with optimizer.kind = schedule_free_adamw: must not go together",
+    ),
     "warm-up is the whole run": (
         added("lr_schedule: {warmup_steps: 100}"),
         "c.yaml:13: lr_schedule.warmup_steps = 100 with train.steps = 100: the warm-up must be shorter",

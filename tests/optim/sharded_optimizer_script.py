@@ -29,7 +29,19 @@ KINDS = {
     "8bit": (OptimizerConfig(lr=1e-3, kind="adamw_8bit"), None),
     "8bit-stochastic": (OptimizerConfig(lr=1e-3, kind="adamw_8bit"), "stochastic"),
     "kahan": (OptimizerConfig(lr=1e-3), "kahan"),
+    "lion": (OptimizerConfig(lr=1e-3, kind="lion"), "stochastic"),
+    "lion_8bit": (OptimizerConfig(lr=1e-3, kind="lion_8bit"), "kahan"),
+    "adopt": (OptimizerConfig(lr=1e-3, kind="adopt"), "stochastic"),
+    "schedule_free_adamw": (OptimizerConfig(lr=1e-3, kind="schedule_free_adamw"), "stochastic"),
+    "muon": (OptimizerConfig(lr=1e-3, kind="muon"), "stochastic"),
+    "prodigy": (OptimizerConfig(lr=1.0, kind="prodigy", d0=1e-4), None),
+    "dadapt_adam": (OptimizerConfig(lr=1.0, kind="dadapt_adam", d0=1e-4, growth_rate=2.0), None),
+    "stable_adamw": (OptimizerConfig(lr=1e-3, kind="stable_adamw"), None),
+    "adafactor": (OptimizerConfig(lr=1e-2, kind="adafactor"), None),
+    "came": (OptimizerConfig(lr=1e-3, kind="came"), None),
 }
+SUMS = ("prodigy", "dadapt_adam", "stable_adamw", "adafactor", "came")
+"""Kinds that add up over rows: another number of workers, another last bit."""
 
 
 class Weights(nn.Module):
@@ -60,7 +72,8 @@ def run(kind: str, weights: Weights, state: dict[str, Tensor] | None, steps: ran
         for index, parameter in enumerate(named.values()):
             parameter.grad = gradient_of(parameter, step, index)
         optimizer.step()
-    return {**{name: p.detach() for name, p in named.items()}, **optimizer_tensors(optimizer, named)}
+    tensors = {**{name: p.detach() for name, p in named.items()}, **optimizer_tensors(optimizer, named)}
+    return {name: tensor.clone() for name, tensor in tensors.items()}  # no two of them in the same memory
 
 
 def load_weights(weights: Weights, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

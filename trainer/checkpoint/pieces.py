@@ -41,7 +41,11 @@ class Piece:
 
     def elements(self) -> Tensor:
         """As they are now, one-dimensional, on their device; of weights in another memory layout, a copy."""
-        return self.held.part.reshape(-1)[self.begin : self.end]
+        elements = self.held.part.reshape(-1)[self.begin : self.end]
+        if self.held.blend is None:
+            return elements
+        towards, by = self.held.blend
+        return elements.float().lerp(towards.reshape(-1)[self.begin : self.end], by)
 
 
 @dataclass(frozen=True)

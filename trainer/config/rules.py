@@ -20,6 +20,7 @@ from trainer.config.rules_loss_weights import loss_weight_rules
 from trainer.config.rules_objective import objective_problems
 from trainer.config.rules_sources import is_needed_to_train, paths_of, source_rules
 from trainer.config.schema import Config
+from trainer.config.section_rules.rules_optimizer import optimizer_rules
 from trainer.config.sections.sources import FolderSource, LatentTarsSource, Source
 from trainer.config.sections.trainable_config import TextEncoderPart
 from trainer.config.spelling import nearest_path
@@ -34,7 +35,7 @@ def broken_rules(config: Config) -> list[Problem]:
         _length,
         _batch,
         _lr_schedule,
-        _optimizer,
+        optimizer_rules,
         _buckets,
         source_rules,
         filter_rules,
@@ -102,13 +103,6 @@ def _lr_schedule(config: Config) -> Iterator[Problem]:
     if steps is not None and schedule.warmup_steps >= steps:
         keys = ("lr_schedule.warmup_steps", "train.steps")
         yield clash(config, keys, "the warm-up must be shorter than the run")
-
-
-def _optimizer(config: Config) -> Iterator[Problem]:
-    fused = config.optimizer.kind == "adamw" and not config.train.precision.startswith("bf16_")
-    if fused and is_given(config, "optimizer.compile"):
-        keys = ("optimizer.compile", "optimizer.kind", "train.precision")
-        yield clash(config, keys, "has no effect; PyTorch's own AdamW is fused")
 
 
 def _buckets(config: Config) -> Iterator[Problem]:

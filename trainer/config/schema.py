@@ -18,6 +18,7 @@ from trainer.config.sections.guard_config import GuardConfig
 from trainer.config.sections.launch_config import LaunchConfig
 from trainer.config.sections.limits_config import LimitsConfig
 from trainer.config.sections.objective_config import ObjectiveConfig
+from trainer.config.sections.optimizer_config import OptimizerConfig
 from trainer.config.sections.sources import Source
 from trainer.config.sections.trainable_config import TrainableConfig
 from trainer.config.values import (
@@ -172,25 +173,6 @@ class TrainConfig(Section):
     adaptive_clip: Annotated[float, Field(ge=0)] = 0.0
     """Before that, the gradient of each row and filter is scaled down to this share of the norm of its weights
     (adaptive gradient clipping), 0.01 being usual; 0 turns it off. A few wild units then do not slow all others."""
-
-
-class OptimizerConfig(Section):
-    kind: Literal["adamw", "adamw_8bit"] = "adamw"
-    """`adamw`: both moments in fp32, 8 bytes per weight. `adamw_8bit`: in blocks of 8 bits, 2.03 bytes per weight;
-    biases, norms and other small tensors stay in fp32."""
-    lr: Annotated[float, Field(gt=0)]
-    """Peak learning rate; `trainable` may give parts of the model their own."""
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """AdamW's decay rates of the gradient's first and second moment."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's term that keeps the division finite."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's decoupled weight decay."""
-    decay_norms_and_biases: Flag = True
-    """Whether weight decay is for norms and biases too; all that is no matrix or convolution."""
-    compile: Literal["auto"] | Flag = "auto"
-    """Fuse the arithmetic of `adamw_8bit` and of bf16 weights by torch.compile; `adamw` over fp32 weights is fused as
-    it is. `auto`: from 100 million weights a worker on, where this machine has a C++ compiler."""
 
 
 class LrScheduleConfig(Section):

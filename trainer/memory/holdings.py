@@ -44,6 +44,7 @@ class Holding:
             autocast's copies are part of the trace.
         reduce_bytes: of one gradient on the wire.
         optimizer_bytes: state per weight that trains, such as 8 for AdamW in fp32.
+        optimizer_everywhere_bytes: state that every worker has, however the rest is spread.
         accumulation: passes per optimizer step.
         reduce_each_pass: zero2 and zero3 with accumulation: reduce in every pass, or keep whole gradients.
         bucket_bytes: of one DDP bucket.
@@ -73,6 +74,7 @@ class Holding:
     batched_copy: bool = True
     pools_by_stream: bool = False
     optimizer_temporary_bytes: int = 0
+    optimizer_everywhere_bytes: int = 0
     average_bytes: int = 0
     average_update_bytes: int = 0
     average_swap_bytes: int = 0

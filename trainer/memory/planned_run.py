@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.config.sections.adapter_config import AdapterConfig, trains_adapter
+from trainer.config.sections.optimizer_config import OptimizerKind
 from trainer.config.sections.trainable_config import TrainableConfig
 from trainer.model_files.run_model import RunModel
 
@@ -15,7 +16,7 @@ class PlannedRun:
     Attributes:
         trainable: which weights train; with an adapter, which parts have one.
         precision: `train.precision`; `vae_precision`, `text_encoder_precision`: of what is frozen.
-        eight_bit: moments of 8 bits.
+        optimizer: `optimizer.kind`.
         batch_size: images in a pass of one worker.
         chunks, chunk_join: of a caption: how many pieces of 75 tokens, and how they are put together.
         cache_text: captions are not encoded while training.
@@ -37,7 +38,7 @@ class PlannedRun:
     precision: str
     vae_precision: str
     text_encoder_precision: str
-    eight_bit: bool
+    optimizer: OptimizerKind
     batch_size: int
     chunks: int
     chunk_join: Literal["a1111", "kohya"]

@@ -263,10 +263,10 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
             yield "train.batch_size_per_gpu: 1", replace(run, batch_size=1)
     if run.averages and run.averages_place == "device":
         yield "ema.place: host", replace(run, averages_place="host")
-    if not run.eight_bit:
-        yield "optimizer.kind: adamw_8bit", replace(run, eight_bit=True)
+    if run.optimizer != "adamw_8bit":
+        yield "optimizer.kind: adamw_8bit", replace(run, optimizer="adamw_8bit")
     if run.precision in ("bf16", "fp32") and not run.has_adapter:
-        stochastic = replace(run, eight_bit=True, precision="bf16_stochastic")
+        stochastic = replace(run, optimizer="adamw_8bit", precision="bf16_stochastic")
         yield "train.precision: bf16_stochastic and optimizer.kind: adamw_8bit", stochastic
         least = replace(stochastic, batch_size=1)
         if batch > 1:
@@ -286,8 +286,11 @@ def _checkpoint_bytes(run: PlannedRun, trace: Any) -> int:
     from trainer.memory.traced_run import optimizer_bytes
     from trainer.optim.precision import precision_of
 
-    each = precision_of(run.precision).weights.itemsize + 4 * run.averages
-    return _stored(run, trace) * each + optimizer_bytes(run, trace)
+    weights = precision_of(run.precision).weights.itemsize
+    each = weights + 4 * run.averages
+    if run.optimizer == "schedule_free_adamw":  # the average in fp32, and the weights that train
+        each += 4
+    return _stored(run, trace) * each + optimizer_bytes(run, trace).total
 
 
 def _stored(run: PlannedRun, trace: "Trace") -> int:

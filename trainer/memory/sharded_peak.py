@@ -49,7 +49,7 @@ class Sharded:
         mixed = holding.compute_bytes != holding.stored_bytes
         ledger.held["masters" if mixed else "weights"] += shards * holding.stored_bytes
         trained = sum(self._trained.values()) // holding.world
-        ledger.held["optimizer"] = round(holding.optimizer_bytes * trained)
+        ledger.held["optimizer"] = round(holding.optimizer_bytes * trained) + holding.optimizer_everywhere_bytes
         self._mixed = mixed
         # The streams of all-gathers, and of reduce-scatters, whose results are the shards of the gradients.
         self._gathers = _Pool(ledger, "communication", holding.pools_by_stream)

@@ -110,7 +110,7 @@ class _Replicated:
         total = sum(self._bytes.values())
         base = size if holding.base_bytes is None else holding.base_bytes
         ledger.held["weights"] = sum(p.numel * (size if p.trains else base) for p in parameters)
-        ledger.held["optimizer"] = round(holding.optimizer_bytes * total / size)
+        ledger.held["optimizer"] = round(holding.optimizer_bytes * total / size) + holding.optimizer_everywhere_bytes
         self._wrapped = holding.strategy == "ddp"
         if self._wrapped:
             ledger.held["gradients"] = total  # the buckets

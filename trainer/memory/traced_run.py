@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,8 @@ from trainer.model.recompute import (
 )
 from trainer.model.text import TextEncoders, text_positions
 from trainer.optim.adamw import CHUNK_ELEMENTS
-from trainer.optim.eight_bit import blocks_per_row, takes_8_bits
 from trainer.optim.ema_memory import EmaMemory, memory_of_averages
+from trainer.optim.kinds.rule_table import RULES, state_bytes
 from trainer.optim.precision import DTYPES, precision_of
 from trainer.parallel.strategy import copies_gradients_in_batches
 
@@ -185,10 +185,7 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
     precision, wish = precision_of(run.precision), run.strategy
     state = optimizer_bytes(run, trace)
     trained = sum(math.prod(trace.shapes[name]) for name in trace.trains)
-    fused = precision.weights == torch.float32 and not run.eight_bit
-    largest = max(
-        math.prod(shape) for name, shape in trace.shapes.items() if name in trace.trains or not run.has_adapter
-    )
+    swap = _swap_bytes(run, trace, kernels)
     averages = {shards: averages_memory(run, trace, shards, kernels) for shards in {1, workers}}
 
     def holding(strategy: StrategyName, each_pass: bool = True) -> Holding:
@@ -202,15 +199,16 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
             base_bytes=precision.compute.itemsize if run.has_adapter else None,
             compute_bytes=narrow,
             reduce_bytes=narrow,
-            optimizer_bytes=state / trained,
+            optimizer_bytes=state.spread / trained,
+            optimizer_everywhere_bytes=state.everywhere,
             accumulation=accumulation,
             reduce_each_pass=each_pass,
             batched_copy=copies_gradients_in_batches(),
             pools_by_stream=kernels == "cuda",
-            optimizer_temporary_bytes=0 if fused else _SCRATCH_BYTES * min(CHUNK_ELEMENTS[kernels], largest),
+            optimizer_temporary_bytes=optimizer_scratch(run, trace, kernels, workers if gathers else 1),
             average_bytes=average.device,
             average_update_bytes=average.update,
-            average_swap_bytes=average.swap if run.scores_averages else 0,
+            average_swap_bytes=(average.swap if run.scores_averages else 0) + swap // (workers if gathers else 1),
         )
 
     if workers == 1:
@@ -235,20 +233,50 @@ def averages_memory(run: PlannedRun, trace: Trace, shards: int, kernels: Kernels
     )
 
 
-def optimizer_bytes(run: PlannedRun, trace: Trace) -> int:
+class StateBytes(NamedTuple):
+    """Bytes of the optimizer's state: of the whole model, and of each worker beside its share of that."""
+
+    spread: int
+    everywhere: int
+
+    @property
+    def total(self) -> int:
+        """What a checkpoint holds."""
+        return self.spread + self.everywhere
+
+
+def optimizer_bytes(run: PlannedRun, trace: Trace) -> StateBytes:
     """State of the optimizer for the whole model, on however many workers it lies."""
-    weights = precision_of(run.precision).weights
-    total = 0
+    weights, spread, everywhere = precision_of(run.precision).weights, 0, 0
     for name in trace.trains:
         shape = trace.shapes[name]
-        numel = math.prod(shape)
-        if run.eight_bit and takes_8_bits(shape):
-            total += 2 * (numel + 4 * shape[0] * blocks_per_row(shape))
-        else:
-            total += 8 * numel
+        rows, shared = state_bytes(run.optimizer, name, tuple(shape), weights)
+        spread, everywhere = spread + rows, everywhere + shared
         if run.precision == "bf16_kahan":
-            total += numel * weights.itemsize
-    return total
+            spread += math.prod(shape) * weights.itemsize
+    return StateBytes(spread, everywhere)
+
+
+def optimizer_scratch(run: PlannedRun, trace: Trace, kernels: Kernels, shards: int) -> int:
+    """What the optimizer's step holds beside weights, gradients and state, on a worker with one of so many shards."""
+    wide, chunk = precision_of(run.precision).weights == torch.float32, CHUNK_ELEMENTS[kernels]
+    sizes = [math.prod(trace.shapes[name]) for name in trace.trains]
+    if run.optimizer not in RULES:
+        return 0 if wide and run.optimizer == "adamw" else _SCRATCH_BYTES * min(chunk, max(sizes))
+    rule = RULES[run.optimizer]
+    if rule.in_chunks:
+        return rule.scratch_bytes * min(chunk, max(sizes))
+    # All rows of a tensor at once, and of as many small ones as one exchange serves.
+    at_once = -(-max(sizes) // shards) + (0 if shards == 1 else min(chunk, sum(sizes) // shards))
+    return (rule.scratch_bytes + (0 if wide else 4)) * at_once + rule.whole_bytes * max(sizes)
+
+
+def _swap_bytes(run: PlannedRun, trace: Trace, kernels: Kernels) -> int:
+    """The weights that train, kept in the host's memory while their average is in the model."""
+    scored = run.validates or run.sample_px is not None
+    if run.optimizer != "schedule_free_adamw" or not scored or kernels == "cuda":
+        return 0
+    return sum(math.prod(trace.shapes[name]) for name in trace.trains) * precision_of(run.precision).weights.itemsize
 
 
 def peaks_beside(run: PlannedRun, traced: TracedRun, strategy: StrategyName) -> tuple[int, dict[str, int]]:

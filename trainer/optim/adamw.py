@@ -96,7 +96,7 @@ class BlockAdamW(torch.optim.Optimizer):
         if not todo:
             return
         numbers = self._numbers(todo, gradient_factor)
-        with _threads_for_chunks() as pool:
+        with threads_for_chunks() as pool:
             for each, (factors, key) in zip(todo, numbers, strict=True):
                 self._step_parameter(each.parameter, factors, key, pool)
                 if self.free_gradients:
@@ -172,7 +172,7 @@ class BlockAdamW(torch.optim.Optimizer):
 
 
 @contextmanager
-def _threads_for_chunks() -> Iterator[ThreadPoolExecutor]:
+def threads_for_chunks() -> Iterator[ThreadPoolExecutor]:
     """As many threads as torch has, each with operations of its own that are not split further.
 
     They meet once per parameter, instead of sixty times per chunk as torch's do: with other work on the machine, that

@@ -10,6 +10,11 @@ from trainer.config.schema import OptimizerConfig
 from trainer.errors import UserError
 from trainer.optim.adamw import BlockAdamW, Rounding
 from trainer.optim.adamw_chunk import Update
+from trainer.optim.kinds.rule import Rule
+from trainer.optim.kinds.rule_optimizer import RuleOptimizer
+from trainer.optim.kinds.rule_table import RULES
+from trainer.optim.kinds.schedule_free import holds_average
+from trainer.optim.kinds.stored_names import COLUMNS, TRAINED, kind_that_keeps, stored_name
 from trainer.parallel.local_shard import local_part, part_of, whole_of
 
 NamedParameters = Mapping[str, nn.Parameter]
@@ -26,9 +31,10 @@ def make_optimizer(
     free_gradients: bool = False,
     update: Update | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) as `config.kind` says, with weight decay on every weight.
+    """The optimizer that `config.kind` says, with weight decay on every weight.
 
-    fp32 weights with fp32 moments go to torch's fused implementation: one pass over memory per step.
+    AdamW (Loshchilov and Hutter 2019) over fp32 weights with fp32 moments is torch's fused implementation: one pass
+    over memory per step. The other kinds are rules (`trainer.optim.kinds`).
 
     Args:
         parameters: groups by name ("unet", "text_encoder_1", ...), each a mapping of parameters by name; names must
@@ -38,23 +44,26 @@ def make_optimizer(
         rounding: how bf16 weights are rounded; None where they are fp32.
         seed: of the stochastic rounding; the run's.
         free_gradients: drop each gradient right after its use (not with the fused implementation).
-        update: a chunk's arithmetic, compiled (not with the fused implementation).
+        update: a chunk's arithmetic, compiled (of AdamW, where it is not fused).
 
     Raises:
         ValueError: bf16 weights without `rounding`, `rounding` without bf16 weights, or a name twice.
     """
     grouped = _grouped(parameters)
     _check_names(grouped)
-    beta1, beta2 = config.betas
+    settings = config.settings()
     groups = []
     for group, named in grouped.items():
         peak_lr = (peak_lrs or {}).get(group, config.lr)
-        weight_decay = (weight_decays or {}).get(group, config.weight_decay)
-        settings = {"betas": (beta1, beta2), "eps": config.eps, "weight_decay": weight_decay}
         groups.append({"params": list(named.items()), "name": group, "peak_lr": peak_lr, "lr": peak_lr, **settings})
+        if weight_decays is not None and group in weight_decays:
+            groups[-1]["weight_decay"] = weight_decays[group]
     all_fp32 = all(p.dtype == torch.float32 for named in grouped.values() for p in named.values())
     if all_fp32 and is_fused(config, rounding):
         return torch.optim.AdamW(groups, fused=True)
+    if config.kind in RULES:
+        rule = RULES[config.kind]
+        return RuleOptimizer(groups, rule, rounding=rounding, seed=seed, free_gradients=free_gradients)
     return BlockAdamW(
         groups,
         eight_bit=config.kind == "adamw_8bit",
@@ -70,13 +79,18 @@ def is_fused(config: OptimizerConfig, rounding: Rounding | None) -> bool:
     return rounding is None and config.kind == "adamw"
 
 
+def is_compiled(config: OptimizerConfig, rounding: Rounding | None) -> bool:
+    """Whether torch.compile may fuse the optimizer's arithmetic."""
+    return config.kind not in RULES and not is_fused(config, rounding)
+
+
 def take_optimizer_step(optimizer: torch.optim.Optimizer, gradients: Callable[[], list[Tensor]], factor: float) -> None:
     """Update the weights by the gradients times `factor`.
 
     Args:
         gradients: to be asked for where the optimizer does not multiply by itself.
     """
-    if isinstance(optimizer, BlockAdamW):
+    if isinstance(optimizer, BlockAdamW | RuleOptimizer):
         optimizer.step(gradient_factor=factor)
         return
     if factor != 1.0:  # a pass over all gradients, which most steps of a sound run do without
@@ -120,13 +134,19 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: NamedParamet
     """The optimizer's state as `<parameter name>.<state name>` -> tensor, as it is (no copy).
 
     State of a sharded parameter is a DTensor that is sharded alike, by rows; its whole is the same for any number of
-    workers, so that it can be gathered, written and given to a run with another number.
+    workers, so that it can be gathered, written and given to a run with another number. Of kinds but AdamW, their name
+    stands before the state's: `<parameter name>.lion-exp_avg`. Where the checkpoint is to hold averaged weights in
+    place of those that train, these are part of the state (`trainer.optim.kinds.schedule_free`).
     """
-    return {
-        f"{name}.{key}": whole_of(value, parameter)
-        for name, parameter in parameters.items()
-        for key, value in sorted(optimizer.state.get(parameter, {}).items())  # after a resume they stand otherwise
-    }
+    rule, found = _rule_of(optimizer), dict[str, Tensor]()
+    for name, parameter in parameters.items():
+        # After a resume they stand otherwise.
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+            shared = rule is not None and key.endswith(COLUMNS)
+            found[f"{name}.{stored_name(rule, key)}"] = value if shared else whole_of(value, parameter)
+        if holds_average(optimizer, parameter):
+            found[f"{name}.{stored_name(rule, TRAINED)}"] = parameter.detach()
+    return found
 
 
 def load_optimizer_tensors(
@@ -137,7 +157,8 @@ def load_optimizer_tensors(
     Raises:
         UserError: a tensor's parameter does not train any more, or moments were kept in another number of bits.
     """
-    ours = optimizer if isinstance(optimizer, BlockAdamW) else None
+    ours = optimizer if isinstance(optimizer, BlockAdamW | RuleOptimizer) else None
+    rule = _rule_of(optimizer)
     for full_name, value in tensors:
         name, key = full_name.rsplit(".", 1)
         if name not in parameters:
@@ -151,18 +172,35 @@ def load_optimizer_tensors(
             # Fused AdamW keeps its step counter beside the parameter, ours on the CPU where it is read.
             optimizer.state[parameter][key] = value.to("cpu" if ours else part.device, torch.float32)
             continue
-        if key == "exp_avg":
-            _check_bits(name, value, ours is not None and ours.keeps_8_bits(parameter))
-        rows = part_of(value, parameter).to(part.device)
+        kept = kind_that_keeps(key, value, parameter)
+        if kept is not None:
+            _check_kind(name, kept, rule.kind if rule else _adamw_kind(ours, parameter))
+        key = key.rpartition("-")[2]
+        if rule is not None and value.ndim == 0:
+            optimizer.state[parameter][key] = value.cpu()
+            continue
+        rows = value if rule is not None and key.endswith(COLUMNS) else part_of(value, parameter)
+        rows = rows.to(part.device)
+        if key == TRAINED:
+            with torch.no_grad():
+                part.copy_(rows)
+            continue
         if rows.untyped_storage().nbytes() > rows.nbytes:  # a view would keep the whole in memory
             rows = rows.clone()
         optimizer.state[parameter][key] = rows if ours else whole_of(rows, parameter)
 
 
-def _check_bits(name: str, stored: Tensor, wants_8_bits: bool) -> None:
-    if (stored.dtype == torch.uint8) != wants_8_bits:
-        kinds = ("adamw_8bit", "adamw") if stored.dtype == torch.uint8 else ("adamw", "adamw_8bit")
+def _rule_of(optimizer: torch.optim.Optimizer) -> Rule | None:
+    return optimizer.rule if isinstance(optimizer, RuleOptimizer) else None
+
+
+def _adamw_kind(ours: BlockAdamW | RuleOptimizer | None, parameter: nn.Parameter) -> str:
+    return "adamw_8bit" if ours is not None and ours.keeps_8_bits(parameter) else "adamw"
+
+
+def _check_kind(name: str, stored: str, wanted: str) -> None:
+    if stored != wanted:
         raise UserError(
-            f"optimizer.kind = {kinds[1]}: the checkpoint holds the moments of {name} as {kinds[0]} keeps them; "
-            f"go on with optimizer.kind={kinds[0]}"
+            f"optimizer.kind = {wanted}: the checkpoint holds the moments of {name} as {stored} keeps them; "
+            f"go on with optimizer.kind={stored}"
         )

@@ -7,6 +7,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 
+class Blend(NamedTuple):
+    """What is written in place of some rows: rows + `by` x (`towards` - rows), in fp32."""
+
+    towards: Tensor
+    by: float
+
+
 class Held(NamedTuple):
     """What this worker has of a tensor, in the memory where it is.
 
@@ -16,6 +23,7 @@ class Held(NamedTuple):
         shape: of the whole.
         is_share: the other workers have other rows; else all have the same.
         dtype: in which it is to be written, if not in its own.
+        blend: what is to be written in place of it; None: itself.
     """
 
     part: Tensor
@@ -23,6 +31,7 @@ class Held(NamedTuple):
     shape: tuple[int, ...]
     is_share: bool
     dtype: torch.dtype
+    blend: Blend | None = None
 
 
 def held(tensor: Tensor) -> Held:

@@ -46,7 +46,7 @@ from trainer.model_files.run_model import RunModel
 from trainer.optim.adamw import Rounding
 from trainer.optim.adamw_chunk import Update, compiled_update
 from trainer.optim.clipping import clip_units
-from trainer.optim.optimizers import is_fused, load_optimizer_tensors, make_optimizer
+from trainer.optim.optimizers import is_compiled, load_optimizer_tensors, make_optimizer
 from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, gather_objects
 from trainer.parallel.sharding import copy_share, materialize
@@ -225,7 +225,8 @@ def _moments(checkpoint: Path, strategy: Strategy) -> Iterator[tuple[str, Tensor
 def optimizer_for(
     config: Config, strategy: Strategy, comm: Comm, rates: Mapping[str, Rate] | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW over what trains, in groups of one learning rate and weight decay; `rates` as in `parameter_groups`."""
+    """The run's optimizer over what trains, in groups of one learning rate and weight decay; `rates` as in
+    `parameter_groups`."""
     rounding = precision_of(config.train.precision).rounding
     groups = parameter_groups(config, rates or {}, strategy.parameters)
     return make_optimizer(
@@ -235,7 +236,7 @@ def optimizer_for(
         weight_decays={group.name: group.weight_decay for group in groups},
         rounding=rounding,
         seed=config.run.seed,
-        update=None if is_fused(config.optimizer, rounding) else _agreed_update(config, strategy, comm, rounding),
+        update=_agreed_update(config, strategy, comm, rounding) if is_compiled(config.optimizer, rounding) else None,
         # Of DDP's gradients, which are views of its buckets, nothing would be freed.
         free_gradients=strategy.sharing.kind != "ddp",
     )

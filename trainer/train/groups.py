@@ -41,7 +41,7 @@ def parameter_groups(
     groups = []
     for part_name, part in trained_parts(config).items():
         lr = config.optimizer.lr if part.lr is None else part.lr
-        decay = config.optimizer.weight_decay if part.weight_decay is None else part.weight_decay
+        decay = config.optimizer.settings()["weight_decay"] if part.weight_decay is None else part.weight_decay
         found: dict[tuple[float, float], dict[str, nn.Parameter]] = {}
         for name, parameter in parameters.items():
             if not name.startswith(f"{part_name}."):

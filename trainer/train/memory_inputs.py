@@ -26,7 +26,7 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
         precision=config.train.precision,
         vae_precision=config.model.vae_precision,
         text_encoder_precision=config.model.text_encoder_precision,
-        eight_bit=config.optimizer.kind == "adamw_8bit",
+        optimizer=config.optimizer.kind,
         batch_size=config.train.batch_size_per_gpu,
         chunks=config.captions.max_tokens // TOKENS_PER_CHUNK,
         chunk_join=config.captions.chunks,

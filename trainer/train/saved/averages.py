@@ -26,6 +26,7 @@ from trainer.optim.ema import (
 from trainer.optim.ema_contents import load_ema_tensors, load_progress
 from trainer.optim.ema_profile import PlainEma, PowerEma, Profile
 from trainer.optim.ema_swap import averaged_weights
+from trainer.optim.kinds.schedule_free import average_in_model, averages_weights
 from trainer.optim.precision import DTYPES
 from trainer.parallel.strategy import Strategy
 from trainer.train.saved.checkpoint_contents import average_files, trained_components
@@ -140,8 +141,15 @@ def snapshot_folder(config: EmaConfig, run_dir: Path, parts: StepParts, step: in
 
 def scored_weights(config: EmaConfig, parts: StepParts) -> dict[str, Callable[[], AbstractContextManager[None]]]:
     """What `ema.score` names, each with a context in which the model has these weights, gathered on every worker."""
-    live = parts.strategy.gathered
+    live = partial(_average_of_training, parts) if averages_weights(parts.optimizer) else parts.strategy.gathered
     return {name: live if name == LIVE else partial(_in_model, parts, name) for name in config.score}
+
+
+@contextmanager
+def _average_of_training(parts: StepParts) -> Iterator[None]:
+    """The optimizer's own average, where there is one, and not the weights that train."""
+    with average_in_model(parts.optimizer, parts.strategy.parameters), parts.strategy.gathered():
+        yield
 
 
 @contextmanager

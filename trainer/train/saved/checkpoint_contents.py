@@ -13,8 +13,9 @@ from trainer.checkpoint.write import OPTIMIZER, WEIGHTS_FILES, TensorFile
 from trainer.model.adapted import SETTINGS, settings_text
 from trainer.model.denoiser import TrainedModel
 from trainer.optim.ema_contents import ema_parts
+from trainer.optim.kinds.schedule_free import average_blends
 from trainer.optim.optimizers import optimizer_tensors
-from trainer.parallel.local_shard import Held, held
+from trainer.parallel.local_shard import Blend, Held, held
 from trainer.train.step import StepParts
 
 
@@ -35,8 +36,9 @@ class TrainedComponent(NamedTuple):
 
 def checkpoint_files(parts: StepParts) -> list[TensorFile]:
     """The files in diffusers' layout; nothing is copied or exchanged yet."""
+    blends = average_blends(parts.optimizer, parts.strategy.parameters)
     files = [
-        TensorFile(f"{each.folder}/{WEIGHTS_FILES[each.folder]}", _weights(each), each.beside)
+        TensorFile(f"{each.folder}/{WEIGHTS_FILES[each.folder]}", _blended(each, blends), each.beside)
         for each in trained_components(parts.denoiser.model)
     ]
     files += average_files(parts, parts.averages.profiles if parts.averages else ())
@@ -66,6 +68,16 @@ def average_files(parts: StepParts, names: Iterable[str], dtype: torch.dtype | N
 
 def _weights(component: TrainedComponent) -> dict[str, Held]:
     return {name: held(parameter) for name, parameter in component.weights.items()}
+
+
+def _blended(component: TrainedComponent, blends: Mapping[str, Blend]) -> dict[str, Held]:
+    """The weights, with averages in the place of those that have one."""
+    return {
+        name: each._replace(blend=blends[component.names[name]], dtype=torch.float32)
+        if component.names[name] in blends
+        else each
+        for name, each in _weights(component).items()
+    }
 
 
 def trained_components(model: TrainedModel) -> list[TrainedComponent]:

@@ -1,0 +1,1 @@
+"""Rules between fields, a module for each section that has many."""
