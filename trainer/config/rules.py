@@ -12,15 +12,15 @@ from pathlib import Path
 
 from trainer.config.fields import Key, Problem, dotted
 from trainer.config.rule_parts import clash, full_path, is_given, key_of, value_at
-from trainer.config.rules_adapter import adapter_rules
-from trainer.config.rules_captions import caption_rules
-from trainer.config.rules_ema import ema_rules
-from trainer.config.rules_filters import filter_rules
-from trainer.config.rules_loss_weights import loss_weight_rules
-from trainer.config.rules_objective import objective_problems
-from trainer.config.rules_sources import is_needed_to_train, paths_of, source_rules
 from trainer.config.schema import Config
+from trainer.config.section_rules.rules_adapter import adapter_rules
+from trainer.config.section_rules.rules_captions import caption_rules
+from trainer.config.section_rules.rules_ema import ema_rules
+from trainer.config.section_rules.rules_filters import filter_rules
+from trainer.config.section_rules.rules_loss_weights import loss_weight_rules
+from trainer.config.section_rules.rules_objective import objective_problems
 from trainer.config.section_rules.rules_optimizer import optimizer_rules
+from trainer.config.section_rules.rules_sources import is_needed_to_train, paths_of, source_rules
 from trainer.config.sections.sources import FolderSource, LatentTarsSource, Source
 from trainer.config.sections.trainable_config import TextEncoderPart
 from trainer.config.spelling import nearest_path
@@ -203,7 +203,7 @@ def _weight_decay(config: Config, parts: Mapping[str, TextEncoderPart]) -> Itera
     decays = {name: part.weight_decay for name, part in parts.items()}
     keys = {name: "optimizer.weight_decay" if own is None else f"trainable.{name}.weight_decay"
             for name, own in decays.items()}  # fmt: skip
-    is_on = {name: (config.optimizer.weight_decay if own is None else own) > 0 for name, own in decays.items()}
+    is_on = {name: (config.optimizer.settings()["weight_decay"] if own is None else own) > 0 for name, own in decays.items()}
     for name in parts:
         if parts[name].weight_decay_scale and not is_on[name]:
             yield clash(config, (f"trainable.{name}.weight_decay_scale", keys[name]), "has no effect on no decay")
