@@ -230,8 +230,8 @@ def elastic(arguments: argparse.Namespace, folder: Path) -> bool:
         "train.global_batch_size=16",
         "lr_schedule.kind=constant",
         "ema.score=[live]",
-        # Calm enough that roundings stay what they are: with AdamW's usual eps a gradient of 1e-9 makes a whole step, and
-        # at the rate of the quickstart a difference of 1e-8 in the loss is one of 1e-3 six steps later.
+        # Calm enough that roundings stay what they are: with AdamW's usual eps a gradient of 1e-9 makes a whole step,
+        # and at the rate of the quickstart a difference of 1e-8 in the loss is one of 1e-3 six steps later.
         "optimizer.eps=1e-2",
         "optimizer.lr=1e-3",
     ]
