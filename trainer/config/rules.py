@@ -203,7 +203,8 @@ def _weight_decay(config: Config, parts: Mapping[str, TextEncoderPart]) -> Itera
     decays = {name: part.weight_decay for name, part in parts.items()}
     keys = {name: "optimizer.weight_decay" if own is None else f"trainable.{name}.weight_decay"
             for name, own in decays.items()}  # fmt: skip
-    is_on = {name: (config.optimizer.settings()["weight_decay"] if own is None else own) > 0 for name, own in decays.items()}
+    usual = config.optimizer.settings()["weight_decay"]
+    is_on = {name: (usual if own is None else own) > 0 for name, own in decays.items()}
     for name in parts:
         if parts[name].weight_decay_scale and not is_on[name]:
             yield clash(config, (f"trainable.{name}.weight_decay_scale", keys[name]), "has no effect on no decay")
