@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer.config.fields import Key, Problem, dotted
 from trainer.config.rule_parts import clash, full_path, is_given, key_of, value_at
-from trainer.config.rules_adapter import adapter_rules
+from trainer.config.rule_sets.rules_adapter import adapter_rules
 from trainer.config.rules_captions import caption_rules
 from trainer.config.rules_ema import ema_rules
 from trainer.config.rules_filters import filter_rules

@@ -13,6 +13,7 @@ from trainer.cli.arguments import add_config_arguments, read_run
 from trainer.cli.start_workers import worker_count
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
+from trainer.config.sections.adapter_config import trains_adapter
 from trainer.data.mixture import Mixture
 from trainer.data.prepare.stages import is_current
 from trainer.data.store.snapshot import PreparedSet
@@ -26,6 +27,7 @@ from trainer.train.arithmetic import arithmetic_of
 from trainer.train.caption_rules import describe_captions, require_captions, survey_of
 from trainer.train.memory_inputs import make_setting, planned_run
 from trainer.train.run_objective import describe_objective, guidance_warning
+from trainer.train.trained_parts import trained_parts
 from trainer.train.workers.prepare_worker import prepare_settings
 
 
@@ -88,12 +90,13 @@ def _print_memory(config: Config, model: RunModel, plan: MemoryPlan) -> None:
 
 
 def _print_model(config: Config, model: RunModel) -> None:
-    trained, frozen = list[str](), list[str]()
+    trained, frozen, trains = list[str](), list[str](), trained_parts(config)
+    on = f"{config.adapter.kind} of rank {config.adapter.rank} on " if trains_adapter(config.adapter) else ""
     for key, component in (("unet", "unet"), ("text_encoder_1", "text_encoder"), ("text_encoder_2", "text_encoder_2")):
-        part, count = getattr(config.trainable, key), model.count_weights(component)
+        part, count = getattr(trains, key), model.count_weights(component)
         but = f" but for {', '.join(part.freeze)}" if part.freeze else ""
         if part.train:
-            trained.append(f"{key} ({count:,} weights{but})")
+            trained.append(f"{on}{key} ({count:,} {'frozen ' if on else ''}weights{but})")
         else:
             frozen.append(key)
     print(f"trains: {', '.join(trained)}; precision {config.train.precision}, optimizer {config.optimizer.kind}")

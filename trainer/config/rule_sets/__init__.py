@@ -1,0 +1,1 @@
+"""Rules of single sections, a drawer of `rules.py`."""
