@@ -50,15 +50,3 @@ def _add(hashed: xxhash.xxh3_64, file: str, offset: int, length: int) -> None:
 def _of_table(file: str, size: int, mtime_ns: int) -> int:
     """Once for all its cells, as long as neither size nor time changes."""
     return fingerprint(file, 0, WHOLE)
-
-
-@lru_cache(maxsize=256)
-def _of_table(file: str, size: int, mtime_ns: int) -> int:
-    """Once for all its cells, as long as neither size nor time changes."""
-    return fingerprint(file, 0, WHOLE)
-
-
-@lru_cache(maxsize=256)
-def _of_table(file: str, size: int, mtime_ns: int) -> int:
-    """Once for all its cells, as long as neither size nor time changes."""
-    return fingerprint(file, 0, WHOLE)
