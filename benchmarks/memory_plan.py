@@ -139,10 +139,15 @@ def plan(case: Case) -> Peak:
 
 def measure(case: Case, rank: int) -> int:
     """The peak of `case` as this worker trains it: its second optimizer step."""
+    return measured_peak(lambda: _prepared(case, Comm(rank, case.workers, rank, torch.device("cpu"))), rank)
+
+
+def measured_peak(make_step: Callable[[], Callable[[], None]], rank: int = 0) -> int:
+    """Most bytes of tensors in the second step of what `make_step` makes ready; 0 on all ranks but the first."""
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     if rank == 0:  # from the beginning, for only what is allocated under its eyes is counted
         profiler.start()
-    step = _prepared(case, Comm(rank, case.workers, rank, torch.device("cpu")))
+    step = make_step()
     step()
     with torch.profiler.record_function("second step"):
         step()

@@ -1,6 +1,7 @@
 """What others make of an exported adapter: diffusers' own loader, PEFT's, and our formulas on merged weights."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from tests.data.small_set import write_small_set
 from tests.train.real_run import ALONE, model_of, watched_run
 from trainer.adapters.adapter_file import open_adapter, placed_layers
 from trainer.adapters.deltas import changed_weight
+from trainer.adapters.initial_values import AdapterStart
 from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.cli.main import main
 from trainer.config.load import to_yaml
-from trainer.config.schema import Config
+from trainer.config.schema import Config, TrainableConfig
 from trainer.data.buckets import Bucket
 from trainer.data.store.snapshot import PreparedSet
+from trainer.errors import UserError
+from trainer.model.adapted import fill_adapted, lay_out_run
+from trainer.parallel.sharding import materialize
 from trainer.train.build import load_denoiser
 
 pytestmark = pytest.mark.e2e
@@ -41,7 +46,9 @@ def runs(model_folder: Path, prepared: Path, tmp_path_factory: pytest.TempPathFa
     found = {}
     for kind, settings in KINDS.items():
         settings = settings | {"text_encoders": kind != "oft"}
-        config = adapted(model_folder, prepared, tmp_path_factory.mktemp(kind) / "run", settings, train={"steps": 3})
+        checkpoint = {"export": {"when": "end", "dtype": "fp32"}}
+        more: dict[str, Any] = {"train": {"steps": 3}, "ema": {"averages": [{"decay": 0.5}]}, "checkpoint": checkpoint}
+        config = adapted(model_folder, prepared, tmp_path_factory.mktemp(kind) / "run", settings, **more)
         watched_run(config)
         (config.run.dir / "config.resolved.yaml").write_text(to_yaml(config))
         found[kind] = config
@@ -178,3 +185,58 @@ def test_a_run_with_an_adapter_is_no_model(
     assert main(["export", place, "-o", str(tmp_path / "fox"), "--layout", "diffusers"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sdxl-train: --layout diffusers: an adapter is written as one file")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_starts_from_a_file(
+    runs: dict[str, Config], model_folder: Path, prepared: Path, tmp_path: Path, kind: str
+) -> None:
+    """With another alpha than the file's, which changes nothing at the start."""
+    file = exported(runs[kind], tmp_path / "fox.safetensors")
+    settings = KINDS[kind] | {"initial": str(file), "text_encoders": kind != "oft"}
+    settings |= {"alpha": 7.0} if kind != "oft" else {}
+    config = adapted(model_folder, prepared, tmp_path / "next", settings)
+    files = model_of(config)
+    model = lay_out_run(files, TrainableConfig(), AdapterStart(config.adapter, 5), torch.float32, torch.float32)
+    materialize(model, torch.device("cpu"))
+    fill_adapted(files, None, model)
+    assert (output(model.unet) - output(ours(runs[kind], prepared).unet)).abs().max() < 1e-5
+
+
+def test_a_run_starts_from_no_other_file(
+    runs: dict[str, Config], model_folder: Path, prepared: Path, tmp_path: Path
+) -> None:
+    file = exported(runs["lora"], tmp_path / "fox.safetensors")
+    for settings, line in (
+        ({"rank": 8}, r"holds lora_A.weight \[4, .* set adapter.rank and adapter.conv_rank as the file is"),
+        ({"text_encoders": False}, r"is no layer of the model|other kind of model"),
+        ({"kind": "loha", "rank": 4}, r"holds lora_.* for which the run's adapter has no place; set adapter.kind"),
+        ({"targets": ["mid_block.attentions"]}, r"for which the run's adapter has no place; set adapter.kind"),
+    ):
+        wish = KINDS["lora"] | {"initial": str(file), "text_encoders": True, **settings}
+        with pytest.raises(UserError, match=line):
+            watched_run(adapted(model_folder, prepared, tmp_path / "next", wish))
+
+
+def test_an_average_and_the_export_of_the_runs_end(runs: dict[str, Config], tmp_path: Path) -> None:
+    live = load_file(exported(runs["lora"], tmp_path / "live.safetensors"))
+    ema = load_file(exported(runs["lora"], tmp_path / "ema.safetensors", "--weights", "ema"))
+    assert live.keys() == ema.keys() and any(not torch.equal(live[name], ema[name]) for name in live)
+    (own,) = (runs["lora"].run.dir / "exports").iterdir()
+    assert own.name == "run-step-00000003.safetensors"
+    at_end = load_file(own)
+    assert all(torch.equal(at_end[name], live[name]) for name in live)
+
+
+def test_a_run_merged_is_the_run_unmerged(
+    runs: dict[str, Config], model_folder: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """By the command, of the run itself."""
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    (base / "model_index.json").write_text("{}")
+    for kind in ("dora", "oft"):
+        out = tmp_path / kind
+        arguments = [str(base), str(runs[kind].run.dir), "--layout", "diffusers", "--dtype", "fp32", "-o", str(out)]
+        assert main(["adapter", "merge", *arguments]) == 0
+        assert (output(base_unet(out)) - output(ours(runs[kind], prepared).unet)).abs().max() < 1e-5

@@ -33,6 +33,7 @@ def test_only_the_adapter_trains_and_an_interruption_changes_no_bit(
     seen: list[StepParts] = []
     ema = {"averages": [{"name": "ema", "decay": 0.9}]}
     settings: dict[str, Any] = KINDS[kind] | {"text_encoders": kind in ("lora", "lokr")}
+    settings |= {"dropout": 0.2} if kind in ("lora", "dora") else {}
     straight = adapted(model_folder, prepared, tmp_path / "straight", settings, ema=ema)
     interrupted = adapted(model_folder, prepared, tmp_path / "interrupted", settings, ema=ema)
     losses = [result.loss for result in watched_run(straight, before_parts=lambda _, parts: seen.append(parts)).results]

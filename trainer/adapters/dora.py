@@ -5,6 +5,7 @@ PEFT's own takes them in the dtype of the activations: in bf16 the start would d
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,13 +20,11 @@ def weight_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tens
     Args:
         weight: [out, in] or [out, in, height, width]; `down`, `up`: LoRA's two matrices, in the form of the layer.
     """
-    with torch.autocast(weight.device.type, enabled=False):
-        change = up.flatten(1).float() @ down.flatten(1).float()
-        whole = (
-            weight.flatten(1).float().add_(change, alpha=scale)
-            if weight.dtype != torch.float32
-            else (weight.flatten(1) + scale * change)
-        )
+    # Autocast would multiply in bf16; of a plan's tensors it knows nothing.
+    plain = nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False)
+    with plain:
+        whole = up.flatten(1).float() @ down.flatten(1).float()
+        whole = whole.mul_(scale).add_(weight.flatten(1))
         return torch.linalg.vector_norm(whole, dim=1).clamp_min_(torch.finfo(torch.float32).tiny)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from trainer.adapters.adapter_names import base_name, original_unet_modules, stored_name
 from trainer.adapters.initial_values import AdapterStart, draw_initial, fill_magnitudes
+from trainer.adapters.keyed_dropout import add_dropout
 from trainer.adapters.parameters import adapter_parameters
 from trainer.adapters.start_from_file import values_of_file
 from trainer.adapters.targets import find_targets
@@ -74,6 +75,8 @@ def lay_out_run(
     for part, module in within.items():
         if of_part := [target for target in targets if target.place.part == part]:
             inject(module, of_part, config)
+    if config.dropout:
+        model.dropout = add_dropout(model, config.dropout)
     return model
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.adapters.initial_values import AdapterStart
+from trainer.adapters.keyed_dropout import KeyedDropout
 from trainer.diffusion.noise import Draws, mixed_noise
 from trainer.diffusion.objective import Objective, mixed_input, mixed_target
 from trainer.diffusion.prediction import Mixture
@@ -31,9 +32,11 @@ class TrainedModel(nn.Module):
         adapter: what trains in place of the weights themselves; None: they do.
         rates: how fast what trains does so, by the parameter's name.
         resting: names of those among them that train at another time of the run, and ask for no gradients now.
+        dropout: of the adapter, which is told of each pass; None: there is none.
     """
 
     adapter: AdapterStart | None = None
+    dropout: KeyedDropout | None = None
 
     def __init__(self, unet: UNet2DConditionModel, text_encoders: TextEncoders | None = None) -> None:
         super().__init__()
@@ -63,6 +66,8 @@ class TrainedModel(nn.Module):
             input_ids: [B, 2, chunks, 77] int64.
             text_hidden, text_pooled: [B, positions, D] and [B, P].
         """
+        if self.dropout is not None:
+            self.dropout.note(noisy_latents, timesteps)
         if input_ids is not None:
             assert self.text_encoders is not None, "token ids need text encoders"
             text = self.text_encoders.encode(input_ids)

@@ -13,6 +13,7 @@ from trainer.cli.arguments import add_config_arguments, read_run
 from trainer.cli.start_workers import worker_count
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
+from trainer.config.sections.adapter_config import trains_adapter
 from trainer.config.sections.trainable_config import TextEncoderPart, UnetPart
 from trainer.data.mixture import Mixture
 from trainer.data.prepare.stages import is_current
@@ -30,6 +31,7 @@ from trainer.train.caption_rules import describe_captions, require_captions, sur
 from trainer.train.memory_inputs import make_setting, planned_run
 from trainer.train.part_times import told_times
 from trainer.train.run_objective import describe_objective, guidance_warning
+from trainer.train.trained_parts import what_trains
 from trainer.train.workers.prepare_worker import prepare_settings
 
 
@@ -92,11 +94,12 @@ def _print_memory(config: Config, model: RunModel, plan: MemoryPlan) -> None:
 
 
 def _print_model(config: Config, model: RunModel) -> None:
-    trained, frozen = list[str](), list[str]()
+    trained, frozen, trains = list[str](), list[str](), what_trains(config)
+    on = f"{config.adapter.kind} of rank {config.adapter.rank} on " if trains_adapter(config.adapter) else ""
     for key, component in COMPONENT_OF.items():
-        part, count = getattr(config.trainable, key), model.count_weights(component)
+        part, count = getattr(trains, key), model.count_weights(component)
         if part.train:
-            trained.append(f"{key} ({count:,} weights{_but(part)})")
+            trained.append(f"{on}{key} ({count:,} {'frozen ' if on else ''}weights{_but(part)})")
         else:
             frozen.append(key)
     print(f"trains: {', '.join(trained)}; precision {config.train.precision}, optimizer {config.optimizer.kind}")

@@ -24,8 +24,8 @@ class AdapterConfig(Section):
     conv_alpha: Annotated[float, Field(gt=0)] | None = None
     """`alpha` of these convolutions. Default: `alpha` times `conv_rank / rank`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Chance that an element between the two matrices of `lora`, `locon` and `dora` is left out while training; drawn
-    from the image's own seed."""
+    """Chance that an element between the two matrices of `lora`, `locon` and `dora` is left out while training; a
+    function of the noisy image and the place."""
     targets: list[str] = []
     """Which layers, by names or beginnings of names in the original checkpoint's terms (`input_blocks.4`) or diffusers'
     (`mid_block.attentions.0`), of text encoders as `text_encoder_1.encoder.layers.3`; `*` stands for anything.
