@@ -23,6 +23,7 @@ from trainer.parallel.comm import broadcast_object, gather_objects, sum_floats
 from trainer.parallel.environment import free_memory_bytes
 from trainer.parallel.heartbeat import Heartbeat
 from trainer.train.build import Run
+from trainer.train.part_times import times_record
 from trainer.train.saved.averages import averages_record, snapshot_folder, snapshot_is_due
 from trainer.train.saved.base_model import RECORD as FROZEN
 from trainer.train.saved.checkpoint_contents import checkpoint_files
@@ -172,7 +173,7 @@ class Saving:
         if checkpoint:
             record = state.to_json() | averages_record(parts)
             record |= objective_record(self._config.objective, parts.denoiser.objective)
-            record |= {FROZEN: dict(self._run.frozen)}
+            record |= {FROZEN: dict(self._run.frozen)} | times_record(self._run.times)
             path = self.path(state.step)
             published = partial(self._on_published, path, state.step)
             folders.append(Folder(path, checkpoint_files(parts), record, published))
