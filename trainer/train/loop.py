@@ -311,7 +311,9 @@ def _announce(config: Config, model: RunModel, run: Run, arithmetic: RunArithmet
         weights = {full: p.numel() for full, p in module.named_parameters(prefix=name)}
         trained = sum(number for full, number in weights.items() if full in strategy.parameters)
         share = "all" if trained == sum(weights.values()) else f"{trained:,} of"
-        if trained:
+        if name in run.resting:
+            _log.info("%s: rests in this part of the run", name)
+        elif trained:
             _log.info("%s: %s %s weights train", name, share, f"{sum(weights.values()):,}")
         else:
             _log.info("%s: frozen", name)
