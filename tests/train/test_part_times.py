@@ -19,7 +19,7 @@ from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
 from trainer.train.build import build_run
-from trainer.train.part_times import PartTimes, part_times, resting_parts
+from trainer.train.saved.part_times import PartTimes, part_times, resting_parts
 from trainer.train.step import StepParts
 
 pytestmark = pytest.mark.e2e

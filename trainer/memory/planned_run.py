@@ -28,6 +28,7 @@ class PlannedRun:
         averages: running averages of what trains, and where they are held; `snapshot_averages`: of which snapshots are
             kept, each element in so many bytes.
         scores_averages: one of them is put into the model between steps.
+        releases_gradients: each block is updated when its gradients have arrived.
     """
 
     model: RunModel
@@ -56,6 +57,7 @@ class PlannedRun:
     scores_averages: bool = False
     snapshot_averages: int = 0
     snapshot_bytes: int = 4
+    releases_gradients: bool = False
 
     @property
     def text_encoders_train(self) -> bool:

@@ -22,6 +22,7 @@ from trainer.model.recompute import (
     embeddings,
     gathered_units,
     offloaded_activations,
+    release_blocks,
     repeated_blocks,
 )
 from trainer.model.text import TextEncoders, text_positions
@@ -185,6 +186,7 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
     trained = sum(math.prod(trace.shapes[name]) for name in trace.trains)
     fused = precision.weights == torch.float32 and not run.eight_bit
     largest = max(math.prod(shape) for shape in trace.shapes.values())
+    released_with = release_blocks(trace.trains, {*trace.unit_of.values()}) if run.releases_gradients else {}
     averages = {shards: averages_memory(run, trace, shards, kernels) for shards in {1, workers}}
 
     def holding(strategy: StrategyName, each_pass: bool = True) -> Holding:
@@ -206,6 +208,7 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
             average_bytes=average.device,
             average_update_bytes=average.update,
             average_swap_bytes=average.swap if run.scores_averages else 0,
+            released_with=released_with,
         )
 
     if workers == 1:

@@ -10,7 +10,7 @@ from torch import nn
 
 from trainer.config.schema import Config
 from trainer.model.selection.weight_rates import Rate
-from trainer.train.part_times import trained_parts
+from trainer.train.saved.part_times import trained_parts
 
 
 @dataclass(frozen=True)

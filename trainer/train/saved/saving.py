@@ -23,11 +23,11 @@ from trainer.parallel.comm import broadcast_object, gather_objects, sum_floats
 from trainer.parallel.environment import free_memory_bytes
 from trainer.parallel.heartbeat import Heartbeat
 from trainer.train.build import Run
-from trainer.train.part_times import times_record
 from trainer.train.saved.averages import averages_record, snapshot_folder, snapshot_is_due
 from trainer.train.saved.base_model import RECORD as FROZEN
 from trainer.train.saved.checkpoint_contents import checkpoint_files
 from trainer.train.saved.objective_state import objective_record
+from trainer.train.saved.part_times import times_record
 from trainer.train.saved.state import TrainState
 
 _log = logging.getLogger(__name__)
