@@ -1,4 +1,4 @@
-"""What of `trainable` does not go together, each in one line."""
+"""What of `trainable`, and of gradients that are released, does not go together, each in one line."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +65,20 @@ WRONG: dict[str, tuple[str, str]] = {
         "trainable.unet.weight_decay_scale = {attn2: 2.0} with trainable.unet.weight_decay = 0.0: has no effect on no "
         "decay",
     ),
+    "release with passes": (
+        "memory: {release_gradients: true}\nPASSES",
+        "memory.release_gradients = true with train.gradient_accumulation_steps = 2: gradients are added up over the "
+        "passes of a step",
+    ),
+    "release of several workers": (
+        "memory: {release_gradients: true}\nlaunch: {workers: 2}",
+        "memory.release_gradients = true with launch.workers = 2: several workers exchange gradients before they use "
+        "them",
+    ),
+    "release with a strategy": (
+        "memory: {release_gradients: true, strategy: zero2}",
+        "memory.release_gradients = true with memory.strategy = zero2: must be auto; it is for one worker",
+    ),
     "choice about no decay": (
         "trainable: {unet: {weight_decay: 0}}\nCHANGE",
         "optimizer.decay_norms_and_biases = false with optimizer.weight_decay = 0.01 (the default): has no effect; "
@@ -77,6 +91,8 @@ WRONG: dict[str, tuple[str, str]] = {
 def test_one_line(mistakes: Callable[..., tuple[str, ...]], name: str) -> None:
     text, line = WRONG[name]
     written = RIGHT + text.removesuffix("\nCHANGE") + "\n"
+    if text.endswith("PASSES"):
+        written = written.replace("\nPASSES", "").replace("steps: 100", "steps: 100\n  gradient_accumulation_steps: 2")
     if text.endswith("CHANGE"):
         written = written.replace("lr: 1e-4", "lr: 1e-4\n  decay_norms_and_biases: false")
     (found,) = mistakes(written)

@@ -187,19 +187,14 @@ def train_step(
                 strategy.backward(scaled)
             else:
                 before_update()
-                images = float(batch.weights.sum())
-                early = judge(float(weighted.detach()) / images if images else math.nan, 0.0, images)
-                if images and not early.reason:
-                    parts.release.begin(planned_images / images, lr_factor)
-                    strategy.backward(scaled)
+                early = _backward_and_update(parts, batch, weighted, scaled, planned_images, lr_factor, judge)
         loss_sum += weighted.detach()
         weight_sum += float(batch.weights.sum())
         problems += batch.problems
         keys += [key for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True) if weight]
         seen.note(losses, mixture, weights)
     # All of this is given to the device before the step's only wait for it, or it would stand idle in between.
-    names = parts.blocks.names if parts.blocks else ()
-    norm, of_blocks = _norms(parts, loss_scale)
+    names, (norm, of_blocks) = parts.blocks.names if parts.blocks else (), _norms(parts, loss_scale)
     read = torch.cat([torch.stack([loss_sum, norm.double()]), of_blocks, *seen.losses]).tolist()
     (own_loss, scaled_norm), block_norms, factored = read[:2], read[2 : 2 + len(names)], read[2 + len(names) :]
     own_loss, lessons = seen.lessons(own_loss, factored)
@@ -212,9 +207,8 @@ def train_step(
     factor = planned_images / num_images / loss_scale if num_images else 0.0  # not as planned with unreadable rows
     grad_norm = norms / comm.world * factor if num_images else 0.0
     loss = total_loss / num_images if num_images else math.nan
-    verdict = early if early.reason else judge(loss, grad_norm, num_images)
-    if parts.release and math.isfinite(grad_norm):  # it has been taken
-        verdict = early
+    has_been_taken = parts.release is not None and math.isfinite(grad_norm)
+    verdict = early if early.reason or has_been_taken else judge(loss, grad_norm, num_images)
     if num_images > 0 and not verdict.reason:
         if parts.release is None:
             _update(parts, grad_norm, factor, lr_factor)
@@ -232,6 +226,25 @@ def train_step(
         verdict=verdict,
         keys=tuple(keys),
     )
+
+
+def _backward_and_update(
+    parts: StepParts,
+    batch: Batch,
+    weighted: Tensor,
+    scaled: Tensor,
+    planned_images: float,
+    lr_factor: float,
+    judge: Judge,
+) -> Verdict:
+    """The backward pass of a step's only micro-batch with all updates in it, unless its loss cannot be right."""
+    assert parts.release is not None
+    images = float(batch.weights.sum())
+    verdict = judge(float(weighted.detach()) / images if images else math.nan, 0.0, images)
+    if images and not verdict.reason:
+        parts.release.begin(planned_images / images, lr_factor)
+        parts.strategy.backward(scaled)
+    return verdict
 
 
 class _SeenLosses:
