@@ -31,11 +31,12 @@ from trainer.memory.holdings import Holding, Peak
 from trainer.memory.strategy_peak import strategy_peak
 from trainer.memory.trace import trace_pass
 from trainer.model.denoiser import TrainedModel
-from trainer.model.recompute import apply_recompute, gathered_units, repeated_blocks
+from trainer.model.recompute import apply_recompute, gathered_units, release_blocks, repeated_blocks
 from trainer.parallel.comm import Comm
 from trainer.parallel.sharding import local_tensor
 from trainer.parallel.strategy import Sharing, StrategyKind, make_strategy, warm_up
 from trainer.parallel.worker import end_process
+from trainer.train.release import GradientRelease
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEXT_POSITIONS, POOLED_WIDTH = 77, 80
@@ -56,6 +57,7 @@ class Case:
     compute: str = "fp32"
     batch: int = 2
     side_px: int = 256
+    release: bool = False
 
 
 def unet_config(model: str) -> dict[str, Any]:
@@ -133,6 +135,7 @@ def plan(case: Case) -> Peak:
             optimizer_bytes=2 * size,
             accumulation=case.accumulation,
             reduce_each_pass=case.exchange_every_pass,
+            released_with=release_blocks(trace.trains, {*trace.unit_of.values()}) if case.release else {},
         ),
     )
 
@@ -179,16 +182,25 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
     strategy = make_strategy(model, sharing, gathered_units(model).values(), (), comm, _fill)
     # Workers but the first only keep it company: their optimizer's memory is another's.
     optimizer = torch.optim.AdamW(strategy.parameters.values(), lr=1e-5, fused=True) if comm.rank == 0 else None
+    release = None
+    if case.release and optimizer is not None:
+        optimizer.param_groups[0] |= {"peak_lr": 1e-5, "name": "unet"}
+        blocks = release_blocks(strategy.parameters, gathered_units(model))
+        release = GradientRelease(strategy.parameters, blocks, optimizer, max_norm=1.0)
     loss = make_loss(case, strategy.model, dtype, "cpu")
     autocast = torch.autocast("cpu", DTYPES[case.compute], enabled=dtype != DTYPES[case.compute])
 
     def step() -> None:
+        if release:
+            release.begin(1.0, 1.0)
         for index in range(case.accumulation):
             with strategy.reduction(last=index == case.accumulation - 1):
                 with autocast:
                     value = loss()
                 strategy.backward(value)
-        if optimizer is not None:
+        if release:
+            release.finish(comm.device, None)
+        elif optimizer is not None:
             optimizer.step()
         strategy.clear_gradients()
 

@@ -69,6 +69,54 @@ def test_a_spread_model_stops_goes_on_and_changes_its_workers(
     assert (resumed / "eval/step-00000010/samples.png").is_file()
 
 
+IN_TURN = [
+    "launch.workers=2",
+    "memory.strategy=zero2",
+    "trainable.unet.lr_scale={attn2: 0.5, input_blocks.0: 0}",
+    "trainable.text_encoder_1={train: true, stop_at: 0.5}",
+    "trainable.text_encoder_2={train: true, start_at: 5}",
+    "ema.averages=[{kind: plain}]",
+]
+
+
+def test_parts_that_train_in_turn_are_the_same_over_kills(
+    tmp_path: Path,
+    config_file: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One stops after step 4 and one starts after step 5, of 8; a worker is killed in the step after each."""
+    straight = tmp_path / "straight"
+    done = sdxl_train(config_file, *IN_TURN, f"run.dir={straight}")
+    assert "text_encoder_1: rests" in done.stderr and "text_encoder_2: rests" in done.stderr
+    expected = weights(straight, 8)
+    for step in (5, 6):
+        monkeypatch.setenv("FAULT", f"kill@1:{step}")
+        killed = tmp_path / f"killed-{step}"
+        sdxl_train(config_file, *IN_TURN, f"run.dir={killed}")
+        assert f"starting again from step-{step - 1:08d}" in (killed / "events.txt").read_text()
+        for folder in ("text_encoder", "text_encoder_2"):
+            assert (killed / f"checkpoints/step-00000008/{folder}_ema").is_dir()
+        for part, tensors in weights(killed, 8).items():
+            assert all(torch.equal(expected[part][name], tensor) for name, tensor in tensors.items()), part
+        records = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records if record["kind"] == "train"] == list(range(1, 9))
+
+
+def test_plan_shows_what_trains_by_block(tmp_path: Path, config_file: Path) -> None:  # noqa: F811
+    options = ["trainable.unet.lr_scale={attn2: 0.5}", "trainable.unet.freeze=[time_embed]", "trainable.unet.stop_at=6"]
+    options += ["trainable.text_encoder_1={train: true, layer_decay: 0.5}"]
+    lines = sdxl_train("plan", config_file, f"run.dir={tmp_path}", *options).stdout.splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.split()[:1] == ["unet"])
+    rows = {line.split()[0]: line.split()[1:] for line in lines[begin : begin + 25]}
+    assert rows["unet"] == ["weights", "trained", "share", "lr", "scale"]
+    assert rows["time_embed"][1:] == ["0", "0.0%", "-"]
+    assert rows["middle_block"][2:] == ["100.0%", "0.5", "to", "1"]
+    assert rows["input_blocks.0"][2:] == ["100.0%", "1"]
+    assert rows["encoder.layers.0"][2:] == ["100.0%", "0.25"] and rows["encoder.layers.1"][2:] == ["100.0%", "0.5"]
+    assert rows["encoder.layers.2"][1:] == ["0", "0.0%", "-"]
+    assert "unet: trains until step 6" in lines
+
+
 def test_names_that_mean_nothing_are_one_line(tmp_path: Path, config_file: Path) -> None:  # noqa: F811
     done = sdxl_train(config_file, f"run.dir={tmp_path}", "trainable.unet.freeze=[input_block.1]", expect=2)
     line = "trainable.unet.freeze: `input_block.1` is the beginning of no weight's name; did you mean `input_blocks.1`?"

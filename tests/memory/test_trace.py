@@ -1,6 +1,7 @@
 """Planned against measured peaks: the same small models, without memory and trained for real."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,16 @@ def test_one_worker(accumulation: int, recompute: bool) -> None:
     del left
     case = Case("mini", "single", 1, accumulation, recompute, side_px=128)
     assert plan(case).total == pytest.approx(measure(case, 0), rel=0.02)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("recompute", [True, pytest.param(False, marks=SLOW)])
+def test_gradients_that_are_released(recompute: bool) -> None:
+    """Nearly all of their memory is saved where activations do not hide it."""
+    case = Case("mini", "single", 1, 1, recompute, side_px=64, batch=1, release=True)
+    planned, kept = plan(case), plan(replace(case, release=False))
+    assert planned.total == pytest.approx(measure(case, 0), rel=0.05)
+    assert kept.total - planned.total > 0.75 * kept.split["gradients"]
 
 
 @pytest.mark.e2e

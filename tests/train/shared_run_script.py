@@ -1,8 +1,9 @@
 """One worker of runs over a small UNet and two small text encoders, shared in several ways.
 
-Arguments: FOLDER STEPS, then the runs as STRATEGY:PRECISION:ACCUMULATION[:OBJECTIVE]. Of each, rank 0 saves losses and
-whole weights under that name into FOLDER. The weights of the start and the 12 images of each step are the same for any
-number of workers.
+Arguments: FOLDER STEPS, then the runs as STRATEGY:PRECISION:ACCUMULATION[:OBJECTIVE], or `rates` in place of an
+objective, for parameters with learning rates and weight decays of their own, some of them frozen. Of each, rank 0 saves
+losses and whole weights under that name into FOLDER. The weights of the start and the 12 images of each step are the
+same for any number of workers.
 """
 
 import json
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from trainer.config.schema import OptimizerConfig
+from trainer.config.schema import Config, OptimizerConfig
 from trainer.data.loader import Batch
 from trainer.diffusion.importance import BINS, LossHistory
 from trainer.diffusion.losses import absolute, huber, snr_delta
@@ -32,8 +33,10 @@ from trainer.diffusion.timesteps import beta, laplace, logit_normal, stratified
 from trainer.diffusion.uncertainty import LearnedWeights
 from trainer.diffusion.weighting import min_snr, p2, soft_min_snr
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
-from trainer.model.freeze import never_used
+from trainer.model.freeze import never_used, original_unet_names
 from trainer.model.recompute import embeddings, gathered_units
+from trainer.model.selection.model_blocks import text_encoder_blocks, unet_blocks
+from trainer.model.selection.weight_rates import PartNames, weight_rates
 from trainer.model.text import TextEncoders
 from trainer.optim.optimizers import make_optimizer
 from trainer.optim.precision import precision_of, set_fp32_arithmetic
@@ -41,6 +44,7 @@ from trainer.parallel.comm import Comm, close, init_comm
 from trainer.parallel.sharding import copy_share
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.parallel.worker import end_process
+from trainer.train.build import optimizer_for
 from trainer.train.step import StepParts, all_alike, by_loss_weight, train_step
 from trainer.train.step_companions import meeting_of
 
@@ -68,7 +72,28 @@ OBJECTIVES = {
     "companions": Objective(flow(2.0), pairs=True, contrast=0.05),
     "masked": Objective(epsilon(), mean=area_mean(0.1)),
     "loss_weights": Objective(epsilon(), spread=stratified),  # and images that count more or less
+    "rates": Objective(epsilon()),
 }
+
+RATES = {
+    "unet": {
+        "lr_scale": {"attn2": 0.5, "mid_block": 20.0, "down_blocks.0": 0, "conv_in.bias": 0},
+        "layer_decay": 0.9,
+        "weight_decay": 0.1,
+        "weight_decay_scale": {"ff": 0.5},
+    },
+    "text_encoder_1": {"train": True, "only": ["mlp"], "layer_decay": 0.8},
+    "text_encoder_2": {"train": True, "lr": 3 * LR, "freeze": ["embeddings"]},
+}
+RATED = Config.model_validate(
+    {
+        "run": {"dir": "run"},
+        "model": {"path": "model"},
+        "data": {"sources": [{"path": "."}], "prepared": "prepared"},
+        "optimizer": {"lr": LR, "decay_norms_and_biases": False},
+        "trainable": RATES,
+    }
+)
 
 
 def learning(name: str) -> Objective:
@@ -167,6 +192,9 @@ def run(
     with init_empty_weights():
         model = small_model(with_text).to(precision.weights)
 
+    if objective is OBJECTIVES["rates"]:
+        rate(model)
+
     def fill(empty: nn.Module) -> None:
         for name, parameter in empty.named_parameters():
             copy_share(parameter, weights[name])
@@ -177,6 +205,8 @@ def run(
     autocast = None if dtype else precision.autocast
     denoiser = Denoiser(model.train(), objective, None, None, 0.13025, dtype or precision.weights, autocast)
     optimizer = make_optimizer(strategy.parameters, OptimizerConfig(lr=LR))
+    if model.rates:
+        optimizer = optimizer_for(RATED, strategy, comm, model.rates)
     weigh, meet = by_loss_weight if objective is OBJECTIVES["loss_weights"] else all_alike, meeting_of(objective, comm)
     parts = StepParts(comm, strategy, optimizer, denoiser, max_grad_norm=1.0, weigh=weigh, meet=meet)
     warm_up(strategy, lambda wrapped: throw_away_loss(denoiser, wrapped, with_text, comm.device))
@@ -184,8 +214,27 @@ def run(
     watches = comm.rank == 0  # reading what was watched takes longer than the step
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) if watches else nullcontext() as watched:
         take_step(parts, comm, steps, accumulation, with_text)
-    told = {"losses": json.dumps(losses), "traffic": json.dumps(traffic(watched)) if watched else ""}
-    save(strategy, model, comm, out, told)
+    trained = json.dumps([*strategy.parameters])
+    told = {
+        "losses": json.dumps(losses),
+        "trained": trained,
+        "traffic": json.dumps(traffic(watched)) if watched else "",
+    }
+    save(strategy, model, comm, out, told | {"trained": trained})
+
+
+def rate(model: TrainedModel) -> None:
+    """Let parameters train as `RATES` says."""
+    for part in RATES:
+        module = getattr(model, part)
+        names = [name for name, _ in module.named_parameters()]
+        original = original_unet_names(dict(model.unet.config)) if part == "unet" else {}
+        blocks = unet_blocks(names, original) if part == "unet" else text_encoder_blocks(names, 2)
+        unused = never_used(names, 2) if part == "text_encoder_1" else ()
+        rates = weight_rates(getattr(RATED.trainable, part), PartNames(part, names, blocks, original, unused))
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in rates)
+        model.rates |= {f"{part}.{name}": found for name, found in rates.items()}
 
 
 def throw_away_loss(denoiser: Denoiser, wrapped: nn.Module, with_text: bool, device: torch.device) -> Tensor:

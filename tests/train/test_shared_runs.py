@@ -17,10 +17,11 @@ SCRIPT = Path(__file__).parent / "shared_run_script.py"
 QUICK = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero3:fp32:1")
 OF_OBJECTIVES = ("ddp:fp32:1:flow", "ddp:fp32:3:v", "zero2:fp32:3:noises", "ddp:fp32:3:edm", "zero2:fp32:1:masked")
 OF_OTHERS = ("ddp:fp32:3:companions", "zero2:fp32:1:importance", "ddp:fp32:3:learned", "zero2:fp32:3:loss_weights")
+OF_RATES = ("ddp:fp32:3:rates", "zero2:fp32:1:rates", "zero3:fp32:1:rates")
 ALONE = (
     "single:fp32:1",
     "single:bf16:1",
-    *(f"single:fp32:1:{name.split(':')[3]}" for name in OF_OBJECTIVES + OF_OTHERS),
+    *(f"single:fp32:1:{name.split(':')[3]}" for name in OF_OBJECTIVES + OF_OTHERS + OF_RATES[:1]),
 )
 LONG = (*QUICK, "zero2+:fp32:3", "ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
 QUICK_STEPS, STEPS = 3, 50
@@ -45,7 +46,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("four"), 4, QUICK_STEPS, *QUICK, *OF_OBJECTIVES, *OF_OTHERS)
+    return run(tmp_path_factory.mktemp("four"), 4, QUICK_STEPS, *QUICK, *OF_OBJECTIVES, *OF_OTHERS, *OF_RATES)
 
 
 def told_of(folder: Path, name: str, what: str) -> Any:
@@ -69,7 +70,7 @@ def assert_same_steps(alone: Path, four: Path, name: str) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", QUICK + OF_OBJECTIVES + OF_OTHERS)
+@pytest.mark.parametrize("name", QUICK + OF_OBJECTIVES + OF_OTHERS + OF_RATES)
 def test_four_workers_take_the_steps_of_one(alone: Path, four: Path, name: str) -> None:
     assert_same_steps(alone, four, name)
 
@@ -129,3 +130,19 @@ def test_ddp_sends_each_gradient_once(four: Path, name: str) -> None:
     trained = sum(t.numel() for n, t in weights.items() if not n.replace("text_model.", "").startswith(unused))
     sent = told_of(four, name, "traffic")
     assert sent == {"all_reduce": trained + 5, "all_gather": 0, "reduce_scatter": 0}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", OF_RATES)
+def test_what_is_frozen_is_not_sent(four: Path, name: str) -> None:
+    """Neither with a learning rate of 0, nor because a part trains `only` something else."""
+    trained, weights = told_of(four, name, "trained"), load_file(four / f"{name}.safetensors")
+    frozen = weights.keys() - {*trained}
+    assert {"unet.down_blocks.0.resnets.0.conv1.weight", "unet.conv_in.bias"} <= frozen
+    assert not any("text_encoder_1" in name and "mlp" not in name for name in trained)
+    sent = told_of(four, name, "traffic")
+    sizes = {n: -(-len(weights[n]) // 4) * 4 * weights[n][0].numel() for n in trained}  # in whole rows for each worker
+    if name.startswith("ddp"):
+        assert sent["all_reduce"] == sum(weights[n].numel() for n in trained) + 5
+    else:
+        assert sent["reduce_scatter"] == sum(sizes.values())

@@ -47,6 +47,7 @@ def broken_rules(config: Config) -> list[Problem]:
         ema_rules,
         _validation,
         _samples,
+        _release,
         objective_problems,
         loss_weight_rules,
         _written_folders,
@@ -249,6 +250,26 @@ def _samples(config: Config) -> Iterator[Problem]:
     if samples.guidance_scale <= 1 and is_given(config, "samples.negative_prompt"):
         keys = ("samples.negative_prompt", "samples.guidance_scale")
         yield clash(config, keys, "has no effect; it needs a guidance above 1")
+
+
+def _release(config: Config) -> Iterator[Problem]:
+    """Of one worker and one pass, which are known at the start alone, if they are not said here."""
+    key, train = "memory.release_gradients", config.train
+    if not config.memory.release_gradients:
+        return
+    if (train.gradient_accumulation_steps or 1) > 1:
+        yield clash(
+            config, (key, "train.gradient_accumulation_steps"), "gradients are added up over the passes of a step"
+        )
+    if train.global_batch_size is not None and train.global_batch_size != train.batch_size_per_gpu:
+        keys = (key, "train.global_batch_size", "train.batch_size_per_gpu")
+        yield clash(config, keys, "a step must be one pass of one worker")
+    if isinstance(config.launch.workers, int) and config.launch.workers > 1:
+        yield clash(config, (key, "launch.workers"), "several workers exchange gradients before they use them")
+    if train.precision == "fp16":
+        yield clash(config, (key, "train.precision"), "fp16 has to see all gradients before it takes a step")
+    if config.memory.strategy != "auto":
+        yield clash(config, (key, "memory.strategy"), "must be auto; it is for one worker")
 
 
 def _written_folders(config: Config) -> Iterator[Problem]:

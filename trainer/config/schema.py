@@ -235,6 +235,9 @@ class MemoryConfig(Section):
     as few as fit."""
     offload_activations: Literal["auto"] | Flag = "auto"
     """Activations wait in the host's memory for the backward pass. `auto`: where nothing else fits."""
+    release_gradients: Flag = False
+    """Update each block of the model as its gradients arrive in the backward pass, so that they never exist all at
+    once; `train.max_grad_norm` is then of each block's gradients. For one worker without accumulation."""
 
 
 class LogConfig(Section):

@@ -59,6 +59,8 @@ class Holding:
         before_pass_bytes: of work done before each pass, such as the VAE's over the pass's images.
         between_steps: bytes of work done between steps by name, such as the VAE's pass that draws a sample.
         between_steps_gathered: those of them for which spread weights are gathered.
+        released_with: of one worker that updates the model block by block as gradients arrive: the block of each
+            parameter, by name; empty where the update comes after all of them.
     """
 
     strategy: StrategyName
@@ -83,6 +85,7 @@ class Holding:
     before_pass_bytes: int = 0
     between_steps: Mapping[str, int] = field(default_factory=dict)
     between_steps_gathered: frozenset[str] = frozenset()
+    released_with: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def keeps_views(self) -> bool:

@@ -31,6 +31,7 @@ class PlannedRun:
             kept, each element in so many bytes.
         scores_averages: one of them is put into the model between steps.
         adapter: what trains in place of the weights, if it is of a kind.
+        releases_gradients: each block is updated when its gradients have arrived.
     """
 
     model: RunModel
@@ -60,6 +61,7 @@ class PlannedRun:
     snapshot_averages: int = 0
     snapshot_bytes: int = 4
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    releases_gradients: bool = False
 
     @property
     def text_encoders_train(self) -> bool:

@@ -216,7 +216,8 @@ def _may_fit(trace: "Trace", holding: Holding, budget: Budget) -> bool:
     """Whether there is room for weights, gradients and optimizer state alone."""
     shared = holding.world if holding.strategy in ("zero2", "zero3") else 1
     trained = sum(p.numel for p in parameter_sizes(trace) if p.trains)
-    least = trained * (2 * holding.stored_bytes + holding.optimizer_bytes) / shared
+    kept = 1 if holding.released_with else 2  # weights and gradients
+    least = trained * (kept * holding.stored_bytes + holding.optimizer_bytes) / shared
     return budget.total is None or least <= budget.total
 
 
@@ -271,6 +272,8 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
         least = replace(stochastic, batch_size=1)
         if batch > 1:
             yield "train.precision: bf16_stochastic, optimizer.kind: adamw_8bit and train.batch_size_per_gpu: 1", least
+    if setting.workers == setting.accumulation == 1 and run.precision != "fp16" and not run.releases_gradients:
+        yield "memory.release_gradients: true", replace(run, releases_gradients=True)
 
 
 def _batch_of(changed: PlannedRun, run: PlannedRun, setting: Setting) -> Setting:

@@ -133,6 +133,8 @@ class _Replicated:
         if name not in self._loose and not (viewed and holding.keeps_views):
             self._loose.add(name)
             ledger.add("gradients", size)
+        if holding.released_with:
+            self._release(name)
         if not viewed or not self._synchronizes or holding.keeps_views:
             return
         if not holding.batched_copy:
@@ -144,6 +146,15 @@ class _Replicated:
             for member, bucket in self._bucket_of.items():
                 if bucket == self._bucket_of[name]:
                     self._drop(member)
+
+    def _release(self, name: str) -> None:
+        """A gradient has arrived; if it was its block's last one, the block is updated."""
+        block_of = self._holding.released_with
+        block = [other for other in self._bytes if block_of[other] == block_of[name]]
+        if self._loose.issuperset(block):
+            self._ledger.note(self._holding.optimizer_temporary_bytes)
+            for member in block:
+                self._drop(member)
 
     def end_step(self) -> None:
         for name in tuple(self._loose):

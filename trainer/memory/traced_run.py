@@ -24,6 +24,7 @@ from trainer.model.recompute import (
     embeddings,
     gathered_units,
     offloaded_activations,
+    release_blocks,
     repeated_blocks,
 )
 from trainer.model.text import TextEncoders, text_positions
@@ -186,6 +187,7 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
     state = optimizer_bytes(run, trace)
     trained = sum(math.prod(trace.shapes[name]) for name in trace.trains)
     swap = _swap_bytes(run, trace, kernels)
+    released_with = release_blocks(trace.trains, {*trace.unit_of.values()}) if run.releases_gradients else {}
     averages = {shards: averages_memory(run, trace, shards, kernels) for shards in {1, workers}}
 
     def holding(strategy: StrategyName, each_pass: bool = True) -> Holding:
@@ -209,6 +211,7 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
             average_bytes=average.device,
             average_update_bytes=average.update,
             average_swap_bytes=(average.swap if run.scores_averages else 0) + swap // (workers if gathers else 1),
+            released_with=released_with,
         )
 
     if workers == 1:

@@ -35,6 +35,18 @@ def embeddings(model: nn.Module) -> dict[str, nn.Module]:
     return _of_kind(model, _EMBEDDINGS)
 
 
+def release_blocks(parameters: Iterable[str], units: Iterable[str]) -> dict[str, str]:
+    """The block of each parameter: the innermost of the units that holds it, or else the module that has it.
+
+    Args:
+        units: names of the modules that the model repeats, such as its transformer blocks.
+    """
+    found = {name: name.rpartition(".")[0] for name in parameters}
+    for unit in sorted(units, key=len):
+        found |= {name: unit for name in found if name.startswith(f"{unit}.")}
+    return found
+
+
 def _of_kind(model: nn.Module, classes: tuple[str, ...]) -> dict[str, nn.Module]:
     # FSDP2 gives what it has wrapped a class of its own below the module's.
     return {

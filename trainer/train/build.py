@@ -58,13 +58,14 @@ from trainer.train.gradient_blocks import gradient_blocks
 from trainer.train.groups import parameter_groups
 from trainer.train.guard.left_out_record import agreed_left_out, merged
 from trainer.train.memory_inputs import make_setting, planned_run
-from trainer.train.part_times import PartTimes, has_times, part_times, recorded_times, resting_parts
 from trainer.train.placement import FoundData, check_shards, has_snapshot, newest_snapshot, place_in_data, require_masks
+from trainer.train.release import release_of
 from trainer.train.run_objective import make_objective
 from trainer.train.saved.averages import averages_of, take_up_averages
 from trainer.train.saved.base_model import frozen_fingerprints, require_same_base
 from trainer.train.saved.find_resume import find_resume_point
 from trainer.train.saved.objective_state import take_up_objective
+from trainer.train.saved.part_times import PartTimes, has_times, part_times, recorded_times, resting_parts
 from trainer.train.saved.state import TrainState
 from trainer.train.step import StepParts, by_loss_weight
 from trainer.train.step_companions import meeting_of
@@ -200,6 +201,8 @@ def build_parts(
     if config.train.adaptive_clip:
         clips = partial(clip_units, strategy.parameters.values(), config.train.adaptive_clip)
         parts = replace(parts, before_norm=clips)
+    if config.memory.release_gradients:
+        parts = replace(parts, release=release_of(config, strategy, optimizer, choice.passes))
     if weighs_images(config.data.sources, config.objective.loss_weights):
         parts = replace(parts, weigh=by_loss_weight)
     if config.log.block_norms:

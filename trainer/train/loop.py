@@ -45,7 +45,6 @@ from trainer.train.guard.numerics_guard import GuardRules, TakenStep
 from trainer.train.guard.numerics_watch import NumericsWatch
 from trainer.train.guard.replicas import Replicas
 from trainer.train.pace import Pace
-from trainer.train.part_times import part_times, resting_parts
 from trainer.train.placement import newest_snapshot, place_in_data
 from trainer.train.run_objective import describe_objective, guidance_warning
 from trainer.train.saved.averages import (
@@ -53,6 +52,7 @@ from trainer.train.saved.averages import (
     forget_snapshots_after,
     scored_weights,
 )
+from trainer.train.saved.part_times import part_times, resting_parts
 from trainer.train.saved.room import require_checkpoint_room
 from trainer.train.saved.saving import TOLD, Saving
 from trainer.train.saved.state import TrainState
@@ -311,7 +311,9 @@ def _announce(config: Config, model: RunModel, run: Run, arithmetic: RunArithmet
         weights = {full: p.numel() for full, p in module.named_parameters(prefix=name)}
         trained = sum(number for full, number in weights.items() if full in strategy.parameters)
         share = "all" if trained == sum(weights.values()) else f"{trained:,} of"
-        if trained:
+        if name in run.resting:
+            _log.info("%s: rests in this part of the run", name)
+        elif trained:
             _log.info("%s: %s %s weights train", name, share, f"{sum(weights.values()):,}")
         else:
             _log.info("%s: frozen", name)

@@ -29,6 +29,7 @@ from trainer.parallel.sharding import local_tensor
 from trainer.parallel.strategy import Strategy
 from trainer.train.gradient_blocks import GradientBlocks
 from trainer.train.guard.numerics_guard import TAKEN, Judge, Verdict, skip_what_is_not_finite
+from trainer.train.release import GradientRelease
 from trainer.train.step_companions import ALONE, Companions, each_alone
 
 
@@ -54,6 +55,8 @@ class StepParts:
         blocks: of which the gradients' norms are told; None: none.
         meet: gives a step's micro-batches with what their images get of the step's others.
         averages: of the weights, which follow the steps by `trainer.train.saved.averages.follow`; None: there are none.
+        release: makes the updates within the backward pass, so that a step is judged before it by its loss alone; None:
+            they are made after it.
     """
 
     comm: Comm
@@ -67,6 +70,7 @@ class StepParts:
     blocks: GradientBlocks | None = None
     meet: Callable[[Iterable[Batch]], Iterable[tuple[Batch, Companions]]] = each_alone
     averages: Averages | None = None
+    release: GradientRelease | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ def train_step(
         judge: whether the step is skipped, of its loss, gradient norm and images, which are the same on all workers.
     """
     comm, strategy, seen = parts.comm, parts.strategy, _SeenLosses(parts.denoiser.objective.learner)
-    weight_sum = 0.0
+    weight_sum, early = 0.0, TAKEN
     problems: list[RowProblem] = []
     keys: list[str] = []
     loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device)
@@ -178,16 +182,19 @@ def train_step(
         with strategy.reduction(last=index == accumulation - 1):
             losses, mixture = batch_losses(parts, batch, index, planned_images, companions)
             weighted = (counts * losses).sum()
-            strategy.backward(weighted * (loss_scale / planned_images))
+            scaled = weighted * (loss_scale / planned_images)
+            if parts.release is None:
+                strategy.backward(scaled)
+            else:
+                before_update()
+                early = _backward_and_update(parts, batch, weighted, scaled, planned_images, lr_factor, judge)
         loss_sum += weighted.detach()
         weight_sum += float(batch.weights.sum())
         problems += batch.problems
         keys += [key for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True) if weight]
         seen.note(losses, mixture, weights)
     # All of this is given to the device before the step's only wait for it, or it would stand idle in between.
-    parts.before_norm(loss_scale)
-    names = parts.blocks.names if parts.blocks else ()
-    norm, of_blocks = strategy.grad_norm(_gradients(parts), _blocks(parts), len(names))
+    names, (norm, of_blocks) = parts.blocks.names if parts.blocks else (), _norms(parts, loss_scale)
     read = torch.cat([torch.stack([loss_sum, norm.double()]), of_blocks, *seen.losses]).tolist()
     (own_loss, scaled_norm), block_norms, factored = read[:2], read[2 : 2 + len(names)], read[2 + len(names) :]
     own_loss, lessons = seen.lessons(own_loss, factored)
@@ -200,9 +207,11 @@ def train_step(
     factor = planned_images / num_images / loss_scale if num_images else 0.0  # not as planned with unreadable rows
     grad_norm = norms / comm.world * factor if num_images else 0.0
     loss = total_loss / num_images if num_images else math.nan
-    verdict = judge(loss, grad_norm, num_images)
+    has_been_taken = parts.release is not None and math.isfinite(grad_norm)
+    verdict = early if early.reason or has_been_taken else judge(loss, grad_norm, num_images)
     if num_images > 0 and not verdict.reason:
-        _update(parts, grad_norm, factor, lr_factor)
+        if parts.release is None:
+            _update(parts, grad_norm, factor, lr_factor)
         seen.learn(lessons)
     strategy.clear_gradients()
     return StepResult(
@@ -217,6 +226,25 @@ def train_step(
         verdict=verdict,
         keys=tuple(keys),
     )
+
+
+def _backward_and_update(
+    parts: StepParts,
+    batch: Batch,
+    weighted: Tensor,
+    scaled: Tensor,
+    planned_images: float,
+    lr_factor: float,
+    judge: Judge,
+) -> Verdict:
+    """The backward pass of a step's only micro-batch with all updates in it, unless its loss cannot be right."""
+    assert parts.release is not None
+    images = float(batch.weights.sum())
+    verdict = judge(float(weighted.detach()) / images if images else math.nan, 0.0, images)
+    if images and not verdict.reason:
+        parts.release.begin(planned_images / images, lr_factor)
+        parts.strategy.backward(scaled)
+    return verdict
 
 
 class _SeenLosses:
@@ -248,6 +276,15 @@ class _SeenLosses:
         """From the sums over all workers."""
         if self._learner:
             self._learner.learn(lessons)
+
+
+def _norms(parts: StepParts, loss_scale: float) -> tuple[Tensor, Tensor]:
+    """Of all gradients and by block, as `Strategy.grad_norm` gives them."""
+    if parts.release:
+        return parts.release.finish(parts.comm.device, parts.blocks)
+    parts.before_norm(loss_scale)
+    num_blocks = len(parts.blocks.names) if parts.blocks else 0
+    return parts.strategy.grad_norm(_gradients(parts), _blocks(parts), num_blocks)
 
 
 def _blocks(parts: StepParts) -> Tensor | None:

@@ -29,8 +29,8 @@ from trainer.parallel.environment import choose_workers, detect_gpus, joined_env
 from trainer.train.arithmetic import arithmetic_of
 from trainer.train.caption_rules import describe_captions, require_captions, survey_of
 from trainer.train.memory_inputs import make_setting, planned_run
-from trainer.train.part_times import told_times
 from trainer.train.run_objective import describe_objective, guidance_warning
+from trainer.train.saved.part_times import told_times
 from trainer.train.trained_parts import what_trains
 from trainer.train.workers.prepare_worker import prepare_settings
 

@@ -27,6 +27,7 @@ from trainer.train.saved.averages import averages_record, snapshot_folder, snaps
 from trainer.train.saved.base_model import RECORD as FROZEN
 from trainer.train.saved.checkpoint_contents import checkpoint_files
 from trainer.train.saved.objective_state import objective_record
+from trainer.train.saved.part_times import times_record
 from trainer.train.saved.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ class Saving:
         if checkpoint:
             record = state.to_json() | averages_record(parts)
             record |= objective_record(self._config.objective, parts.denoiser.objective)
-            record |= {FROZEN: dict(self._run.frozen)}
+            record |= {FROZEN: dict(self._run.frozen)} | times_record(self._run.times)
             path = self.path(state.step)
             published = partial(self._on_published, path, state.step)
             folders.append(Folder(path, checkpoint_files(parts), record, published))
