@@ -4,8 +4,8 @@
     python benchmarks/optimizers.py [--steps 200] [--batch 4] [--kinds adamw,lion] [--lr lion=1e-4] [--out FOLDER]
 
 Each kind trains the tiny SDXL at 64 px in a process of its own, on one CPU thread, with the same images, noise and
-timesteps, at one learning rate that is usual for the kind and no sweep. "Loss" is that on held-out images, with fixed
-noise; "bytes" are the optimizer's per weight in the checkpoint; "ms/step" is the median of whole steps.
+timesteps, at one learning rate that is usual for the kind, without a sweep. "Loss" is that on held-out images, with
+fixed noise; "bytes" are the optimizer's per weight in the checkpoint; "ms/step" is the median of whole steps.
 """
 
 import argparse

@@ -25,7 +25,7 @@ def test_examples_are_valid(tmp_path: Path, text: str) -> None:
     load_config(tmp_path / "config.yaml", check_paths=False)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/data.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/data.md", "docs/optimizers.md"])
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#]+)", text):

@@ -131,8 +131,8 @@ def test_schedule_free_follows_the_paper() -> None:
 
 
 @pytest.mark.parametrize("scale", ["original", "like_adamw"])
-def test_muon_follows_torch(scale: str) -> None:
-    """Matrices as torch.optim.Muon, filters as rows of one; vectors and outer layers as AdamW."""
+def test_muon_follows_torch(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices as torch.optim.Muon in fp32, filters as rows of one; vectors and outer layers as AdamW."""
     shapes = SHAPES | {"block.conv": (16, 4, 3, 3), "conv_in.weight": (8, 4, 3, 3), "emb.position_embedding": (9, 5)}
     mine, theirs = weights(shapes=shapes), weights(shapes=shapes)
     stepped(ours(mine, "muon", lr=1e-2, lr_scale=scale), mine)
@@ -141,6 +141,7 @@ def test_muon_follows_torch(scale: str) -> None:
     adjust = {"original": "original", "like_adamw": "match_rms_adamw"}[scale]
     muon = torch.optim.Muon(matrices.values(), lr=1e-2, weight_decay=0.1, adjust_lr_fn=adjust)
     adamw = torch.optim.AdamW([theirs["block.bias"], theirs["conv_in.weight"]], lr=1e-2, weight_decay=0.1)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch's own iteration is in bf16
     for step in range(STEPS):
         gradients(step, theirs)
         conv = theirs["block.conv"].grad

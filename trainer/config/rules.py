@@ -270,6 +270,8 @@ def _release(config: Config) -> Iterator[Problem]:
         yield clash(config, (key, "train.precision"), "fp16 has to see all gradients before it takes a step")
     if config.memory.strategy != "auto":
         yield clash(config, (key, "memory.strategy"), "must be auto; it is for one worker")
+    if config.optimizer.kind in ("prodigy", "dadapt_adam"):
+        yield clash(config, (key, "optimizer.kind"), "the learning rate is found from all gradients of a step")
 
 
 def _written_folders(config: Config) -> Iterator[Problem]:

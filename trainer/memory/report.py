@@ -1,8 +1,8 @@
 """The plan of a run's memory as a value: printed as text, kept as JSON; no torch."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class MemoryPlan:
         host_bytes: RAM of this host, all workers together.
         checkpoint_bytes: of one checkpoint; `disk_bytes`: of all that are kept, and one being written.
         snapshot_bytes: of one snapshot of the averages; 0 where none are kept.
+        num_trained: weights that train; `optimizer_bytes`: their state by kind of optimizer, all workers together.
     """
 
     kernels: str
@@ -89,6 +90,8 @@ class MemoryPlan:
     checkpoint_bytes: int
     disk_bytes: int
     snapshot_bytes: int = 0
+    num_trained: int = 0
+    optimizer_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -130,6 +133,20 @@ class MemoryPlan:
             f"{total:.2f} {unit} an image: forward {forward:.2f}, backward {backward:.2f}, recomputed {again:.2f};"
             f" each worker sends {self.wire_bytes / 1e9:.2f} GB a step"
         )
+        return lines
+
+    def describe_optimizers(self, chosen: str) -> list[str]:
+        """A table of what each kind of optimizer keeps of this model, the largest first.
+
+        Args:
+            chosen: the run's kind.
+        """
+        width = max(map(len, self.optimizer_bytes), default=0)
+        lines = [f"optimizer state of {self.num_trained:,} weights, which zero2 and zero3 spread over the workers:"]
+        for kind, num_bytes in sorted(self.optimizer_bytes.items(), key=lambda item: -item[1]):
+            each = f"{num_bytes / max(self.num_trained, 1):>6.2f} bytes a weight"
+            mark = "  chosen" if kind == chosen else ""
+            lines.append(f"  {kind:{width}} {each} {in_gib(num_bytes):>8} GiB{mark}")
         return lines
 
     def _limit(self) -> str:

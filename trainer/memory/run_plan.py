@@ -4,13 +4,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.config.sections.optimizer_config import KINDS, OptimizerKind
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
 from trainer.memory.choice import (
@@ -43,6 +44,11 @@ MARGIN_SHARE = 0.02
 DESKTOP = 256 * MIB  # of a card's memory that `auto` leaves to others
 _WORKER_RAM = {"cuda": 3 * GIB, "cpu": GIB}  # PyTorch, its libraries and the model's code
 _DATA_WORKER_RAM = 300 * MIB
+_SMALLER: dict[OptimizerKind, OptimizerKind] = {
+    "lion": "lion_8bit",
+    "lion_8bit": "lion_8bit",
+    **dict.fromkeys(("adamw", "adamw_8bit", "stable_adamw", "adopt", "schedule_free_adamw", "muon"), "adamw_8bit"),
+}  # kinds that a learning rate can be kept with
 _PINNED_SHARE = 1.5  # the host allocator rounds each tensor up to a power of two: between 1 and 2
 
 
@@ -162,6 +168,8 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
         checkpoint_bytes=checkpoint,
         disk_bytes=checkpoint * run.checkpoints,
         snapshot_bytes=snapshot,
+        num_trained=_num_elements(trace, trace.trains),
+        optimizer_bytes={kind: _state_bytes(run, kind, trace) for kind in KINDS},
     )
 
 
@@ -264,14 +272,17 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
             yield "train.batch_size_per_gpu: 1", replace(run, batch_size=1)
     if run.averages and run.averages_place == "device":
         yield "ema.place: host", replace(run, averages_place="host")
-    if run.optimizer != "adamw_8bit":
-        yield "optimizer.kind: adamw_8bit", replace(run, optimizer="adamw_8bit")
+    smaller = _SMALLER.get(run.optimizer, run.optimizer)
+    kind = f"optimizer.kind: {smaller}"
+    if smaller != run.optimizer:
+        yield kind, replace(run, optimizer=smaller)
     if run.precision in ("bf16", "fp32") and not run.has_adapter:
-        stochastic = replace(run, optimizer="adamw_8bit", precision="bf16_stochastic")
-        yield "train.precision: bf16_stochastic and optimizer.kind: adamw_8bit", stochastic
-        least = replace(stochastic, batch_size=1)
+        stochastic, with_kind = replace(run, optimizer=smaller, precision="bf16_stochastic"), run.optimizer in _SMALLER
+        rounded = "train.precision: bf16_stochastic"
+        yield f"{rounded} and {kind}" if with_kind else rounded, stochastic
         if batch > 1:
-            yield "train.precision: bf16_stochastic, optimizer.kind: adamw_8bit and train.batch_size_per_gpu: 1", least
+            more = f"{rounded}, {kind}" if with_kind else rounded
+            yield f"{more} and train.batch_size_per_gpu: 1", replace(stochastic, batch_size=1)
     if setting.workers == setting.accumulation == 1 and run.precision != "fp16" and not run.releases_gradients:
         yield "memory.release_gradients: true", replace(run, releases_gradients=True)
 
@@ -302,6 +313,16 @@ def _stored(run: PlannedRun, trace: "Trace") -> int:
         return sum(math.prod(trace.shapes[name]) for name in trace.trains)
     parts = {name.split(".", 1)[0] for name in trace.trains}
     return sum(math.prod(shape) for name, shape in trace.shapes.items() if name.split(".", 1)[0] in parts)
+
+
+def _state_bytes(run: PlannedRun, kind: OptimizerKind, trace: "Trace") -> int:
+    from trainer.memory.traced_run import optimizer_bytes
+
+    return optimizer_bytes(replace(run, optimizer=kind), trace).total
+
+
+def _num_elements(trace: "Trace", names: Iterable[str]) -> int:
+    return sum(math.prod(trace.shapes[name]) for name in names)
 
 
 def _host_bytes(run: PlannedRun, setting: Setting, chosen: Rung, trace: "Trace") -> int:

@@ -1,1 +1,1 @@
-"""The optimizer's step: AdamW in its kinds, 8-bit moments, rounding, learning rate, loss scale."""
+"""The optimizer's step: AdamW and other kinds, 8-bit moments, rounding, learning rate, loss scale."""

@@ -79,7 +79,7 @@ def _memory_plan(config: Config, model: RunModel) -> MemoryPlan:
 
 
 def _print_memory(config: Config, model: RunModel, plan: MemoryPlan) -> None:
-    for line in plan.describe():
+    for line in [*plan.describe(), *plan.describe_optimizers(config.optimizer.kind)]:
         print(line)
     if plan.kernels == "cpu" or not is_current(prepare_settings(config, model)):
         return

@@ -23,13 +23,13 @@ class Muon(Rule):
     """Jordan et al. 2024; learning rates and weight decay as by Liu et al. 2025, "Muon is scalable for LLM training".
 
     Every worker computes the orthogonal update of each whole matrix and takes its rows of it; rows that are spread
-    are put together first, in bf16, in which the iteration computes as well.
+    are put together first. On a card both are in bf16, as in their code; on the CPU, which is slow with it, in fp32.
     """
 
     kind = "muon"
     in_chunks = False
     scratch_bytes = 8
-    whole_bytes = 14
+    whole_bytes = 16
 
     def tensors(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, StateTensor]:
         return {"momentum": StateTensor(shape)} if goes_by_muon(name, shape) else adam_state(shape)
@@ -42,13 +42,11 @@ class Muon(Rule):
         momentum.lerp_(gradient, 1 - group["momentum"])
         towards = gradient.lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
         (rows, columns), last = as_matrix(part.shape), part.first_row + len(gradient)
-        whole = towards.to(torch.bfloat16)
+        whole = towards.to(torch.bfloat16) if towards.is_cuda else towards
         if len(gradient) < rows:
-            # gloo may not add bf16; zeros and one number add up exactly in either.
-            wide = torch.bfloat16 if gradient.is_cuda else torch.float32
-            padded = torch.zeros(rows, columns, dtype=wide, device=gradient.device)
+            padded = torch.zeros(rows, columns, dtype=whole.dtype, device=whole.device)
             padded[part.first_row : last] = whole
-            whole = (yield padded).to(torch.bfloat16)
+            whole = yield padded  # zeros and one number add up exactly
         direction = orthogonal(whole, group["ns_steps"])[part.first_row : last]
         scale = sqrt(max(1, rows / columns)) if group["lr_scale"] == "original" else 0.2 * sqrt(max(rows, columns))
         part.decay()
@@ -56,7 +54,7 @@ class Muon(Rule):
 
 
 def orthogonal(matrix: Tensor, steps: int) -> Tensor:
-    """Nearly the orthogonal factor of a bf16 matrix, by Newton and Schulz's iteration in bf16."""
+    """Nearly the orthogonal factor of a matrix, by Newton and Schulz's iteration in its own dtype."""
     a, b, c = NEWTON_SCHULZ
     found = matrix.T if len(matrix) > matrix.shape[1] else matrix
     found = found / found.norm().clamp(min=_SMALLEST_NORM)

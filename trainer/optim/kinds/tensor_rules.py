@@ -77,7 +77,7 @@ class Came(Rule):
 
     kind = "came"
     in_chunks = False
-    scratch_bytes = 20
+    scratch_bytes = 16
 
     def tensors(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, StateTensor]:
         found = {"exp_avg": StateTensor(shape)} | _second_moment("exp_avg_sq", shape)
