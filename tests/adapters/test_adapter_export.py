@@ -1,6 +1,5 @@
 """What others make of an exported adapter: diffusers' own loader, PEFT's, and our formulas on merged weights."""
 
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -178,13 +177,16 @@ def test_names_and_metadata_are_kohyas(runs: dict[str, Config], tmp_path: Path) 
 
 
 def test_a_run_with_an_adapter_is_no_model(
-    runs: dict[str, Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Config], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logging.disable(logging.NOTSET)
     place = str(runs["lora"].run.dir)
     assert main(["export", place, "-o", str(tmp_path / "fox"), "--layout", "diffusers"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sdxl-train: --layout diffusers: an adapter is written as one file")
+    assert main(["merge", place, place, "--alpha", "0.5", "-o", str(tmp_path / "sum.safetensors")]) == 2
+    assert "holds an adapter, and no model; `sdxl-train adapter merge" in capsys.readouterr().err
+    assert main(["export", str(model_folder), "-o", str(tmp_path / "fox"), "--layout", "peft"]) == 2
+    assert "is no run or checkpoint with an adapter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)

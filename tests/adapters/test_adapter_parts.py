@@ -116,6 +116,7 @@ def test_rules(model_folder: Path, tmp_path: Path) -> None:
     assert "a rotation has no scale" in problems({"kind": "oft", "alpha": 4.0})
     assert "is for lora, locon and dora" in problems({"kind": "loha", "dropout": 0.1})
     assert "must be bf16, fp16 or fp32" in problems({"kind": "lora"}, train={"precision": "bf16_kahan"})
+    assert "must be off" in problems({"kind": "lora"}, train={"compile": "blocks"})
     assert "must be auto or ddp" in problems({"kind": "lora"}, memory={"strategy": "zero2"})
     assert "with an adapter nothing else trains" in problems(
         {"kind": "lora"}, trainable={"text_encoder_1": {"train": True}}

@@ -21,6 +21,7 @@ from trainer.config.section_rules.rules_loss_weights import loss_weight_rules
 from trainer.config.section_rules.rules_objective import objective_problems
 from trainer.config.section_rules.rules_optimizer import optimizer_rules
 from trainer.config.section_rules.rules_sources import is_needed_to_train, paths_of, source_rules
+from trainer.config.sections.adapter_config import trains_adapter
 from trainer.config.sections.sources import FolderSource, LatentTarsSource, Source
 from trainer.config.sections.trainable_config import TextEncoderPart
 from trainer.config.spelling import nearest_path
@@ -63,7 +64,7 @@ def bad_paths(config: Config) -> list[Problem]:
     may_exist: list[Key] = [("run", "dir"), ("data", "prepared")]
     models: list[Key] = [("model", name) for name in ("path", "vae") if isinstance(getattr(config.model, name), Path)]
     files: list[Key] = [("objective", "loss_weights", "tag_file")] if config.objective.loss_weights.tag_file else []
-    files += [("adapter", "initial")] if config.adapter.initial else []
+    files += [("adapter", "initial")] if config.adapter.initial and trains_adapter(config.adapter) else []
     found = [_missing(config, key) for key in (*models, *files)]
     found += [_bad_folder(config, key, must_exist=True) for key in must_exist]
     found += [_bad_folder(config, key, must_exist=False) for key in may_exist]

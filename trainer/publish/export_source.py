@@ -89,6 +89,9 @@ def open_source(
         metadata = source.header.metadata if source.kind == "file" else {}
         text_projection = _file_projection(place, source, metadata, text_projection)
         return Source(model_parts(place, vae, text_projection), source, metadata=metadata)
+    if (checkpoint / "adapter").is_dir():
+        mend = "`sdxl-train adapter merge MODEL RUN` puts it into a model, and that can be taken here"
+        raise UserError(f"{checkpoint}: holds an adapter, and no model; {mend}")
     if text_projection == "kohya" and not model:
         raise UserError("--from-kohya: has no effect; a run knows how its model holds the text projection")
     run_config = config_beside(checkpoint)

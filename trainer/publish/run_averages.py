@@ -141,6 +141,8 @@ def plan_average(run_dir: Path, length: float, step: int | None = None) -> Avera
     kept = kept_averages(run_dir)
     if not kept:
         raise nothing_kept(run_dir)
+    if "adapter" in components_of(kept[-1].place, kept[-1].name):
+        raise UserError(f"{run_dir}: its averages are of an adapter, of which other lengths are not computed")
     steps = sorted({each.step for each in kept})
     if step is not None and step not in steps:
         raise UserError(f"--step {step}: nothing is stored of it; steps are {', '.join(map(str, steps))}")

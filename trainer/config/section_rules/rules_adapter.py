@@ -49,6 +49,8 @@ def _beside(config: Config) -> Iterator[Problem]:
     if config.train.precision.startswith("bf16_"):
         rule = "must be bf16, fp16 or fp32; an adapter's weights are fp32, the frozen ones are bf16 with `bf16`"
         yield clash(config, ("train.precision", kind), rule)
+    if config.train.compile != "off":
+        yield clash(config, ("train.compile", kind), "must be off; compiled blocks have not been tried with adapters")
     if config.memory.strategy in ("zero2", "zero3"):
         rule = "must be auto or ddp; an adapter is too small to be spread over workers, the frozen weights are not"
         yield clash(config, ("memory.strategy", kind), rule)
