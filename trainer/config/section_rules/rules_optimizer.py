@@ -8,7 +8,7 @@ from trainer.config.schema import Config
 from trainer.config.sections.optimizer_config import FINDS_LR, KIND_DEFAULTS, OptimizerConfig
 
 _KIND = "optimizer.kind"
-_OF_ALL = ("kind", "lr", "compile")
+_OF_ALL = ("kind", "lr", "decay_norms_and_biases", "compile")
 
 
 def optimizer_rules(config: Config) -> Iterator[Problem]:
@@ -45,6 +45,9 @@ def _found_lr(config: Config) -> Iterator[Problem]:
         part, key = getattr(config.trainable, name), f"trainable.{name}.lr"
         if getattr(part, "train", False) and getattr(part, "lr", None) not in (None, lr):
             yield clash(config, (key, _KIND), "must be left out; this kind finds one learning rate for all weights")
+        for key in (f"trainable.{name}.lr_scale", f"trainable.{name}.layer_decay"):
+            if is_given(config, key):
+                yield clash(config, (key, _KIND), "must be left out; this kind finds one learning rate for all weights")
 
 
 def _schedule_free(config: Config) -> Iterator[Problem]:
