@@ -81,8 +81,8 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "choice about no decay": (
         "trainable: {unet: {weight_decay: 0}}\nCHANGE",
-        "optimizer.decay_norms_and_biases = false with optimizer.weight_decay = 0.01 (the default): has no effect; "
-        "there is no weight decay",
+        "optimizer.decay_norms_and_biases = false with trainable.unet.weight_decay = 0.0: has no effect; there is no "
+        "weight decay",
     ),
 }
 

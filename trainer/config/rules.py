@@ -211,8 +211,8 @@ def _weight_decay(config: Config, parts: Mapping[str, TextEncoderPart]) -> Itera
         if parts[name].weight_decay_scale and not is_on[name]:
             yield clash(config, (f"trainable.{name}.weight_decay_scale", keys[name]), "has no effect on no decay")
     if is_given(config, "optimizer.decay_norms_and_biases") and not any(is_on.values()):
-        keys = ("optimizer.decay_norms_and_biases", "optimizer.weight_decay")
-        yield clash(config, keys, "has no effect; there is no weight decay")
+        given = ("optimizer.decay_norms_and_biases", *dict.fromkeys(keys.values()))
+        yield clash(config, given, "has no effect; there is no weight decay")
 
 
 def _export(config: Config) -> Iterator[Problem]:
