@@ -104,7 +104,8 @@ def _print_model(config: Config, model: RunModel) -> None:
             frozen.append(key)
     print(f"trains: {', '.join(trained)}; precision {config.train.precision}, optimizer {config.optimizer.kind}")
     print(f"frozen: {', '.join([*frozen, 'vae'])}")
-    for line in (*table_of_blocks(config.trainable, model), *told_times(config)):
+    table = () if on else table_of_blocks(config.trainable, model)
+    for line in (*table, *told_times(config)):
         print(line)
     for line in describe_objective(config, model):
         print(line)
