@@ -79,6 +79,7 @@ IN_TURN = [
 ]
 
 
+@pytest.mark.slow
 def test_parts_that_train_in_turn_are_the_same_over_kills(
     tmp_path: Path,
     config_file: Path,  # noqa: F811

@@ -33,6 +33,7 @@ def run(folder: Path, model: Path, prepared: Path, world: int) -> Path:
         files.append(folder / f"{kind}.yaml")
         files[-1].write_text(to_yaml(config))
     env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    env |= {"PYTHONPATH": str(Path(__file__).parents[2])}  # the script reads what tests share
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu"}
     environments = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
     run_group([[sys.executable, str(SCRIPT), *map(str, files)]] * world, environments, folder)
