@@ -35,6 +35,15 @@ class _Todo(NamedTuple):
     group: Mapping[str, Any]
 
 
+def require_rounding(groups: Iterable[Mapping[str, Any]], rounding: Rounding | None) -> None:
+    """ValueError where bf16 weights come without rounding, others with it, or weights are of another dtype."""
+    dtypes = {parameter.dtype for group in groups for parameter in group["params"]}
+    if not dtypes <= {torch.float32, torch.bfloat16}:
+        raise ValueError(f"weights of {dtypes} cannot be trained; they must be fp32 or bf16")
+    if (torch.bfloat16 in dtypes) != (rounding is not None):
+        raise ValueError(f"rounding = {rounding} with weights of {dtypes}: bf16 weights need it, others have none")
+
+
 class BlockAdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay on everything, over named parameters.
 
@@ -70,11 +79,7 @@ class BlockAdamW(torch.optim.Optimizer):
         self.eight_bit, self.rounding, self.seed = eight_bit, rounding, seed
         self.free_gradients, self.chunk_elements = free_gradients, chunk_elements
         self._update, self._is_compiled = update or update_chunk, update is not None
-        dtypes = {parameter.dtype for group in self.param_groups for parameter in group["params"]}
-        if not dtypes <= {torch.float32, torch.bfloat16}:
-            raise ValueError(f"weights of {dtypes} cannot be trained; they must be fp32 or bf16")
-        if (torch.bfloat16 in dtypes) != (rounding is not None):
-            raise ValueError(f"rounding = {rounding} with weights of {dtypes}: bf16 weights need it, others have none")
+        require_rounding(self.param_groups, rounding)
 
     def keeps_8_bits(self, parameter: nn.Parameter) -> bool:
         """Whether the moments of `parameter` are kept in 8 bits."""

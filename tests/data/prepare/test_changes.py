@@ -2,10 +2,6 @@
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,6 @@ import pytest
 from PIL import Image
 
 from tests.data.photographs import coffee, pooled, settings_for, write_crops
-from tests.data.prepare.prepare_worker import KINDS
 from tests.data.records import caption_text
 from trainer.config.sections.sources import FolderSource, ParquetSource
 from trainer.data.catalog.catalog import open_catalog
@@ -278,35 +273,6 @@ def test_with_cached_text_another_caption_is_another_row(tmp_path: Path) -> None
         rows = opened.read("train", bucket, np.arange(count))
         assert rows.ok.all() and rows.text_pooled is not None
         assert rows.text_pooled[:, 0].tolist() == [len(caption_text(text)) for text in rows.captions]
-
-
-@pytest.mark.e2e
-@pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_twenty_moments(photos: Path, tmp_path: Path, kind: str) -> None:
-    settings = settings_for(tmp_path / "prepared", photos, **KINDS[kind])
-    prepare(settings)
-    shutil.copytree(settings.prepared, tmp_path / "once")
-    edit_all(photos)
-    once = settings_for(tmp_path / "once", photos, **KINDS[kind])
-    prepare(once, removed="drop")
-    script = str(Path(__file__).with_name("prepare_worker.py"))
-    command = [sys.executable, script, str(settings.prepared), str(photos), kind]
-    rng = np.random.default_rng()
-    for _ in range(20):
-        with subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
-        ) as worker:
-            assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
-            time.sleep(float(rng.uniform(0.0, 0.6)))
-            worker.send_signal(signal.SIGKILL)
-    prepare(settings, removed="drop")
-    assert held(settings.prepared) == held(once.prepared)
-    for kind in ("edits", "snapshots", "shards"):
-        mine, other = (
-            {path.relative_to(root): path.read_bytes() for path in root.glob(f"{kind}/**/*") if path.is_file()}
-            for root in (settings.prepared, once.prepared)
-        )
-        assert mine == other, kind
 
 
 def test_an_image_that_cannot_be_used_any_more_goes_and_is_mended(photos: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.keyed import draw_seed
-from trainer.optim.adamw import CHUNK_ELEMENTS, Rounding, threads_for_chunks
+from trainer.optim.adamw import CHUNK_ELEMENTS, Rounding, require_rounding, threads_for_chunks
 from trainer.optim.eight_bit import block_size, blocks_per_row, code_tables, dequantize, quantize
 from trainer.optim.kinds.block_views import Blocks, blocks_of, exact_of, gradient_of, in_chunks
 from trainer.optim.kinds.row_sums import added, run_together, together
@@ -68,11 +68,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().__init__(groups, defaults={})
         self.rule, self.rounding, self.seed = rule, rounding, seed
         self.free_gradients, self.chunk_elements = free_gradients, chunk_elements
-        dtypes = {parameter.dtype for group in self.param_groups for parameter in group["params"]}
-        if not dtypes <= {torch.float32, torch.bfloat16}:
-            raise ValueError(f"weights of {dtypes} cannot be trained; they must be fp32 or bf16")
-        if (torch.bfloat16 in dtypes) != (rounding is not None):
-            raise ValueError(f"rounding = {rounding} with weights of {dtypes}: bf16 weights need it, others have none")
+        require_rounding(self.param_groups, rounding)
 
     def keeps_8_bits(self, parameter: nn.Parameter) -> bool:
         """Whether the state of `parameter` is kept in 8 bits."""

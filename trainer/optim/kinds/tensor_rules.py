@@ -59,12 +59,7 @@ class Adafactor(Rule):
         if group["scale_by_weights"]:
             squares = yield part.weight.square().sum(dtype=torch.float64)
             size = _root_mean(squares, part).clamp(min=group["eps2"])
-        squares = gradient.square().add_(group["eps"])
-        scales = yield from _moment_scales("exp_avg_sq", part, squares, beta2)
-        del squares
-        for scale in scales:
-            gradient.mul_(scale)
-        rms = _root_mean((yield gradient.square().sum(dtype=torch.float64)), part)
+        rms = yield from _normalize(part, beta2)
         part.decay()
         part.weight.sub_(gradient.mul_(part.lr * size / (rms / group["clip_threshold"]).clamp(min=1.0)))
 
@@ -86,12 +81,7 @@ class Came(Rule):
     def updates(self, part: Part) -> Sums:
         group, gradient, first = part.group, part.gradient, part.state["exp_avg"]
         beta1, beta2 = group["betas"]
-        squares = gradient.square().add_(group["eps"])
-        scales = yield from _moment_scales("exp_avg_sq", part, squares, beta2)
-        del squares
-        for scale in scales:
-            gradient.mul_(scale)
-        rms = _root_mean((yield gradient.square().sum(dtype=torch.float64)), part)
+        rms = yield from _normalize(part, beta2)
         gradient.div_((rms / group["clip_threshold"]).clamp(min=1.0))
         first.lerp_(gradient, 1 - beta1)
         change = first
@@ -119,6 +109,17 @@ def _second_moment(name: str, shape: tuple[int, ...]) -> dict[str, StateTensor]:
         return {name: StateTensor(shape)}
     rows, columns = as_matrix(shape)
     return {f"{name}_row": StateTensor((rows,)), f"{name}_col": StateTensor((columns,), by_rows=False)}
+
+
+def _normalize(part: Part, beta2: float) -> Generator[Tensor, Tensor, Tensor]:
+    """Divide the gradient by the root of its second moment, in place; gives the root mean square of the result."""
+    gradient = part.gradient
+    squares = gradient.square().add_(part.group["eps"])
+    scales = yield from _moment_scales("exp_avg_sq", part, squares, beta2)
+    del squares
+    for scale in scales:
+        gradient.mul_(scale)
+    return _root_mean((yield gradient.square().sum(dtype=torch.float64)), part)
 
 
 def _moment_scales(
