@@ -56,35 +56,37 @@ def _shown(page: Any) -> int:
     return page.locator("#cards > .card:visible").count()
 
 
-def _focused(page: Any) -> str:
-    return page.evaluate("document.activeElement.closest('.card')?.id ?? document.activeElement.id")
+def _is_focused(page: Any, name: str) -> bool:
+    """Within two seconds: after a dialog has closed, the page is told so by an event, and focuses then."""
+    focused = "(document.activeElement.closest('.card')?.id ?? document.activeElement.id)"
+    return bool(page.wait_for_function(f"name => {focused} === name", arg=name, timeout=2000))
 
 
 def test_keys_filter_move_and_enlarge(page: Any) -> None:
     assert _shown(page) == 41
     page.keyboard.press("/")
-    assert _focused(page) == "search"
+    assert _is_focused(page, "search")
     page.keyboard.type("CROP photograph ☕")
     shown = page.locator("#cards > .card:visible")
     found = shown.count()
     assert 0 < found < 41 and page.locator("#found").inner_text() == f"{found} of 41 images"
     ids = [shown.nth(i).get_attribute("id") for i in range(found)]
     page.keyboard.press("Enter")
-    assert _focused(page) == ids[0]
+    assert _is_focused(page, ids[0])
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowLeft")
-    assert _focused(page) == ids[1]
+    assert _is_focused(page, ids[1])
     page.keyboard.press("ArrowDown")
     columns = page.evaluate("getComputedStyle(document.getElementById('cards')).gridTemplateColumns.split(' ').length")
-    assert _focused(page) == ids[1 + columns]
+    assert _is_focused(page, ids[1 + columns])
     page.keyboard.press("ArrowUp")
     page.keyboard.press("Enter")
     # text_content: inner_text of a card that was just scrolled to is empty until it has been laid out
     assert page.locator("dialog[open] .key").text_content() == shown.nth(1).locator(".key").text_content()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Escape")
-    assert not page.locator("dialog[open]").count() and _focused(page) == ids[2]
+    assert not page.locator("dialog[open]").count() and _is_focused(page, ids[2])
     page.keyboard.press("/")
     page.keyboard.press("Escape")
     assert _shown(page) == 41
