@@ -12,7 +12,7 @@ from pathlib import Path
 from trainer.checkpoint.run_dir import checkpoint_step, delete_checkpoint, list_checkpoints
 
 SNAPSHOTS = "ema"
-_FOLDER = re.compile(r"(unet|text_encoder_2|text_encoder|adapter)_([a-z][a-z0-9_-]*)")
+_FOLDER = re.compile(r"(unet|text_encoder_2|text_encoder|adapter|new_tokens)_([a-z][a-z0-9_-]*)")
 
 
 def average_folder(component: str, average: str) -> str:

@@ -5,6 +5,7 @@
                                                                    text_encoder_2/ beside it, where they train
       unet_ema/...                                                 the same of a running average called `ema`
       adapter/...                                                  in place of them: an adapter, and its settings
+      new_tokens/...                                               beside all of these: their vectors, and the words
       training_state/optimizer.safetensors, training_state/state.json
       manifest.json                                                size and xxh3-128 of every file above
 
@@ -31,6 +32,7 @@ WEIGHTS_FILES = {
     "text_encoder": "model.safetensors",
     "text_encoder_2": "model.safetensors",
     "adapter": "adapter_model.safetensors",
+    "new_tokens": "new_tokens.safetensors",
 }
 
 

@@ -23,10 +23,10 @@ from trainer.data.survey.browse.gallery import ImagePlace, find_image
 from trainer.data.survey.image_lookup import StoredImage, find_stored
 from trainer.data.survey.image_visits import Visit, visits
 from trainer.errors import UserError, printable
-from trainer.model.text import TOKENS_PER_CHUNK, CaptionTokenizer, load_tokenizers
+from trainer.model.text import CaptionTokenizer
 from trainer.model_files.model_source import find_source
 from trainer.model_files.tokenizer_files import tokenizer_folders
-from trainer.train.caption_rules import caption_rules, run_loss_weights
+from trainer.train.caption_rules import caption_rules, run_loss_weights, tokenizers_for
 
 _MOST_EPOCHS, _MOST_VISITS = 1000, 20
 _LONGEST = 4000
@@ -203,7 +203,7 @@ def _tokenizer(config: Config) -> tuple[CaptionTokenizer | None, str]:
     """The run's; or else why there is none."""
     try:
         folders = tokenizer_folders(find_source(config.model.path), config.model.tokenizer)
-        return load_tokenizers(folders, config.captions.max_tokens // TOKENS_PER_CHUNK), ""
+        return tokenizers_for(config, folders), ""
     except UserError as error:
         return None, error.lines[0]
 

@@ -76,4 +76,4 @@ def write_with_bar(prepared: PreparedExport, out: Path) -> None:
         prepared.write(show)
     for note in prepared.notes:
         print(note)
-    print(f"wrote {out} ({prepared.total_bytes / 1e9:,.2f} GB)")
+    print(f"wrote {prepared.place or out} ({prepared.total_bytes / 1e9:,.2f} GB)")

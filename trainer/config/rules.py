@@ -18,6 +18,7 @@ from trainer.config.section_rules.rules_captions import caption_rules
 from trainer.config.section_rules.rules_ema import ema_rules
 from trainer.config.section_rules.rules_filters import filter_rules
 from trainer.config.section_rules.rules_loss_weights import loss_weight_rules
+from trainer.config.section_rules.rules_new_tokens import new_token_rules
 from trainer.config.section_rules.rules_objective import objective_problems
 from trainer.config.section_rules.rules_optimizer import optimizer_rules
 from trainer.config.section_rules.rules_sources import is_needed_to_train, paths_of, source_rules
@@ -44,6 +45,7 @@ def broken_rules(config: Config) -> list[Problem]:
         caption_rules,
         _trainable,
         adapter_rules,
+        new_token_rules,
         _export,
         ema_rules,
         _validation,
@@ -65,6 +67,8 @@ def bad_paths(config: Config) -> list[Problem]:
     models: list[Key] = [("model", name) for name in ("path", "vae") if isinstance(getattr(config.model, name), Path)]
     files: list[Key] = [("objective", "loss_weights", "tag_file")] if config.objective.loss_weights.tag_file else []
     files += [("adapter", "initial")] if config.adapter.initial and trains_adapter(config.adapter) else []
+    tokens = config.new_tokens.tokens
+    files += [("new_tokens", "tokens", i, "file") for i, token in enumerate(tokens) if token.file]
     found = [_missing(config, key) for key in (*models, *files)]
     found += [_bad_folder(config, key, must_exist=True) for key in must_exist]
     found += [_bad_folder(config, key, must_exist=False) for key in may_exist]
@@ -167,7 +171,7 @@ def _uses_npz(config: Config) -> bool:
 
 def _trainable(config: Config) -> Iterator[Problem]:
     parts = {name: getattr(config.trainable, name) for name in type(config.trainable).model_fields}
-    if not any(part.train for part in parts.values()):
+    if not any(part.train for part in parts.values()) and not config.new_tokens.tokens:
         yield clash(config, tuple(f"trainable.{name}.train" for name in parts), "nothing trains")
     for name, part in parts.items():
         key = f"trainable.{name}"

@@ -17,6 +17,7 @@ from trainer.config.sections.filters_config import FiltersConfig
 from trainer.config.sections.guard_config import GuardConfig
 from trainer.config.sections.launch_config import LaunchConfig
 from trainer.config.sections.limits_config import LimitsConfig
+from trainer.config.sections.new_tokens_config import NewTokensConfig
 from trainer.config.sections.objective_config import ObjectiveConfig
 from trainer.config.sections.optimizer_config import OptimizerConfig
 from trainer.config.sections.sources import Source
@@ -264,6 +265,9 @@ class Config(Section):
     """What of the model trains, how fast and when. The VAE is always frozen. See `docs/what_trains.md`."""
     adapter: AdapterConfig = AdapterConfig()
     """A LoRA or one of its kin in place of the weights themselves; see `docs/adapters.md`."""
+    new_tokens: NewTokensConfig = NewTokensConfig()
+    """Words of your own with vectors that train in both text encoders (textual inversion), beside all else or alone;
+    see `docs/new_tokens.md`."""
     train: TrainConfig = TrainConfig()
     """Length, batch and precision."""
     objective: ObjectiveConfig = ObjectiveConfig()

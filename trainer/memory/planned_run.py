@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.config.sections.adapter_config import AdapterConfig, trains_adapter
+from trainer.config.sections.adapter_config import AdapterConfig, only_additions_train
+from trainer.config.sections.new_tokens_config import NewTokenConfig
 from trainer.config.sections.optimizer_config import OptimizerKind
 from trainer.config.sections.trainable_config import TrainableConfig
 from trainer.model_files.run_model import RunModel
@@ -31,6 +32,7 @@ class PlannedRun:
             kept, each element in so many bytes.
         scores_averages: one of them is put into the model between steps.
         adapter: what trains in place of the weights, if it is of a kind.
+        new_tokens: whose vectors train beside all else, or alone.
         releases_gradients: each block is updated when its gradients have arrived.
     """
 
@@ -61,21 +63,28 @@ class PlannedRun:
     snapshot_averages: int = 0
     snapshot_bytes: int = 4
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    new_tokens: tuple[NewTokenConfig, ...] = ()
     releases_gradients: bool = False
 
     @property
     def text_encoders_train(self) -> bool:
-        """Whether any of them does."""
-        return self.trainable.text_encoder_1.train or self.trainable.text_encoder_2.train
+        """Whether anything in them does."""
+        texts = self.trainable.text_encoder_1.train or self.trainable.text_encoder_2.train
+        return texts or bool(self.new_tokens)
 
     @property
-    def has_adapter(self) -> bool:
-        """Whether an adapter trains beside frozen weights."""
-        return trains_adapter(self.adapter)
+    def only_additions_train(self) -> bool:
+        """Whether what trains is an adapter beside frozen weights, or new tokens alone."""
+        return only_additions_train(self.trainable, self.adapter)
 
     def values(self) -> dict[str, Any]:
         """All of it as plain values, the model by its components' configurations."""
-        own = {name: value for name, value in vars(self).items() if name not in ("model", "trainable", "adapter")}
+        own = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("model", "trainable", "adapter", "new_tokens")
+        }
         configs = {name: self.model.config(name) for name in ("unet", "text_encoder", "text_encoder_2", "vae")}
         sections = {name: getattr(self, name).model_dump(mode="json") for name in ("trainable", "adapter")}
-        return own | sections | {"configs": configs}
+        tokens = [each.model_dump(mode="json") for each in self.new_tokens]
+        return own | sections | {"configs": configs, "new_tokens": tokens}

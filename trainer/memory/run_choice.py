@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from trainer.adapters.initial_values import AdapterStart
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.run_plan import CUDA_CONTEXT, Setting, memory_plan, require_fit
-from trainer.model.adapted import lay_out_run
+from trainer.memory.traced_run import lay_out_planned
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import offloaded_activations, repeated_blocks
 from trainer.optim.precision import precision_of
@@ -99,8 +98,7 @@ def _unplanned(run: PlannedRun, setting: Setting) -> MemoryChoice:
     if run.recompute == "all":
         precision = precision_of(run.precision)
         dtypes = precision.weights, precision.compute
-        laid_out = lay_out_run(run.model, run.trainable, AdapterStart(run.adapter), *dtypes, run.chunk_join)
-        blocks = tuple(repeated_blocks(laid_out))
+        blocks = tuple(repeated_blocks(lay_out_planned(run, *dtypes)))
     return MemoryChoice(
         kind if setting.workers > 1 else "single",
         recompute=blocks,

@@ -262,7 +262,7 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
     if recompute and offload:
         freed = replace(run, recompute="auto", offload_activations="auto")
         yield "memory.recompute: auto and memory.offload_activations: auto", freed
-    if run.strategy != "auto" and setting.workers > 1 and not run.has_adapter:
+    if run.strategy != "auto" and setting.workers > 1 and not run.only_additions_train:
         yield "memory.strategy: auto", replace(run, strategy="auto")
     batch = run.batch_size
     if batch > 1:
@@ -276,7 +276,7 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
     kind = f"optimizer.kind: {smaller}"
     if smaller != run.optimizer:
         yield kind, replace(run, optimizer=smaller)
-    if run.precision in ("bf16", "fp32") and not run.has_adapter:
+    if run.precision in ("bf16", "fp32") and not run.only_additions_train:
         stochastic, with_kind = replace(run, optimizer=smaller, precision="bf16_stochastic"), run.optimizer in _SMALLER
         rounded = "train.precision: bf16_stochastic"
         yield f"{rounded} and {kind}" if with_kind else rounded, stochastic
@@ -309,7 +309,7 @@ def _checkpoint_bytes(run: PlannedRun, trace: Any) -> int:
 
 def _stored(run: PlannedRun, trace: "Trace") -> int:
     """Weights that a checkpoint holds: of an adapter, or of the components of which anything trains."""
-    if run.has_adapter:
+    if run.only_additions_train:
         return sum(math.prod(trace.shapes[name]) for name in trace.trains)
     parts = {name.split(".", 1)[0] for name in trace.trains}
     return sum(math.prod(shape) for name, shape in trace.shapes.items() if name.split(".", 1)[0] in parts)

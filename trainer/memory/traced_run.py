@@ -19,6 +19,7 @@ from trainer.memory.trace import Block, Trace, trace_pass, trace_peak
 from trainer.model.adapted import lay_out_run
 from trainer.model.denoiser import TrainedModel
 from trainer.model.load_weights import empty_text_encoders, empty_vae
+from trainer.model.new_tokens import NewTokens
 from trainer.model.recompute import (
     apply_recompute,
     embeddings,
@@ -107,7 +108,7 @@ class TracedRun:
         """The model, its pass, and the weights of frozen models that run within the pass."""
         run, frozen = self._run, None
         dtypes = way.dtype, precision_of(run.precision).compute
-        model = lay_out_run(run.model, run.trainable, AdapterStart(run.adapter), *dtypes, run.chunk_join).train()
+        model = lay_out_planned(run, *dtypes).train()
         if model.text_encoders is None and not run.cache_text:
             frozen = frozen_text_encoders(run)
         apply_recompute(model, blocks)
@@ -142,6 +143,12 @@ def frozen_text_encoders(run: PlannedRun) -> TextEncoders:
         module.to(dtype=DTYPES[run.text_encoder_precision])  # pyright: ignore[reportCallIssue]
         module.requires_grad_(False).eval()
     return encoders
+
+
+def lay_out_planned(run: PlannedRun, weights: torch.dtype, compute: torch.dtype) -> TrainedModel:
+    """The run's model without memory; dtypes as in `lay_out_run`."""
+    adapter, new_tokens = AdapterStart(run.adapter), NewTokens(run.new_tokens)
+    return lay_out_run(run.model, run.trainable, adapter, weights, compute, run.chunk_join, new_tokens=new_tokens)
 
 
 def _loss(
@@ -198,7 +205,7 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
             strategy=strategy,
             world=workers,
             stored_bytes=precision.weights.itemsize,
-            base_bytes=precision.compute.itemsize if run.has_adapter else None,
+            base_bytes=precision.compute.itemsize if run.only_additions_train else None,
             compute_bytes=narrow,
             reduce_bytes=narrow,
             optimizer_bytes=state.spread / trained,

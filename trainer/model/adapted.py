@@ -16,12 +16,13 @@ from trainer.adapters.keyed_dropout import add_dropout
 from trainer.adapters.parameters import adapter_parameters
 from trainer.adapters.start_from_file import values_of_file
 from trainer.adapters.targets import find_targets
-from trainer.config.sections.adapter_config import AdapterConfig, trains_adapter
+from trainer.config.sections.adapter_config import AdapterConfig, only_additions_train, trains_adapter
 from trainer.config.sections.trainable_config import TrainableConfig
 from trainer.errors import UserError
 from trainer.model.denoiser import TrainedModel
 from trainer.model.freeze import never_used
 from trainer.model.load_weights import empty_text_encoders, empty_unet, read_weights
+from trainer.model.new_tokens import NO_NEW_TOKENS, NewTokens, add_new_tokens
 from trainer.model.text import ChunkJoin
 from trainer.model.trainable import lay_out_model
 from trainer.model_files.components import Component
@@ -50,25 +51,39 @@ def lay_out_run(
     compute: torch.dtype,
     join: ChunkJoin = "a1111",
     resting: Collection[str] = (),
+    new_tokens: NewTokens = NO_NEW_TOKENS,
 ) -> TrainedModel:
     """What trains, on the meta device: the model's weights in `weights`, or an adapter and the base in `compute`.
 
     Args:
         resting: parts that train at another time of the run.
+        new_tokens: whose vectors train as well; where nothing else does, the base is in `compute`.
     Raises:
         UserError: as `lay_out_model`; or the adapter has nowhere to be.
     """
-    if not trains_adapter(adapter.config):
-        return lay_out_model(model_files, parts, weights, join, resting)
+    with_text, only_added = bool(new_tokens.tokens), only_additions_train(parts, adapter.config)
+    if trains_adapter(adapter.config):
+        model = _lay_out_adapted(model_files, adapter, compute, join, with_text=with_text)
+    else:
+        dtype = compute if only_added else weights
+        model = lay_out_model(model_files, parts, dtype, join, resting, with_text=with_text)
+    if new_tokens.tokens:
+        assert model.text_encoders is not None
+        model.new_tokens = add_new_tokens(model.text_encoders, new_tokens, torch.float32 if only_added else weights)
+    return model
+
+
+def _lay_out_adapted(
+    model_files: RunModel, adapter: AdapterStart, compute: torch.dtype, join: ChunkJoin, *, with_text: bool
+) -> TrainedModel:
     from trainer.adapters.inject import inject  # and with it PEFT
 
     config = adapter.config
-    model = TrainedModel(
-        empty_unet(model_files), empty_text_encoders(model_files, join) if config.text_encoders else None
-    )
+    texts = with_text or config.text_encoders
+    model = TrainedModel(empty_unet(model_files), empty_text_encoders(model_files, join) if texts else None)
     model.adapter = adapter
     model.requires_grad_(False).to(compute)
-    within = {"unet": model.unet, **_text_parts(model)}
+    within = {"unet": model.unet, **(_text_parts(model) if config.text_encoders else {})}
     targets = find_targets(within, config, original_unet_modules(dict(model.unet.config)), _unused(model))
     if not targets:
         raise UserError("adapter.targets: the model has no layer of a kind that can be changed")

@@ -15,6 +15,7 @@ from trainer.diffusion.noise import Draws, mixed_noise
 from trainer.diffusion.objective import Objective, mixed_input, mixed_target
 from trainer.diffusion.prediction import Mixture
 from trainer.model.conditioning import condition_text, unet_inputs
+from trainer.model.new_tokens import NewTokenVectors
 from trainer.model.selection.weight_rates import Rate
 from trainer.model.text import TextConditioning, TextEncoders
 from trainer.model.vae import ImageEncoder
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
 
 
 class TrainedModel(nn.Module):
-    """The UNet, and the text encoders if any of them trains: one forward pass, so that a wrapper sees all weights.
+    """The UNet, and the text encoders if anything in them trains: one pass, so that a wrapper sees all weights.
 
-    Parameters are named `unet.*`, `text_encoder_1.*` and `text_encoder_2.*`.
+    Parameters are named `unet.*`, `text_encoder_1.*`, `text_encoder_2.*` and `new_tokens.*`.
 
     Attributes:
         adapter: what trains in place of the weights themselves; None: they do.
         rates: how fast what trains does so, by the parameter's name.
         resting: names of those among them that train at another time of the run, and ask for no gradients now.
         dropout: of the adapter, which is told of each pass; None: there is none.
+        new_tokens: vectors that the text encoders look up beside their own; None: there are none.
     """
 
     adapter: AdapterStart | None = None
@@ -45,6 +47,7 @@ class TrainedModel(nn.Module):
             self.text_encoder_1 = text_encoders.one
             self.text_encoder_2 = text_encoders.two
         self.text_encoders = text_encoders
+        self.new_tokens: NewTokenVectors | None = None
         self.rates: dict[str, Rate] = {}
         self.resting: frozenset[str] = frozenset()
 

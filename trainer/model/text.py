@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from trainer.errors import UserError, printable
+from trainer.model.token_words import NO_WORDS, TokenWords, as_negative
 from trainer.model_files.tokenizer_files import require_whole_captions
 
 if TYPE_CHECKING:
@@ -44,12 +45,22 @@ class CaptionTokenizer:
     pad_id_two: int
     chunks: int = 1
     """How many each caption gets. Padding is not masked, so that their number must not hang on a batch's others."""
+    words: TokenWords = NO_WORDS
+    """Of the user's own, which both know."""
+    first_new: tuple[int, int] = (0, 0)
+    """What each of both calls the first token of these."""
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        """Token ids [B, 2, chunks, 77] int64; a chunk: start, at most 75 tokens of the caption, end, padding."""
+        """Token ids [B, 2, chunks, 77] int64; a chunk: start, at most 75 tokens of the caption, end, padding.
+
+        Those of `words` are -1, -2, ...
+        """
         # Caption by caption: `encode_batch` starts a thread per core in every data worker.
-        rows = [self._both(caption) for caption in captions]
-        return np.array(rows, dtype=np.int64).reshape(len(captions), 2, self.chunks, -1)
+        rows = [self._both(self.words.spelled(caption)) for caption in captions]
+        ids = np.array(rows, dtype=np.int64).reshape(len(captions), 2, self.chunks, -1)
+        if not self.words.count:
+            return ids
+        return np.stack([as_negative(ids[:, i], first) for i, first in enumerate(self.first_new)], axis=1)
 
     @property
     def max_tokens(self) -> int:
@@ -63,13 +74,14 @@ class CaptionTokenizer:
         specials = 2  # start and end, of each piece
         return [
             sum(sum(piece.attention_mask) - specials for piece in (first, *first.overflowing))
-            for first in map(self.one.encode, captions)
+            for first in map(self.one.encode, map(self.words.spelled, captions))
         ]
 
     def words_of(self, caption: str) -> list[list[str]]:
         """The tokens of a caption as text, by chunk, start and end left out; chunks beyond `chunks` are not used."""
-        first = self.one.encode(caption)
-        return [piece.tokens[1 : sum(piece.attention_mask) - 1] for piece in (first, *first.overflowing)]
+        first = self.one.encode(self.words.spelled(caption))
+        pieces = [piece.tokens[1 : sum(piece.attention_mask) - 1] for piece in (first, *first.overflowing)]
+        return [[self.words.shown(token) for token in piece] for piece in pieces]
 
     def _both(self, caption: str) -> tuple[list[list[int]], list[list[int]]]:
         pieces = self._pieces(self.one, caption)
@@ -89,12 +101,15 @@ class CaptionTokenizer:
         return pieces + [tokenizer.encode("")] * missing if missing else pieces
 
 
-def load_tokenizers(folders: tuple[Path, Path | None], chunks: int = 1) -> CaptionTokenizer:
+def load_tokenizers(
+    folders: tuple[Path, Path | None], chunks: int = 1, words: TokenWords = NO_WORDS
+) -> CaptionTokenizer:
     """A model's two tokenizers.
 
     Args:
         folders: `RunModel.tokenizers`.
         chunks: how many each caption gets.
+        words: of the user's own.
     Raises:
         UserError: transformers is too old, see `require_whole_captions`; or a tokenizer cannot be read.
     """
@@ -109,12 +124,14 @@ def load_tokenizers(folders: tuple[Path, Path | None], chunks: int = 1) -> Capti
     alike = one.get_vocab() == two.get_vocab() and one.model_max_length == two.model_max_length
     # Special tokens are found in the raw text; all but the padding token are the same in both.
     specials = set(two.all_special_tokens) ^ set(one.all_special_tokens)
+    both = _fixed_length(one), _fixed_length(two)
     return CaptionTokenizer(
-        _fixed_length(one),
-        _fixed_length(two),
+        *both,
         two_differs_at=two.pad_token if alike and specials <= {two.pad_token} else None,
         pad_id_two=two.pad_token_id,
         chunks=chunks,
+        words=words,
+        first_new=(words.added_to(both[0]), words.added_to(both[1])),
     )
 
 

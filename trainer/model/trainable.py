@@ -19,16 +19,19 @@ def lay_out_model(
     dtype: torch.dtype,
     join: ChunkJoin = "a1111",
     resting: Collection[str] = (),
+    *,
+    with_text: bool = False,
 ) -> TrainedModel:
     """What trains, on the meta device, its weights in `dtype`; what is frozen asks for no gradients.
 
     Args:
         join: how the chunks of a long caption are put together.
         resting: parts that train at another time of the run: theirs ask for none now either.
+        with_text: with the text encoders, though neither of them trains.
     Raises:
         UserError: a name in `trainable` means nothing, or nothing is left to train.
     """
-    texts = parts.text_encoder_1.train or parts.text_encoder_2.train
+    texts = with_text or parts.text_encoder_1.train or parts.text_encoder_2.train
     encoders = empty_text_encoders(model_files, join) if texts else None
     model = TrainedModel(empty_unet(model_files), encoders)
     model.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import glob
 import logging
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,18 @@ from trainer.model_files.modelspec import Description
 from trainer.publish.plan_export import Wish, prepare_export
 
 _log = logging.getLogger(__name__)
+
+
+def _keep_newest(folder: Path, name: str, count: int) -> None:
+    """Delete the exports of all steps but the newest, embeddings with them."""
+    of_steps: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob(f"{glob.escape(name)}-step-????????*")):
+        ending = path.name[len(f"{name}-step-00000000") :]
+        if ending in (".safetensors", "-embeddings"):
+            of_steps.setdefault(path.name.removesuffix(ending), []).append(path)
+    for step in sorted(of_steps)[:-count]:
+        for path in of_steps[step]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class _Cancelled(Exception):
@@ -81,8 +94,7 @@ class Exports:
             wish = Wish(out, dtype=dtype, weights=weights, description=description, overwrite=True)
             prepare_export(checkpoint, wish, self._config).write(self._go_on)
             if settings.keep:
-                for old in sorted(folder.glob(f"{glob.escape(name)}-step-????????.safetensors"))[: -settings.keep]:
-                    old.unlink()
+                _keep_newest(folder, name, settings.keep)
         except _Cancelled:
             _log.warning("%s: given up, for the run ends; `sdxl-train export %s -o FILE` writes it", out, checkpoint)
         except (UserError, OSError) as error:

@@ -73,11 +73,13 @@ class PreparedExport:
         total_bytes: of the tensors.
         notes: what a person should know of it.
         write: takes a function that is told of the bytes written; leaves nothing behind when it fails.
+        place: where it is written; None: where it was asked for.
     """
 
     total_bytes: int
     notes: tuple[str, ...]
     write: Callable[[Callable[[int], None] | None], None]
+    place: Path | None = None
 
 
 def prepare_export(place: Path, wish: Wish, config: Config | None = None) -> PreparedExport:
@@ -90,9 +92,18 @@ def prepare_export(place: Path, wish: Wish, config: Config | None = None) -> Pre
     Raises:
         UserError: something is missing, damaged, or does not go together.
     """
-    from trainer.publish.adapter_export import adapter_in, prepare_adapter
+    from trainer.publish.new_tokens_export import holds_only_tokens, prepare_tokens, tokens_in
 
     require_place(wish)
+    tokens = tokens_in(place)
+    if tokens is None:
+        return _prepare_weights(place, wish, config)
+    return prepare_tokens(tokens, wish, None if holds_only_tokens(tokens) else _prepare_weights(place, wish, config))
+
+
+def _prepare_weights(place: Path, wish: Wish, config: Config | None) -> PreparedExport:
+    from trainer.publish.adapter_export import adapter_in, prepare_adapter
+
     if (checkpoint := adapter_in(place)) is not None:
         return prepare_adapter(checkpoint, wish, config)
     if wish.layout == "peft":

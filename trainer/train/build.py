@@ -14,11 +14,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from trainer.adapters.initial_values import AdapterStart
-from trainer.checkpoint.ema_folders import average_folder
 from trainer.checkpoint.run_dir import read_state
 from trainer.checkpoint.write import OPTIMIZER, read_tensors
 from trainer.config.schema import Config
-from trainer.config.sections.ema_config import LIVE
 from trainer.data.buckets import Bucket
 from trainer.data.left_out import Stretch
 from trainer.data.mixture import Mixture
@@ -31,17 +29,16 @@ from trainer.errors import UserError
 from trainer.evaluate.scoring import Scorer
 from trainer.memory.run_choice import MemoryChoice, choose_memory, smallest_card
 from trainer.memory.run_plan import Setting
-from trainer.model.adapted import fill_adapted, lay_out_run
+from trainer.model.adapted import lay_out_run
 from trainer.model.channels_last import prefer_channels_last
 from trainer.model.compiled import compile_blocks
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
-from trainer.model.load_weights import load_text_encoders, load_vae, read_weights
+from trainer.model.load_weights import load_text_encoders, load_vae
+from trainer.model.new_tokens import NewTokens
 from trainer.model.recompute import apply_recompute, embeddings, gathered_units
 from trainer.model.selection.weight_rates import Rate
 from trainer.model.text import TextEncoders
 from trainer.model.vae import ImageEncoder
-from trainer.model_files.components import Component
-from trainer.model_files.model_source import open_folder_component
 from trainer.model_files.run_model import RunModel
 from trainer.optim.adamw import Rounding
 from trainer.optim.adamw_chunk import Update, compiled_update
@@ -49,7 +46,7 @@ from trainer.optim.clipping import clip_units
 from trainer.optim.optimizers import is_compiled, load_optimizer_tensors, make_optimizer
 from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, gather_objects
-from trainer.parallel.sharding import copy_share, materialize
+from trainer.parallel.sharding import materialize
 from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
 from trainer.train.arithmetic import arithmetic_of
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
@@ -64,11 +61,13 @@ from trainer.train.run_objective import make_objective
 from trainer.train.saved.averages import averages_of, take_up_averages
 from trainer.train.saved.base_model import frozen_fingerprints, require_same_base
 from trainer.train.saved.find_resume import find_resume_point
+from trainer.train.saved.model_weights import fill_model
 from trainer.train.saved.objective_state import take_up_objective
 from trainer.train.saved.part_times import PartTimes, has_times, part_times, recorded_times, resting_parts
 from trainer.train.saved.state import TrainState
 from trainer.train.step import StepParts, by_loss_weight
 from trainer.train.step_companions import meeting_of
+from trainer.train.trained_parts import what_trains
 
 _log = logging.getLogger(__name__)
 _WEIGHTS_WORTH_COMPILING = 100e6  # of a worker
@@ -256,36 +255,6 @@ def _agreed_update(config: Config, strategy: Strategy, comm: Comm, rounding: Rou
     return update if all(gather_objects(comm, update is not None)) else None
 
 
-def fill_model(model_files: RunModel, checkpoint: Path | None, model: nn.Module, average: str = LIVE) -> None:
-    """Put weights into a model that has memory, or into this worker's shares of it.
-
-    What a checkpoint holds comes from there, the rest from the run's model.
-
-    Args:
-        average: name of the one that is taken of what trains; `live`: the weights themselves.
-    """
-    assert isinstance(model, TrainedModel)
-    if model.adapter is not None:
-        folder = "adapter" if average == LIVE else average_folder("adapter", average)
-        fill_adapted(model_files, checkpoint and checkpoint / folder, model)
-        return
-    modules: dict[str, nn.Module] = {"unet": model.unet}
-    if model.text_encoders:
-        modules |= {"text_encoder": model.text_encoders.one, "text_encoder_2": model.text_encoders.two}
-    for name, module in modules.items():
-        parameters = dict(module.named_parameters())
-        part = component_part(model_files, checkpoint, name, average)
-        read_weights(module, part, lambda n, t, p=parameters: copy_share(p[n], t))
-
-
-def component_part(model_files: RunModel, checkpoint: Path | None, name: str, average: str = LIVE) -> Component:
-    """A component's weights as they are now: in the checkpoint if it trains, else in the run's model."""
-    folder = name if average == LIVE else average_folder(name, average)
-    if checkpoint is not None and (checkpoint / folder).is_dir():
-        return open_folder_component(name, checkpoint / folder)
-    return model_files.part(name)
-
-
 def load_denoiser(
     config: Config, model_files: RunModel, weights: Path, average: str, prepared: PreparedSet, device: torch.device
 ) -> Denoiser:
@@ -372,7 +341,8 @@ def make_scorer(
 def _laid_out(config: Config, model_files: RunModel, resting: Collection[str] = ()) -> TrainedModel:
     precision, adapter = precision_of(config.train.precision), AdapterStart(config.adapter, config.run.seed)
     dtypes = precision.weights, precision.compute
-    return lay_out_run(model_files, config.trainable, adapter, *dtypes, config.captions.chunks, resting)
+    tokens = NewTokens(tuple(config.new_tokens.tokens), config.run.seed)
+    return lay_out_run(model_files, what_trains(config), adapter, *dtypes, config.captions.chunks, resting, tokens)
 
 
 def worker_setting(config: Config, comm: Comm, data: BucketedData, card: int | None) -> Setting:

@@ -3,7 +3,9 @@
 Imports no torch.
 """
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainer.config.schema import Config
 from trainer.data.captions import CaptionRules
@@ -14,8 +16,10 @@ from trainer.data.survey.image_weights import holds_weights, image_weights
 from trainer.data.tag_groups import TagGroup
 from trainer.errors import UserError
 from trainer.model.text import TOKENS_PER_CHUNK, CaptionTokenizer, load_tokenizers
+from trainer.model.token_words import words_of
 from trainer.model_files.run_model import RunModel
 
+_log = logging.getLogger(__name__)
 _EXAMPLES = 5
 _LONGEST = 400
 
@@ -43,8 +47,14 @@ def run_loss_weights(config: Config, prepared: PreparedSet) -> LossWeights | Non
 
 
 def caption_tokenizer(config: Config, model: RunModel) -> CaptionTokenizer:
-    """The model's tokenizers, set to as many chunks as `captions.max_tokens` takes."""
-    return load_tokenizers(model.tokenizers, config.captions.max_tokens // TOKENS_PER_CHUNK)
+    """The model's tokenizers, which know the run's new tokens, set to as many chunks as `captions.max_tokens` takes."""
+    return tokenizers_for(config, model.tokenizers)
+
+
+def tokenizers_for(config: Config, folders: tuple[Path, Path | None]) -> CaptionTokenizer:
+    """The same from the tokenizers' folders alone."""
+    words = words_of(config.new_tokens.tokens)
+    return load_tokenizers(folders, config.captions.max_tokens // TOKENS_PER_CHUNK, words)
 
 
 def survey_of(config: Config, records: Sequence[tuple[str, str]]) -> CaptionSurvey:
@@ -68,6 +78,7 @@ def describe_captions(config: Config, model: RunModel, survey: CaptionSurvey) ->
         f"  of {sampled:,} sampled: {len(survey.empty_keys):,} without text, {too_long:,} longer than the "
         f"{tokenizer.max_tokens} tokens that are used"
     )
+    lines += [f"  {line}" for line in missing_words(config, survey)]
     captions = config.captions
     asks_for_tags = captions.use != "caption" or caption_rules(config).cuts_tags
     if asks_for_tags and sampled and not survey.with_tags:
@@ -77,6 +88,17 @@ def describe_captions(config: Config, model: RunModel, survey: CaptionSurvey) ->
     asks_for_weights = config.objective.loss_weights.per_image and holds_weights(config.data.sources)
     if asks_for_weights and sampled and not survey.with_weights:
         lines.append("  none of them has a loss weight other than 1: see `weight_field` and its like in `data.sources`")
+    return lines
+
+
+def missing_words(config: Config, survey: CaptionSurvey) -> list[str]:
+    """A line for each new token that no sampled text holds."""
+    lines = []
+    for token in config.new_tokens.tokens if survey.texts else ():
+        words = words_of([token])
+        if all(words.spelled(text) == text for text in survey.texts):
+            line = f"no text of {len(survey.texts):,} sampled ones holds the new token {token.token}, which then does "
+            lines.append(f"{line}not train; put it into captions, or all of them by `captions.prefix`")
     return lines
 
 
@@ -92,8 +114,14 @@ def require_captions(config: Config, survey: CaptionSurvey) -> None:
 
 
 def check_captions(config: Config) -> None:
-    """Refuse to train on a prepared set of which too many texts are empty; takes a fraction of a second."""
-    require_captions(config, survey_of(config, sampled_records(PreparedSet.open(config.data.prepared))))
+    """Refuse to train where too many texts are empty, and warn of new tokens that none holds.
+
+    Takes a fraction of a second.
+    """
+    survey = survey_of(config, sampled_records(PreparedSet.open(config.data.prepared)))
+    require_captions(config, survey)
+    for line in missing_words(config, survey):
+        _log.warning("%s", line)
 
 
 def _short(text: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from trainer.config.schema import Config
-from trainer.config.sections.adapter_config import trains_adapter
+from trainer.config.sections.adapter_config import only_additions_train
 from trainer.config.sections.ema_config import LIVE
 from trainer.data.buckets import Bucket, make_buckets
 from trainer.memory.holdings import Kernels
@@ -18,11 +18,13 @@ from trainer.train.trained_parts import what_trains
 
 def planned_run(config: Config, model: RunModel) -> PlannedRun:
     """What the run's memory hangs on."""
+    trainable = what_trains(config)
     samples, side, ema = config.samples, config.data.buckets.resolution, config.ema
     return PlannedRun(
         model=model,
-        trainable=what_trains(config),
+        trainable=trainable,
         adapter=config.adapter,
+        new_tokens=tuple(config.new_tokens.tokens),
         precision=config.train.precision,
         vae_precision=config.model.vae_precision,
         text_encoder_precision=config.model.text_encoder_precision,
@@ -36,7 +38,7 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
         validates=config.validation.every_steps > 0,
         sample_px=(samples.height_px or side, samples.width_px or side) if samples.every_steps else None,
         budget=config.memory.budget,
-        strategy="ddp" if trains_adapter(config.adapter) else config.memory.strategy,
+        strategy="ddp" if only_additions_train(trainable, config.adapter) else config.memory.strategy,
         recompute=config.memory.recompute,
         offload_activations=config.memory.offload_activations,
         data_workers=config.data.workers,

@@ -2,6 +2,8 @@
 
 from trainer.config.schema import Config
 from trainer.config.sections.adapter_config import trains_adapter
+from trainer.config.sections.new_tokens_config import DEFAULT_LR
+from trainer.config.sections.optimizer_config import FINDS_LR
 from trainer.config.sections.trainable_config import TextEncoderPart, TrainableConfig, UnetPart
 
 
@@ -18,4 +20,13 @@ def trained_parts(config: Config) -> dict[str, TextEncoderPart]:
     """The parts of the model that train at any time of the run, by name."""
     trains = what_trains(config)
     parts = {name: getattr(trains, name) for name in type(trains).model_fields}
+    if config.new_tokens.tokens:
+        parts["new_tokens"] = _new_tokens(config)
     return {name: part for name, part in parts.items() if part.train}
+
+
+def _new_tokens(config: Config) -> TextEncoderPart:
+    """Their learning rate and weight decay, as those of a part."""
+    own, finds = config.new_tokens, config.optimizer.kind in FINDS_LR
+    lr = own.lr or (config.optimizer.lr if finds else DEFAULT_LR)
+    return TextEncoderPart(train=True, lr=lr, weight_decay=own.weight_decay)

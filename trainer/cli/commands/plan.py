@@ -102,6 +102,7 @@ def _print_model(config: Config, model: RunModel) -> None:
             trained.append(f"{on}{key} ({count:,} {'frozen ' if on else ''}weights{_but(part)})")
         else:
             frozen.append(key)
+    trained += [f"{each.token} ({each.vectors} new vectors)" for each in config.new_tokens.tokens]
     print(f"trains: {', '.join(trained)}; precision {config.train.precision}, optimizer {config.optimizer.kind}")
     print(f"frozen: {', '.join([*frozen, 'vae'])}")
     table = () if on else table_of_blocks(config.trainable, model)

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from trainer.config.sections.trainable_config import TrainableConfig
 from trainer.config.values import Flag, PathField, PositiveInt, Section
 
 AdapterKind = Literal["none", "lora", "locon", "loha", "lokr", "dora", "oft"]
@@ -47,6 +48,12 @@ class AdapterConfig(Section):
 def trains_adapter(config: AdapterConfig) -> bool:
     """Whether there is one."""
     return config.kind != "none"
+
+
+def only_additions_train(trainable: TrainableConfig, config: AdapterConfig) -> bool:
+    """Whether no weight of the model itself trains: an adapter does, or new tokens alone."""
+    parts = (trainable.unet, trainable.text_encoder_1, trainable.text_encoder_2)
+    return trains_adapter(config) or not any(part.train for part in parts)
 
 
 def changes_convolutions(config: AdapterConfig) -> bool:

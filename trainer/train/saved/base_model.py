@@ -21,7 +21,7 @@ def frozen_fingerprints(config: Config, model: RunModel, comm: Comm) -> dict[str
         return {}
     trains = {"unet": config.trainable.unet.train, "text_encoder": config.trainable.text_encoder_1.train}
     trains |= {"text_encoder_2": config.trainable.text_encoder_2.train, "vae": False}
-    under_adapter = trains_adapter(config.adapter)  # which changes none of them
+    under_adapter = trains_adapter(config.adapter)  # which changes none of them, as new tokens do not
     return {name: model.fingerprint(name) for name, train in trains.items() if under_adapter or not train}
 
 

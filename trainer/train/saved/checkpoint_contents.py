@@ -12,6 +12,7 @@ from trainer.checkpoint.ema_folders import average_folder
 from trainer.checkpoint.write import OPTIMIZER, WEIGHTS_FILES, TensorFile
 from trainer.model.adapted import SETTINGS, settings_text
 from trainer.model.denoiser import TrainedModel
+from trainer.model.new_tokens import FOLDER, WORDS_FILE, NewTokenVectors, words_text
 from trainer.optim.ema_contents import ema_parts
 from trainer.optim.kinds.schedule_free import average_blends
 from trainer.optim.optimizers import optimizer_tensors
@@ -20,7 +21,7 @@ from trainer.train.step import StepParts
 
 
 class TrainedComponent(NamedTuple):
-    """A component of which anything trains, or the adapter.
+    """A component of which anything trains, the adapter, or the vectors of new tokens.
 
     Attributes:
         folder: its name in diffusers' layout.
@@ -82,11 +83,13 @@ def _blended(component: TrainedComponent, blends: Mapping[str, Blend]) -> dict[s
 
 def trained_components(model: TrainedModel) -> list[TrainedComponent]:
     """Those of which a checkpoint holds the weights: anything of them trains, now or at another time of the run."""
+    added = [] if model.new_tokens is None else [_new_tokens(model.new_tokens)]
     if model.adapter is not None:
         own = adapter_parameters(model)
         names = {stored_name(name): name for name in own}
         weights = {stored: own[name] for stored, name in names.items()}
-        return [TrainedComponent("adapter", weights, names, {SETTINGS: settings_text(model.adapter.config)})]
+        settings = {SETTINGS: settings_text(model.adapter.config)}
+        return [TrainedComponent("adapter", weights, names, settings), *added]
     found = [_component("unet", "unet", model.unet, model.unet.to_json_string())]
     if model.text_encoders:
         encoders = model.text_encoders.one, model.text_encoders.two
@@ -94,11 +97,18 @@ def trained_components(model: TrainedModel) -> list[TrainedComponent]:
             config = encoder.config.to_json_string(use_diff=False)
             found.append(_component(folder, f"text_encoder_{number}", encoder, config))
     ever = {name for each in found for name in each.names.values() if name in model.resting}
-    return [
+    trained = [
         each
         for each in found
         if any(p.requires_grad for p in each.weights.values()) or not ever.isdisjoint(each.names.values())
     ]
+    return trained + added
+
+
+def _new_tokens(vectors: NewTokenVectors) -> TrainedComponent:
+    weights = dict(vectors.named_parameters())
+    names = {name: f"{FOLDER}.{name}" for name in weights}
+    return TrainedComponent(FOLDER, weights, names, {WORDS_FILE: words_text(vectors.start.words)})
 
 
 def _component(folder: str, prefix: str, module: nn.Module, config: str) -> TrainedComponent:
