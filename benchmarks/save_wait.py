@@ -29,7 +29,7 @@ from trainer.parallel.environment import free_memory_bytes
 from trainer.parallel.local_shard import held
 
 CPU = torch.device("cpu")
-SHARE_OF_RAM = 1 / 8  # as a run takes by default
+SHARE_OF_RAM = 1 / 4  # as a run takes by default
 
 
 def state(fp32: bool) -> list[TensorFile]:
@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, help="where it is written (default: the system's temporary folder)")
     parser.add_argument("--fp32", action="store_true", help="a quarter in fp32, as with zero2 on four cards")
-    parser.add_argument("--staging", help="size of the copies, such as 8GiB (default: an eighth of the free memory)")
+    parser.add_argument("--staging", help="size of the copies, such as 8GiB (default: a quarter of the free memory)")
     parser.add_argument("--step-seconds", type=float, nargs="+", default=[1.0, 5.0, 15.0])
     arguments = parser.parse_args()
     files = state(arguments.fp32)

@@ -51,6 +51,7 @@ from trainer.train.step_companions import meeting_of
 IMAGES = 12  # of a step
 LR = 1.5e-6  # a usual one: AdamW turns rounding of a gradient near zero into a step of up to this
 LEARNERS = ("importance", "learned")
+_PLAIN = Objective(epsilon())
 # Between them, what can hang on how a step is cut.
 OBJECTIVES = {
     "flow": Objective(flow(3.0), logit_normal(0.0, 1.0), stratified, loss=absolute, noise=NoiseRecipe(candidates=3)),
@@ -168,7 +169,7 @@ def main() -> None:
     for name in runs:
         kind, precision, accumulation, *objective = name.split(":")
         wish = objective[0] if objective else ""
-        objective = learning(wish) if wish in LEARNERS else OBJECTIVES.get(wish, Objective(epsilon()))
+        objective = learning(wish) if wish in LEARNERS else OBJECTIVES.get(wish, _PLAIN)
         run(comm, kind, precision, int(accumulation), int(steps), Path(folder) / f"{name}.safetensors", objective)
     close(comm)
     end_process()
@@ -211,7 +212,8 @@ def run(
     parts = StepParts(comm, strategy, optimizer, denoiser, max_grad_norm=1.0, weigh=weigh, meet=meet)
     warm_up(strategy, lambda wrapped: throw_away_loss(denoiser, wrapped, with_text, comm.device))
     losses = [take_step(parts, comm, step, accumulation, with_text) for step in range(steps)]
-    watches = comm.rank == 0  # reading what was watched takes longer than the step
+    # What travels hangs on the sharing, not on the objective; reading what was watched takes longer than the step.
+    watches = comm.rank == 0 and comm.world > 1 and (objective is _PLAIN or objective is OBJECTIVES["rates"])
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) if watches else nullcontext() as watched:
         take_step(parts, comm, steps, accumulation, with_text)
     trained = json.dumps([*strategy.parameters])

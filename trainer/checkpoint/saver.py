@@ -3,8 +3,9 @@
 A save runs through these phases on every worker alike:
 
     copying, writing   two threads: one copies what changes with the next update, in pieces of bounded size; the
-                       other checks that it is finite, writes it to its place in the files, and flushes them. The loop
-                       goes on at once, and waits for the copies only before weights change: at the next update.
+                       other, as soon as all is copied or there is no room for more, checks that it is finite, writes
+                       it to its place in the files, and flushes them. The loop goes on at once, and waits for the
+                       copies only before weights change: at the next update.
     publishing         when all have written: a thread of rank 0 reads the files back for the manifest, flushes, renames
 
 Workers tell each other whether they are busy or have failed in the sums that a training step exchanges anyhow. So a
@@ -187,14 +188,21 @@ def save_now(folder: Folder, device: torch.device | None = None) -> None:
 
 
 class _Room:
-    """How many bytes may be held in copies."""
+    """How many bytes may be held in copies.
+
+    Attributes:
+        wanted: set once a copy waits for room, or none will any more.
+    """
 
     def __init__(self, num_bytes: int) -> None:
         self._free, self._size, self._changed, self._closed = num_bytes, num_bytes, threading.Condition(), False
+        self.wanted = threading.Event()
 
     def take(self, num_bytes: int) -> bool:
         """Wait for room; whether there is any, and not `close` was called. What is larger than all of it goes alone."""
         with self._changed:
+            if self._free < min(num_bytes, self._size):
+                self.wanted.set()
             self._changed.wait_for(lambda: self._closed or self._free >= min(num_bytes, self._size))
             self._free -= num_bytes
             return not self._closed
@@ -260,6 +268,7 @@ class _Work:
         finally:
             self._full.put(None)
             self.copied.set()
+            self._room.wanted.set()
 
     def _write(self) -> None:
         descriptors: list[int] = []
@@ -268,6 +277,8 @@ class _Work:
                 self._require_space()
             for path, file, layout in self._jobs:
                 descriptors.append(self._open(path, file, layout))
+            # Training waits for the copies and for nothing else: what writes would take memory's and the host's time.
+            self._room.wanted.wait()
             while (job := self._full.get()) is not None:
                 number, piece, buffer = job
                 _fail_if_planned(self._rank, self._step)

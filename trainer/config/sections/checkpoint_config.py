@@ -43,6 +43,6 @@ class CheckpointConfig(Section):
     there."""
     staging: Size = "auto"
     """What a worker may hold in copies while a checkpoint is written, such as `2GiB`. `auto`: all of its share, but at
-    most an eighth of the host's free memory over all workers. With less, a step may wait for the disk."""
+    most a quarter of the host's free memory over all workers. With less, a step may wait for the disk."""
     export: ExportConfig = ExportConfig()
     """Files to publish, written by the run itself."""

@@ -31,7 +31,7 @@ from trainer.train.saved.part_times import times_record
 from trainer.train.saved.state import TrainState
 
 _log = logging.getLogger(__name__)
-_HOST_SHARE = 1 / 8  # of its free memory, for the copies of all workers
+_HOST_SHARE = 1 / 4  # of its free memory, for the copies of all workers
 _LONG = 4.0  # intervals
 TOLD = FLAGS + 1
 """Numbers that `Saving.tell` gives."""
