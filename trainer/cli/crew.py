@@ -14,6 +14,7 @@ from trainer.host.card_choice import CardsInUse
 from trainer.host.card_process import uses_fake_cards
 from trainer.host.card_readings import Card
 from trainer.host.cards import has_cards, read_cards
+from trainer.host.cores import Placement, placements_of
 from trainer.parallel.environment import choose_workers, detect_gpus
 
 RECORD = "cards.json"
@@ -42,6 +43,20 @@ class Crew:
         if not self.gpu or not self.in_use.cards:
             return {}
         return {"CUDA_VISIBLE_DEVICES": ",".join(card.uuid for card in self.in_use.cards)}
+
+    def placed(self, config: Config) -> list[Placement]:
+        """Where the workers run; [] where they are left to the kernel.
+
+        Raises:
+            UserError: `launch.cores` does not fit them, or this host.
+        """
+        wish = config.launch.cores
+        if wish == "auto" and not self.gpu:
+            return []  # some workers on the CPU, as in tests, are for few cores
+        if not isinstance(wish, str) and self.workers < self.began_with:
+            wish = wish[: self.workers]  # a card is gone, which is no mistake of the list
+        uuids = [card.uuid for card in self.in_use.cards] or [""] * self.workers
+        return placements_of(wish, uuids)
 
     def on(self, in_use: CardsInUse) -> "Crew":
         """The crew of the cards that are left."""

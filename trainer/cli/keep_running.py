@@ -23,7 +23,7 @@ from trainer.host.memory_growth import SETTLED_AFTER_STEPS, RecycleRule
 from trainer.host.watch import HostWatch, WatchSettings
 from trainer.parallel.launch import FLIGHT_RECORDS, Wish, WorkersResult, run_workers
 from trainer.parallel.supervise import Attempts, Verdict, judge
-from trainer.parallel.worker import MEMORY_ATTEMPT, RESTARTS
+from trainer.parallel.worker import CORES, MEMORY_ATTEMPT, RESTARTS
 
 EVENTS = "events.txt"
 _TASKS_WITH_A_PLAN = ("train", "bench")  # which plan with less when they are started again
@@ -108,8 +108,18 @@ def _attempt(
         threads=config.launch.threads_per_worker,
         gpu=crew.gpu,
         look=look,
+        own_env=_own_env(config, crew),
         **launch,
     )
+
+
+def _own_env(config: Config, crew: Crew) -> list[dict[str, str]]:
+    """What places each worker on cores of its own."""
+    threads = config.launch.threads_per_worker is None and not os.environ.get("OMP_NUM_THREADS")
+    return [
+        {CORES: ",".join(map(str, each.cpus))} | ({"OMP_NUM_THREADS": str(each.cores)} if threads else {})
+        for each in crew.placed(config)
+    ]
 
 
 def _watch_settings(config: Config, out_dir: Path, crew: Crew, trains: bool) -> WatchSettings:
@@ -136,6 +146,8 @@ def _tell_at_start(config: Config, crew: Crew, out_dir: Path) -> None:
         images = config_of(config, crew).train.global_batch_size
         _tell(out_dir, f"the run began with {crew.began_with} cards and goes on with {crew.workers}; "
                        f"each step has {images} images as before")  # fmt: skip
+    if placed := crew.placed(config):
+        _tell(out_dir, f"cores: {'; '.join(f'worker {rank} on {each.text}' for rank, each in enumerate(placed))}")
     if crew.gpu and (line := shared_memory_warning(crew.workers)):
         _tell(out_dir, line)
 

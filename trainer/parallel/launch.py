@@ -97,6 +97,7 @@ def run_workers(
     gpu: bool,
     stop_notice: str = "finishing the step and saving; once more ends at once, without saving",
     look: Callable[[Sequence[int], int], Wish | None] = lambda process_ids, steps_taken: None,
+    own_env: Sequence[Mapping[str, str]] = (),
 ) -> WorkersResult:
     """Run `workers` processes of the command `argv` until all have ended. Call it from the main thread.
 
@@ -113,6 +114,7 @@ def run_workers(
         stop_notice: what a stop signal's first arrival sets going, for the person to read.
         look: called every `LOOK_S` seconds with the workers' process ids and the steps that they have taken; must
             return at once.
+        own_env: of each worker, before that of all; or of none.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     for rank in range(workers):
@@ -122,7 +124,7 @@ def run_workers(
     started: list[_Worker] = []
     with noted_signals() as signals, _sentinel() as guard:
         try:
-            _start(started, argv, workers, log_dir, shared, guard)
+            _start(started, argv, log_dir, [{**shared, **own} for own in own_env or [{}] * workers], guard)
             ending = _watch(started, log_dir, signals, stop_notice, look)
         finally:
             sentinel.end_groups([w.process.pid for w in started], lambda: _reap(started))
@@ -181,18 +183,17 @@ def allocator_settings(env: Mapping[str, str], gpu: bool) -> dict[str, str]:
 def _start(
     started: list[_Worker],
     argv: Sequence[str],
-    workers: int,
     log_dir: Path,
-    shared: Mapping[str, str],
+    environments: Sequence[Mapping[str, str]],
     guard: subprocess.Popen[bytes],
 ) -> None:
     """Start all ranks; those started are in `started` even when a later one cannot be."""
     # Rank 0 takes this socket over for its store: the port is never free for somebody else to take.
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
-        for rank in range(workers):
-            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for rank, given in enumerate(environments):
+            env = {**given, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             env[worker.STORE_PORT] = str(listener.getsockname()[1])
-            if rank == 0 and workers > 1:
+            if rank == 0 and len(environments) > 1:
                 env[worker.STORE_FD] = str(listener.fileno())
             path = log_dir / f"rank-{rank}.log" if rank else None
             with contextlib.ExitStack() as stack:

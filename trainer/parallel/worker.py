@@ -20,6 +20,7 @@ PARENT_PID = "SDXL_TRAIN_PARENT_PID"
 LOG_DIR = "SDXL_TRAIN_LOG_DIR"
 ATTEMPT = "SDXL_TRAIN_ATTEMPT"
 DEVICE = "SDXL_TRAIN_DEVICE"
+CORES = "SDXL_TRAIN_CORES"
 STORE_PORT = "SDXL_TRAIN_STORE_PORT"
 STORE_FD = "SDXL_TRAIN_STORE_FD"
 # How many times the workers were started again because what was planned did not fit.
@@ -40,6 +41,7 @@ def run_worker(body: Callable[[Callable[[], bool]], None]) -> None:
             inside, not before.
     """
     _die_with_parent()
+    _stay_on_cores()
     faulthandler.enable()
     _dump_stacks_when_asked()
     stop_requested = _stop_on_signals()
@@ -118,6 +120,13 @@ def _stop_on_signals() -> Callable[[], bool]:
         return stop
 
     return stop_requested
+
+
+def _stay_on_cores() -> None:
+    """On the CPUs that the parent chose; threads and readers that start later inherit them."""
+    if chosen := os.environ.get(CORES):
+        with contextlib.suppress(OSError):  # a container may have been given fewer meanwhile
+            os.sched_setaffinity(0, {int(cpu) for cpu in chosen.split(",")})
 
 
 def _die_with_parent() -> None:

@@ -1,17 +1,21 @@
 """The keys of `launch`: worker processes on this host, and what is done when one of them, or the host, fails."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.values import Count, Flag, PositiveInt, Section
+from trainer.config.values import Count, CpuList, Flag, PositiveInt, Section
 
 
 class LaunchConfig(Section):
     workers: PositiveInt | None = None
     """Worker processes on this host. Default: one per GPU; without a GPU, one."""
     threads_per_worker: PositiveInt | None = None
-    """OpenMP threads of each worker. Default: the CPU cores of this host divided by the workers."""
+    """OpenMP threads of each worker. Default: its own cores, or those of this host divided by the workers."""
+    cores: Literal["auto", "none"] | list[CpuList] = "auto"
+    """Which CPU cores a worker and its readers run on. `auto`: with cards, those that share a level-3 cache, near the
+    worker's card, a fair share each; without cards, all. `none`: all. Or a list for each worker, such as
+    `["0-3,16-19", "4-7,20-23"]`. Workers that torchrun or SLURM starts are placed by these."""
     restarts: Count = 3
     """After a fault (a worker that is killed, crashes or hangs), training goes on from the newest checkpoint by itself;
     it ends when so many starts in a row have brought no new checkpoint. 0: every fault ends it."""
