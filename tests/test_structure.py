@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": set(),
     "model_files": set(),
     "data": {"config"},
+    "importing": {"config"},
     "tiny": {"model_files"},
     "checkpoint": {"model_files", "parallel"},
     "optim": {"config", "parallel"},
@@ -35,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED["train"] = {*ALLOWED} - {"tiny"}
 ALLOWED["cli"] = {*ALLOWED} - {"diffusion"}
 # Which rooms may take the whole configuration; the others get plain values, or the one section that they read.
-WHOLE_CONFIG = {"cli", "config", "train", "publish"}  # a published file holds the configuration of its run
+WHOLE_CONFIG = {"cli", "config", "importing", "train", "publish"}  # a published file holds the configuration of its run
 MAX_MODULES = 16  # of one folder; a drawer of its own is easier to find one's way in
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80

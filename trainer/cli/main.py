@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "write a checkpoint as one file or folder that A1111, ComfyUI, diffusers and others open",
     "merge": "the weighted sum of two models, with weights for blocks",
     "adapter": "LoRAs and their kin: put one into a model, make one of two models, look at one",
+    "import-kohya": "a command of kohya's scripts as a configuration, with what became of each option",
     "schema": "print the configuration's JSON Schema, for editors",
     "inspect": "say what a model is and what is in it, or what differs between two",
     "make-tiny": "make a tiny SDXL and a data set of real photographs, to try everything out",
@@ -41,7 +42,7 @@ usage: sdxl-train CONFIG.yaml [section.key=value ...] [--resume auto|true|false|
 Fine-tune all of Stable Diffusion XL from one YAML file.
 
 commands (each has its own --help):
-{chr(10).join(f"  {name:<10} {text}" for name, text in COMMANDS.items())}
+{chr(10).join(f"  {name:<12} {text}" for name, text in COMMANDS.items())}
 
 examples:
   sdxl-train configs/4x3090.yaml                          train, or go on where the run stopped

@@ -1,0 +1,135 @@
+"""Options that somebody gave, what became of each, and the configuration that grows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.config.spelling import nearest
+from trainer.errors import UserError
+from trainer.importing.kohya_options import FLAG, NOTHING_HERE, NUMBER, TYPES, WHOLE, WORDS
+
+
+@dataclass
+class Draft:
+    """A configuration in the making.
+
+    Attributes:
+        given: options by name.
+        sections: what is to be written, as nested dictionaries.
+        became: by option, the keys that it went into, or why it went nowhere.
+        notes: what a person should know, in the order of its weight.
+    """
+
+    given: Mapping[str, Any]
+    sections: dict[str, Any] = field(default_factory=dict)
+    became: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """An option's value."""
+        return self.given.get(name, default)
+
+    def put(self, key: str, value: Any, *options: str) -> None:
+        """Set a key such as `train.steps`, because of these options."""
+        at = self.sections
+        *path, last = key.split(".")
+        for part in path:
+            at = at.setdefault(part, {})
+        at[last] = value
+        for option in options:
+            if option in self.given:
+                before = f"{self.became[option]}, " if option in self.became else ""
+                self.became[option] = f"{before}{key}: {_shown(value)}"
+
+    def leave(self, option: str, reason: str) -> None:
+        """An option goes nowhere, and why."""
+        if option in self.given:
+            self.became.setdefault(option, f"- {reason}")
+
+    def finish(self) -> None:
+        """Options that nobody has taken: those for which there is nothing here, and those that had no effect."""
+        for name in self.given:
+            self.leave(name, NOTHING_HERE.get(name, "had no effect beside the others, or is the default"))
+
+
+def parse_options(words: Sequence[str], place: str) -> dict[str, Any]:
+    """Options as sd-scripts' parser reads them: `--key value`, `--key=value`, flags, lists, beginnings of names.
+
+    Raises:
+        UserError: an option is not known, or its value is none of its type.
+    """
+    given: dict[str, Any] = {}
+    i = 0
+    while i < len(words):
+        word = words[i]
+        i += 1
+        if not word.startswith("--"):
+            raise UserError(f"{place}: `{word}` stands alone; options are `--name value`")
+        name, has_value, value = word[2:].partition("=")
+        name = _whole_name(name, place)
+        values = [value] if has_value else []
+        while not has_value and i < len(words) and not words[i].startswith("--"):
+            values.append(words[i])
+            i += 1
+        given[name] = _value_of(name, values, place)
+    return given
+
+
+def typed_options(table: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Options of a TOML file, whose tables are only headings.
+
+    Raises:
+        UserError: as `parse_options`.
+    """
+    given: dict[str, Any] = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            given |= typed_options(value, place)
+        elif value is not None and value is not False:
+            whole = _whole_name(name, place)
+            values = [str(each) for each in value] if isinstance(value, list) else [str(value)]
+            if whole == "resolution" and isinstance(value, list):
+                values = [",".join(values)]
+            given[whole] = _value_of(whole, [] if value is True else values, place)
+    return given
+
+
+def _whole_name(name: str, place: str) -> str:
+    """An option's whole name; a beginning of one is as good, if it is of one alone."""
+    if name in TYPES:
+        return name
+    fits = [each for each in TYPES if each.startswith(name)] if name else []
+    if len(fits) == 1:
+        return fits[0]
+    near = nearest(name, TYPES)
+    mend = f"; did you mean --{near}?" if near else ""
+    raise UserError(f"{place}: --{name}: is no option of sdxl_train.py or sdxl_train_network.py{mend}")
+
+
+def _value_of(name: str, values: Sequence[str], place: str) -> Any:
+    kind = TYPES[name]
+    if kind == WORDS:
+        return list(values)
+    if kind == FLAG:
+        if values:
+            raise UserError(f"{place}: --{name} {values[0]}: takes no value")
+        return True
+    if len(values) != 1:
+        raise UserError(f"{place}: --{name}: takes one value, and {len(values)} are given")
+    try:
+        if kind == WHOLE:
+            return int(values[0])
+        return float(values[0]) if kind == NUMBER else values[0]
+    except ValueError:
+        raise UserError(f"{place}: --{name} {values[0]}: must be a {kind}") from None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return f"{len(value)} of them" if len(value) > 1 else "one"
+    if isinstance(value, dict | list):
+        text = str(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
