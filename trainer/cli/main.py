@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "re-read a prepared data set and compare it with its checksums",
     "data": "look at a prepared data set: `data stats`, a page (`data browse`), one image (`data show`)",
     "eval": "validation loss and a sample grid of a run or checkpoint",
+    "report": "one page of a run: curves, samples, events, settings; or live while it trains",
     "sample": "draw images from a run or checkpoint",
     "ema": "a running average of another length than the run kept",
     "export": "write a checkpoint as one file or folder that A1111, ComfyUI, diffusers and others open",

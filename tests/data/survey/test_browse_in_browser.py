@@ -1,6 +1,5 @@
 """The page in a real browser: no error, no request, keys work, nothing is wider than the window."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,24 +7,16 @@ from typing import Any
 import pytest
 
 from tests.data.survey.browsed_set import write_browsed_set
+from tests.real_browser import chromium
 from trainer.cli.main import main
 
 pytestmark = pytest.mark.e2e
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium without a window: the system's, or Playwright's own."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    with playwright.sync_playwright() as started:
-        try:
-            found = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except playwright.Error as error:
-            pytest.skip(f"there is no Chromium that starts: {str(error).splitlines()[0]}")
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")

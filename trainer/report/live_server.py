@@ -1,0 +1,49 @@
+"""The page of a run that is training, on this machine alone: it may be read and not changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from trainer.errors import UserError
+from trainer.report.report_page import as_json, report_data, report_html
+
+HOST = "127.0.0.1"
+
+
+def make_server(runs: Sequence[Path], port: int) -> ThreadingHTTPServer:
+    """A server of the page at `/` and of its data at `/data.json`; 0: any free port.
+
+    Raises:
+        UserError: the port is taken.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            # A page of elsewhere whose name leads here must not read it.
+            if self.headers.get("Host", "").partition(":")[0] not in (HOST, "localhost"):
+                self.send_error(403)
+            elif self.path == "/":
+                self._answer("text/html", report_html(report_data(runs), live=True))
+            elif self.path == "/data.json":
+                self._answer("application/json", as_json(report_data(runs)))
+            else:
+                self.send_error(404)
+
+        def _answer(self, kind: str, text: str) -> None:
+            body = text.encode()
+            self.send_response(200)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing: the terminal is somebody's."""
+
+    try:
+        return ThreadingHTTPServer((HOST, port), Handler)
+    except OSError as error:
+        raise UserError(f"--port {port}: {error.strerror}; give another, or 0 for any") from None
