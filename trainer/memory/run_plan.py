@@ -181,7 +181,14 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
         only_whether: something fits; then only what takes least is looked at, for each look is a pass of the model.
     """
     from trainer.memory.hosted_holding import with_state_in_host
-    from trainer.memory.traced_run import Shape, TracedRun, frozen_bytes, holdings, peaks_beside
+    from trainer.memory.traced_run import (
+        Shape,
+        TracedRun,
+        frozen_bytes,
+        holdings,
+        parameter_state,
+        peaks_beside,
+    )
 
     bucket, batch = max(setting.buckets, key=fullness)
     shape = Shape(bucket, batch)
@@ -203,7 +210,8 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
     }
     last: dict[str, Holding] = {}
     if run.releases_gradients and run.offload_optimizer is not False:
-        last = {f"{label}, {_HOSTED}": with_state_in_host(run, trace, each) for label, each in ways.items()}
+        state = {name: parameter_state(run, trace, name).total for name in trace.trains}
+        last = {f"{label}, {_HOSTED}": with_state_in_host(each, state) for label, each in ways.items()}
     if run.offload_optimizer is True:
         ways, last = last, {}
     num_blocks, first_strategy = len(trace.blocks()), next(iter(ways.values())).strategy
