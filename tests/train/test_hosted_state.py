@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 
 from tests.data.small_set import write_small_set
-from tests.train.real_run import run_config, watched_run
+from tests.train.real_run import model_of, run_config, watched_run
 from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.checkpoint.write import OPTIMIZER
 from trainer.config.schema import Config
-from trainer.config.sections.optimizer_config import KINDS
 from trainer.data.buckets import Bucket
+from trainer.memory.run_plan import Setting, memory_plan
 from trainer.optim.hosted.hosted_state import ALIGNMENT
+from trainer.train.memory_inputs import make_setting, planned_run
 from trainer.train.step import StepParts
 
 pytestmark = pytest.mark.e2e
 
 TEXT = {"text_encoder_1": {"train": True}}
-STOCHASTIC = [kind for kind in KINDS if kind not in ("adamw", "prodigy", "dadapt_adam")]
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def configured(model_folder: Path, prepared: Path, tmp_path: Path) -> Callable[..., Config]:
-    def make(name: str, hosted: bool, steps: int = 4, **sections: dict[str, Any]) -> Config:
+    def make(name: str, hosted: bool | str, steps: int = 4, **sections: dict[str, Any]) -> Config:
         usual = run_config(model_folder, prepared, tmp_path / name, steps=steps)
         fields = json.loads(usual.model_dump_json(exclude_unset=True))
-        memory = {"release_gradients": True, "offload_optimizer": hosted}
+        memory = {"release_gradients": True, "offload_optimizer": hosted, **sections.pop("memory", {})}
         for section, values in {**sections, "memory": memory}.items():
             fields[section] = fields.get(section, {}) | values
         return Config.model_validate(fields)
@@ -82,10 +82,33 @@ def check_home(step: int, parts: StepParts) -> None:
     assert step < 2 or 0 < parts.release.hosted.device_bytes < num_bytes
 
 
-@pytest.mark.parametrize("kind", STOCHASTIC)
-def test_every_kind(configured: Callable[..., Config], kind: str) -> None:
+@pytest.mark.parametrize("kind", ["adamw_8bit", "adafactor"])
+def test_what_lies_where(configured: Callable[..., Config], kind: str) -> None:
     sections: dict[str, Any] = {"train": {"precision": "bf16_stochastic"}, "optimizer": {"kind": kind}}
     usual, hosted = (configured(f"{on}", on, 2, **sections) for on in (False, True))
     expected, found = watched_run(usual), watched_run(hosted, before_parts=check_home)
     assert [step.loss for step in expected.results] == [step.loss for step in found.results]
     assert files_of(usual, 2) == files_of(hosted, 2)
+
+
+def test_a_budget_that_nothing_else_fits(configured: Callable[..., Config]) -> None:
+    """Chosen by itself, and tried out before the first step."""
+    sections: dict[str, Any] = {"train": {"precision": "bf16_kahan"}}
+
+    def needed(hosted: bool) -> int:
+        least = {"budget": "4GiB", "recompute": "all", "offload_activations": True}
+        config = configured("plan", hosted, **sections, memory=least)
+        chosen = memory_plan(planned_run(config, model_of(config)), cpu_setting(config)).chosen
+        assert chosen
+        return chosen.needed
+
+    between = f"{(needed(False) + needed(True)) / 2 / 2**20:.3f}MiB"
+    usual = configured("usual", False, **sections)
+    ours = configured("ours", "auto", **sections, memory={"budget": between})
+    watched_run(usual)
+    watched_run(ours, before_parts=check_home)
+    assert files_of(usual) == files_of(ours)
+
+
+def cpu_setting(config: Config) -> Setting:
+    return make_setting(config, "cpu", None, 1, 1, [Bucket(64, 64)], 1)
