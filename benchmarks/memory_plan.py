@@ -12,6 +12,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.memory.holdings import Holding, Peak
+from trainer.memory.hosted_holding import with_state_in_host
 from trainer.memory.strategy_peak import strategy_peak
 from trainer.memory.trace import trace_pass
 from trainer.model.denoiser import TrainedModel
@@ -58,6 +60,7 @@ class Case:
     batch: int = 2
     side_px: int = 256
     release: bool = False
+    hosts_state: bool = False
 
 
 def unet_config(model: str) -> dict[str, Any]:
@@ -124,20 +127,21 @@ def plan(case: Case) -> Peak:
     autocast = DTYPES[case.compute] if dtype != DTYPES[case.compute] else None
     trace = trace_pass(model, make_loss(case, model, dtype, "meta"), gathered_units(model), "cpu", autocast)
     size = DTYPES[case.weights].itemsize
-    return strategy_peak(
-        trace,
-        Holding(
-            strategy=case.kind,
-            world=case.workers,
-            stored_bytes=size,
-            compute_bytes=dtype.itemsize,
-            reduce_bytes=dtype.itemsize,
-            optimizer_bytes=2 * size,
-            accumulation=case.accumulation,
-            reduce_each_pass=case.exchange_every_pass,
-            released_with=release_blocks(trace.trains, {*trace.unit_of.values()}) if case.release else {},
-        ),
+    holding = Holding(
+        strategy=case.kind,
+        world=case.workers,
+        stored_bytes=size,
+        compute_bytes=dtype.itemsize,
+        reduce_bytes=dtype.itemsize,
+        optimizer_bytes=2 * size,
+        accumulation=case.accumulation,
+        reduce_each_pass=case.exchange_every_pass,
+        released_with=release_blocks(trace.trains, {*trace.unit_of.values()}) if case.release else {},
     )
+    if case.hosts_state:
+        state = {name: 2 * size * math.prod(trace.shapes[name]) for name in trace.trains}
+        holding = with_state_in_host(holding, state)
+    return strategy_peak(trace, holding)
 
 
 def measure(case: Case, rank: int) -> int:
@@ -186,7 +190,7 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
     if case.release and optimizer is not None:
         optimizer.param_groups[0] |= {"peak_lr": 1e-5, "name": "unet"}
         blocks = release_blocks(strategy.parameters, gathered_units(model))
-        release = GradientRelease(strategy.parameters, blocks, optimizer, max_norm=1.0)
+        release = GradientRelease(strategy.parameters, blocks, optimizer, max_norm=1.0, hosts_state=case.hosts_state)
     loss = make_loss(case, strategy.model, dtype, "cpu")
     autocast = torch.autocast("cpu", DTYPES[case.compute], enabled=dtype != DTYPES[case.compute])
 

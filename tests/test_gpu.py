@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.optim.test_hosted_blocks import BLOCKS, WAYS, Trained, require_same
 from tests.train.real_run import model_of, run_config
 from trainer.data.buckets import Bucket
 from trainer.memory.run_choice import MemoryChoice
 from trainer.model.compiled import compile_blocks
 from trainer.model_files.run_model import open_model
+from trainer.optim.adamw import Rounding
 from trainer.optim.ema import Place, start_averages, update_averages
 from trainer.optim.ema_contents import ema_parts
 from trainer.optim.ema_profile import PlainEma, PowerEma
@@ -87,3 +89,16 @@ def test_averages_in_host_memory_are_those_on_the_card(dtype: torch.dtype) -> No
                 assert torch.equal(parameter.cpu(), found[-1][name].to(dtype))
         assert all(torch.equal(parameter, live[name]) for name, parameter in parameters.items())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way)))
+def test_state_in_host_memory_is_that_on_the_card(way: tuple[str, Rounding | None]) -> None:
+    """To the bit, also with updates that take longer than the copies, and blocks in another order."""
+    usual, ours = (Trained(*way, hosted, torch.device("cuda:0")) for hosted in (False, True))
+    for number, order in enumerate([BLOCKS, BLOCKS, BLOCKS[::-1], ("first", "third"), BLOCKS, BLOCKS]):
+        for each in (usual, ours):
+            each.step(number, order)
+    require_same(usual, ours)
+    assert ours.hosted is not None and ours.hosted.device_bytes > 0
+    tensors = [value for state in ours.optimizer.state.values() for value in state.values() if value.ndim]
+    assert all(tensor.is_pinned() for tensor in tensors)

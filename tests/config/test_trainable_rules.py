@@ -79,6 +79,11 @@ WRONG: dict[str, tuple[str, str]] = {
         "memory: {release_gradients: true, strategy: zero2}",
         "memory.release_gradients = true with memory.strategy = zero2: must be auto; it is for one worker",
     ),
+    "state in the host's memory without release": (
+        "memory: {offload_optimizer: true}",
+        "memory.offload_optimizer = true with memory.release_gradients = false (the default): needs "
+        "memory.release_gradients: true, with which the optimizer takes its step block by block",
+    ),
     "choice about no decay": (
         "trainable: {unet: {weight_decay: 0}}\nCHANGE",
         "optimizer.decay_norms_and_biases = false with trainable.unet.weight_decay = 0.0: has no effect; there is no "

@@ -66,6 +66,28 @@ def test_a_small_model_in_a_small_budget(model_folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.e2e
+def test_the_optimizers_state_goes_to_the_host_where_nothing_else_fits(model_folder: Path, tmp_path: Path) -> None:
+    def plan(offload: str | bool, budget: str, **memory: Any) -> MemoryPlan:
+        memory = {"release_gradients": True, "offload_optimizer": offload, "budget": budget, **memory}
+        config = make_config(model_folder, memory=memory, **SMALLEST_STATE)
+        return memory_plan(planned(config), setting(config, 1, Bucket(64, 64)), tmp_path)
+
+    least = {"recompute": "all", "offload_activations": True}
+    kept, hosted = (plan(offload, "2GiB", **least) for offload in (False, True))
+    assert kept.chosen and hosted.chosen and hosted.chosen.hosts_state and not kept.chosen.hosts_state
+    state = kept.optimizer_bytes["adamw_8bit"]
+    assert kept.chosen.split["optimizer"] == pytest.approx(state, rel=1e-3)
+    assert hosted.chosen.split["optimizer"] < 0.5 * state
+    assert hosted.host_bytes - kept.host_bytes == pytest.approx(state, rel=1e-3)
+    assert not (chosen := plan("auto", f"{kept.chosen.needed / 2**20 + 1:.3f}MiB").chosen) or not chosen.hosts_state
+    between = f"{(kept.chosen.needed + hosted.chosen.needed) / 2 / 2**20:.3f}MiB"
+    found = plan("auto", between).chosen
+    assert found and found.hosts_state and "host's memory" in found.label
+    refused = plan(False, between)
+    assert refused.chosen is None and refused.advice == ("memory.offload_optimizer: auto",)
+
+
+@pytest.mark.e2e
 def test_what_cannot_fit_is_refused_with_what_would(model_folder: Path, tmp_path: Path) -> None:
     config = make_config(model_folder, memory={"budget": "700MiB"}, train={"batch_size_per_gpu": 16})
     plan = memory_plan(planned(config), setting(config, 1, SQUARE), tmp_path)

@@ -47,6 +47,16 @@ def test_gradients_that_are_released(recompute: bool) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("recompute", [True, pytest.param(False, marks=SLOW)])
+def test_state_in_the_host(recompute: bool) -> None:
+    """What it takes beside the weights is two blocks' worth."""
+    case = Case("mini", "single", 1, 1, recompute, side_px=64, batch=1, release=True, hosts_state=True)
+    planned, kept = plan(case), plan(replace(case, hosts_state=False))
+    assert planned.total == pytest.approx(measure(case, 0), rel=0.05)
+    assert planned.split["optimizer"] < 0.35 * kept.split["optimizer"]
+
+
+@pytest.mark.e2e
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("accumulation", "recompute", "each_pass"),

@@ -45,7 +45,7 @@ class Piece:
         if self.held.blend is None:
             return elements
         towards, by = self.held.blend
-        return elements.float().lerp(towards.reshape(-1)[self.begin : self.end], by)
+        return elements.float().lerp(towards.reshape(-1)[self.begin : self.end].to(elements.device), by)
 
 
 @dataclass(frozen=True)

@@ -261,6 +261,9 @@ def _release(config: Config) -> Iterator[Problem]:
     """Of one worker and one pass, which are known at the start alone, if they are not said here."""
     key, train = "memory.release_gradients", config.train
     if not config.memory.release_gradients:
+        if config.memory.offload_optimizer is True:
+            rule = f"needs {key}: true, with which the optimizer takes its step block by block"
+            yield clash(config, ("memory.offload_optimizer", key), rule)
         return
     if (train.gradient_accumulation_steps or 1) > 1:
         yield clash(

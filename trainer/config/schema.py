@@ -239,6 +239,9 @@ class MemoryConfig(Section):
     release_gradients: Flag = False
     """Update each block of the model as its gradients arrive in the backward pass, so that they never exist all at
     once; `train.max_grad_norm` is then of each block's gradients. For one worker without accumulation."""
+    offload_optimizer: Literal["auto"] | Flag = "auto"
+    """The optimizer's state lies in the host's memory, and comes to the card block by block for its update. Needs
+    `release_gradients`. `auto`: with it, where nothing else fits."""
 
 
 class LogConfig(Section):

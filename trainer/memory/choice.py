@@ -1,5 +1,6 @@
 """Chooses how a run uses its memory: the strategy and the least recomputation that fit a budget; no torch."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -65,7 +66,8 @@ class Ways:
     """What may be chosen from.
 
     Attributes:
-        holdings: by label, with the strategies and ways of accumulation that are allowed.
+        holdings: by label, with the strategies and ways of accumulation that are allowed; `last`: those that are looked
+            at where none of them fits.
         num_blocks: that can be recomputed.
         fewest, most: recomputed blocks that are allowed; equal where nothing is left to choose.
         may_offload: the last rung is allowed.
@@ -78,6 +80,7 @@ class Ways:
     most: int
     may_offload: bool = True
     must_offload: bool = False
+    last: dict[str, Holding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,8 @@ def choose(ways: Ways, measures: Measures, budget: Budget) -> Choice:
     if ways.may_offload and not ways.must_offload:
         offloading.append(True)
     hopeless: set[str] = set()  # without any activations
-    for offloads in offloading:
-        for label, holding in ways.holdings.items():
+    for holdings, offloads in itertools.product((ways.holdings, ways.last), offloading):
+        for label, holding in holdings.items():
             if label in hopeless:
                 continue
             rungs = _rungs_of(label, holding, ways, measures, budget, offloads)

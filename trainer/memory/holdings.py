@@ -61,6 +61,8 @@ class Holding:
         between_steps_gathered: those of them for which spread weights are gathered.
         released_with: of one worker that updates the model block by block as gradients arrive: the block of each
             parameter, by name; empty where the update comes after all of them.
+        hosted_bytes: of the optimizer's state in the host's memory; what is on the card at a time is then
+            `optimizer_everywhere_bytes`.
     """
 
     strategy: StrategyName
@@ -86,6 +88,7 @@ class Holding:
     between_steps: Mapping[str, int] = field(default_factory=dict)
     between_steps_gathered: frozenset[str] = frozenset()
     released_with: Mapping[str, str] = field(default_factory=dict)
+    hosted_bytes: int = 0
 
     @property
     def keeps_views(self) -> bool:

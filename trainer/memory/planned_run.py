@@ -33,7 +33,8 @@ class PlannedRun:
         scores_averages: one of them is put into the model between steps.
         adapter: what trains in place of the weights, if it is of a kind.
         new_tokens: whose vectors train beside all else, or alone.
-        releases_gradients: each block is updated when its gradients have arrived.
+        releases_gradients: each block is updated when its gradients have arrived; `offload_optimizer`: and the state
+            for that lies in the host's memory, as wished in `memory`.
     """
 
     model: RunModel
@@ -65,6 +66,7 @@ class PlannedRun:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     new_tokens: tuple[NewTokenConfig, ...] = ()
     releases_gradients: bool = False
+    offload_optimizer: Literal["auto"] | bool = "auto"
 
     @property
     def text_encoders_train(self) -> bool:

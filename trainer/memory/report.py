@@ -32,6 +32,7 @@ class RungReport:
     needed: int
     fits: bool
     extra_s: float
+    hosts_state: bool = False
 
     @staticmethod
     def of(rung: Rung, budget: Budget) -> "RungReport":
@@ -51,6 +52,7 @@ class RungReport:
             needed=budget.needed(rung.peak),
             fits=rung.fits,
             extra_s=rung.extra_s,
+            hosts_state=rung.holding.hosted_bytes > 0,
         )
 
 

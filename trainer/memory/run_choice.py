@@ -40,6 +40,7 @@ class MemoryChoice:
         kind, exchange_every_pass: see `Sharing`.
         recompute: names of blocks; empty for none.
         offloads: saved activations wait in the host's memory.
+        hosts_state: the optimizer's state lies there.
         needed: bytes that the plan counts with for this worker, all in all; None where nothing was planned.
         tensors: of these, what PyTorch's tensors take.
         limit: what PyTorch's allocator may take, by the budget; None: no limit.
@@ -56,6 +57,7 @@ class MemoryChoice:
     limit: int | None = None
     fullest: tuple[int, int, int] = (0, 0, 0)
     passes: int = 1
+    hosts_state: bool = False
 
     def sharing(self, precision_name: str) -> Sharing:
         """With the dtypes that follow from `train.precision`."""
@@ -104,6 +106,7 @@ def _unplanned(run: PlannedRun, setting: Setting) -> MemoryChoice:
         recompute=blocks,
         offloads=run.offload_activations is True,
         passes=setting.accumulation,
+        hosts_state=run.offload_optimizer is True,
     )
 
 
@@ -130,6 +133,7 @@ def _planned(run: PlannedRun, setting: Setting, attempt: int) -> MemoryChoice:
         limit=None if budget.total is None else budget.total - budget.context - budget.buffers,
         fullest=plan.image,
         passes=plan.accumulation,
+        hosts_state=rung.hosts_state,
     )
 
 

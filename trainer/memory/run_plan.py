@@ -49,6 +49,7 @@ _SMALLER: dict[OptimizerKind, OptimizerKind] = {
     "lion_8bit": "lion_8bit",
     **dict.fromkeys(("adamw", "adamw_8bit", "stable_adamw", "adopt", "schedule_free_adamw", "muon"), "adamw_8bit"),
 }  # kinds that a learning rate can be kept with
+_HOSTED = "optimizer's state in the host's memory"
 _PINNED_SHARE = 1.5  # the host allocator rounds each tensor up to a power of two: between 1 and 2
 
 
@@ -179,7 +180,15 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
     Args:
         only_whether: something fits; then only what takes least is looked at, for each look is a pass of the model.
     """
-    from trainer.memory.traced_run import Shape, TracedRun, frozen_bytes, holdings, peaks_beside
+    from trainer.memory.hosted_holding import with_state_in_host
+    from trainer.memory.traced_run import (
+        Shape,
+        TracedRun,
+        frozen_bytes,
+        holdings,
+        parameter_state,
+        peaks_beside,
+    )
 
     bucket, batch = max(setting.buckets, key=fullness)
     shape = Shape(bucket, batch)
@@ -199,17 +208,26 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
         )
         for label, holding in holdings(run, trace, setting.workers, setting.accumulation, setting.kernels).items()
     }
+    last: dict[str, Holding] = {}
+    if run.releases_gradients and run.offload_optimizer is not False:
+        state = {name: parameter_state(run, trace, name).total for name in trace.trains}
+        last = {f"{label}, {_HOSTED}": with_state_in_host(each, state) for label, each in ways.items()}
+    if run.offload_optimizer is True:
+        ways, last = last, {}
     num_blocks, first_strategy = len(trace.blocks()), next(iter(ways.values())).strategy
     fewest = num_blocks if run.recompute == "all" else 0
     most = 0 if run.recompute == "none" else num_blocks
     offload = run.offload_activations
     if setting.budget.total is None:  # nothing is planned then, see `choose_memory`
-        ways = dict([*ways.items()][:1])
+        ways, last = dict([*ways.items()][:1]), {}
     if only_whether:
         fewest = most
-        ways = {label: holding for label, holding in ways.items() if _may_fit(trace, holding, setting.budget)}
+        ways, last = (
+            {label: holding for label, holding in each.items() if _may_fit(trace, holding, setting.budget)}
+            for each in (ways, last)
+        )
     choice = choose(
-        Ways(ways, num_blocks, fewest, most, offload is not False, offload is True),
+        Ways(ways, num_blocks, fewest, most, offload is not False, offload is True, last),
         Measures(
             traced.peak,
             partial(traced.saved_bytes, first_strategy),
@@ -236,12 +254,12 @@ def fullness(pass_: tuple[Bucket, int]) -> tuple[int, int]:
 
 
 def _extra_s(traced: "TracedRun", holding: Holding, recomputed: int, offloads: bool) -> float:
-    """Seconds per step of recomputation, of the wire and of moving activations, as if nothing hid behind another."""
+    """Seconds per step of recomputation, of the wire and of moving activations and state, as if nothing hid them."""
     again = traced.recomputed_flops(holding.strategy, recomputed) * holding.accumulation / CARD_FLOPS
     wire = wire_bytes(traced.trace(holding.strategy), holding) / WIRE_BYTES_PER_S
     saved = traced.trace(holding.strategy).saved_bytes - traced.saved_bytes(holding.strategy, recomputed)
     moved = 2 * max(saved, 0) * holding.accumulation / WIRE_BYTES_PER_S if offloads else 0.0
-    return again + wire + moved
+    return again + wire + moved + 2 * holding.hosted_bytes / WIRE_BYTES_PER_S
 
 
 def _advice(run: PlannedRun, setting: Setting) -> Iterator[str]:
@@ -283,6 +301,8 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
         if batch > 1:
             more = f"{rounded}, {kind}" if with_kind else rounded
             yield f"{more} and train.batch_size_per_gpu: 1", replace(stochastic, batch_size=1)
+    if run.releases_gradients and run.offload_optimizer is False:
+        yield "memory.offload_optimizer: auto", replace(run, offload_optimizer="auto")
     if setting.workers == setting.accumulation == 1 and run.precision != "fp16" and not run.releases_gradients:
         yield "memory.release_gradients: true", replace(run, releases_gradients=True)
 
@@ -333,4 +353,5 @@ def _host_bytes(run: PlannedRun, setting: Setting, chosen: Rung, trace: "Trace")
     shards = setting.workers if chosen.holding.strategy in ("zero2", "zero3") else 1
     averages = averages_memory(run, trace, shards, setting.kernels).host
     each = round(_WORKER_RAM[setting.kernels] + run.data_workers * _DATA_WORKER_RAM + pinned) + averages
+    each += chosen.holding.hosted_bytes
     return setting.workers_here * (each + (chosen.peak.total if setting.kernels == "cpu" else 0))

@@ -257,13 +257,16 @@ class StateBytes(NamedTuple):
 
 def optimizer_bytes(run: PlannedRun, trace: Trace) -> StateBytes:
     """State of the optimizer for the whole model, on however many workers it lies."""
-    weights, spread, everywhere = precision_of(run.precision).weights, 0, 0
-    for name in trace.trains:
-        shape = trace.shapes[name]
-        rows, shared = state_bytes(run.optimizer, name, tuple(shape), weights)
-        spread, everywhere = spread + rows, everywhere + shared
-        if run.precision == "bf16_kahan":
-            spread += math.prod(shape) * weights.itemsize
+    each = [parameter_state(run, trace, name) for name in trace.trains]
+    return StateBytes(sum(state.spread for state in each), sum(state.everywhere for state in each))
+
+
+def parameter_state(run: PlannedRun, trace: Trace, name: str) -> StateBytes:
+    """State of the optimizer for one weight."""
+    weights, shape = precision_of(run.precision).weights, tuple(trace.shapes[name])
+    spread, everywhere = state_bytes(run.optimizer, name, shape, weights)
+    if run.precision == "bf16_kahan":
+        spread += math.prod(shape) * weights.itemsize
     return StateBytes(spread, everywhere)
 
 

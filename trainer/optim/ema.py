@@ -166,7 +166,7 @@ def _update_in_chunks(
         torch._foreach_copy_(exact, pieces)  # pyright: ignore[reportPrivateImportUsage]
         for piece, value in zip(group, exact, strict=True):
             if piece.name in corrections:
-                value.add_(piece.of(corrections[piece.name]))
+                value.add_(piece.of(corrections[piece.name]).to(value.device))
         for average, share in shares.items():
             stored = [piece.of(averages.shards[average][piece.name]) for piece in group]
             if averages.place == "device":

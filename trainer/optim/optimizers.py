@@ -150,10 +150,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: NamedParamet
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: NamedParameters, tensors: Iterable[tuple[str, Tensor]]
+    optimizer: torch.optim.Optimizer,
+    parameters: NamedParameters,
+    tensors: Iterable[tuple[str, Tensor]],
+    place: torch.device | None = None,
 ) -> None:
     """Put back what `optimizer_tensors` gave, or its wholes; each goes to its parameter's device and placement.
 
+    Args:
+        place: where state but for numbers goes in place of its parameter's device.
     Raises:
         UserError: a tensor's parameter does not train any more, or moments were kept in another number of bits.
     """
@@ -180,7 +185,7 @@ def load_optimizer_tensors(
             optimizer.state[parameter][key] = value.cpu()
             continue
         rows = value if rule is not None and key.endswith(COLUMNS) else part_of(value, parameter)
-        rows = rows.to(part.device)
+        rows = rows.to(part.device if place is None or key == TRAINED else place)
         if key == TRAINED:
             with torch.no_grad():
                 part.copy_(rows)

@@ -201,7 +201,7 @@ def build_parts(
         clips = partial(clip_units, strategy.parameters.values(), config.train.adaptive_clip)
         parts = replace(parts, before_norm=clips)
     if config.memory.release_gradients:
-        parts = replace(parts, release=release_of(config, strategy, optimizer, choice.passes))
+        parts = replace(parts, release=release_of(config, strategy, optimizer, choice, comm.device))
     if weighs_images(config.data.sources, config.objective.loss_weights):
         parts = replace(parts, weigh=by_loss_weight)
     if config.log.block_norms:
@@ -211,7 +211,11 @@ def build_parts(
     warm_up(strategy, partial(_throw_away_loss, denoiser, comm.device, images))
     dry_run(config, parts, choice)
     if checkpoint is not None:
-        load_optimizer_tensors(optimizer, strategy.parameters, _moments(checkpoint, strategy))
+        hosted = parts.release.hosted if parts.release else None
+        moments, place = _moments(checkpoint, strategy), torch.device("cpu") if hosted else None
+        load_optimizer_tensors(optimizer, strategy.parameters, moments, place)
+        if hosted:
+            hosted.adopt()
         take_up_averages(parts, checkpoint)
         take_up_objective(config.objective, denoiser.objective, checkpoint)
     return parts

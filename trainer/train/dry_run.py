@@ -48,6 +48,8 @@ def dry_run(config: Config, parts: StepParts, choice: MemoryChoice) -> None:
             raise
         raise OutOfMemory(f"{what} did not fit; {in_gib(choice.needed)} GiB were planned") from error
     parts.optimizer.state.clear()
+    if parts.release and parts.release.hosted:
+        parts.release.hosted.clear()
     if learner:  # what it has learnt from a blank image is no lesson
         learner.take_up(lessons)
     if device.type == "cuda":

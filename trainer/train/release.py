@@ -8,6 +8,7 @@ they arrive.
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from trainer.config.schema import Config
 from trainer.errors import UserError
+from trainer.memory.run_choice import MemoryChoice
 from trainer.model.recompute import gathered_units, release_blocks
 from trainer.optim.clipping import clip_units
+from trainer.optim.hosted.hosted_state import HostedState
 from trainer.optim.optimizers import scale_lr, take_optimizer_step
 from trainer.parallel.strategy import Strategy
 from trainer.train.gradient_blocks import GradientBlocks
@@ -30,6 +33,7 @@ class GradientRelease:
         block_of: the block that each is clipped and updated with, by name.
         max_norm: of a block's gradients; 0: they are not clipped.
         clip_share: adaptive clipping of rows and filters before that; 0: none.
+        hosts_state: the optimizer's state lies in the host's memory, and comes to `device` with its block.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class GradientRelease:
         optimizer: torch.optim.Optimizer,
         max_norm: float,
         clip_share: float = 0.0,
+        hosts_state: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self._parameters, self._optimizer = parameters, optimizer
         self._max_norm, self._clip_share = max_norm, clip_share
@@ -48,8 +54,16 @@ class GradientRelease:
         self._awaited: dict[str, set[str]] = {}
         self._held: dict[str, dict[str, Tensor]] = {}
         self._norms: dict[str, Tensor] = {}
+        self.hosted = self._hosted(device or torch.device("cpu")) if hosts_state else None
+        """The state that lies in the host's memory; None: it stays with the weights."""
         for name, parameter in parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(self._arrive, name))
+
+    def _hosted(self, device: torch.device) -> HostedState:
+        members: dict[str, list[nn.Parameter]] = {}
+        for name, block in self._block_of.items():
+            members.setdefault(block, []).append(self._parameters[name])
+        return HostedState(self._optimizer, members, device)
 
     def begin(self, factor: float, lr_factor: float) -> None:
         """Before a step's backward pass: what its gradients are taken times, and its learning rates."""
@@ -58,6 +72,8 @@ class GradientRelease:
         self._held, self._norms, self._awaited = {}, {}, {}
         for name, block in self._block_of.items():
             self._awaited.setdefault(block, set()).add(name)
+        if self.hosted:
+            self.hosted.begin()
 
     def finish(self, device: torch.device, blocks: GradientBlocks | None) -> tuple[Tensor, Tensor]:
         """After it: update what lacks a gradient of its block, and tell the norms, before clipping.
@@ -75,6 +91,8 @@ class GradientRelease:
         of_blocks = each.new_zeros(len(blocks.names) if blocks else 0, dtype=torch.float64)
         if blocks:
             of_blocks.index_add_(0, blocks.index, each.double().square())
+        if self.hosted:
+            self.hosted.settle()
         return torch.linalg.vector_norm(each), of_blocks.sqrt()
 
     def _arrive(self, name: str, parameter: Tensor) -> None:
@@ -102,24 +120,35 @@ class GradientRelease:
         if math.isfinite(norm):
             if 0 < self._max_norm < norm:
                 factor *= self._max_norm / (norm + 1e-6)
-            take_optimizer_step(self._optimizer, partial(list, held.values()), factor)
+            with self._state_at_hand(block):
+                take_optimizer_step(self._optimizer, partial(list, held.values()), factor)
         for parameter in updated:
             parameter.grad = None
 
+    def _state_at_hand(self, block: str) -> AbstractContextManager[None]:
+        return self.hosted.on_device(block) if self.hosted else nullcontext()
 
-def release_of(config: Config, strategy: Strategy, optimizer: torch.optim.Optimizer, passes: int) -> GradientRelease:
+
+def release_of(
+    config: Config,
+    strategy: Strategy,
+    optimizer: torch.optim.Optimizer,
+    choice: MemoryChoice,
+    device: torch.device,
+) -> GradientRelease:
     """As `memory.release_gradients` wants it.
 
     Args:
-        passes: of a step.
+        choice: how many passes a step has, and where the optimizer's state lies.
     Raises:
         UserError: the run has several workers or passes, and gradients are not done when they arrive.
     """
-    if strategy.world > 1 or passes > 1:
+    if strategy.world > 1 or choice.passes > 1:
         raise UserError(
             f"memory.release_gradients = true: is for one worker with one pass a step; this run has {strategy.world} "
-            f"and {passes}"
+            f"and {choice.passes}"
         )
     block_of = release_blocks(strategy.parameters, gathered_units(strategy.model))
     train = config.train
-    return GradientRelease(strategy.parameters, block_of, optimizer, train.max_grad_norm, train.adaptive_clip)
+    clip = train.max_grad_norm, train.adaptive_clip
+    return GradientRelease(strategy.parameters, block_of, optimizer, *clip, choice.hosts_state, device)

@@ -61,7 +61,7 @@ def average_in_model(optimizer: torch.optim.Optimizer, parameters: Mapping[str, 
                 for piece, other in zip(
                     weight.split(_rows(weight)), blends[name].towards.split(_rows(weight)), strict=True
                 ):
-                    piece.copy_(piece.float().lerp_(other, blends[name].by))
+                    piece.copy_(piece.float().lerp_(other.to(piece.device), blends[name].by))
         yield
     finally:
         with torch.no_grad():

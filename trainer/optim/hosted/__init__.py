@@ -1,0 +1,1 @@
+"""State of the optimizer that lies in the host's memory."""
