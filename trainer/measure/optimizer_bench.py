@@ -69,9 +69,8 @@ class OptimizerRow:
         """In a line."""
         if self.error is not None:
             return f"refused: {self.error}" if self.refused else self.error
-        return (
-            f"{self.alone_s:.4f} s of a step of {self.step_s:.3f} s, {self.state_bytes_per_weight:.2f} bytes a weight"
-        )
+        state = f"{self.state_bytes_per_weight:.2f} bytes a weight"
+        return f"{self.alone_s:.4f} s alone, {self.share:.1%} of a step, {state}"
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class OptimizerReport:
             *_table(self.rows, self.own_kind),
             "",
             f"  {weights:,} weights train, {measured}, {self.workers} x {ways}, batch {self.batch_size}",
-            "  alone: the optimizer's step on random gradients, without norm and clipping; share: of a whole step",
+            "  alone: the optimizer's step on random gradients; share: of a whole step, with the norm and clipping",
             "  bytes of state a weight, of all workers together; planned: as `sdxl-train plan` counts them",
         ]
 

@@ -42,12 +42,14 @@ def bench_optimizer(
     row = timed_row(config, way.parts, data, steps, warmup, finds_exposed=False)
     alone_s = seconds_alone(way.parts, steps)
     plan = memory_plan(way.planned, way.setting)
+    in_step_s = (row.split or {})["optimizer"] if way.parts.release is None else alone_s
     found = OptimizerRow(
         kind=config.optimizer.kind,
         strategy=row.strategy,
         num_weights=sum(parameter.numel() for parameter in way.parts.strategy.parameters.values()),
         alone_s=alone_s,
         step_s=row.step_s,
+        in_step_s=in_step_s,
         images_per_s=row.images_per_s,
         state_bytes=state_bytes_of(way.parts),
         planned_bytes=plan.optimizer_bytes[config.optimizer.kind],
