@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="sdxl-train bench",
         description=main.__doc__,
-        epilog="example: sdxl-train bench configs/4x3090.yaml --batch-sizes 1,2,4 --strategies zero2,zero3",
+        epilog="examples: sdxl-train bench configs/4x3090.yaml --batch-sizes 1,2,4 --strategies zero2,zero3; "
+        "sdxl-train bench configs/4x3090.yaml --optimizers all",
     )
     add_config_arguments(parser)
     parser.add_argument("--steps", type=count, default=10, help="optimizer steps that are measured (default: 10)")
