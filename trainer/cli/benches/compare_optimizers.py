@@ -7,7 +7,7 @@ from pathlib import Path
 from trainer.cli.benches.way_workers import Bench, run_way
 from trainer.config.rules import broken_rules
 from trainer.config.schema import Config
-from trainer.config.sections.optimizer_config import FINDS_LR, KINDS, OptimizerConfig, OptimizerKind
+from trainer.config.sections.optimizer_config import FINDS_LR, KIND_DEFAULTS, KINDS, OptimizerConfig, OptimizerKind
 from trainer.data.prepare.stages import is_current
 from trainer.measure.optimizer_bench import OPTIMIZERS_FILE, OptimizerReport, OptimizerRow, optimizer_row
 from trainer.model_files.run_model import RunModel
@@ -77,7 +77,7 @@ def with_kind(config: Config, kind: OptimizerKind) -> Config:
     section = OptimizerConfig(
         kind=kind,
         lr=1.0 if kind in FINDS_LR else lr,
-        decay_norms_and_biases=own.decay_norms_and_biases,
+        decay_norms_and_biases=own.decay_norms_and_biases or not KIND_DEFAULTS[kind]["weight_decay"],
         compile=own.compile if is_compiled else "auto",
     )
     return config.model_copy(update={"optimizer": section})
