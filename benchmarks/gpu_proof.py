@@ -84,7 +84,7 @@ class Bench:
     def _build(self, config: Config, kind: StrategyKind) -> Built:
         set_fp32_arithmetic(config.train.precision)
         model = open_model(config.model.path, config.model.vae, config.model.tokenizer)
-        data = synthetic_data(config, model, None)
+        data = synthetic_data(config, model, False)
         choice = choose_memory(planned_run(config, model), self.comm, self._setting(config, data))
         choice = replace(choice, kind=kind)
         return Built(config, model, data, build_parts(config, model, self.comm, data, choice), choice)
@@ -143,7 +143,7 @@ def _steps_of_tiny(bench: Bench, comm: Comm, precision: str) -> tuple[Tensor, Te
     )
     set_fp32_arithmetic(precision)
     model = open_model(config.model.path, None, config.model.tokenizer)
-    data = synthetic_data(config, model, None)
+    data = synthetic_data(config, model, False)
     parts = build_parts(config, model, comm, data, MemoryChoice("single"))
     batch = synthetic_batch(data, 4, 2, seed=0, pin_memory=comm.device.type == "cuda")
 

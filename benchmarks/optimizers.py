@@ -29,7 +29,7 @@ LR = {
     "lion": 2e-4,
     "lion_8bit": 2e-4,
     "adafactor": 3e-2,
-    "came": 5e-4,
+    "came": 5e-5,
     "prodigy": 1.0,
     "dadapt_adam": 1.0,
     "schedule_free_adamw": 2e-3,

@@ -70,6 +70,45 @@ def test_what_cannot_fit_ends_its_row_alone(model_folder: Path, tmp_path: Path) 
     assert "nothing could be measured" in done.stdout
 
 
+def test_optimizers_are_compared_and_the_plan_tells_their_seconds(model_folder: Path, tmp_path: Path) -> None:
+    """Spread over two workers; what the run does not go with is told, with the reason, and nothing else is left."""
+    config = config_in(tmp_path, model_folder, strategy="zero2")
+    options = ("--steps", 1, "--warmup", 1, "--optimizers", "adamw,came,schedule_free_adamw")
+    done = run(sys.executable, "-m", "trainer", "bench", config, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "bench_optimizers.json").read_text())
+    assert (report["workers"], report["own_kind"], report["strategy"]) == (2, "adamw", "zero2")
+    adamw, came, schedule_free = report["rows"]
+    for row in (adamw, came):
+        assert (row["error"], row["strategy"]) == (None, "zero2")
+        assert row["alone_s"] > 0 and 0 < row["share"] < 1
+        assert row["state_bytes"] == pytest.approx(row["planned_bytes"], rel=0.01)
+    assert came["state_bytes"] < 0.6 * adamw["state_bytes"]
+    assert schedule_free["refused"] and "ema.averages" in schedule_free["error"]
+    assert "* adamw" in done.stdout and "refused: ema.averages" in done.stdout
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["bench_optimizers.json"]
+    planned = run(sys.executable, "-m", "trainer", "plan", config, cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    told = {line.split()[0]: line for line in planned.stdout.splitlines() if " bytes a weight " in line}
+    assert f"{adamw['alone_s']:.4f} s/step  chosen" in told["adamw"] and f"{came['alone_s']:.4f} s/step" in told["came"]
+    assert "not measured" in told["muon"]
+    assert "measured by `sdxl-train bench` on CPU" in planned.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--optimizers", "adamw,adam"), "adam: must be `all`, or of adamw, adamw_8bit, lion,"),
+        (("--optimizers", "all", "--batch-sizes", "1"), "leave out --batch-sizes, --strategies and --compile"),
+    ],
+)
+def test_optimizers_that_cannot_be_compared(
+    model_folder: Path, tmp_path: Path, options: tuple[str, ...], told: str
+) -> None:
+    done = run(sys.executable, "-m", "trainer", "bench", config_in(tmp_path, model_folder), *options, cwd=tmp_path)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_gpu_benchmarks_dry(tmp_path: Path) -> None:
     """All sections but the one that runs a part of this suite; rows go between the markers."""

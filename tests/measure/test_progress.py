@@ -48,6 +48,13 @@ def test_plain_lines_at_a_sane_rate(tmp_path: Path) -> None:
     assert len(lines) == 1 + 119 // 7
 
 
+def test_a_found_rate_is_shown_with_what_it_was_found_as(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with open_log(tmp_path, 0, stream), ProgressLine(1, 0, stream, Clock()) as progress:
+        progress.update(replace(STEP, lr=0.5, found_lr=4e-5))
+    assert "  lr 2.0e-05 (d 4.0e-05)  " in stream.getvalue()
+
+
 def test_bad_rows_are_shown_and_a_step_of_nothing_else_has_no_loss(tmp_path: Path) -> None:
     stream = io.StringIO()
     with open_log(tmp_path, 0, stream), ProgressLine(4, 0, stream, Clock()) as progress:

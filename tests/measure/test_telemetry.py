@@ -44,6 +44,18 @@ def test_a_record_has_stable_keys_and_is_there_at_once(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "run") == [train, validation]
 
 
+def test_rates_that_one_number_does_not_tell_have_records_of_their_own(tmp_path: Path) -> None:
+    parts = {"unet": 1e-4, "text_encoder_1": 5e-5}
+    with MetricsWriter(tmp_path, None) as writer:
+        writer.step(replace(STEP, part_lrs={"unet": 1e-4}))
+        writer.step(replace(STEP, step=2, part_lrs=parts))
+        writer.step(replace(STEP, step=3, lr=0.5, found_lr=4e-5))
+    one, several, found = read_metrics(tmp_path)
+    assert not [key for key in one if key.startswith("lr/")] and "d" not in one
+    assert {f"lr/{part}": several[f"lr/{part}"] for part in parts} == {f"lr/{part}": lr for part, lr in parts.items()}
+    assert (found["lr"], found["d"], found["effective_lr"]) == (0.5, 4e-5, 2e-5)
+
+
 def test_a_value_that_is_not_finite_stays_json(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, None) as writer:
         writer.step(replace(STEP, loss=math.nan, grad_norm=math.inf))

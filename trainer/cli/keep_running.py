@@ -26,7 +26,7 @@ from trainer.parallel.supervise import Attempts, Verdict, judge
 from trainer.parallel.worker import CORES, MEMORY_ATTEMPT, RESTARTS
 
 EVENTS = "events.txt"
-_TASKS_WITH_A_PLAN = ("train", "bench")  # which plan with less when they are started again
+_TASKS_WITH_A_PLAN = ("train", "bench", "bench_optimizer")  # which plan with less when they are started again
 # Not `-m`: each reader process of a worker would import that module once more, as its main module. The first place of
 # the path is the current directory's, where a folder of somebody else's may be called `trainer`.
 _OURS = str(Path(__file__).parents[2])

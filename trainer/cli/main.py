@@ -15,7 +15,7 @@ from trainer.errors import UserError, printable
 COMMANDS = {
     "train": "train from a config; the word may be left out",
     "plan": "say what a config would do: what trains, how many steps, what data",
-    "bench": "measure strategies and batch sizes on this machine: speed, memory, where the time goes",
+    "bench": "measure strategies and batch sizes, or optimizers, on this machine: speed, memory, where the time goes",
     "prepare": "encode the images of a config into its prepared data set",
     "verify": "re-read a prepared data set and compare it with its checksums",
     "data": "look at a prepared data set: `data stats`, a page (`data browse`), one image (`data show`)",

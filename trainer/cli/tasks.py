@@ -42,12 +42,12 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
             from trainer.train.loop import train
 
             train(config, model, comm, stop_requested)
-        elif task == "bench":
+        elif task in ("bench", "bench_optimizer"):
             from trainer.train.workers.bench_worker import bench
+            from trainer.train.workers.optimizer_worker import bench_optimizer
 
-            bench(
-                config, model, comm, options["steps"], options["warmup"], options["prepared"], Path(options["result"])
-            )
+            measure, result = bench if task == "bench" else bench_optimizer, Path(options["result"])
+            measure(config, model, comm, options["steps"], options["warmup"], options["prepared"], result)
         else:
             from trainer.train.workers import eval_worker as judge
 

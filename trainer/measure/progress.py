@@ -127,7 +127,8 @@ class ProgressLine:
         return "  ".join((self._loss(), self._speed(), *self._bad(), *self._left(), self._data_wait()))
 
     def _line_text(self) -> str:
-        lr = f"lr {self._latest[-1].lr:.1e}"
+        latest = self._latest[-1]
+        lr = f"lr {latest.effective_lr:.1e}{'' if latest.found_lr is None else f' (d {latest.found_lr:.1e})'}"
         return "  ".join((self._loss(), lr, self._speed(), self._data_wait(), *self._bad(), *self._left()))
 
     def _loss(self) -> str:

@@ -40,6 +40,13 @@ class StepMetrics:
     step_s: float  # this step alone, without checkpoints, validation and samples
     block_norms: Mapping[str, float] = field(default_factory=dict)  # gradient norms by block, before clipping
     bad_rows: int = 0  # rows of all steps so far that could not be read
+    part_lrs: Mapping[str, float] = field(default_factory=dict)  # learning rates by part of the model
+    found_lr: float | None = None  # `d`, of optimizers that find a learning rate: they take `lr` times it
+
+    @property
+    def effective_lr(self) -> float:
+        """What weights are changed at."""
+        return self.lr if self.found_lr is None else self.lr * self.found_lr
 
 
 class MetricsWriter:
@@ -72,7 +79,8 @@ class MetricsWriter:
 
     def step(self, metrics: StepMetrics) -> None:
         """Writes a record of kind `train`: epoch, loss, lr, grad_norm, images_per_s (of this step alone),
-        data_wait_s, step_s, images_seen."""
+        data_wait_s, step_s, images_seen. Where several parts of the model train, `lr/PART` of each; where the
+        optimizer finds a learning rate, `d` and effective_lr, which is lr times d."""
         self.write(
             "train",
             metrics.step,
@@ -86,6 +94,7 @@ class MetricsWriter:
                 "step_s": metrics.step_s,
                 "images_seen": metrics.images_seen,
             }
+            | _rates(metrics)
             | {f"grad_norm/{block}": norm for block, norm in metrics.block_norms.items()},
         )
 
@@ -154,6 +163,14 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _rates(metrics: StepMetrics) -> dict[str, float]:
+    """What one number does not say of the learning rates."""
+    found = {f"lr/{part}": lr for part, lr in metrics.part_lrs.items()} if len(metrics.part_lrs) > 1 else {}
+    if metrics.found_lr is not None:
+        found |= {"d": metrics.found_lr, "effective_lr": metrics.effective_lr}
+    return found
 
 
 def _without_broken_writers(arguments: threading.ExceptHookArgs) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.measure.bench_report import BENCH_FILE, row_from_json
+from trainer.measure.optimizer_bench import MeasuredOptimizers
 from trainer.measure.run_arithmetic import format_duration
 from trainer.memory.choice import CARD_FLOPS, GIB, WIRE_BYTES_PER_S, Budget, Rung, in_gib
 from trainer.memory.holdings import PARTS, StrategyName
@@ -137,18 +138,25 @@ class MemoryPlan:
         )
         return lines
 
-    def describe_optimizers(self, chosen: str) -> list[str]:
+    def describe_optimizers(self, chosen: str, measured: MeasuredOptimizers | None = None) -> list[str]:
         """A table of what each kind of optimizer keeps of this model, the largest first.
 
         Args:
             chosen: the run's kind.
+            measured: how long a step of each takes, as far as `sdxl-train bench --optimizers` has found out.
         """
         width = max(map(len, self.optimizer_bytes), default=0)
         lines = [f"optimizer state of {self.num_trained:,} weights, which zero2 and zero3 spread over the workers:"]
         for kind, num_bytes in sorted(self.optimizer_bytes.items(), key=lambda item: -item[1]):
             each = f"{num_bytes / max(self.num_trained, 1):>6.2f} bytes a weight"
             mark = "  chosen" if kind == chosen else ""
-            lines.append(f"  {kind:{width}} {each} {in_gib(num_bytes):>8} GiB{mark}")
+            seconds = measured.seconds.get(kind) if measured else None
+            took = (
+                "" if measured is None else f" {'not measured':>14}" if seconds is None else f" {seconds:>8.4f} s/step"
+            )
+            lines.append(f"  {kind:{width}} {each} {in_gib(num_bytes):>8} GiB{took}{mark}")
+        if measured:
+            lines.append(f"  s/step: the optimizer's alone, measured by `sdxl-train bench` on {measured.device}")
         return lines
 
     def _limit(self) -> str:

@@ -1,7 +1,7 @@
 """Builds the optimizer, sets its learning rates, and gives its state as named tensors and takes it back."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,9 +110,36 @@ def _check_names(groups: Mapping[str, NamedParameters]) -> None:
         raise ValueError("two groups hold parameters of the same name")
 
 
-def first_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate of the first group: the UNet's, where it trains."""
-    return optimizer.param_groups[0]["lr"]
+class Rates(NamedTuple):
+    """The learning rates of an optimizer as its latest step had them.
+
+    Attributes:
+        first: of the first group: the UNet's, where it trains.
+        by_part: of each part of the model, by the first word of its groups' names; of several groups, the first's.
+        found: `d` of the kinds that find a learning rate and take `first` times it, as it stands after the step; None
+            with other kinds, and before the first step.
+    """
+
+    first: float
+    by_part: dict[str, float]
+    found: float | None
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> Rates:
+    """What `scale_lr` has assigned, and what the optimizer has found."""
+    by_part = dict[str, float]()
+    for group in optimizer.param_groups:
+        by_part.setdefault(group["name"].partition(" ")[0], group["lr"])
+    return Rates(optimizer.param_groups[0]["lr"], by_part, _found_rate(optimizer))
+
+
+def _found_rate(optimizer: torch.optim.Optimizer) -> float | None:
+    """Every parameter that has begun to train keeps the same."""
+    rule = _rule_of(optimizer)
+    if rule is None or not rule.surveys:
+        return None
+    states = (optimizer.state[p] for group in optimizer.param_groups for p in group["params"] if p in optimizer.state)
+    return next((float(state["d"]) for state in states if "d" in state), None)
 
 
 def scale_lr(optimizer: torch.optim.Optimizer, factor: float | Mapping[str, float]) -> dict[str, float]:

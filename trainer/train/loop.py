@@ -31,7 +31,7 @@ from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
 from trainer.model.latents import encoded_batches
 from trainer.model_files.run_model import RunModel
 from trainer.optim.lr_schedule import lr_at
-from trainer.optim.optimizers import first_lr
+from trainer.optim.optimizers import Rates, rates_of
 from trainer.parallel.comm import Comm, barrier, broadcast_object
 from trainer.parallel.heartbeat import Heartbeat, heartbeat_of_worker
 from trainer.parallel.planned_faults import act_out
@@ -127,7 +127,7 @@ def _train_stretch(
             if outputs:
                 seconds, waited = time.perf_counter() - begin, loader.wait_s - waited_before
                 epoch = epochs_done(state.position, run.mixture.rows(state.position.epoch))
-                outputs.record(state, result, first_lr(run.parts.optimizer), seconds, waited, epoch, bad.total)
+                outputs.record(state, result, rates_of(run.parts.optimizer), seconds, waited, epoch, bad.total)
             watch.react(state, result, run.mixture.rows, saving.settle)
             if replicas.due(state.step):
                 heartbeat.begin("a comparison of weights", state.step)
@@ -356,7 +356,7 @@ class _Outputs:
         self,
         state: TrainState,
         result: StepResult,
-        lr: float,
+        rates: Rates,
         seconds: float,
         waited: float,
         epoch: float,
@@ -367,7 +367,7 @@ class _Outputs:
             step=state.step,
             epoch=epoch,
             loss=result.loss,
-            lr=lr,
+            lr=rates.first,
             grad_norm=result.grad_norm,
             images=round(result.num_images),
             images_seen=state.images_seen,
@@ -375,6 +375,8 @@ class _Outputs:
             step_s=seconds,
             bad_rows=bad_rows,
             block_norms=result.block_norms,
+            part_lrs=rates.by_part,
+            found_lr=rates.found,
         )
         self.progress.update(metrics)
         if state.step % self.log_every == 0:

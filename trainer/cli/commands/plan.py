@@ -20,6 +20,7 @@ from trainer.data.prepare.stages import is_current
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.caption_survey import CaptionSurvey, sampled_records
 from trainer.measure.card_memory import card_bytes
+from trainer.measure.optimizer_bench import measured_optimizers
 from trainer.memory.report import MemoryPlan, measured_speed, run_time
 from trainer.memory.run_plan import memory_plan, require_fit
 from trainer.model.selection.block_table import table_of_blocks
@@ -79,7 +80,9 @@ def _memory_plan(config: Config, model: RunModel) -> MemoryPlan:
 
 
 def _print_memory(config: Config, model: RunModel, plan: MemoryPlan) -> None:
-    for line in [*plan.describe(), *plan.describe_optimizers(config.optimizer.kind)]:
+    precision, strategy = config.train.precision, config.memory.strategy
+    measured = measured_optimizers(config.run.dir, precision, strategy, plan.workers, plan.num_trained)
+    for line in [*plan.describe(), *plan.describe_optimizers(config.optimizer.kind, measured)]:
         print(line)
     if plan.kernels == "cpu" or not is_current(prepare_settings(config, model)):
         return

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,19 +104,35 @@ def bench(config: Config, model: RunModel, comm: Comm, steps: int, warmup: int, 
         steps, warmup: optimizer steps that count, and before them.
         prepared: the data are there: the wait for the real loader is measured as well.
     """
-    data = synthetic_data(config, model, PreparedSet.open(config.data.prepared) if prepared else None)
+    data = synthetic_data(config, model, prepared)
+    way = build_way(config, model, comm, data)
+    row = measured_row(config, way.parts, data, steps, warmup)
+    if prepared:
+        wait_s = _loader_wait_s(config, model, way.parts, PreparedSet.open(config.data.prepared), steps, warmup)
+        row = replace(row, split={**(row.split or {}), "data": wait_s})
+    if comm.rank == 0:
+        row = with_plan(way.planned, way.setting, way.choice, row)
+        result.write_text(json.dumps(asdict(row)), encoding="utf-8")
+
+
+class Way(NamedTuple):
+    """A way to train that is ready to be measured, with what its memory plan was made of."""
+
+    parts: StepParts
+    planned: PlannedRun
+    setting: Setting
+    choice: MemoryChoice
+
+
+def build_way(config: Config, model: RunModel, comm: Comm, data: SyntheticData) -> Way:
+    """Plan, build and try out, as training does."""
     begin = time.perf_counter()
     require_arithmetic(config.train.precision, comm.device)
     planned, setting = planned_run(config, model), worker_setting(config, comm, data, smallest_card(comm))
     choice = choose_memory(planned, comm, setting)
     parts = build_parts(config, model, comm, data, choice)
     _log.info("built in %.0f s", time.perf_counter() - begin)
-    row = measured_row(config, parts, data, steps, warmup)
-    if prepared:
-        wait_s = _loader_wait_s(config, model, parts, PreparedSet.open(config.data.prepared), steps, warmup)
-        row = replace(row, split={**(row.split or {}), "data": wait_s})
-    if comm.rank == 0:
-        result.write_text(json.dumps(asdict(with_plan(planned, setting, choice, row))), encoding="utf-8")
+    return Way(parts, planned, setting, choice)
 
 
 def measured_row(config: Config, parts: StepParts, data: SyntheticData, steps: int, warmup: int) -> BenchRow:
@@ -124,25 +141,42 @@ def measured_row(config: Config, parts: StepParts, data: SyntheticData, steps: i
     Raises:
         OutOfMemory: a step did not fit.
     """
-    comm = parts.comm
-    parts = replace(parts, strategy=TimedStrategy.of(parts.strategy, PhaseClock(comm.device)))
-    try:
-        row = _measured(config, parts, data, steps, warmup)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory("a step did not fit, though it was planned to") from error
+    row, comm = timed_row(config, parts, data, steps, warmup), parts.comm
     peak = card_peak(comm.device, precision_of(config.train.precision).compute)
     return replace(row, peak_flops=_mean(comm, peak.flops_per_s), peak_source=peak.source, compilations=compilations())
 
 
-def synthetic_data(config: Config, model: RunModel, prepared: PreparedSet | None) -> SyntheticData:
-    """The largest bucket of the prepared data, or of those that the configuration allows."""
+def timed_row(
+    config: Config, parts: StepParts, data: SyntheticData, steps: int, warmup: int, *, finds_exposed: bool = True
+) -> BenchRow:
+    """As `measured_row`, without the card's peak and, unless `finds_exposed`, without what communication costs."""
+    parts = replace(parts, strategy=TimedStrategy.of(parts.strategy, PhaseClock(parts.comm.device)))
+    with out_of_memory_told():
+        return _measured(config, parts, data, steps, warmup, finds_exposed)
+
+
+@contextmanager
+def out_of_memory_told() -> Iterator[None]:
+    """Around steps that were planned.
+
+    Raises:
+        OutOfMemory: one did not fit.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory("a step did not fit, though it was planned to") from error
+
+
+def synthetic_data(config: Config, model: RunModel, prepared: bool) -> SyntheticData:
+    """The largest bucket of the data, if they are prepared; else of those that the configuration allows."""
     rules = config.data.buckets
-    if prepared is None:
-        buckets = make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)
+    if prepared:
+        buckets = PreparedSet.open(config.data.prepared).buckets("train")
     else:
-        buckets = prepared.buckets("train")
+        buckets = make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)
     largest = max(zip(buckets, batch_factors(config, buckets), strict=True), key=fullness)[0]
     unet = model.config("unet")
     pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
@@ -193,7 +227,9 @@ def synthetic_batch(data: SyntheticData, channels: int, images: int, seed: int, 
     return replace(batch, **{name: tensor.pin_memory() for name, tensor in tensors.items()}) if pin_memory else batch
 
 
-def _measured(config: Config, parts: StepParts, data: SyntheticData, steps: int, warmup: int) -> BenchRow:
+def _measured(
+    config: Config, parts: StepParts, data: SyntheticData, steps: int, warmup: int, finds_exposed: bool
+) -> BenchRow:
     """Speed, phases, exposed communication and memory."""
     comm, strategy = parts.comm, parts.strategy
     assert isinstance(strategy, TimedStrategy)
@@ -210,7 +246,7 @@ def _measured(config: Config, parts: StepParts, data: SyntheticData, steps: int,
     def run(parts: StepParts, count: int, what: str) -> float:
         """Seconds a step."""
         barrier(comm)
-        _wait(comm.device)
+        wait_for(comm.device)
         clock.clear()
         gc.collect()
         begin = time.perf_counter()
@@ -221,7 +257,7 @@ def _measured(config: Config, parts: StepParts, data: SyntheticData, steps: int,
             norms.append(result.grad_norm)
             follow(parts, first_step + len(norms), result)
             clock.mark(None)
-        _wait(comm.device)
+        wait_for(comm.device)
         return (time.perf_counter() - begin) / count
 
     _log.info("warm-up: %.2f s a step, the first ones included", run(parts, warmup, "warm-up"))
@@ -232,7 +268,7 @@ def _measured(config: Config, parts: StepParts, data: SyntheticData, steps: int,
         phase: _mean(comm, clock.seconds().get(phase, 0.0) / steps) for phase in ("forward", "backward", "optimizer")
     }
     measured, reserved = _card_memory(comm)
-    exposed, how = _exposed(parts, run, step_s, steps)
+    exposed, how = _exposed(parts, run, step_s, steps) if finds_exposed else (None, "not asked for")
     finite = all(torch.tensor(norms).isfinite())
     return BenchRow(
         strategy=strategy.sharing.kind,
@@ -327,6 +363,7 @@ def _mean(comm: Comm, value: float) -> float:
     return sum_floats(comm, [value])[0] / comm.world
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until a card has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
