@@ -115,9 +115,9 @@ def test_a_pass_keeps_nothing_but_its_inputs_graph(held: FrozenWeights) -> None:
         return tensor
 
     x = weights(2, 4, 8).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = ours[4](x)
+    watch = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with watch, torch.autocast("cpu", torch.bfloat16):
+        out = ours[4](x)
     assert not saved and out.dtype == torch.bfloat16
     assert torch.equal(out, F.linear(x.bfloat16(), plain[4].weight, plain[4].bias))  # type: ignore[arg-type]
     with torch.inference_mode():
