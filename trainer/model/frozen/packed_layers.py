@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
 
 from trainer.config.values import FrozenWeights
 from trainer.model.frozen.packed_weights import BLOCK, packed, packed_sizes, require_library, unpacked
@@ -93,8 +92,13 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibl
 
     def input_gradient(self, shape: torch.Size, weight: Tensor, gradient: Tensor) -> Tensor:
         """See `PackedLayer`."""
-        rest: Any = (self.stride, self.padding, self.dilation, self.groups)
-        return conv2d_input(shape, weight, gradient, *rest)
+        # The transposed convolution, and not PyTorch's own gradient: that would make an input only for its shape.
+        beyond: list[int] = []
+        for axis, length in enumerate(shape[2:]):
+            reach = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1 - 2 * int(self.padding[axis])
+            beyond.append(length - (gradient.shape[2 + axis] - 1) * self.stride[axis] - reach)
+        rest: Any = (self.stride, self.padding, tuple(beyond), self.groups, self.dilation)
+        return F.conv_transpose2d(gradient, weight, None, *rest)
 
 
 class _WithFrozenWeight(torch.autograd.Function):
