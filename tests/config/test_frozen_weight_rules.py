@@ -16,7 +16,7 @@ LORA = ["adapter.kind=lora", "train.precision=bf16"]
     ("overrides", "said"),
     [
         (["model.frozen_weights=nf4"], "model.frozen_weights = nf4 with adapter.kind = none (the default): must be"),
-        (["model.frozen_weights=int4"], "model.frozen_weights = int4: must be compute, int8 or nf4"),
+        (["model.frozen_weights=int4"], "model.frozen_weights = int4: must be one of compute, int8, nf4"),
         (["model.frozen_weights=int8", TOKENS[0]], "weights that train are not held in fewer bits"),
         (["model.frozen_weights=int8", *TOKENS, "train.compile=blocks"], "train.compile = blocks with model.frozen_w"),
         (["model.frozen_weights=int8", *LORA, "memory.strategy=zero2"], "memory.strategy = zero2 with adapter.kind"),
