@@ -20,14 +20,15 @@ from trainer.config.schema import Config, TrainableConfig
 from trainer.data.buckets import Bucket
 from trainer.memory.choice import GIB
 from trainer.memory.run_plan import memory_plan
-from trainer.memory.traced_run import Shape, TracedRun, holdings
+from trainer.memory.traced_run import Shape, TracedRun, holdings, lay_out_planned
 from trainer.model.adapted import lay_out_run
+from trainer.model.frozen.packed_layers import packed_bytes, packed_layers
 from trainer.model.recompute import apply_recompute, repeated_blocks
 from trainer.model_files.presets import preset
 from trainer.optim.optimizers import make_optimizer
 from trainer.optim.precision import precision_of
 from trainer.parallel.strategy import Sharing, make_strategy
-from trainer.train.trained_parts import trained_parts
+from trainer.train.trained_parts import what_trains
 
 SIDE_PX, BATCH = 256, 2
 
@@ -53,11 +54,14 @@ def step_of(config: Config, recompute: bool) -> Callable[[], Callable[[], None]]
                 parameter.fill_(0.01)
                 if name in own and "magnitude" not in name:
                     draw_initial(own[name], name, 0)
+        for layer in packed_layers(model).values():
+            layer.fill(torch.full(layer.weight_shape, 0.01))
 
     def prepare() -> Callable[[], None]:
         run = planned(config)
         start, precision = AdapterStart(config.adapter), precision_of(config.train.precision)
-        model = lay_out_run(run.model, trained_parts(config), start, torch.float32, precision.compute).train()
+        dtypes, held = (torch.float32, precision.compute), run.frozen_weights
+        model = lay_out_run(run.model, what_trains(config), start, *dtypes, frozen_weights=held).train()
         if recompute:
             apply_recompute(model, repeated_blocks(model))
         strategy = make_strategy(model, Sharing("single"), (), (), ALONE, fill)
@@ -104,9 +108,37 @@ def test_planned_is_measured(mini: Path, kind: str, precision: str, recompute: b
     assert peak.split["weights"] == base * (2 if precision == "bf16" else 4) + trained * 4
 
 
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("held", "kind", "precision", "recompute"),
+    [
+        ("nf4", "lora", "fp32", False),
+        ("int8", "lora", "fp32", True),
+        ("int8", "dora", "bf16", False),
+        ("nf4", "locon", "fp32", True),
+        ("nf4", "loha", "fp32", False),
+    ],
+)
+def test_planned_is_measured_over_a_packed_base(
+    mini: Path, held: str, kind: str, precision: str, recompute: bool
+) -> None:
+    """Of LoRA in bf16, 5.4 % more is measured: the same tensors, but 2 MB of scratch within the CPU's kernels."""
+    train = {"steps": 10, "precision": precision}
+    model = {"path": str(mini), "frozen_weights": held}
+    config = make_config(mini, adapter=KINDS[kind], data={"cache_text": True}, train=train, model=model)
+    run = planned(config)
+    traced = TracedRun(run, Shape(Bucket(SIDE_PX, SIDE_PX), BATCH), "cpu")
+    recomputed = len(traced.blocks("single")) if recompute else 0
+    holding = holdings(run, traced.trace("single"), 1, 1, "cpu")["one worker"]
+    peak = traced.peak(holding, recomputed, False)
+    assert peak.total == pytest.approx(measured_peak(step_of(config, recompute)), rel=0.05)
+    laid_out = lay_out_planned(run, torch.float32, precision_of(precision).compute)
+    assert peak.split["weights"] == packed_bytes(laid_out) + sum(p.nbytes for p in laid_out.parameters())
+
+
 def lay_out_run_of(config: Config) -> nn.Module:
     run = planned(config)
-    return lay_out_run(run.model, trained_parts(config), AdapterStart(config.adapter), torch.float32, torch.float32)
+    return lay_out_run(run.model, what_trains(config), AdapterStart(config.adapter), torch.float32, torch.float32)
 
 
 @pytest.mark.slow
@@ -122,4 +154,4 @@ def test_sdxl_at_1024_px_on_a_card_of_12_gb(tmp_path: Path) -> None:
     print("\n".join(plan.describe()))
     assert plan.chosen is not None and plan.chosen.needed < 10 * GIB
     assert plan.checkpoint_bytes < 0.6e9
-    assert trained_parts(config) == TrainableConfig()
+    assert what_trains(config) == TrainableConfig()

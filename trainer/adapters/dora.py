@@ -36,11 +36,13 @@ class ExactDora(LoraVariant):
         """The layer's output, of the base's (`result`)."""
         down, up, base = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
         scale, magnitude = module.scaling[active_adapter], module.lora_magnitude_vector[active_adapter].weight
-        norms = weight_norms(base.weight, down.weight, up.weight, scale)
+        weight = base.weight  # once: of a base in fewer bits, it is unpacked each time
+        norms = weight_norms(weight, down.weight, up.weight, scale)
         factor = magnitude.flatten() / norms
-        shape = (1, -1, *[1] * (base.weight.ndim - 2))  # channels come second where there are rows and columns
-        if base.weight.ndim == 2:
+        shape = (1, -1, *[1] * (weight.ndim - 2))  # channels come second where there are rows and columns
+        if weight.ndim == 2:
             shape = (-1,)
+        del weight
         change = up(down(module.lora_dropout[active_adapter](x))) * scale
         plain = result if base.bias is None else result - base.bias.to(result.dtype).view(shape)
         more = (factor - 1).to(result.dtype).view(shape)

@@ -13,7 +13,7 @@ from pathlib import Path
 from trainer.config.fields import Key, Problem, dotted
 from trainer.config.rule_parts import clash, full_path, is_given, key_of, value_at
 from trainer.config.schema import Config
-from trainer.config.section_rules.rules_adapter import adapter_rules
+from trainer.config.section_rules.rules_adapter import adapter_rules, frozen_weight_rules
 from trainer.config.section_rules.rules_captions import caption_rules
 from trainer.config.section_rules.rules_ema import ema_rules
 from trainer.config.section_rules.rules_filters import filter_rules
@@ -45,6 +45,7 @@ def broken_rules(config: Config) -> list[Problem]:
         caption_rules,
         _trainable,
         adapter_rules,
+        frozen_weight_rules,
         new_token_rules,
         _export,
         ema_rules,

@@ -26,6 +26,7 @@ from trainer.config.values import (
     Count,
     Flag,
     Fraction,
+    FrozenWeights,
     ModelField,
     PathField,
     PositiveInt,
@@ -71,6 +72,10 @@ class ModelConfig(Section):
     """Arithmetic of the VAE. SDXL's original VAE overflows in fp16: use `fp16` with the fp16-fix only."""
     text_encoder_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision in which the frozen text encoders are held and run."""
+    frozen_weights: FrozenWeights = "compute"
+    """How the weights below an adapter, or below new tokens that train alone, are held: `compute` in the precision of
+    the passes; `int8` and `nf4` in 8.5 and 4.5 bits each (linear layers and convolutions; bitsandbytes, from the extra
+    `quantized`), unpacked layer by layer in each pass. See `docs/adapters.md`."""
 
 
 class ResolutionConfig(Section):

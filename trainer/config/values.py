@@ -100,6 +100,7 @@ PathField = Annotated[Path, Field(strict=False), BeforeValidator(_path, json_sch
 MaskSuffix = Annotated[str, AfterValidator(_mask_suffix)]
 Size = Annotated[str, BeforeValidator(_size)]
 Duration = Annotated[str, BeforeValidator(_duration)]
+FrozenWeights = Literal["compute", "int8", "nf4"]
 
 
 class Section(BaseModel):

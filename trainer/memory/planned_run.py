@@ -7,6 +7,7 @@ from trainer.config.sections.adapter_config import AdapterConfig, only_additions
 from trainer.config.sections.new_tokens_config import NewTokenConfig
 from trainer.config.sections.optimizer_config import OptimizerKind
 from trainer.config.sections.trainable_config import TrainableConfig
+from trainer.config.values import FrozenWeights
 from trainer.model_files.run_model import RunModel
 
 
@@ -35,6 +36,7 @@ class PlannedRun:
         new_tokens: whose vectors train beside all else, or alone.
         releases_gradients: each block is updated when its gradients have arrived; `offload_optimizer`: and the state
             for that lies in the host's memory, as wished in `memory`.
+        frozen_weights: in how many bits a base is held that does not train.
     """
 
     model: RunModel
@@ -67,6 +69,7 @@ class PlannedRun:
     new_tokens: tuple[NewTokenConfig, ...] = ()
     releases_gradients: bool = False
     offload_optimizer: Literal["auto"] | bool = "auto"
+    frozen_weights: FrozenWeights = "compute"
 
     @property
     def text_encoders_train(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -305,6 +306,10 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
         yield "memory.offload_optimizer: auto", replace(run, offload_optimizer="auto")
     if setting.workers == setting.accumulation == 1 and run.precision != "fp16" and not run.releases_gradients:
         yield "memory.release_gradients: true", replace(run, releases_gradients=True)
+    # Last: it is not the same model any more.
+    if run.only_additions_train and run.frozen_weights != "nf4" and find_spec("bitsandbytes"):
+        for held in ("int8", "nf4") if run.frozen_weights == "compute" else ("nf4",):
+            yield f"model.frozen_weights: {held}", replace(run, frozen_weights=held)
 
 
 def _batch_of(changed: PlannedRun, run: PlannedRun, setting: Setting) -> Setting:

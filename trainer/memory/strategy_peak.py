@@ -30,6 +30,7 @@ def strategy_peak(trace: "Trace", holding: Holding) -> Peak:
     ledger.held["frozen"], ledger.held["averages"] = holding.frozen_bytes, holding.average_bytes
     if holding.strategy in ("single", "ddp"):
         accountant: _Accountant = _Replicated(ledger, parameters, holding, gradient_order(segments))
+        ledger.held["weights"] += trace.packed_bytes
     else:
         accountant = Sharded(ledger, parameters, unit_of, holding, trace.embeddings)
     for _ in range(2):  # the first one brings everything into its steady state

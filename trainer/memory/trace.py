@@ -67,6 +67,7 @@ class Trace:
         unit_of: the innermost marked unit that holds a parameter; absent for those outside of all units.
         recomputable: units that may be recomputed; None: all.
         embeddings: units whose backward pass needs no weights.
+        packed_bytes: of weights that are held in fewer bits and are no parameters.
     """
 
     segments: tuple[Segment, ...]
@@ -75,6 +76,7 @@ class Trace:
     unit_of: dict[str, str]
     recomputable: frozenset[str] | None = None
     embeddings: frozenset[str] = frozenset()
+    packed_bytes: int = 0
 
     @property
     def saved_bytes(self) -> int:

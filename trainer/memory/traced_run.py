@@ -18,6 +18,7 @@ from trainer.memory.strategy_peak import strategy_peak
 from trainer.memory.trace import Block, Trace, trace_pass, trace_peak
 from trainer.model.adapted import lay_out_run
 from trainer.model.denoiser import TrainedModel
+from trainer.model.frozen.packed_layers import packed_bytes
 from trainer.model.load_weights import empty_text_encoders, empty_vae
 from trainer.model.new_tokens import NewTokens
 from trainer.model.recompute import (
@@ -125,7 +126,10 @@ class TracedRun:
         model, loss, held = self._model(way, blocks)
         units, kinds = gathered_units(model), (repeated_blocks(model), embeddings(model))
         trace = trace_pass(model, loss, units, self.kernels, way.autocast, held)
-        return replace(trace, recomputable=frozenset(kinds[0]), embeddings=frozenset(kinds[1]))
+        held_packed = packed_bytes(model)
+        return replace(
+            trace, recomputable=frozenset(kinds[0]), embeddings=frozenset(kinds[1]), packed_bytes=held_packed
+        )
 
 
 def _worth(block: Block) -> float:
@@ -148,7 +152,16 @@ def frozen_text_encoders(run: PlannedRun) -> TextEncoders:
 def lay_out_planned(run: PlannedRun, weights: torch.dtype, compute: torch.dtype) -> TrainedModel:
     """The run's model without memory; dtypes as in `lay_out_run`."""
     adapter, new_tokens = AdapterStart(run.adapter), NewTokens(run.new_tokens)
-    return lay_out_run(run.model, run.trainable, adapter, weights, compute, run.chunk_join, new_tokens=new_tokens)
+    return lay_out_run(
+        run.model,
+        run.trainable,
+        adapter,
+        weights,
+        compute,
+        run.chunk_join,
+        new_tokens=new_tokens,
+        frozen_weights=run.frozen_weights,
+    )
 
 
 def _loss(

@@ -18,9 +18,11 @@ from trainer.adapters.start_from_file import values_of_file
 from trainer.adapters.targets import find_targets
 from trainer.config.sections.adapter_config import AdapterConfig, only_additions_train, trains_adapter
 from trainer.config.sections.trainable_config import TrainableConfig
+from trainer.config.values import FrozenWeights
 from trainer.errors import UserError
 from trainer.model.denoiser import TrainedModel
 from trainer.model.freeze import never_used
+from trainer.model.frozen.packed_layers import pack_frozen, packed_layers, stands_for
 from trainer.model.load_weights import empty_text_encoders, empty_unet, read_weights
 from trainer.model.new_tokens import NO_NEW_TOKENS, NewTokens, add_new_tokens
 from trainer.model.text import ChunkJoin
@@ -52,14 +54,16 @@ def lay_out_run(
     join: ChunkJoin = "a1111",
     resting: Collection[str] = (),
     new_tokens: NewTokens = NO_NEW_TOKENS,
+    frozen_weights: FrozenWeights = "compute",
 ) -> TrainedModel:
     """What trains, on the meta device: the model's weights in `weights`, or an adapter and the base in `compute`.
 
     Args:
         resting: parts that train at another time of the run.
         new_tokens: whose vectors train as well; where nothing else does, the base is in `compute`.
+        frozen_weights: in how many bits the base is held, where no weight of it trains.
     Raises:
-        UserError: as `lay_out_model`; or the adapter has nowhere to be.
+        UserError: as `lay_out_model`; or the adapter has nowhere to be; or what packs the base is not there.
     """
     with_text, only_added = bool(new_tokens.tokens), only_additions_train(parts, adapter.config)
     if trains_adapter(adapter.config):
@@ -67,6 +71,8 @@ def lay_out_run(
     else:
         dtype = compute if only_added else weights
         model = lay_out_model(model_files, parts, dtype, join, resting, with_text=with_text)
+    if only_added:
+        pack_frozen(model, frozen_weights)
     if new_tokens.tokens:
         assert model.text_encoders is not None
         model.new_tokens = add_new_tokens(model.text_encoders, new_tokens, torch.float32 if only_added else weights)
@@ -144,7 +150,16 @@ def _fill_base(model_files: RunModel, model: TrainedModel) -> None:
         if not isinstance(module, nn.Module):
             continue
         base = {base_name(n): p for n, p in module.named_parameters() if f"{part}.{n}" not in adapters}
-        read_weights(base, model_files.part(component), lambda name, values, base=base: _put(base[name], values))
+        packed = {base_name(name): layer for name, layer in packed_layers(module).items()}
+        wanted = base | {name: stands_for(layer) for name, layer in packed.items()}
+
+        def place(name: str, values: torch.Tensor, base: Any = base, packed: Any = packed) -> None:
+            if name in packed:
+                packed[name].fill(values)
+            else:
+                _put(base[name], values)
+
+        read_weights(wanted, model_files.part(component), place)
 
 
 def _put(parameter: torch.Tensor, values: torch.Tensor) -> None:

@@ -44,11 +44,15 @@ def shard_model(
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
-    """Give a model's parameters, or this worker's shares of them, memory on `device`; buffers keep their values."""
+    """Give a model's parameters, or this worker's shares of them, memory on `device`.
+
+    Buffers keep their values; those that have none get memory as well.
+    """
     buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
+        if name in buffers:
+            buffer.copy_(buffers[name])
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from trainer.model.adapted import lay_out_run
 from trainer.model.channels_last import prefer_channels_last
 from trainer.model.compiled import compile_blocks
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
+from trainer.model.frozen.packed_weights import require_kernels
 from trainer.model.load_weights import load_text_encoders, load_vae
 from trainer.model.new_tokens import NewTokens
 from trainer.model.recompute import apply_recompute, embeddings, gathered_units
@@ -131,6 +132,7 @@ def build_run(config: Config, model: RunModel, comm: Comm, checkpoint: Path | No
         checkpoint: to go on from; None: the one that `run.resume` says.
     """
     require_arithmetic(config.train.precision, comm.device)
+    require_kernels(config.model.frozen_weights, comm.device)
     checkpoint = checkpoint or find_resume_point(config, comm)
     state = TrainState.from_json(read_state(checkpoint), checkpoint) if checkpoint else None
     if state is not None and state.seed != config.run.seed:
@@ -267,6 +269,7 @@ def load_denoiser(
     Args:
         average: see `fill_model`.
     """
+    require_kernels(config.model.frozen_weights, device)
     model = _laid_out(config, model_files).requires_grad_(False)
     materialize(model, device)
     fill_model(model_files, weights, model, average)
@@ -346,7 +349,8 @@ def _laid_out(config: Config, model_files: RunModel, resting: Collection[str] = 
     precision, adapter = precision_of(config.train.precision), AdapterStart(config.adapter, config.run.seed)
     dtypes = precision.weights, precision.compute
     tokens = NewTokens(tuple(config.new_tokens.tokens), config.run.seed)
-    return lay_out_run(model_files, what_trains(config), adapter, *dtypes, config.captions.chunks, resting, tokens)
+    parts, join, held = what_trains(config), config.captions.chunks, config.model.frozen_weights
+    return lay_out_run(model_files, parts, adapter, *dtypes, join, resting, tokens, held)
 
 
 def worker_setting(config: Config, comm: Comm, data: BucketedData, card: int | None) -> Setting:

@@ -50,6 +50,7 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
         snapshot_averages=sum(each.kind == "power" for each in ema.averages) if ema.snapshots.every_steps else 0,
         releases_gradients=config.memory.release_gradients,
         offload_optimizer=config.memory.offload_optimizer,
+        frozen_weights=config.model.frozen_weights,
         snapshot_bytes=4 if ema.snapshots.dtype == "fp32" else 2,
     )
 

@@ -25,6 +25,12 @@ def trained_parts(config: Config) -> dict[str, TextEncoderPart]:
     return {name: part for name, part in parts.items() if part.train}
 
 
+def packed_parts(config: Config) -> list[str]:
+    """The parts of the model whose weights `model.frozen_weights` says how to hold: those that run with what trains."""
+    texts = config.new_tokens.tokens or config.adapter.text_encoders
+    return ["unet", *(("text_encoder_1", "text_encoder_2") if texts else ())]
+
+
 def _new_tokens(config: Config) -> TextEncoderPart:
     """Their learning rate and weight decay, as those of a part."""
     own, finds = config.new_tokens, config.optimizer.kind in FINDS_LR

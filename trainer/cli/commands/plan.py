@@ -32,7 +32,7 @@ from trainer.train.caption_rules import describe_captions, require_captions, sur
 from trainer.train.memory_inputs import make_setting, planned_run
 from trainer.train.run_objective import describe_objective, guidance_warning
 from trainer.train.saved.part_times import told_times
-from trainer.train.trained_parts import what_trains
+from trainer.train.trained_parts import packed_parts, what_trains
 from trainer.train.workers.prepare_worker import prepare_settings
 
 
@@ -108,6 +108,8 @@ def _print_model(config: Config, model: RunModel) -> None:
     trained += [f"{each.token} ({each.vectors} new vectors)" for each in config.new_tokens.tokens]
     print(f"trains: {', '.join(trained)}; precision {config.train.precision}, optimizer {config.optimizer.kind}")
     print(f"frozen: {', '.join([*frozen, 'vae'])}")
+    if (held := config.model.frozen_weights) != "compute":
+        print(f"weights of {', '.join(packed_parts(config))} are held in {held}, unpacked layer by layer")
     table = () if on else table_of_blocks(config.trainable, model)
     for line in (*table, *told_times(config)):
         print(line)

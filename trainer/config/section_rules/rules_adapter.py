@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from trainer.config.fields import Problem
 from trainer.config.rule_parts import clash, is_given
 from trainer.config.schema import Config, TrainableConfig
-from trainer.config.sections.adapter_config import trains_adapter
+from trainer.config.sections.adapter_config import only_additions_train, trains_adapter
 
 _WITH_CONVOLUTIONS = ("locon", "loha", "lokr", "dora")
 _WITH_DROPOUT = ("lora", "locon", "dora")
@@ -35,6 +35,18 @@ def adapter_rules(config: Config) -> Iterator[Problem]:
     if "text_encoder_lr" in given and not adapter.text_encoders:
         yield clash(config, ("adapter.text_encoder_lr", "adapter.text_encoders"), "has no effect; they do not train")
     yield from _beside(config)
+
+
+def frozen_weight_rules(config: Config) -> Iterator[Problem]:
+    """Every rule that `model.frozen_weights` breaks."""
+    held = "model.frozen_weights"
+    if config.model.frozen_weights == "compute":
+        return
+    if not only_additions_train(config.trainable, config.adapter):
+        rule = "must be compute; weights that train are not held in fewer bits. Name a kind of adapter, such as `lora`"
+        yield clash(config, (held, "adapter.kind"), rule)
+    elif config.train.compile != "off" and not trains_adapter(config.adapter):
+        yield clash(config, ("train.compile", held), "must be off; compiled blocks have not been tried with it")
 
 
 def _beside(config: Config) -> Iterator[Problem]:

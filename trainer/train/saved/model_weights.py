@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.checkpoint.ema_folders import average_folder
 from trainer.config.sections.ema_config import LIVE
 from trainer.model.adapted import fill_adapted
 from trainer.model.denoiser import TrainedModel
+from trainer.model.frozen.packed_layers import packed_layers, stands_for
 from trainer.model.load_weights import read_weights
 from trainer.model.new_tokens import FOLDER, fill_new_tokens
 from trainer.model_files.components import Component
@@ -36,9 +37,20 @@ def fill_model(model_files: RunModel, checkpoint: Path | None, model: nn.Module,
     if model.text_encoders:
         modules |= {"text_encoder": model.text_encoders.one, "text_encoder_2": model.text_encoders.two}
     for name, module in modules.items():
-        parameters = dict(module.named_parameters())
         part = component_part(model_files, checkpoint, name, average)
-        read_weights(module, part, lambda n, t, p=parameters: copy_share(p[n], t))
+        _fill_component(module, part)
+
+
+def _fill_component(module: nn.Module, part: Component) -> None:
+    parameters, packed = dict(module.named_parameters()), packed_layers(module)
+
+    def place(name: str, weight: Tensor) -> None:
+        if name in packed:
+            packed[name].fill(weight)
+        else:
+            copy_share(parameters[name], weight)
+
+    read_weights(module.state_dict() | {name: stands_for(layer) for name, layer in packed.items()}, part, place)
 
 
 def component_part(model_files: RunModel, checkpoint: Path | None, name: str, average: str = LIVE) -> Component:

@@ -1,0 +1,1 @@
+"""Frozen weights that are held in fewer bits than the passes compute with."""
