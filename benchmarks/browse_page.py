@@ -78,7 +78,8 @@ def write_set(folder: Path, root: Path, rows: int) -> None:
                     add_rows(connection, 1, found[begin : begin + _ROWS_AT_ONCE])
                 bucket = shard.bucket
                 connection.execute(
-                    "INSERT INTO shards VALUES (?, 1, 1, 'train', ?, ?, 'encode', ?, ?, ?)",
+                    "INSERT INTO shards (name, generation, row_generation, split, bucket_h, bucket_w, payload, "
+                    "first_key, last_key, rows) VALUES (?, 1, 1, 'train', ?, ?, 'encode', ?, ?, ?)",
                     (shard.name, bucket.height_px, bucket.width_px, found[0].key, found[-1].key, shard.rows),
                 )
     lines = (

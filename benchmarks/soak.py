@@ -61,7 +61,7 @@ def settings(arguments: argparse.Namespace, run_dir: Path, steps: int) -> list[s
         f"launch.workers={arguments.workers}",
         "launch.restarts=1000",
         "launch.hang_after_s=2",
-        "launch.hang_at_start_s=120",
+        f"launch.hang_at_start_s={arguments.hang_at_start_s}",
         f"memory.strategy={arguments.strategy}",
         "data.workers=1",
         "checkpoint.every_steps=5",
@@ -315,6 +315,7 @@ def main() -> None:
     parser.add_argument("--strategy", choices=["ddp", "zero2", "zero3"], default="ddp")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--every-s", type=float, default=20.0, help="faults are so many seconds apart, at most")
+    parser.add_argument("--hang-at-start-s", type=float, default=120.0, help="30 is enough where nothing else runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--elastic", action="store_true")
     parser.add_argument("--memory-steps", type=int)

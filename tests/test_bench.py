@@ -60,6 +60,7 @@ def test_two_strategies(model_folder: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["bench.json"]
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_ends_its_row_alone(model_folder: Path, tmp_path: Path) -> None:
     config = config_in(tmp_path, model_folder, budget="1MiB")
     options = ("--steps", 1, "--warmup", 1, "--batch-sizes", "1,2", "--strategies", "ddp")
@@ -130,6 +131,7 @@ def test_gpu_benchmarks_dry(tmp_path: Path) -> None:
     assert "not measured: no GPU here" in rows and "| - | - |" not in rows
 
 
+@pytest.mark.slow
 def test_the_proof_tells_rows_as_they_come_and_leaves_out_what_takes_too_long(
     model_folder: Path, tmp_path: Path
 ) -> None:
