@@ -35,6 +35,7 @@ def lines(*overrides: str) -> str:
         ([ONE, "model.text_encoder_precision=bf16"], "has no effect; with new tokens, both are held"),
         ([ONE, "trainable.unet.train=false", "train.precision=bf16_stochastic"], "must be bf16, fp16 or fp32"),
         ([ONE, "trainable.unet.train=false", "memory.strategy=zero2"], "must be auto or ddp"),
+        ([ONE, "new_tokens.lr=0.01", "optimizer.kind=prodigy", "optimizer.lr=1"], "one learning rate is found for all"),
         (["trainable.unet.train=false"], "nothing trains"),
     ],
 )

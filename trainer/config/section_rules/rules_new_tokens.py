@@ -6,6 +6,7 @@ from trainer.config.fields import Problem
 from trainer.config.rule_parts import clash, is_given
 from trainer.config.schema import Config
 from trainer.config.sections.adapter_config import trains_adapter
+from trainer.config.sections.optimizer_config import FINDS_LR
 
 _AT = "new_tokens.tokens"
 
@@ -27,6 +28,9 @@ def new_token_rules(config: Config) -> Iterator[Problem]:
             yield clash(config, (seen[each.token.casefold()], key), "the same word twice; upper and lower case are one")
         if each.initial is not None and each.file is not None:
             yield clash(config, (f"{_AT}.{i}.initial", f"{_AT}.{i}.file"), "give only one of them")
+    if config.optimizer.kind in FINDS_LR and is_given(config, "new_tokens.lr"):
+        keys = ("new_tokens.lr", "optimizer.kind")
+        yield clash(config, keys, "one learning rate is found for all weights; leave it out")
     if config.data.cache_text:
         yield clash(config, ("data.cache_text", _AT), "must not go together; the text encoders' outputs change")
     if is_given(config, "model.text_encoder_precision"):
