@@ -101,6 +101,7 @@ def test_an_adapters_command() -> None:
     adapter = config.adapter
     assert (adapter.kind, adapter.rank, adapter.alpha, adapter.lokr_factor, adapter.conv_rank) == ("lokr", 32, 16, 8, 8)
     assert adapter.text_encoders and config.train.precision == "bf16"
+    assert adapter.text_encoder_lr is None and "one learning rate for all" in draft.became["text_encoder_lr"]
     assert config.optimizer.kind == "prodigy" and config.optimizer.lr == 1.0 and config.optimizer.d_coef == 2
     assert config.lr_schedule.kind == "cosine" and config.lr_schedule.warmup_steps == 100
     assert any("the warm-up was over after 100 / N steps" in note for note in draft.notes)

@@ -28,7 +28,7 @@ from trainer.importing.kohya_training import (
 )
 
 _USUAL_STEPS = 1600  # of sd-scripts
-_IDLE = "has no effect"
+_IDLE = ("has no effect", "must be left out")
 _ORDER = (
     "run", "launch", "model", "data", "captions", "trainable", "adapter", "train", "objective", "optimizer",
     "lr_schedule", "checkpoint", "validation", "samples", "memory",
@@ -217,7 +217,9 @@ def _drop_what_does_nothing(draft: Draft) -> None:
         if not problems:
             return
         problem = problems[0]
-        idle = next((key for key in problem.keys if _IDLE in problem.text and _remove(draft, key)), None)
+        idle = next(
+            (key for key in problem.keys if any(rule in problem.text for rule in _IDLE) and _remove(draft, key)), None
+        )
         if idle is None:
             raise UserError(f"{_options_of(draft, '.'.join(map(str, problem.keys[0])))}: {problem.text}")
         name, rule = ".".join(map(str, idle)), problem.text.partition(": ")[2]

@@ -48,6 +48,9 @@ def _found_lr(config: Config) -> Iterator[Problem]:
         for key in (f"trainable.{name}.lr_scale", f"trainable.{name}.layer_decay"):
             if is_given(config, key):
                 yield clash(config, (key, _KIND), "must be left out; this kind finds one learning rate for all weights")
+    if config.adapter.text_encoder_lr not in (None, lr):
+        rule = "must be left out; this kind finds one learning rate for all weights"
+        yield clash(config, ("adapter.text_encoder_lr", _KIND), rule)
 
 
 def _schedule_free(config: Config) -> Iterator[Problem]:
