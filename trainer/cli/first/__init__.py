@@ -1,0 +1,1 @@
+"""The first configuration of somebody who has a model and images."""
