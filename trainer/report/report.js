@@ -150,6 +150,7 @@ function charts() {
     chart("Validation loss", lines(/^validation(?:_(.+))?\/loss$/, (match) => match[1] || "live"), { log: true }),
     chart("Validation loss by timestep, % of the first", relative(lines(/^validation(?:_[\w-]+)?\/loss_t(\d+)$/, (match) => `t ${match[1]}`))),
     chart("Learning rate", lines(/^train\/(lr.*)$/), { zero: true }),
+    chart("What the optimizer found", lines(/^train\/(d|effective_lr)$/), { log: true }),
     chart("Gradient norm", lines(/^train\/(grad_norm)$/), { smooth: true, log: true }),
     chart("Images per second", lines(/^train\/(images_per_s)$/), { smooth: true, zero: true }),
     chart("Seconds of a step", lines(/^train\/(step_s|data_wait_s)$/), { smooth: true, zero: true }),
