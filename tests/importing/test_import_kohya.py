@@ -161,6 +161,8 @@ echo done
     assert draft.sections["model"]["path"] == "/models/my base.safetensors"
     assert draft.sections["optimizer"] == {"lr": 1e-5, "kind": "adamw_8bit"}
     assert draft.sections["data"]["sources"][0]["path"] == "/data/my images"
+    draft = imported("--pretrained_model_name_or_path=$MODEL --train_data_dir=d")
+    assert draft.notes[0].startswith("--pretrained_model_name_or_path $MODEL: $MODEL is set nowhere in the script")
 
 
 def test_toml_of_arguments_and_of_the_data_set(tmp_path: Path) -> None:

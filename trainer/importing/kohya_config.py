@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from trainer.importing.kohya_training import (
 )
 
 _USUAL_STEPS = 1600  # of sd-scripts
+_VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?")
 _IDLE = ("has no effect", "must be left out")
 _ORDER = (
     "run", "launch", "model", "data", "captions", "trainable", "adapter", "train", "objective", "optimizer",
@@ -89,6 +91,11 @@ def import_options(given: Mapping[str, Any], command: Command, accelerate: Path 
     draft.leave("config_file", "its options are taken as if they stood in the command")
     _drop_what_does_nothing(draft)
     draft.finish()
+    for option, value in given.items():
+        if isinstance(value, str) and (found := _VARIABLE.search(value)):
+            draft.notes.insert(
+                0, f"--{option} {value}: {found[0]} is set nowhere in the script; put in what it stands for"
+            )
     draft.sections = {name: draft.sections[name] for name in _ORDER if name in draft.sections}
     return draft
 
