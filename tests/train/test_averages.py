@@ -214,7 +214,7 @@ def test_text_encoders_and_frozen_weights(configured: Callable[..., Config], mod
     watched_run(config)
     checkpoint = checkpoint_dir(config.run.dir, 4)
     for folder, file in WEIGHTS_FILES.items():
-        if folder == "adapter":
+        if folder in ("adapter", "new_tokens"):
             continue
         average, live = load_file(checkpoint / f"{folder}_short" / file), load_file(checkpoint / folder / file)
         assert average.keys() == live.keys()
