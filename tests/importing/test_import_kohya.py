@@ -138,6 +138,15 @@ def test_every_option_is_known_and_told() -> None:
             assert draft.became.get(name), name
 
 
+def test_latents_that_are_there_are_flipped_where_both_sides_are_stored(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(b"")
+    options = f"{COMMON.replace('images', str(tmp_path))} --flip_aug --random_crop --max_train_steps 10"
+    draft = imported(options)
+    config = config_of(draft)
+    assert config.data.mode == "latents" and config.data.augment.flip_probability == 0.5
+    assert "not cropped anew" in draft.became["random_crop"]
+
+
 def test_scripts_as_people_keep_them(tmp_path: Path) -> None:
     text = """#!/bin/bash
 export OMP_NUM_THREADS=4

@@ -40,7 +40,7 @@ def data_of(draft: Draft, dataset: Mapping[str, Any] | None) -> None:
     draft.put("data.sources", sources, *_OF_SOURCES)
     _buckets(draft, merged)
     _captions(draft, merged, sources)
-    _modes(draft, merged)
+    _modes(draft, merged, of_latents=any("latents" in source for source in sources))
     if "prior_loss_weight" in merged and any(source.get("prior") for source in sources):
         draft.put("objective.loss_weights.prior", float(merged["prior_loss_weight"]), "prior_loss_weight")
     if any("masks" in source for source in sources):
@@ -191,17 +191,22 @@ def _captions(draft: Draft, merged: Mapping[str, Any], sources: list[dict[str, A
         draft.put("captions.chunks", "kohya")
 
 
-def _modes(draft: Draft, merged: Mapping[str, Any]) -> None:
+def _modes(draft: Draft, merged: Mapping[str, Any], *, of_latents: bool) -> None:
     if draft.take("vae_batch_size"):
         draft.put("data.vae_batch_size", draft.take("vae_batch_size"), "vae_batch_size")
     augments = {"flip_aug": "flip_probability", "random_crop": "random_crop"}
     wanted = [name for name in augments if merged.get(name)]
+    if of_latents:  # of which both sides may be stored; crops are made
+        draft.leave("random_crop", "latents are there already, and are not cropped anew")
+        if "flip_aug" in wanted:
+            draft.put("data.augment.flip_probability", 0.5, "flip_aug")
+        wanted = []
     for name in wanted:
         draft.put(f"data.augment.{augments[name]}", 0.5 if name == "flip_aug" else True, name)
     if wanted:
         draft.put("data.mode", "images", *wanted)
         draft.notes.append(f"{', '.join(wanted)}: images are encoded anew at each visit (data.mode: images), which "
-                           "costs about a tenth of a step; without it latents are stored once")  # fmt: skip
+                           "costs time in each step; without it latents are stored once")  # fmt: skip
     else:
         for name in ("cache_latents", "cache_latents_to_disk"):
             draft.leave(name, "latents are always stored once, on disk (data.mode)")

@@ -1,6 +1,6 @@
 """The options of sd-scripts' `sdxl_train.py` and `sdxl_train_network.py`: types, and why some become nothing here.
 
-Names, types and defaults are those of sd-scripts 0.9 and 0.10 (2025).
+Names, types and defaults are those of sd-scripts in February 2026.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,16 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def _small(file: Path) -> str | None:
+    """An image, small; None of what is none. A page that is asked for anew makes no image twice."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return _made_small(file, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=2 * _SAMPLE_STEPS * _SAMPLE_IMAGES)
+def _made_small(file: Path, size: int, mtime_ns: int) -> str | None:
     from PIL import Image
 
     from trainer.guards import DEFAULT_LIMITS
