@@ -35,6 +35,8 @@ from statistics import linear_regression, median
 import psutil
 from safetensors.torch import load_file
 
+from trainer.parallel.worker import process_name
+
 ROOT = Path(__file__).parent.parent
 EVENTS = "events.txt"
 KINDS = {"kill a worker": 6, "kill all workers": 2, "kill the command": 2, "stop a worker": 2, "damage": 1}
@@ -94,7 +96,7 @@ class Command:
             children = psutil.Process(self.process.pid).children()
         except psutil.NoSuchProcess:
             return []
-        return [child for child in children if _environment(child).get("RANK", "").isdigit()]
+        return [child for child in children if _name(child).removeprefix(process_name(0)[:-1]).isdigit()]
 
     def step(self) -> int:
         """By the records of the run."""
@@ -114,11 +116,11 @@ class Command:
             return 0
 
 
-def _environment(process: psutil.Process) -> dict[str, str]:
+def _name(process: psutil.Process) -> str:
     try:
-        return process.environ()
+        return process.name()
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-        return {}
+        return ""
 
 
 def disturb(command: Command, kind: str, rng: random.Random, measured: Measured) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from trainer.parallel import launch, stop_signals
 from trainer.parallel.launch import WorkersResult, run_workers
+from trainer.parallel.worker_template import WorkerTemplate
 
 HERE = Path(__file__).parent
 LONG_S = 120  # for what takes a moment, on a machine that has other work
@@ -21,9 +22,31 @@ ENV = {name: value for name, value in os.environ.items() if not name.endswith("_
 ENV["PYTHONPATH"] = str(HERE.parents[1])
 
 
+@pytest.fixture(autouse=True, params=["started", "forked"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each worker a new process, or a fork of a template that has imported the trainer's modules."""
+    monkeypatch.setitem(ENV, "WAY", request.param)
+    return request.param
+
+
 def run(mode: str, folder: Path, workers: int = 3, gpu: bool = False, **env: str) -> WorkersResult:
-    argv = [sys.executable, str(HERE / "worker_script.py"), mode, str(folder)]
-    return run_workers(argv, workers=workers, log_dir=folder, env={**ENV, **env}, threads=1, gpu=gpu)
+    argv, env = worker_command(mode, folder), {**ENV, **env}
+    with template() as of:
+        return run_workers(argv, workers=workers, log_dir=folder, env=env, threads=1, gpu=gpu, template=of)
+
+
+@contextmanager
+def template() -> Iterator[WorkerTemplate | None]:
+    if ENV["WAY"] == "started":
+        yield None
+        return
+    with WorkerTemplate(["trainer.parallel.worker", "no.such.module"], str(HERE.parents[1])) as found:
+        yield found
+
+
+def worker_command(mode: str, folder: Path) -> list[str]:
+    code = f"import runpy; runpy.run_path({str(HERE / 'worker_script.py')!r}, run_name='__main__')"
+    return [sys.executable, "-c", code, mode, str(folder)]
 
 
 def note(folder: Path, rank: int) -> object:
@@ -229,7 +252,7 @@ def test_workers_end_with_the_parent_even_without_the_sentinel(tmp_path: Path) -
     with parent("deaf", tmp_path, 2) as process:
         pids = worker_and_child_pids(tmp_path, 2)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii").split()
-        (sentinel,) = {int(pid) for pid in children} - set(pids)
+        (sentinel,) = [int(pid) for pid in children if b"sentinel" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(sentinel, signal.SIGKILL)
         process.kill()
         try:
@@ -237,6 +260,46 @@ def test_workers_end_with_the_parent_even_without_the_sentinel(tmp_path: Path) -
         finally:
             for pid in pids[1::2]:
                 os.kill(pid, signal.SIGKILL)
+
+
+def test_forks_of_one_template_share_it_over_starts(tmp_path: Path, way: str) -> None:
+    """Also after it was killed, and with another environment: then there is a new one."""
+    if way == "started":
+        pytest.skip("no template")
+    code = "import os, sys; open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(str(id(sys.modules)))"
+    found, gone = list[str](), []
+    with template() as of:
+        assert of is not None
+        for number, env in enumerate((ENV, ENV, ENV, {**ENV, "OTHER": "1"})):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            argv = [sys.executable, "-c", f"VALUE = {number}; {code}", str(folder)]
+            result = run_workers(argv, workers=2, log_dir=tmp_path, env=env, threads=1, gpu=False, template=of)
+            assert result == WorkersResult(0, (0, 0), None, None)
+            found += [(folder / "0").read_text(), (folder / "1").read_text()]
+            gone.append(of.process_id)
+            if number == 1:
+                os.kill(of.process_id, signal.SIGKILL)
+    assert gone[0] == gone[1] and len(set(gone)) == 3
+    assert len(set(found[:4])) == 1, "the same objects at the same places"
+    assert alive(gone) == []
+
+
+def test_a_stop_while_the_template_imports_ends_the_command(tmp_path: Path, way: str) -> None:
+    if way == "started":
+        pytest.skip("no template")
+    (tmp_path / "long_import.py").write_text(
+        "import pathlib, time\npathlib.Path(__file__ + '.on').touch()\ntime.sleep(99)"
+    )
+    code = "import sys; from parent_script import launch; launch('long_import')"
+    env = {**ENV, "PYTHONPATH": f"{ENV['PYTHONPATH']}:{HERE}:{tmp_path}"}
+    argv = [sys.executable, "-c", code, "steps", str(tmp_path), "2"]
+    with subprocess.Popen(argv, env=env, start_new_session=True) as process:
+        until((tmp_path / "long_import.py.on").exists)
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LONG_S) == 128 + signal.SIGTERM
+        assert time.monotonic() - begin < 5
 
 
 def test_launching_needs_no_torch() -> None:

@@ -24,6 +24,7 @@ from trainer.host.watch import HostWatch, WatchSettings
 from trainer.parallel.launch import FLIGHT_RECORDS, Wish, WorkersResult, run_workers
 from trainer.parallel.supervise import Attempts, Verdict, judge
 from trainer.parallel.worker import CORES, MEMORY_ATTEMPT, RESTARTS
+from trainer.parallel.worker_template import WorkerTemplate
 
 EVENTS = "events.txt"
 _TASKS_WITH_A_PLAN = ("train", "bench", "bench_optimizer")  # which plan with less when they are started again
@@ -31,6 +32,16 @@ _TASKS_WITH_A_PLAN = ("train", "bench", "bench_optimizer")  # which plan with le
 # the path is the current directory's, where a folder of somebody else's may be called `trainer`.
 _OURS = str(Path(__file__).parents[2])
 _WORKER = f"import sys; sys.path[0] = {_OURS!r}; from trainer.cli.tasks import main; main()"
+# What takes long to import, of each task.
+_MODEL = ("torch.utils.checkpoint", "transformers.models.clip.modeling_clip", "trainer.measure.progress")
+_IMPORTS = {
+    "train": (*_MODEL, "trainer.train.loop"),
+    "prepare": (*_MODEL, "diffusers.models.autoencoders.autoencoder_kl", "trainer.train.workers.prepare_worker"),
+    "bench": (*_MODEL, "trainer.train.workers.bench_worker"),
+    "bench_optimizer": (*_MODEL, "trainer.train.workers.optimizer_worker"),
+    "evaluate": (*_MODEL, "trainer.train.workers.eval_worker"),
+    "sample": (*_MODEL, "trainer.train.workers.eval_worker"),
+}
 _GIB = 1 << 30
 _MEMORY_BACK_S = 50.0  # for the driver to take back what dead workers held
 _LITTLE_MIB = 512
@@ -56,11 +67,14 @@ def keep_running(
         note_crew(config, crew)
         _forget_flight_records(out_dir / "logs")
     used_before_mib = _used_mib(crew) if trains else {}
-    with HostWatch(_watch_settings(config, out_dir, crew, trains), lambda line: _tell(out_dir, line)) as watch:
+    with (
+        WorkerTemplate(_IMPORTS[task], _OURS) as template,
+        HostWatch(_watch_settings(config, out_dir, crew, trains), lambda line: _tell(out_dir, line)) as watch,
+    ):
         while True:
             resolved = write_resolved(config_of(config, crew), out_dir, started_ns)
             started_ns = resolved.stat().st_mtime_ns
-            result = _attempt(task, config, crew, attempts, watch, resolved, options, **launch)
+            result = _attempt(task, config, crew, attempts, watch, template, resolved, options, **launch)
             fewer = False
             if trains:
                 crew, fewer = _choose_crew(config, crew, result, watch, out_dir)
@@ -88,6 +102,7 @@ def _attempt(
     crew: Crew,
     attempts: Attempts,
     watch: HostWatch,
+    template: WorkerTemplate,
     resolved: Path,
     options: Mapping[str, object],
     **launch: str,
@@ -109,6 +124,7 @@ def _attempt(
         gpu=crew.gpu,
         look=look,
         own_env=_own_env(config, crew),
+        template=template,
         **launch,
     )
 

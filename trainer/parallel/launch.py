@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import IO
 
 from trainer.parallel import sentinel, worker
 from trainer.parallel.environment import threads_per_worker
 from trainer.parallel.failure import Failure, failure_path, first_cause, oom_kills, read_failure, silent_failure
 from trainer.parallel.heartbeat import Beat, beat_path, find_late, is_stopped, read_beat
 from trainer.parallel.stop_signals import StopSignals, noted_signals
+from trainer.parallel.worker_template import Adopted, WorkerTemplate, reap_group
 
 POLL_S = 0.05
 GRACE_S = 5.0
@@ -68,7 +70,7 @@ class Wish:
 @dataclass
 class _Worker:
     rank: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Adopted
     log: Path | None
     log_start: int
 
@@ -98,6 +100,7 @@ def run_workers(
     stop_notice: str = "finishing the step and saving; once more ends at once, without saving",
     look: Callable[[Sequence[int], int], Wish | None] = lambda process_ids, steps_taken: None,
     own_env: Sequence[Mapping[str, str]] = (),
+    template: WorkerTemplate | None = None,
 ) -> WorkersResult:
     """Run `workers` processes of the command `argv` until all have ended. Call it from the main thread.
 
@@ -115,6 +118,7 @@ def run_workers(
         look: called every `LOOK_S` seconds with the workers' process ids and the steps that they have taken; must
             return at once.
         own_env: of each worker, before that of all; or of none.
+        template: of which the workers are forks, where it can be had; `argv` is then [python, "-c", code, ...].
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     for rank in range(workers):
@@ -124,7 +128,11 @@ def run_workers(
     started: list[_Worker] = []
     with noted_signals() as signals, _sentinel() as guard:
         try:
-            _start(started, argv, log_dir, [{**shared, **own} for own in own_env or [{}] * workers], guard)
+            environments = [{**shared, **own} for own in own_env or [{}] * workers]
+            if template is not None and not template.await_ready(shared, lambda: signals.first is not None):
+                template = None
+            if signals.first is None:
+                _start(started, argv, log_dir, environments, guard, template)
             ending = _watch(started, log_dir, signals, stop_notice, look)
         finally:
             sentinel.end_groups([w.process.pid for w in started], lambda: _reap(started))
@@ -186,6 +194,7 @@ def _start(
     log_dir: Path,
     environments: Sequence[Mapping[str, str]],
     guard: subprocess.Popen[bytes],
+    template: WorkerTemplate | None,
 ) -> None:
     """Start all ranks; those started are in `started` even when a later one cannot be."""
     # Rank 0 takes this socket over for its store: the port is never free for somebody else to take.
@@ -198,18 +207,27 @@ def _start(
             path = log_dir / f"rank-{rank}.log" if rank else None
             with contextlib.ExitStack() as stack:
                 log = stack.enter_context(path.open("ab")) if path else None
-                process = subprocess.Popen(
-                    argv,
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(listener.fileno(),) if worker.STORE_FD in env else (),
-                    # Its own session: Ctrl-C in the terminal reaches this process only, and the group can be killed.
-                    start_new_session=True,
-                )
+                handed = listener.fileno() if worker.STORE_FD in env else None
+                process = template and template.fork(argv, env, log and log.fileno(), handed)
+                if process is None:
+                    template, process = None, _new_process(argv, env, log, handed)
                 started.append(_Worker(rank, process, path, log.tell() if log else 0))
             _tell(guard, f"+{process.pid}\n")
+
+
+def _new_process(
+    argv: Sequence[str], env: Mapping[str, str], log: IO[bytes] | None, handed: int | None
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        argv,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        pass_fds=() if handed is None else (handed,),
+        # Its own session: Ctrl-C in the terminal reaches this process only, and the group can be killed.
+        start_new_session=True,
+    )
 
 
 def _watch(
@@ -304,6 +322,7 @@ def _reap(started: Sequence[_Worker]) -> None:
     for w in started:
         with contextlib.suppress(subprocess.TimeoutExpired):
             w.process.wait(timeout=1.0)
+            reap_group(w.process.pid)
 
 
 def _note_death(ending: _Ending, w: _Worker, code: int, log_dir: Path) -> None:
@@ -338,7 +357,7 @@ def _result(
         failure = None  # the lost peer had not come far enough to save, and ended at the signal
     if failure is not None:
         return WorkersResult(failure.exit_code, codes, failure, stopped_by)
-    clean = all(code == 0 for code in codes)
+    clean = bool(codes) and all(code == 0 for code in codes)
     return WorkersResult(0 if clean else 128 + (stopped_by or signal.SIGKILL), codes, None, stopped_by)
 
 

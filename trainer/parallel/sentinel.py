@@ -18,7 +18,7 @@ def end_groups(leaders: Collection[int], reap: Callable[[], None] = lambda: None
     """Kill each worker and what is left of its children.
 
     The pause lets multiprocessing's resource tracker, which ignores SIGTERM, remove shared memory first. `reap` is
-    called once the workers themselves are dead: an unreaped worker would keep its group in existence.
+    called while the workers and their children die: unreaped ones would keep their group in existence.
     """
     for leader in leaders:
         _signal_group(leader, signal.SIGTERM)
@@ -28,6 +28,7 @@ def end_groups(leaders: Collection[int], reap: Callable[[], None] = lambda: None
     deadline = time.monotonic() + GRACE_S
     while any(_signal_group(leader, 0) for leader in leaders) and time.monotonic() < deadline:
         time.sleep(0.02)
+        reap()
     for leader in leaders:
         _signal_group(leader, signal.SIGKILL)
 

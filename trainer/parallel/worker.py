@@ -30,7 +30,7 @@ MEMORY_ATTEMPT = "SDXL_TRAIN_MEMORY_ATTEMPT"
 RESTARTS = "SDXL_TRAIN_RESTARTS"
 DUMP_SIGNAL = signal.SIGUSR1
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 def run_worker(body: Callable[[Callable[[], bool]], None]) -> None:
@@ -40,7 +40,11 @@ def run_worker(body: Callable[[Callable[[], bool]], None]) -> None:
         body: gets `stop_requested`, to be asked between steps; when it says yes, save and return. Import torch
             inside, not before.
     """
-    _die_with_parent()
+    if PARENT_PID in os.environ:
+        die_with(int(os.environ[PARENT_PID]))
+    if STORE_FD in os.environ:
+        os.set_inheritable(int(os.environ[STORE_FD]), False)
+    _take_name()
     _stay_on_cores()
     faulthandler.enable()
     _dump_stacks_when_asked()
@@ -129,15 +133,21 @@ def _stay_on_cores() -> None:
             os.sched_setaffinity(0, {int(cpu) for cpu in chosen.split(",")})
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when the one that launched it ends; nothing to do when nobody did."""
-    parent = os.environ.get(PARENT_PID)
-    if parent is None:
-        return
+def _take_name() -> None:
+    """In `top` and `ps -o comm`."""
+    if sys.platform == "linux" and PARENT_PID in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NAME, process_name(int(os.environ["RANK"])).encode(), 0, 0, 0)
+
+
+def process_name(rank: int) -> str:
+    """What the kernel calls worker `rank` of a launch."""
+    return f"sdxl-train-{rank}"
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which launched it, ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # The parent may have ended before the line above.
-    if os.getppid() != int(parent):
+    if os.getppid() != parent:
         os._exit(1)
-    if STORE_FD in os.environ:
-        os.set_inheritable(int(os.environ[STORE_FD]), False)
