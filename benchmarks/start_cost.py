@@ -37,6 +37,18 @@ def wait_for_steps(run_dir: Path, count: int, process: "subprocess.Popen[bytes]"
     raise SystemExit(f"no step in {_LONG_S:.0f} s")
 
 
+def wait_for_restart(run_dir: Path, process: "subprocess.Popen[bytes]") -> None:
+    """Until a step is taken after the line that tells of the fault."""
+    events, metrics = run_dir / "events.txt", run_dir / "metrics.jsonl"
+    while not (events.exists() and "starting again" in events.read_text()):
+        time.sleep(0.02)
+    size = metrics.stat().st_size
+    while metrics.stat().st_size <= size:  # the records of steps to be taken anew are cut off first
+        size = min(size, metrics.stat().st_size)
+        assert process.poll() is None, "the run ended"
+        time.sleep(0.02)
+
+
 def tree(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
     """The command and all that it has started."""
     root = psutil.Process(process.pid)
@@ -95,11 +107,10 @@ def main() -> None:
             found = tree(process)
             print(f"memory (PSS)            {pss_bytes(found) / 1e9:7.2f} GB in {len(found)} processes")
             victim = next(each for each in found if each.name() == process_name(arguments.workers - 1))
-            steps = (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
             before = cpu_seconds(found)
             victim.send_signal(signal.SIGKILL)
             begin = time.monotonic()
-            _wait_for_new_lines(run_dir, steps, process)
+            wait_for_restart(run_dir, process)
             seconds = time.monotonic() - begin
             cpu = cpu_seconds(tree(process)) - before
             print(f"step after a kill after {cpu:7.1f} CPU s {seconds:7.1f} s")
