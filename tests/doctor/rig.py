@@ -23,6 +23,8 @@ from trainer.host.card_readings import Card
 
 GIB = 1 << 30
 CARDS = 4
+READ, FLUSH = ReadFacts(2.9e9, 12_000, 0.0009, is_cached=False), FlushFacts(1.4e9, 0.0011, 0.0024, 100)
+LIMITS, SOFTWARE = LimitFacts(1024, 8 << 20, has_rdma=False), SoftwareFacts("6.8.0", "2.13.0+cu126", "12.6")
 CPUINFO = """\
 processor\t: 0
 vendor_id\t: AuthenticAMD
@@ -45,12 +47,14 @@ class Rig:
     details: list[dict[str, Any]] = field(default_factory=list)
     loaded: list[dict[str, Any]] = field(default_factory=list)
     copies: dict[str, bool] = field(default_factory=dict)
-    read: ReadFacts = ReadFacts(2.9e9, 12_000, 0.0009, is_cached=False)
-    flush: FlushFacts = FlushFacts(1.4e9, 0.0011, 0.0024, 100)
-    limits: LimitFacts = LimitFacts(1024, 8 << 20, has_rdma=False)
-    software: SoftwareFacts = SoftwareFacts("6.8.0", "2.13.0+cu126", "12.6")
+    read: ReadFacts = READ
+    flush: FlushFacts = FLUSH
+    limits: LimitFacts = LIMITS
+    software: SoftwareFacts = SOFTWARE
     bus_bytes_per_s: float = 10e9
     stalls: int = 0
+    load: float = 0.5
+    tail: float = 1.2  # p99 over median
 
     def __post_init__(self) -> None:
         uuids = [f"GPU-{number}{number}{number}{number}" for number in range(CARDS)]
@@ -87,6 +91,7 @@ class Rig:
         """/proc and /sys below `root`, and the file that stands for the driver."""
         write_host(root / "sys", cores=16, per_domain=4, nodes=self.nodes)
         _write(root / "proc" / "cpuinfo", CPUINFO)
+        _write(root / "proc" / "loadavg", f"{self.load} 0.40 0.30 1/900 4242\n")
         total = 2 << 20
         _write(
             root / "proc" / "meminfo",
@@ -145,7 +150,10 @@ class Rig:
         cards = cards_facts(details, bus, has_driver=True)
         readings = [[Card(**each) for each in self.loaded]]
         memory = replace(read_host_memory(root), shm_total=8 * GIB, shm_free=self.shm_free)
-        sizes = [SizeFacts(size, 100, t := 1.5 * size / self.bus_bytes_per_s, 1.2 * t, self.stalls, CARDS) for size in SIZES]
+        sizes = [
+            SizeFacts(size, 100, t := 1.5 * size / self.bus_bytes_per_s, self.tail * t, self.stalls, CARDS)
+            for size in SIZES
+        ]
         place = PlaceFacts(Path("data"), Path("data"), "ext4", False, int(900e9))
         return Facts(
             CARDS,

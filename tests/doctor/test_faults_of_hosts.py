@@ -117,6 +117,16 @@ def slow_wire(rig: Rig) -> None:
     rig.bus_bytes_per_s = 1.2e9
 
 
+def busy(rig: Rig) -> None:
+    """What is slow may be the others' doing."""
+    slow_wire(rig)
+    rig.load = 30.0
+
+
+def stalls(rig: Rig) -> None:
+    rig.stalls, rig.tail = 5, 8.0
+
+
 @pytest.mark.parametrize(
     ("plant", "expected"),
     [
@@ -145,6 +155,8 @@ def slow_wire(rig: Rig) -> None:
         (sleepy, {"SATA links": "warn"}),
         (few_files, {"open files": "warn"}),
         (slow_wire, {f"all-reduce {size} MiB": "fail" for size in (16, 64, 256)}),
+        (busy, {"load": "warn", **{f"all-reduce {size} MiB": "warn" for size in (16, 64, 256)}}),
+        (stalls, {f"all-reduce {size} MiB": "warn" for size in (16, 64, 256)}),
     ],
 )
 def test_a_planted_fault_is_found_and_nothing_else(

@@ -13,8 +13,8 @@ _ROOT = Path("/")
 _ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _GENERATIONS = {"2.5": 1, "5.0": 2, "8.0": 3, "16.0": 4, "32.0": 5, "64.0": 6}  # GT/s of a lane
 _NVIDIA, _DISPLAY, _BRIDGE = "0x10de", "0x03", "0x0604"
-# As in Linux's include/uapi/linux/pci_regs.h: PCI_EXT_CAP_ID_ACS, and of its control register PCI_ACS_RR and PCI_ACS_CR,
-# which send what is meant for a neighbour up to the root.
+# As in Linux's include/uapi/linux/pci_regs.h: PCI_EXT_CAP_ID_ACS, and of its control register PCI_ACS_RR and
+# PCI_ACS_CR, which send what is meant for a neighbour up to the root.
 _ACS, _REDIRECTS, _FIRST_EXTENDED = 0x000D, 0x0004 | 0x0008, 0x100
 
 

@@ -1,5 +1,6 @@
 """What a folder's disk is, and how fast it reads, writes and flushes. Nothing that is written has a name or stays."""
 
+import errno
 import mmap
 import os
 import random
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from trainer.doctor.kernel_files import number_of, text_of
 
@@ -33,7 +35,7 @@ class PlaceFacts:
     Attributes:
         folder: that was asked for; `measured` is the nearest one above it that is there.
         filesystem: such as `ext4`; "" where the kernel does not tell.
-        rotates: whether it is a hard disk; None: no disk of this host, or not known.
+        rotates: whether it is a hard disk; None: no disk of this host, a virtual one, or not known.
         free: bytes that this user may still write.
     """
 
@@ -90,10 +92,9 @@ def read_place(folder: Path, root: Path = Path("/")) -> PlaceFacts:
     device = place.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     block = root / "sys" / "dev" / "block" / number
-    # A partition has its disk's properties in the folder above.
-    rotates = number_of(block / "queue" / "rotational")
-    if rotates is None and (block / "partition").exists():
-        rotates = number_of(block.resolve().parent / "queue" / "rotational")
+    # A partition has its disk's properties in the folder above. A virtual disk does not know what is below it.
+    disk = block.resolve().parent if (block / "partition").exists() else block.resolve()
+    rotates = None if disk.name.startswith(("vd", "xvd")) else number_of(disk / "queue" / "rotational")
     return PlaceFacts(
         folder,
         place,
@@ -157,15 +158,25 @@ def _sample(folder: Path, tick: Callable[[str], None]) -> Iterator[int | None]:
     if os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize < _SPARE * SAMPLE_BYTES:
         yield None
         return
-    try:
-        file = tempfile.TemporaryFile(dir=folder)
-    except OSError:
+    if (file := _nameless(folder)) is None:
         yield None
         return
     with file:
         tick("writing what will be read")
         _write_until(file.fileno(), SAMPLE_BYTES, time.monotonic() + 3 * _WRITE_S)
         yield file.fileno()
+
+
+def _nameless(folder: Path) -> IO[bytes] | None:
+    """A file that is gone as soon as it is closed; None where none may be made."""
+    try:
+        return tempfile.TemporaryFile(dir=folder)
+    except PermissionError:
+        return None
+    except OSError as error:
+        if error.errno == errno.EROFS:
+            return None
+        raise
 
 
 def _largest_file(folder: Path) -> Path | None:
@@ -244,9 +255,7 @@ def measure_flushing(folder: Path, tick: Callable[[str], None] = lambda told: No
     room = os.statvfs(folder)
     if room.f_bavail * room.f_frsize < _SPARE * SAMPLE_BYTES:
         return None
-    try:
-        file = tempfile.TemporaryFile(dir=folder)
-    except OSError:
+    if (file := _nameless(folder)) is None:
         return None
     with file:
         tick("flushing")

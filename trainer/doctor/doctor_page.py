@@ -97,7 +97,9 @@ def _machine(facts: Facts) -> str:
     processor, exchange, details = facts.processor, facts.exchange, facts.cards.details
     words = []
     if exchange:
-        words.append(f"{exchange.workers} workers over {exchange.backend}{' ' + exchange.nccl if exchange.nccl else ''}")
+        words.append(
+            f"{exchange.workers} workers over {exchange.backend}{' ' + exchange.nccl if exchange.nccl else ''}"
+        )
     if facts.cards.cards:
         names = sorted({card.detail.name for card in facts.cards.cards})
         words.append(f"{len(facts.cards.cards)} x {', '.join(names)}")

@@ -139,7 +139,10 @@ def measure(
 
 
 def _tried(
-    name: str, ask: Callable[[Path, Callable[[str], None]], _Found | None], place: PlaceFacts, tick: Callable[[str], None]
+    name: str,
+    ask: Callable[[Path, Callable[[str], None]], _Found | None],
+    place: PlaceFacts,
+    tick: Callable[[str], None],
 ) -> tuple[_Found | None, tuple[tuple[str, str], ...]]:
     """What a disk shows; or how it failed, which is a finding as well."""
     try:
@@ -174,6 +177,17 @@ def _exchange(facts: Facts, workers: Workers, tick: Callable[[str], None], env: 
 def judge(facts: Facts) -> list[Finding]:
     """Everything that is to be said of the machine, in the page's order."""
     cards = len(facts.cards.cards)
+    speeds = [
+        *judge_reading(facts.data, facts.read, measured=not facts.is_quick),
+        *judge_flushing(facts.run, facts.flush),
+        *judge_memory_speed(facts.memory_speed, facts.processor, cards=cards),
+        *judge_exchange(facts.exchange, facts.cards),
+    ]
+    if facts.processor.is_busy:
+        # Others may be what is slow; but what could not be done at all has no number.
+        speeds = [
+            replace(each, level="warn") if each.level == "fail" and each.value is not None else each for each in speeds
+        ]
     return [
         *judge_software(facts.software),
         *judge_cards(facts.cards, facts.software),
@@ -181,9 +195,6 @@ def judge(facts: Facts) -> list[Finding]:
         *judge_processor(facts.processor, facts.workers, cards=cards),
         *judge_memory(facts.memory, facts.workers, cards=cards),
         *judge_limits(facts.limits),
-        *judge_reading(facts.data, facts.read, measured=not facts.is_quick),
-        *judge_flushing(facts.run, facts.flush),
         *(judge_trouble(name, error) for name, error in facts.troubles),
-        *judge_memory_speed(facts.memory_speed, facts.processor, cards=cards),
-        *judge_exchange(facts.exchange, facts.cards),
+        *speeds,
     ]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
-from trainer.parallel.comm import Comm, close, gather_objects, init_comm
+from trainer.parallel.comm import Comm, broadcast_object, close, gather_objects, init_comm
 from trainer.parallel.worker import run_worker
 
 _MIB = 1 << 20
@@ -19,6 +20,7 @@ _COPY_BYTES = 256 * _MIB
 _COPY_S = 2.0  # long enough for a card to leave its power saving, and for its readings to be taken
 _PROBE_BYTES = 16 * _MIB
 _SLICE = 8  # exchanges between two looks at the clock
+_BUDGET_S = 20.0  # of all sizes; larger ones are left out where they would take longer, as on a machine that is busy
 
 
 def main() -> None:
@@ -47,12 +49,19 @@ def _measure(comm: Comm, sizes: Sequence[int], per_size_s: float, said: Path) ->
         gather_objects(comm, None)  # all at once, as in a run
         cards = gather_objects(comm, _copy_speeds(comm.device))
     copies = _copies_between_cards() if on_cards and comm.rank == 0 and torch.cuda.device_count() > 1 else None
-    by_size = []
+    by_size: list[object] = []
+    began, each_s, last = time.perf_counter(), 0.0, 0
     for size in sizes if comm.world > 1 else ():
+        # By worker 0's word, or one would wait for exchanges that another has left out.
+        expected_s = (_WARM_UP + _FEWEST) * each_s * size / max(last, 1)
+        if broadcast_object(comm, time.perf_counter() - began + expected_s > _BUDGET_S):
+            break
         say(f"all-reduce of {size // _MIB} MiB")
-        by_size.append([size, gather_objects(comm, _all_reduce(comm, size, per_size_s))])
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if on_cards and dist.is_nccl_available() else ""
-    return {"sizes": by_size, "cards": cards, "copies": copies, "nccl": nccl}
+        times = _all_reduce(comm, size, per_size_s)
+        by_size.append([size, gather_objects(comm, times)])
+        each_s, last = sorted(times)[len(times) // 2], size
+    version = ".".join(map(str, nccl.version())) if on_cards and dist.is_nccl_available() else ""
+    return {"sizes": by_size, "cards": cards, "copies": copies, "nccl": version}
 
 
 def _all_reduce(comm: Comm, size: int, limit_s: float) -> list[float]:
@@ -62,13 +71,12 @@ def _all_reduce(comm: Comm, size: int, limit_s: float) -> list[float]:
     for _ in range(_WARM_UP):
         _timed(comm, tensor)
     times: list[float] = []
-    began = time.perf_counter()
+    began, many = time.perf_counter(), _FEWEST
     while len(times) < _MOST:
-        times += [_timed(comm, tensor) for _ in range(_SLICE if len(times) >= _FEWEST else _FEWEST)]
-        # All look at one worker's clock, or one would wait for exchanges that another has left out.
-        late = torch.tensor([float(time.perf_counter() - began > limit_s)])
-        dist.broadcast(late, 0)
-        if late.item():
+        times += [_timed(comm, tensor) for _ in range(many)]
+        passed_s = time.perf_counter() - began
+        many = broadcast_object(comm, min(_SLICE, int((limit_s - passed_s) * len(times) / passed_s)))
+        if many < 1:
             break
     return times
 

@@ -15,6 +15,7 @@ from trainer.host.cores import CacheDomain, read_domains
 from trainer.host.process_memory import read_memory
 
 _ROOT = Path("/")
+_BUSY = 0.75  # of the hardware threads
 _MODEL = re.compile(r"^model name\s*:\s*(.+)$", re.MULTILINE)
 _FULL = re.compile(r"^full .*avg60=([0-9.]+)", re.MULTILINE)
 _RELEASE = re.compile(r"\d+(\.\d+)*")
@@ -31,6 +32,7 @@ class ProcessorFacts:
         domains: those of `read_domains`: cores that share a level-3 cache, of what this process may use.
         threads: hardware threads that this process may use.
         is_virtual: the kernel runs in a virtual machine, whose layout need not be that of the hardware.
+        load: how many processes wanted to run, on average of the last minute, before anything was measured.
     """
 
     model: str
@@ -39,6 +41,12 @@ class ProcessorFacts:
     domains: tuple[CacheDomain, ...]
     threads: int
     is_virtual: bool
+    load: float
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether others compute as well, so that what is measured is what they leave."""
+        return self.load > _BUSY * self.threads
 
     @property
     def cores(self) -> int:
@@ -116,7 +124,16 @@ def read_processor(allowed: Collection[int] | None = None, root: Path = _ROOT) -
         domains=tuple(read_domains(allowed, root / "sys")),
         threads=len(allowed),
         is_virtual=re.search(r"^flags\s*:.*\bhypervisor\b", told, re.MULTILINE) is not None,
+        load=_load(root),
     )
+
+
+def _load(root: Path) -> float:
+    words = (text_of(root / "proc" / "loadavg") or "").split()
+    try:
+        return float(words[0]) if words else 0.0
+    except ValueError:
+        return 0.0
 
 
 def read_host_memory(root: Path = _ROOT) -> MemoryFacts:

@@ -15,7 +15,7 @@ def judge_bus(bus: BusFacts, cards: CardsFacts, sata: Sequence[SataPort]) -> lis
 def _iommu(bus: BusFacts) -> Finding:
     """NVIDIA's nccl, issues 841 and 1285: with it off, or passing through, exchange through the host is faster."""
     translated = [slot for slot in bus.slots if slot.iommu == "translated"]
-    why = "else each access of a card to memory is looked up, and peer access may bring wrong data"
+    why = "else each access of a card is looked up, and peer data may be wrong"
     if translated:
         told = f"on, and translates for {len(translated)} of {len(bus.slots)} cards"
         advice = "BIOS: IOMMU off; or iommu=pt on Linux's command line, with which it passes through"
@@ -53,7 +53,9 @@ def _sata(ports: Sequence[SataPort]) -> Finding:
         return absent("disks", "SATA links", "no SATA disk")
     sleepy = [each for each in ports if each.policy not in ("max_performance", "keep_firmware_settings")]
     policies = ", ".join(sorted({each.policy for each in ports}))
-    advice = f"echo max_performance > /sys/class/scsi_host/{sleepy[0].port}/link_power_management_policy" if sleepy else ""
+    advice = (
+        f"echo max_performance > /sys/class/scsi_host/{sleepy[0].port}/link_power_management_policy" if sleepy else ""
+    )
     return Finding(
         "disks",
         "SATA links",

@@ -40,7 +40,9 @@ def _driver(cards: CardsFacts, software: SoftwareFacts) -> Iterator[Finding]:
     details, why = cards.details, "all cards are reached through it"
     if details.is_silent or details.why:
         told = "does not answer" if details.is_silent else details.why
-        advice = "`dmesg | grep -e NVRM -e Xid` says why; restart the machine, and reload the driver first if it lets you"
+        advice = (
+            "`dmesg | grep -e NVRM -e Xid` says why; restart the machine, and reload the driver first if it lets you"
+        )
         yield Finding("cards", "driver", "fail", told, why, advice)
         return
     runs = f", runs CUDA up to {details.cuda[0]}.{details.cuda[1]}" if details.cuda else ""
@@ -98,7 +100,9 @@ def _memory(name: str, card: CardFacts) -> Finding:
     advice = "" if level == "ok" else "end what holds it: `nvidia-smi`, then `kill PID`; or a smaller memory.budget"
     if capability is not None and capability < _BF16:
         level = "warn" if level == "ok" else level
-        old = "; PyTorch's newest builds have nothing for it: take the one for CUDA 12.6" if capability < _OLDEST else ""
+        old = (
+            "; PyTorch's newest builds have nothing for it: take the one for CUDA 12.6" if capability < _OLDEST else ""
+        )
         advice = advice or f"it has no bf16 arithmetic: train with train.precision: fp16 or fp32{old}"
     told = f"{about}: {gib(detail.memory_free)} of {gib(detail.memory_total)} free{by}"
     return Finding("cards", name, level, told, "what a step may take", advice, detail.memory_free / _GIB, "GiB")
@@ -179,8 +183,12 @@ def _judged(link: Link, possible: Link | None, loaded: bool) -> tuple[Level, str
     share = now / possible.gigabytes_per_s
     if share >= 0.99:
         return "ok", ""
-    what = "seat card and riser anew, clean the contacts, look for a slot that shares its lanes" if lanes else (
-        "set the slot's generation in the BIOS to auto or the highest; a riser of an older generation holds it back"
+    what = (
+        "seat card and riser anew, clean the contacts, look for a slot that shares its lanes"
+        if lanes
+        else (
+            "set the slot's generation in the BIOS to auto or the highest; a riser of an older generation holds it back"
+        )
     )
     return ("warn" if share >= 0.45 else "fail"), what
 

@@ -2,7 +2,7 @@
 
 from trainer.doctor.bus_facts import Link
 from trainer.doctor.card_facts import CardsFacts
-from trainer.doctor.exchange import MIB, STALL, ExchangeFacts, SizeFacts
+from trainer.doctor.exchange import MIB, SIZES, STALL, ExchangeFacts, SizeFacts
 from trainer.doctor.findings import Finding, Level, absent
 from trainer.doctor.host_facts import ProcessorFacts
 from trainer.doctor.memory_speed import MemorySpeed
@@ -45,7 +45,13 @@ def judge_exchange(exchange: ExchangeFacts | None, cards: CardsFacts) -> list[Fi
     found = [*_copies(exchange, link)]
     if not exchange.sizes:
         return [*found, absent("exchange", "all-reduce", "one worker exchanges nothing")]
-    return [*found, *(_size(each, link) for each in exchange.sizes)]
+    left_out = SIZES[len(exchange.sizes) :]
+    why = "left out: it would have taken too long, as on a machine that is busy"
+    return [
+        *found,
+        *(_size(each, link) for each in exchange.sizes),
+        *(absent("exchange", f"all-reduce {size // MIB} MiB", why) for size in left_out),
+    ]
 
 
 def slowest_link(cards: CardsFacts) -> Link | None:
@@ -83,7 +89,7 @@ def _size(each: SizeFacts, link: Link | None) -> Finding:
         f"{each.stalls} of {each.times} stalled"
     )
     ring = 2 * (each.workers - 1) / each.workers * _UNET_BYTES / median
-    why = f"at this speed the UNet's gradients take {seconds(ring)} a step"
+    why = f"the UNet's gradients would take {seconds(ring)}" if link else "between processes; cards do it another way"
     advice = "see the lines on IOMMU, NUMA, PCIe and memory speed, one change at a time"
     if unsteady:
         advice = f"{STALL:g} times the median and more: other work on these cores? launch.cores; BIOS: C-states off"

@@ -8,8 +8,8 @@ from trainer.doctor.told_sizes import gib
 
 _GIB = 1 << 30
 _MIB = 1 << 20
-# A checkpoint is copied to the host's memory and written beside the next steps: of the UNet and both text encoders, 3.385
-# billion weights in bf16 with moments of 8 bits are 13.5 GB.
+# A checkpoint is copied to the host's memory and written beside the next steps: of the UNet and both text encoders,
+# 3.385 billion weights in bf16 with moments of 8 bits are 13.5 GB.
 _AMPLE_RAM, _LEAST_RAM = 16 * _GIB, 4 * _GIB
 _NOTICED_SWAP = 256 * _MIB  # less is what the kernel has moved out of the way at leisure
 _STALLED_WARN, _STALLED_FAIL = 1.0, 10.0  # percent of a minute
@@ -29,7 +29,22 @@ def judge_software(software: SoftwareFacts) -> list[Finding]:
 
 def judge_processor(processor: ProcessorFacts, workers: int, *, cards: int) -> list[Finding]:
     """Cores, caches and NUMA nodes, against the workers that are to run on them."""
-    return [_cores(processor, workers), _caches(processor, workers, cards), _nodes(processor, cards)]
+    return [_load(processor), _cores(processor, workers), _caches(processor, workers, cards), _nodes(processor, cards)]
+
+
+def _load(processor: ProcessorFacts) -> Finding:
+    return Finding(
+        "processor",
+        "load",
+        "warn" if processor.is_busy else "ok",
+        f"{processor.load:.1f} processes want to run, on {processor.threads} threads",
+        "what is measured is what they leave",
+        "measure again when nothing else runs: speeds below are judged with a warning at most"
+        if processor.is_busy
+        else "",
+        processor.load,
+        "processes",
+    )
 
 
 def _cores(processor: ProcessorFacts, workers: int) -> Finding:
@@ -70,10 +85,10 @@ def _caches(processor: ProcessorFacts, workers: int, cards: int) -> Finding:
 
 
 def _nodes(processor: ProcessorFacts, cards: int) -> Finding:
-    """NVIDIA's nccl-tests, issue 74, and nccl, issues 841 and 1285: an EPYC as one node exchanges slowly through RAM."""
+    """NVIDIA's nccl-tests, issue 74, and nccl, 841 and 1285: an EPYC as one node exchanges slowly through RAM."""
     per_socket = processor.nodes / processor.sockets
     told = f"{processor.nodes} node{'s' * (processor.nodes > 1)}"
-    why = "what cards exchange lies in host memory, best in the nearest quarter"
+    why = "cards exchange through the nearest node's memory"
     if "EPYC" not in processor.model or processor.is_virtual:
         return Finding("processor", "NUMA", "ok", told, why, value=processor.nodes, unit="nodes")
     told = f"{told}, NPS{per_socket:g}" if per_socket >= 1 else told
@@ -103,7 +118,7 @@ def _ram(memory: MemoryFacts, cards: int) -> Iterator[Finding]:
         "RAM",
         level,
         f"{gib(free)} available of {gib(memory.total)}",
-        "checkpoints are copied there before they are written; readers hold some",
+        "checkpoints are copied there to be written",
         "" if level == "ok" else advice,
         free / _GIB,
         "GiB",
@@ -117,14 +132,14 @@ def _swap(memory: MemoryFacts) -> Finding:
         level = "fail"
     elif stalled >= _STALLED_WARN or memory.swap_used >= _NOTICED_SWAP:
         level = "warn"
-    waited = f"; all waited for memory {stalled:.1f} % of the last minute" if memory.stalled_percent is not None else ""
+    waited = f"; all waited for it {stalled:.1f} % of a minute" if memory.stalled_percent is not None else ""
     advice = "find who holds the memory (`smem -rs swap`), end it, then `swapoff -a && swapon -a`; readers need no swap"
     return Finding(
         "memory",
         "swap",
         level,
         f"{gib(memory.swap_used)} in use of {gib(memory.swap_total)}{waited}",
-        "a worker that waits for a swapped page keeps all cards waiting",
+        "who waits for a swapped page keeps all cards waiting",
         "" if level == "ok" else advice,
         memory.swap_used / _GIB,
         "GiB",
@@ -142,7 +157,7 @@ def _shm(memory: MemoryFacts, workers: int, cards: int) -> Finding:
         "/dev/shm",
         level,
         f"{gib(memory.shm_free)} free of {gib(memory.shm_total)}",
-        f"cards without peer access exchange through it, {gib(needed)} for {workers} workers",
+        f"cards exchange through it: {gib(needed)} for {workers} workers",
         "mount -o remount,size=2G /dev/shm; in a container: docker run --shm-size=2g" if small else "",
         memory.shm_free / _MIB,
         "MiB",
@@ -173,7 +188,7 @@ def judge_limits(limits: LimitFacts) -> list[Finding]:
             "locked memory",
             "warn" if short else "ok",
             "no limit" if locked is None else f"at most {gib(locked)}",
-            "InfiniBand and RoCE lock their buffers; the driver's page-locked memory is not counted",
+            "InfiniBand and RoCE lock their buffers",
             "ulimit -l unlimited, or LimitMEMLOCK=infinity in the unit of systemd" if short else "",
             None if locked is None else locked / _MIB,
             "MiB",

@@ -15,7 +15,10 @@ _WARM_S, _MEASURE_S = 0.3, 1.5
 
 @dataclass(frozen=True)
 class MemorySpeed:
-    """Bytes read plus bytes written a second, as STREAM's copy counts them, by so many threads."""
+    """Bytes read plus bytes written a second, as STREAM's copy counts them, by so many threads.
+
+    In the time that each thread had a core: where others compute as well, it says what the memory can, not what is left.
+    """
 
     all_threads: float
     one_thread: float
@@ -37,7 +40,7 @@ def measure_memory(threads: int, tick: Callable[[str], None] = lambda told: None
 
 def _copy(threads: int) -> float:
     size = min(_BYTES, _MOST_BYTES // (2 * threads))
-    counts, marks = [0] * threads, [0.0, 0.0]
+    rates, marks = [0.0] * threads, [0.0, 0.0]
 
     def begin() -> None:
         now = time.perf_counter()
@@ -49,13 +52,17 @@ def _copy(threads: int) -> float:
         # Touched first by the thread that uses them, so that they lie in its node's memory.
         source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
         gate.wait()
-        while time.perf_counter() < marks[1]:
+        while time.perf_counter() < marks[0]:
             np.copyto(target, source)  # without the interpreter's lock
-            counts[number] += time.perf_counter() > marks[0]
+        count, began = 0, time.thread_time()
+        while time.perf_counter() < marks[1] or not count:
+            np.copyto(target, source)
+            count += 1
+        rates[number] = 2 * size * count / (time.thread_time() - began)
 
     workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return 2 * size * sum(counts) / (time.perf_counter() - marks[0])
+    return sum(rates)

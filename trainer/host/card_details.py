@@ -1,4 +1,4 @@
-"""What a card is and how it is set, beyond the readings of a run; asked card by card, so that one that hangs is named."""
+"""What a card is and how it is set, beyond a run's readings; asked card by card, so that one that hangs is named."""
 
 import contextlib
 import json

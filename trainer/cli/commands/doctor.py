@@ -87,7 +87,9 @@ def _wish(arguments: argparse.Namespace) -> _Wish:
         return _Wish(arguments.workers, arguments.workers, "auto", Path(), Path())
     config = load_config(arguments.config, arguments.overrides, check_paths=False)
     launch = config.launch
-    return _Wish(arguments.workers, arguments.workers or launch.workers, launch.cores, config.data.prepared, config.run.dir)
+    return _Wish(
+        arguments.workers, arguments.workers or launch.workers, launch.cores, config.data.prepared, config.run.dir
+    )
 
 
 def _workers(wish: _Wish) -> Workers:
