@@ -17,7 +17,7 @@ _WARM_S, _MEASURE_S = 0.3, 1.5
 class MemorySpeed:
     """Bytes read plus bytes written a second, as STREAM's copy counts them, by so many threads.
 
-    In the time that each thread had a core: where others compute as well, it says what the memory can, not what is left.
+    In the time that each thread had a core: where others compute as well, it says what memory can, not what is left.
     """
 
     all_threads: float
