@@ -112,7 +112,8 @@ def _is_lost(nvml: Any, handle: Any) -> bool:
 
 def _holders(nvml: Any, handle: Any) -> list[Holder]:
     found: dict[int, int | None] = {}
-    for ask in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
+    # The functions without a version refuse a library of another version than the binding's.
+    for ask in (nvml.nvmlDeviceGetComputeRunningProcesses_v3, nvml.nvmlDeviceGetGraphicsRunningProcesses_v3):
         for each in _told(nvml, ask, handle) or ():
             found[each.pid] = each.usedGpuMemory
     return [Holder(pid, _command(pid), used) for pid, used in found.items()]
