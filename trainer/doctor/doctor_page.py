@@ -8,7 +8,7 @@ from typing import Any
 from trainer.doctor.examine import Facts
 from trainer.doctor.exchange import MIB
 from trainer.doctor.findings import Finding, Topic, worst
-from trainer.doctor.judge_exchange import slowest_link
+from trainer.doctor.judging.judge_exchange import slowest_link
 from trainer.doctor.told_sizes import seconds, speed
 from trainer.errors import printable
 

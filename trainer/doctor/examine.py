@@ -22,11 +22,11 @@ from trainer.doctor.host_facts import (
     read_processor,
     read_software,
 )
-from trainer.doctor.judge_bus import judge_bus
-from trainer.doctor.judge_cards import judge_cards
-from trainer.doctor.judge_disks import judge_flushing, judge_reading, judge_trouble
-from trainer.doctor.judge_exchange import judge_exchange, judge_memory_speed
-from trainer.doctor.judge_host import judge_limits, judge_memory, judge_processor, judge_software
+from trainer.doctor.judging.judge_bus import judge_bus
+from trainer.doctor.judging.judge_cards import judge_cards
+from trainer.doctor.judging.judge_disks import judge_flushing, judge_reading, judge_trouble
+from trainer.doctor.judging.judge_exchange import judge_exchange, judge_memory_speed
+from trainer.doctor.judging.judge_host import judge_limits, judge_memory, judge_processor, judge_software
 from trainer.doctor.memory_speed import MemorySpeed, measure_memory
 from trainer.host.card_details import CardDetails, read_card_details
 from trainer.host.card_readings import Card
