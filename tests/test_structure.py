@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": set(),
     "model_files": set(),
     "data": {"config"},
+    "doctor": {"host", "parallel"},
     "importing": {"config"},
     "report": {"config"},
     "tiny": {"model_files"},
@@ -34,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"config", "data", "diffusion", "measure", "model", "model_files", "parallel"},
     "publish": {"adapters", "checkpoint", "config", "model", "model_files", "optim"},
 }
-ALLOWED["train"] = {*ALLOWED} - {"tiny"}
+ALLOWED["train"] = {*ALLOWED} - {"doctor", "tiny"}
 ALLOWED["cli"] = {*ALLOWED} - {"diffusion"}
 # Which rooms may take the whole configuration; the others get plain values, or the one section that they read.
 WHOLE_CONFIG = {"cli", "config", "importing", "train", "publish"}  # a published file holds the configuration of its run

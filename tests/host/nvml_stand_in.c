@@ -1,5 +1,5 @@
 /* Two cards that answer as NVML does, for hosts without a driver. The file STAND_IN_LOST names a card that is lost;
-   the file STAND_IN_XID has the number of an XID of card 0, which is reported once. */
+   the file STAND_IN_HANGS one that never answers; the file STAND_IN_XID has the number of an XID of card 0, which is reported once. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,7 +36,12 @@ int nvmlDeviceGetPciInfo_v3(Card *card, char *info) {
     sprintf(info + 16 + 5 * 4, "00000000:0%d:00.0", card->number + 1);
     return 0;
 }
-int nvmlDeviceGetTemperature(Card *card, int sensor, unsigned *celsius) { REACHED(card); *celsius = 71; return 0; }
+int nvmlDeviceGetTemperature(Card *card, int sensor, unsigned *celsius) {
+    while (number_in("STAND_IN_HANGS") == card->number) pause();
+    REACHED(card);
+    *celsius = 71;
+    return 0;
+}
 int nvmlDeviceGetCurrentClocksEventReasons(Card *card, unsigned long long *bits) { *bits = 0x44; return 0; }
 int nvmlDeviceGetPowerUsage(Card *card, unsigned *milliwatts) { *milliwatts = 312500; return 0; }
 int nvmlDeviceGetMemoryInfo(Card *card, unsigned long long *total_free_used) {
@@ -48,6 +53,27 @@ int nvmlDeviceGetClockInfo(Card *card, int kind, unsigned *mhz) { *mhz = 1695; r
 int nvmlDeviceGetCurrPcieLinkGeneration(Card *card, unsigned *generation) { *generation = 4; return 0; }
 int nvmlDeviceGetCurrPcieLinkWidth(Card *card, unsigned *width) { *width = 8; return 0; }
 int nvmlDeviceGetPcieReplayCounter(Card *card, unsigned *count) { return NOT_SUPPORTED; }
+
+/* What is asked before a run alone. */
+int nvmlSystemGetDriverVersion(char *text, unsigned length) { snprintf(text, length, "580.95.05"); return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = 13010; return 0; }
+int nvmlDeviceGetEnforcedPowerLimit(Card *card, unsigned *milliwatts) { *milliwatts = 235000; return 0; }
+int nvmlDeviceGetPowerManagementDefaultLimit(Card *card, unsigned *milliwatts) { *milliwatts = 350000; return 0; }
+int nvmlDeviceGetEccMode(Card *card, int *now, int *pending) { return NOT_SUPPORTED; }
+int nvmlDeviceGetCudaComputeCapability(Card *card, int *major, int *minor) { *major = 8, *minor = 6; return 0; }
+int nvmlDeviceGetMaxClockInfo(Card *card, int kind, unsigned *mhz) { *mhz = 2100; return 0; }
+int nvmlDeviceGetMaxPcieLinkGeneration(Card *card, unsigned *generation) { *generation = 4; return 0; }
+int nvmlDeviceGetMaxPcieLinkWidth(Card *card, unsigned *width) { *width = 16; return 0; }
+int nvmlDeviceGetP2PStatus(Card *one, Card *other, int what, int *status) { *status = what == 0 ? 2 : 6; return 0; }
+struct process { unsigned pid; unsigned long long used; unsigned gpu, compute; };
+int nvmlDeviceGetComputeRunningProcesses_v3(Card *card, unsigned *count, struct process *found) {
+    if (card->number) { *count = 0; return 0; }
+    if (!found) { *count = 1; return 7; }
+    *count = 1;
+    found[0] = (struct process){getppid(), 512ull << 20, -1, -1};
+    return 0;
+}
+
 int nvmlEventSetCreate(Card **set) { *set = &cards[0]; return 0; }
 int nvmlDeviceRegisterEvents(Card *card, unsigned long long kinds, Card *set) { return 0; }
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train from a config; the word may be left out",
     "init": "write a first configuration, by a look at the images and the machine",
     "plan": "say what a config would do: what trains, how many steps, what data",
+    "doctor": "is this machine fit to train: cards, links, memory, disks, exchange, each with what to do",
     "bench": "measure strategies and batch sizes, or optimizers, on this machine: speed, memory, where the time goes",
     "prepare": "encode the images of a config into its prepared data set",
     "verify": "re-read a prepared data set and compare it with its checksums",

@@ -104,10 +104,10 @@ class _Driver:
         for index in range(self._nvml.nvmlDeviceGetCount()):
             with suppress(self._nvml.NVMLError):  # one that is gone has no handle
                 handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
-                uuid = _text(self._nvml.nvmlDeviceGetUUID(handle))
+                uuid = text_of(self._nvml.nvmlDeviceGetUUID(handle))
                 self._handles[uuid] = handle
-                name = _text(self._nvml.nvmlDeviceGetName(handle))
-                self._known[uuid] = Card(uuid, name, _text(self._nvml.nvmlDeviceGetPciInfo(handle).busId))
+                name = text_of(self._nvml.nvmlDeviceGetName(handle))
+                self._known[uuid] = Card(uuid, name, text_of(self._nvml.nvmlDeviceGetPciInfo(handle).busId))
 
     def read(self) -> Reading:
         cards = tuple(self._card(uuid, handle) for uuid, handle in self._handles.items())
@@ -125,9 +125,6 @@ class _Driver:
             if gone:
                 return Card(uuid, known.name, known.bus, lost=True)
             temperature = None
-        reasons = self._value(nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
-        if reasons is None:  # drivers before 535 have the function by its old name
-            reasons = self._value(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
         power_mw = self._value(nvml.nvmlDeviceGetPowerUsage, handle)
         memory = self._value(nvml.nvmlDeviceGetMemoryInfo, handle)
         return Card(
@@ -140,7 +137,7 @@ class _Driver:
             ),
             power_w=None if power_mw is None else power_mw / 1000,
             clock_mhz=self._value(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
-            slowed_by=tuple(words for bit, words in _SLOWDOWNS.items() if reasons & bit),
+            slowed_by=slowdowns(nvml, handle),
             pcie_generation=self._value(nvml.nvmlDeviceGetCurrPcieLinkGeneration, handle),
             pcie_width=self._value(nvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
             replays=self._value(nvml.nvmlDeviceGetPcieReplayCounter, handle),
@@ -167,15 +164,34 @@ class _Driver:
                     self._events = None
                 continue
             with suppress(self._nvml.NVMLError):
-                self._xids.append(Xid(_text(self._nvml.nvmlDeviceGetUUID(event.device)), int(event.eventData)))
+                self._xids.append(Xid(text_of(self._nvml.nvmlDeviceGetUUID(event.device)), int(event.eventData)))
 
 
-def _text(value: str | bytes) -> str:
+def slowdowns(nvml: Any, handle: Any) -> tuple[str, ...]:
+    """Why a card's clocks are lower than they could be, in words; () where it does not tell."""
+    # Drivers before 535 have the function by its old name.
+    for ask in (nvml.nvmlDeviceGetCurrentClocksEventReasons, nvml.nvmlDeviceGetCurrentClocksThrottleReasons):
+        with suppress(nvml.NVMLError):
+            reasons = ask(handle)
+            return tuple(words for bit, words in _SLOWDOWNS.items() if reasons & bit)
+    return ()
+
+
+def text_of(value: str | bytes) -> str:
+    """What the driver says; older versions of its binding give bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def main() -> None:
-    """Print readings: one, or with an interval in seconds as the argument one at each, until nobody reads them."""
+    """Print readings: one, or with an interval in seconds as the argument one at each, until nobody reads them.
+
+    The arguments `details N`: what `detail_process` prints of the cards from number N on.
+    """
+    if sys.argv[1:2] == ["details"]:
+        from trainer.host.detail_process import print_details
+
+        print_details(int(sys.argv[2]))
+        return
     interval_s = float(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
         fake = os.environ.get(FAKE_CARDS)

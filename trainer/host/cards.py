@@ -30,7 +30,7 @@ class CardReader:
         self._xids: list[Xid] = []
         self._read_s = time.monotonic()
         self._lock = threading.Lock()
-        self._process = _start([str(interval_s)])
+        self._process = start_reader([str(interval_s)])
         self._thread = threading.Thread(target=self._take, daemon=True)
         self._thread.start()
 
@@ -61,23 +61,24 @@ class CardReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _end(self._process)
+        end_reader(self._process)
         self._thread.join(timeout=1.0)
 
 
 def read_cards(timeout_s: float = 20.0) -> Reading | None:
     """The cards now; None where the driver does not answer in time."""
-    process = _start([])
+    process = start_reader([])
     try:
         printed, _ = process.communicate(timeout=timeout_s)
         return reading_from_line(printed)
     except (subprocess.TimeoutExpired, ValueError, TypeError, KeyError):
         return None
     finally:
-        _end(process)
+        end_reader(process)
 
 
-def _start(arguments: list[str]) -> "subprocess.Popen[str]":
+def start_reader(arguments: list[str]) -> "subprocess.Popen[str]":
+    """A process of `card_process`, in a session of its own; end it with `end_reader`."""
     return subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, *arguments],
         stdin=subprocess.DEVNULL,
@@ -88,7 +89,7 @@ def _start(arguments: list[str]) -> "subprocess.Popen[str]":
     )
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
+def end_reader(process: "subprocess.Popen[str]") -> None:
     """Kill it, and do not wait for long: in a call that hangs in the kernel it cannot end."""
     process.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):
