@@ -1,6 +1,7 @@
 """CLIP's features of images and texts, from a local folder; torch and transformers alone."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class ClipFeatures:
         found = []
         for begin in range(0, len(images), _BATCH):
             pixels = torch.stack([model_pixels(image, self._folder) for image in images[begin : begin + _BATCH]])
-            found.append(self._model.get_image_features(pixel_values=pixels.to(self._device)).pooler_output.cpu())
+            found.append(_projected(self._model.get_image_features(pixel_values=pixels.to(self._device))))
         return torch.cat(found).numpy()
 
     @torch.inference_mode()
@@ -48,8 +49,13 @@ class ClipFeatures:
         found = []
         for begin in range(0, len(texts), _BATCH):
             ids = torch.from_numpy(self._tokenizer(texts[begin : begin + _BATCH])[:, 0, 0])
-            found.append(self._model.get_text_features(input_ids=ids.to(self._device)).pooler_output.cpu())
+            found.append(_projected(self._model.get_text_features(input_ids=ids.to(self._device))))
         return torch.cat(found).numpy()
+
+
+def _projected(output: Any) -> Tensor:
+    """Of what transformers 5 gives, which its annotations do not tell."""
+    return output.pooler_output.cpu()
 
 
 def model_pixels(image: Image.Image, folder: ClipFolder) -> Tensor:

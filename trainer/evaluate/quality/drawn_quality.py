@@ -36,7 +36,7 @@ class QualityWish:
     @staticmethod
     def from_json(options: dict[str, Any] | None) -> "QualityWish | None":
         """As the command hands it to the workers."""
-        return options and QualityWish(Path(options["clip_folder"]), options["num_images"])
+        return QualityWish(Path(options["clip_folder"]), options["num_images"]) if options else None
 
 
 class _Reference(NamedTuple):

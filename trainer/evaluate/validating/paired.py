@@ -48,9 +48,8 @@ def read_losses(place: Path, limits: Limits = DEFAULT_LIMITS) -> ImageLosses:
         content = read_json(path, limits)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; give the folder of an earlier `eval`") from None
-    steps = content.get("timesteps") if isinstance(content, dict) else None
-    losses = content.get("losses") if isinstance(content, dict) else None
-    if not _are(steps, int) or not isinstance(losses, dict):
+    steps, losses = (content.get("timesteps"), content.get("losses")) if isinstance(content, dict) else (None, None)
+    if not isinstance(steps, list) or not _are(steps, int) or not isinstance(losses, dict):
         raise UserError(f"{path}: not what `eval` writes: wanted `timesteps` and `losses`")
     for key, values in losses.items():
         if not _are(values, float) or len(values) != len(steps):
