@@ -113,8 +113,10 @@ class Scorer:
                     self._beside_training(step, "validation", partial(self._validate_at, step, name, metrics))
                 if draws:
                     self._beside_training(step, "samples", partial(self._draw_at, step, name))
-        if validates and (told := self.clock.too_much(self.validation.every_steps, self.validation.max_time_share)):
-            _log.warning("step %d: %s", step, told)
+        if validates and self.comm.rank == 0:
+            told = self.clock.too_much(self.validation.every_steps, self.validation.max_time_share)
+            if told:
+                _log.warning("step %d: %s", step, told)
         self.clock.step_begins()
 
     def _beside_training(self, step: int, what: str, work: Callable[[], None]) -> None:
@@ -155,7 +157,8 @@ class Scorer:
             share = self.clock.share(2 * seconds * len(self.weights), settings.every_steps)
             affords = step == 0 or share is None or share <= settings.max_time_share
             self.clock.affords = broadcast_object(self.comm, affords)
-            if not self.clock.affords and (told := self.clock.left_out(share, settings.max_time_share)):
+            told = "" if self.clock.affords else self.clock.left_out(share, settings.max_time_share)
+            if told and self.comm.rank == 0:
                 _log.warning("step %d: %s", step, told)
         return bool(self.clock.affords)
 
