@@ -286,6 +286,14 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str]] = {
         added("validation: {timesteps: [5]}"),
         "c.yaml:13: validation.timesteps = [5] with data.validation_fraction = 0.0 (the default): has no effect",
     ),
+    "training images of no validation": (
+        added("validation: {train_images: 5}"),
+        "c.yaml:13: validation.train_images = 5 with data.validation_fraction = 0.0 (the default): has no effect",
+    ),
+    "share of no validation": (
+        added("validation: {max_time_share: 0.1}"),
+        "c.yaml:13: validation.max_time_share = 0.1 with validation.every_steps = 0 (the default): has no effect",
+    ),
     "count beside prompts": (
         added("samples: {count: 4, prompts: [a, b]}"),
         "c.yaml:13: samples.count = 4 with samples.prompts = [a, b]: has no effect",

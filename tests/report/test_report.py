@@ -53,7 +53,11 @@ def write_run(folder: Path, steps: int, lr: str = "1e-5") -> Path:
         lines.append(json.dumps({"kind": "train", "step": step, **values, "time": 1e9 + 2 * step}))
         if step % 50 == 0:
             scores = {"loss": 0.5 + 1 / step, "loss_t100": 0.01, "loss_t900": 0.9}
-            lines.append(json.dumps({"kind": "validation_ema", "step": step, **scores, "time": 1e9 + 2 * step}))
+            if step > 100:  # older records have no intervals
+                scores |= {"ci95": 0.02, "ci95/t100": 0.02, "gap": step / 5000 - 0.05, "ci95/gap": 0.03}
+                scores |= {"gap/t100": 0.01, "source/photos": 0.4, "ci95/source/photos": 0.1, "source/<b>": 0.6}
+            validated = {"step": step, **scores, "time": 1e9 + 2 * step}
+            lines += [json.dumps({"kind": kind, **validated}) for kind in ("validation", "validation_ema")]
     lines.insert(3, json.dumps({"kind": "train", "step": 3, "loss": None}))
     lines.append('{"kind": "train", "step": 9')  # cut short
     (folder / "metrics.jsonl").write_text("\n".join(lines))
@@ -179,6 +183,10 @@ def test_in_a_browser(run: Path, tmp_path: Path, browser: Any, width: int, schem
     page.goto((tmp_path / "page.html").as_uri())
     titles = page.locator(".chart h3").all_text_contents()
     assert {"Training loss", "Validation loss", "Learning rate", "Gradient norm", "Cards, watts, by hours"} <= {*titles}
+    assert {"Validation loss by timestep", "Validation loss by source", "Generalization gap by timestep"} <= {*titles}
+    gap = page.locator(".chart", has_text="Generalization gap: ")
+    assert gap.locator(".band").count() == 2 and "one: live 0.03" in gap.locator(".legend").text_content()
+    assert page.locator("path[d*=NaN]").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.locator("#samples img").count() == 3 and "300 (ema)" in page.locator("#sample-told").text_content()
     page.locator("#sample").fill("0")
@@ -188,6 +196,7 @@ def test_in_a_browser(run: Path, tmp_path: Path, browser: Any, width: int, schem
     page.locator("#smoothing").fill("0")
     assert page.locator(".chart .legend").first.text_content() != legend
     page.locator("#log").check()
+    assert page.locator("path[d*=NaN]").count() == 0 and page.locator(".chart .band").count() > 4
     assert page.locator("#differing tr").count() == 2
     dark = page.evaluate("document.documentElement.dataset.theme")
     assert dark == scheme

@@ -51,9 +51,13 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
         else:
             from trainer.train.workers import eval_worker as judge
 
-            judge_by = {"evaluate": judge.evaluate_weights, "sample": judge.sample_weights}[task]
-            weights, out_dir = Path(options["weights"]), Path(options["out_dir"])
-            judge_by(config, model, comm, weights, out_dir, options["average"])
+            weights, out_dir, average = Path(options["weights"]), Path(options["out_dir"]), options["average"]
+            if task == "evaluate":
+                quality = judge.QualityWish.from_json(options.get("quality"))
+                against = Path(options["against"]) if options.get("against") else None
+                judge.evaluate_weights(config, model, comm, weights, out_dir, average, quality, against)
+            else:
+                judge.sample_weights(config, model, comm, weights, out_dir, average)
     close(comm)
 
 

@@ -235,13 +235,15 @@ def _export(config: Config) -> Iterator[Problem]:
 
 
 def _validation(config: Config) -> Iterator[Problem]:
-    share = "data.validation_fraction"
+    share, every = "data.validation_fraction", "validation.every_steps"
+    if not config.validation.every_steps and is_given(config, "validation.max_time_share"):
+        yield clash(config, ("validation.max_time_share", every), "has no effect, because the run does not validate")
     if config.data.validation_fraction > 0:
         return
     if config.validation.every_steps > 0:
-        yield clash(config, ("validation.every_steps", share), f"no images are held out; set `{share}`, such as 0.02")
+        yield clash(config, (every, share), f"no images are held out; set `{share}`, such as 0.02")
         return
-    for key in ("validation.timesteps", "validation.max_images"):
+    for key in ("validation.timesteps", "validation.max_images", "validation.train_images"):
         if is_given(config, key):
             yield clash(config, (key, share), "has no effect, because no images are held out")
 

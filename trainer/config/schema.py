@@ -198,6 +198,12 @@ class ValidationConfig(Section):
     """Timesteps at which every held-out image is scored, with noise fixed by its key."""
     max_images: PositiveInt = 256
     """Held-out images that are scored, at most."""
+    train_images: Literal["auto"] | Count = "auto"
+    """Images that are trained on and scored as held-out ones are, to see how far both part; 0: none. `auto`: as many,
+    before the first step, and later where that keeps to `max_time_share`."""
+    max_time_share: Annotated[float, Field(gt=0, le=1)] = 0.02
+    """Part of the run's time that validation may cost; where it costs more, a line says with which `every_steps` it
+    would not. 1: never."""
 
 
 class SamplesConfig(Section):

@@ -21,12 +21,15 @@ from trainer.data.sampler import pick_rows
 from trainer.data.store.snapshot import PreparedSet
 from trainer.evaluate.pictures import GridRow, image_grid
 from trainer.evaluate.sampling import decoded_images, sample_images
+from trainer.evaluate.validating.scored_rows import Row, held_out_rows, training_rows
+from trainer.evaluate.validating.validation_clock import ValidationClock
+from trainer.evaluate.validating.validation_result import ValidationResult, record_values, told_loss
 from trainer.evaluate.validation import ValidationLoss, validation_batches, validation_loss
 from trainer.measure.telemetry import MetricsWriter
 from trainer.model.denoiser import Denoiser
 from trainer.model.latents import encoded_batches
 from trainer.model.text import CaptionTokenizer, TextEncoders
-from trainer.parallel.comm import Comm, failing_together
+from trainer.parallel.comm import Comm, broadcast_object, failing_together
 from trainer.raster import open_image
 
 _log = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class Scorer:
         weights: what `score_when_due` looks at, by name, each with what puts it into the model for forward passes that
             workers run each by itself.
         failures: what could not be done beside the training, so far.
+        clock: of what validation costs.
     """
 
     comm: Comm
@@ -78,6 +82,7 @@ class Scorer:
     load_vae: Callable[[], AutoencoderKL]
     weights: Mapping[str, Callable[[], AbstractContextManager[None]]]
     failures: list[str] = field(default_factory=list)
+    clock: ValidationClock = field(default_factory=ValidationClock)
 
     @cached_property
     def _tokenizer(self) -> CaptionTokenizer:
@@ -101,12 +106,18 @@ class Scorer:
         """Do what is `due`; nothing that fails there ends the run."""
         due = self.due(step, at_end=at_end)
         validates, draws = "validation" in due, "samples" in due
+        self.clock.step_ends(validates=validates)
         for name, in_model in self.weights.items() if validates or draws else ():
             with in_model():
                 if validates:
                     self._beside_training(step, "validation", partial(self._validate_at, step, name, metrics))
                 if draws:
                     self._beside_training(step, "samples", partial(self._draw_at, step, name))
+        if validates and self.comm.rank == 0:
+            told = self.clock.too_much(self.validation.every_steps, self.validation.max_time_share)
+            if told:
+                _log.warning("step %d: %s", step, told)
+        self.clock.step_begins()
 
     def _beside_training(self, step: int, what: str, work: Callable[[], None]) -> None:
         """Nothing that fails here ends the run; all workers come through, for `validate` and `draw` fail on all."""
@@ -121,10 +132,35 @@ class Scorer:
             )
 
     def _validate_at(self, step: int, name: str, metrics: MetricsWriter | None) -> None:
-        result, of = self.validate(), "" if name == LIVE else f" of {name}"
-        _log.info("step %d  validation loss%s %.4f (%d images)", step, of, result.loss, result.num_images)
+        with self.clock.validating() as spent:
+            held_out = self.validate()
+        training = None
+        if held_out.images and self._scores_training(step, spent.seconds):
+            with self.clock.validating() as more:
+                training = self.validate_training()
+            spent.seconds += more.seconds
+        result = ValidationResult(self.validation.timesteps, held_out, training)
+        _log.info("step %d  %s, %.1f s", step, told_loss(result, "" if name == LIVE else f" of {name}"), spent.seconds)
         if metrics:
-            metrics.validation(step, result.loss, result.at_timestep, "" if name == LIVE else name)
+            values = {**record_values(result), "seconds": spent.seconds}
+            metrics.validation(step, held_out.loss, held_out.at_timestep, "" if name == LIVE else name, values)
+
+    def _scores_training(self, step: int, seconds: float) -> bool:
+        """Whether images that are trained on are scored, on each worker alike; held-out ones have taken `seconds`.
+
+        Before the first step always, for that is what later gaps are compared with.
+        """
+        settings = self.validation
+        if settings.train_images != "auto":
+            return settings.train_images > 0
+        if self.clock.affords is None:
+            share = self.clock.share(2 * seconds * len(self.weights), settings.every_steps)
+            affords = step == 0 or share is None or share <= settings.max_time_share
+            self.clock.affords = broadcast_object(self.comm, affords)
+            told = "" if self.clock.affords else self.clock.left_out(share, settings.max_time_share)
+            if told and self.comm.rank == 0:
+                _log.warning("step %d: %s", step, told)
+        return bool(self.clock.affords)
 
     def _draw_at(self, step: int, name: str) -> None:
         of = "" if name == LIVE else f" of {name}"
@@ -137,13 +173,43 @@ class Scorer:
         Raises:
             FailedBeside: (on every worker) one of them could not.
         """
-        tokenizer, settings = None if self.cached_text else self._tokenizer, self.validation
-        reader = BatchReader(
-            self.prepared, "validation", self.seed, tokenizer, captions=self.captions, with_masks=self.masked
-        )
-        batches = validation_batches(reader, settings.max_images, self.images_per_pass, self.comm)
+        return self._loss_on("validation", held_out_rows(self.prepared, self.validation.max_images))
+
+    def validate_training(self) -> ValidationLoss:
+        """The loss on images that are trained on, as held-out ones are scored; as many of them, or as the
+        configuration says.
+
+        Raises:
+            FailedBeside: (on every worker) one of them could not.
+        """
+        return self._loss_on("train", self._training_rows)
+
+    def validate_fully(self) -> ValidationResult:
+        """Both, the latter unless `validation.train_images` is 0.
+
+        Raises:
+            FailedBeside: (on every worker) one of them could not.
+        """
+        held_out = self.validate()
+        training = self.validate_training() if self.validation.train_images and held_out.images else None
+        return ValidationResult(self.validation.timesteps, held_out, training)
+
+    @cached_property
+    def _training_rows(self) -> Sequence[Row]:
+        """Chosen by rank 0 for all, who might fail to read another record."""
+        wish, rows = self.validation.train_images, []
+        with failing_together(self.comm):
+            if self.comm.rank == 0:
+                held_out = len(held_out_rows(self.prepared, self.validation.max_images))
+                rows = training_rows(self.prepared, held_out if wish == "auto" else wish)
+        return [(bucket, row) for bucket, row in broadcast_object(self.comm, rows)]
+
+    def _loss_on(self, split: str, rows: Sequence[Row]) -> ValidationLoss:
+        tokenizer = None if self.cached_text else self._tokenizer
+        reader = BatchReader(self.prepared, split, self.seed, tokenizer, captions=self.captions, with_masks=self.masked)
+        batches = validation_batches(reader, rows, self.images_per_pass, self.comm)
         encoded = encoded_batches(self.denoiser.image_encoder, batches)
-        return validation_loss(self.denoiser, _with_warnings(encoded), settings.timesteps, self.comm)
+        return validation_loss(self.denoiser, _with_warnings(encoded), self.validation.timesteps, self.comm)
 
     def draw(self, folder: Path, title: str) -> Path:
         """Draw one image per prompt into `folder`, and all of them beside the data into `folder`.png.

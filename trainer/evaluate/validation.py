@@ -5,69 +5,85 @@ Two numbers from two checkpoints are then comparable to the last digit: only the
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trainer.data.loader import Batch, BatchReader, Request
-from trainer.data.sampler import pick_rows
 from trainer.diffusion.noise import Draws, standard_normal
 from trainer.diffusion.objective import Objective
+from trainer.evaluate.validating.scored_images import ScoredImage, images_of, rows_of_batch
+from trainer.evaluate.validating.scored_rows import Row, in_batches
 from trainer.keyed import draw_seed
 from trainer.model.denoiser import Denoiser, image_losses, text_arguments
-from trainer.parallel.comm import Comm, failing_together, sum_floats
+from trainer.parallel.comm import Comm, failing_together, gather_objects
 from trainer.parallel.strategy import evaluating
 
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """Mean loss per image at each timestep, and over all of them."""
+    """Mean loss per image at each timestep, and over all of them.
+
+    Attributes:
+        num_images: rows that could be read; an image counts once for each of its repeats among them.
+        images: each of them once, with its own losses.
+    """
 
     loss: float
     at_timestep: dict[int, float]
     num_images: int
+    images: tuple[ScoredImage, ...] = ()
 
 
-def validation_batches(reader: BatchReader, max_images: int, batch_size: int, comm: Comm) -> Iterator[Batch]:
-    """This worker's share of the held-out images: batches of one bucket, dealt out in turn.
+def validation_batches(reader: BatchReader, rows: Sequence[Row], batch_size: int, comm: Comm) -> Iterator[Batch]:
+    """This worker's share of the rows: batches of one bucket, dealt out in turn.
 
     The batches are the same however many workers there are, so the losses are too.
     """
-    rows = pick_rows(reader.prepared.rows_per_bucket(reader.split), max_images)
-    batches: list[tuple[int, list[int]]] = []
-    for bucket, row in rows:
-        if not batches or batches[-1][0] != bucket or len(batches[-1][1]) == batch_size:
-            batches.append((bucket, []))
-        batches[-1][1].append(row)
-    for bucket, ids in batches[comm.rank :: comm.world]:
+    for bucket, ids in in_batches(rows, batch_size)[comm.rank :: comm.world]:
         yield reader.read(Request(0, bucket, np.array(ids, dtype=np.int64), np.ones(len(ids), dtype=np.float32)))
 
 
 def validation_loss(
     denoiser: Denoiser, batches: Iterable[Batch], timesteps: Sequence[int], comm: Comm
 ) -> ValidationLoss:
-    """Score this worker's batches; the result is of all workers' and the same on each.
+    """Score this worker's batches; the result is of all workers' and, to the bit, the same for any number of them.
 
     Args:
         denoiser: its model's training mode is put back afterwards.
+        batches: as `validation_batches` deals them out.
         timesteps: each image is scored at each of them, with the same noise.
 
     Raises:
         FailedBeside: (on every worker) one of them could not score its batches.
     """
-    sums = dict.fromkeys(timesteps, 0.0)
-    num_images = 0.0
+    scored: list[tuple[list[float], float, list[list[Any]]]] = []  # sums at timesteps, sum of weights, rows
     with failing_together(comm), evaluating(denoiser.model):
         for batch in batches:
-            num_images += float(batch.weights.sum())
+            sums, losses = [], []
             for timestep in timesteps:
-                sums[timestep] += _loss_sum(denoiser, batch, timestep, comm.device)
-    *totals, num_images = sum_floats(comm, [*sums.values(), num_images])
+                of_images = _losses(denoiser, batch, timestep, comm.device)
+                # Each batch's sum in float32, as ever: means of older runs stay comparable to the last bit.
+                sums.append(float((of_images * batch.weights.to(comm.device)).sum()))
+                losses.append(of_images.tolist())
+            scored.append((sums, float(batch.weights.sum()), rows_of_batch(batch, losses)))
+    shares = gather_objects(comm, scored)
+    most = max(map(len, shares))
+    in_turn = [share[number] for number in range(most) for share in shares if number < len(share)]
+    num_images, totals = 0.0, [0.0] * len(timesteps)
+    for sums, weight, _ in in_turn:
+        num_images += weight
+        # Not `sum`, which newer Pythons round otherwise.
+        totals = [total + one for total, one in zip(totals, sums, strict=True)]
     means = {t: total / max(num_images, 1.0) for t, total in zip(timesteps, totals, strict=True)}
-    return ValidationLoss(sum(means.values()) / len(means), means, round(num_images))
+    images = images_of([row for _, _, rows in in_turn for row in rows])
+    return ValidationLoss(sum(means.values()) / len(means), means, round(num_images), images)
 
 
-def _loss_sum(denoiser: Denoiser, batch: Batch, timestep: int, device: torch.device) -> float:
+def _losses(denoiser: Denoiser, batch: Batch, timestep: int, device: torch.device) -> Tensor:
+    """Of each image, [m] float32 on the device."""
     text = text_arguments(denoiser, device, batch.input_ids, batch.text_hidden, batch.pooled)
     assert batch.latents is not None, "images are encoded before they come here"
     latents = batch.latents.to(device)
@@ -79,7 +95,4 @@ def _loss_sum(denoiser: Denoiser, batch: Batch, timestep: int, device: torch.dev
     mixture = objective.prediction.at_timestep(torch.full((len(latents),), timestep)).to(device)
     time_ids = batch.time_ids.to(device)
     draws = Draws(noise)
-    losses = image_losses(
-        denoiser, denoiser.model, latents, draws, mixture, text, time_ids, objective, masks=batch.masks
-    )
-    return float((losses * batch.weights.to(device)).sum())
+    return image_losses(denoiser, denoiser.model, latents, draws, mixture, text, time_ids, objective, masks=batch.masks)

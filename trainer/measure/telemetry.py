@@ -98,14 +98,23 @@ class MetricsWriter:
             | {f"grad_norm/{block}": norm for block, norm in metrics.block_norms.items()},
         )
 
-    def validation(self, step: int, loss: float, loss_at_timestep: Mapping[int, float], average: str = "") -> None:
+    def validation(
+        self,
+        step: int,
+        loss: float,
+        loss_at_timestep: Mapping[int, float],
+        average: str = "",
+        more: Mapping[str, float] | None = None,
+    ) -> None:
         """Writes a record of kind `validation`: loss, and the loss at each timestep as loss_t100, ...
 
         Args:
             average: of the weights, that was scored in their place; the kind is `validation_NAME` then.
+            more: what else the record has; no name of it begins with `loss_t`.
         """
         kind = f"validation_{average}" if average else "validation"
-        self.write(kind, step, {"loss": loss, **{f"loss_t{t}": x for t, x in loss_at_timestep.items()}})
+        losses = {"loss": loss, **{f"loss_t{t}": x for t, x in loss_at_timestep.items()}}
+        self.write(kind, step, losses | dict(more or {}))
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Writes a record of any kind; its TensorBoard tags are `kind/key`."""

@@ -46,7 +46,17 @@ _TEXT: dict[str, _Range] = {
     "max_position_embeddings": (1, 4096),
     "projection_dim": (1, 8192),
 }
-_RANGES = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT, "text_encoder_2": _TEXT}
+_CLIP_VISION: dict[str, _Range] = {
+    "hidden_size": (1, 8192),
+    "intermediate_size": (1, 65536),
+    "num_hidden_layers": (1, 256),
+    "num_attention_heads": (1, 512),
+    "projection_dim": (1, 8192),
+    "num_channels": (1, 64),
+    "image_size": (1, 1024),
+    "patch_size": (1, 1024),
+}
+_RANGES = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT, "text_encoder_2": _TEXT, "clip_vision": _CLIP_VISION}
 _LISTS = ("block_out_channels", "down_block_types", "up_block_types")  # one entry for each level of the network
 # What a loader would follow to code elsewhere; no component of SDXL has them.
 _CODE_KEYS = ("auto_map", "attn_implementation", "_attn_implementation", "custom_pipelines", "quantization_config")
@@ -60,7 +70,7 @@ def require_bounded(component: str, config: Mapping[str, Any]) -> None:
     """Refuse a configuration of which nothing of a sensible size can be built.
 
     Args:
-        component: one of `key_map.COMPONENTS`.
+        component: one of `key_map.COMPONENTS`, or `clip_vision`, a CLIP model's part that looks at images.
     Raises:
         ConfigFault: with the first key that breaks a rule.
     """

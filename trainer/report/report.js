@@ -58,18 +58,19 @@ function ticks(low, high, count) {
 
 const WIDTH = 560, HEIGHT = 240, LEFT = 56, RIGHT = 10, TOP = 8, BOTTOM = 24;
 
-// lines: [{name, x, y, low?, high?}]; options: smooth, log
+// lines: [{name, x, y, low?, high?}]; options: smooth, log, zero, bands (which the range holds as well)
 function chart(title, lines, options = {}) {
   const box = element("div", { class: "chart" }, element("h3", {}, title));
   const shown = lines.filter((line) => line.x.length);
   if (!shown.length) return null;
   const keep = options.smooth ? Number(byId("smoothing").value) : 0;
   const isLog = options.log && byId("log").checked && shown.every((line) => line.y.every((value) => value > 0));
-  const scaled = (value) => (isLog ? Math.log10(value) : value);
+  const scaled = (value) => (isLog ? Math.log10(Math.max(value, Number.MIN_VALUE)) : value);
   const curves = shown.map((line) => ({ ...line, smooth: options.smooth ? smoothed(line.y, keep) : line.y }));
   const xs = shown.flatMap((line) => [line.x[0], line.x[line.x.length - 1]]);
   // The range of nearly all of it: a spike must not hide the rest.
-  const ys = curves.flatMap((line) => [...line.y, ...line.smooth]).map(scaled).sort((a, b) => a - b);
+  const bands = (line) => (options.bands && line.low ? [...line.low, ...line.high].filter((value) => !isLog || value > 0) : []);
+  const ys = curves.flatMap((line) => [...line.y, ...line.smooth, ...bands(line)]).map(scaled).sort((a, b) => a - b);
   const x0 = Math.min(...xs), x1 = Math.max(...xs, x0 + 1);
   let y0 = ys[Math.floor((ys.length - 1) * 0.003)], y1 = ys[Math.ceil((ys.length - 1) * 0.997)];
   if (options.zero) y0 = Math.min(y0, 0);
@@ -129,6 +130,22 @@ function lines(pattern, named = (match) => match[1] || match[0]) {
   }));
 }
 
+// Curves of a validation with the 95 % intervals of their means, where records have them.
+function estimates(pattern, named) {
+  const many = data.runs.length > 1;
+  return data.runs.flatMap((run) => Object.entries(run.series).flatMap(([key, series]) => {
+    const match = key.match(pattern);
+    if (!match) return [];
+    const cut = key.indexOf("/"), what = key.slice(cut + 1);
+    const of = what === "loss" ? "" : `/${what.startsWith("loss_t") ? what.slice(5) : what}`;
+    const half = run.series[`${key.slice(0, cut)}/ci95${of}`];
+    const line = { name: (many ? `${run.name}: ` : "") + named(match), ...series };
+    if (!half) return [line];
+    const at = new Map(half.x.map((step, i) => [step, half.y[i]])), width = line.x.map((step) => at.get(step) || 0);
+    return [{ ...line, low: line.y.map((value, i) => value - width[i]), high: line.y.map((value, i) => value + width[i]) }];
+  }));
+}
+
 // Of each curve, percent of its first value: losses at timesteps differ in size by orders of magnitude.
 function relative(curves) {
   return curves.map((line) => ({ ...line, y: line.y.map((value) => 100 * value / (line.y[0] || 1)) }));
@@ -147,8 +164,12 @@ function hostLines(pattern, name, factor) {
 function charts() {
   const made = [
     chart("Training loss", lines(/^train\/(loss)$/), { smooth: true, log: true }),
-    chart("Validation loss", lines(/^validation(?:_(.+))?\/loss$/, (match) => match[1] || "live"), { log: true }),
+    chart("Validation loss", estimates(/^validation(?:_([^/]+))?\/loss$/, (match) => match[1] || "live"), { log: true, bands: true }),
+    chart("Validation loss by timestep", estimates(/^validation(?:_([^/]+))?\/loss_t(\d+)$/, (match) => `${match[1] ? `${match[1]} ` : ""}t ${match[2]}`), { log: true, bands: true }),
     chart("Validation loss by timestep, % of the first", relative(lines(/^validation(?:_[\w-]+)?\/loss_t(\d+)$/, (match) => `t ${match[1]}`))),
+    chart("Generalization gap: held-out loss less that of training images", estimates(/^validation(?:_([^/]+))?\/gap$/, (match) => match[1] || "live"), { zero: true, bands: true }),
+    chart("Generalization gap by timestep", lines(/^validation\/gap\/t(\d+)$/, (match) => `t ${match[1]}`), { zero: true }),
+    chart("Validation loss by source", estimates(/^validation\/source\/(.+)$/, (match) => match[1]), { log: true, bands: true }),
     chart("Learning rate", lines(/^train\/(lr.*)$/), { zero: true }),
     chart("What the optimizer found", lines(/^train\/(d|effective_lr)$/), { log: true }),
     chart("Gradient norm", lines(/^train\/(grad_norm)$/), { smooth: true, log: true }),
