@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.cli.commands.sample import _prompts
 from trainer.config.load import load_config
 from trainer.config.prompt_file import prompt_of_line, read_prompts, sampler_of, with_prompts_read
 from trainer.errors import UserError
@@ -160,3 +161,13 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_config(RIGHT, [f"samples.prompt_file={tmp_path / 'none.txt'}"])
     assert f"samples.prompt_file = {tmp_path / 'none.txt'}: no such file" in "\n".join(caught.value.lines)
+
+
+def test_the_commands_prompts_take_the_place_of_the_runs(tmp_path: Path) -> None:
+    file = written(tmp_path, "a fox --d 7\n")
+    run = ["samples.images=[{prompt: a cat}]", "samples.prompts=[a]"]
+    prompts = ["a: [cat] # 1", 'ä "b" 🦊']
+    config = with_prompts_read(load_config(RIGHT, [*run, *_prompts(prompts, file)], check_paths=False))
+    assert config.samples.prompts == prompts and [image.prompt for image in config.samples.images] == ["a fox"]
+    assert load_config(RIGHT, [*run, *_prompts(prompts, None)], check_paths=False).samples.images == []
+    assert _prompts([], None) == []
