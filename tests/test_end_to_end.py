@@ -117,8 +117,22 @@ def test_smoke(tmp_path: Path, model_folder: Path, photos: Path, config_file: Pa
     assert record["images"] > 0 and f"validation loss {record['loss']:.5f}" in done.stderr
     assert (run_dir / "eval/step-00000010/samples.png").is_file()
     sdxl_train("sample", run_dir, "--prompt", "a cat", "--out", tmp_path / "drawn", "samples.steps=2")
-    with Image.open(tmp_path / "drawn/samples/00.png") as image:
+    with Image.open(tmp_path / "drawn/step-00000010/00.png") as image:
         assert image.size == (128, 128)
+    (tmp_path / "prompts.txt").write_text("a dog --w 192 --ss ddim\na cat --d 5 --s 3\n")
+    for _ in range(2):
+        sdxl_train("sample", run_dir, "--prompt-file", tmp_path / "prompts.txt", "samples.steps=2")
+    drawn = run_dir / "samples/drawn"
+    assert sorted(path.name for path in drawn.iterdir() if path.name.startswith("step-")) == [
+        "step-00000010", "step-00000010-2", "step-00000010-2.png", "step-00000010.png"
+    ]  # fmt: skip
+    with Image.open(drawn / "step-00000010-2/00.png") as image:
+        assert image.size == (192, 128) and "Sampler: DDIM" in image.info["parameters"]
+    assert sorted(path.name for path in (drawn / "step-00000010").iterdir()) == ["00.png", "01.png"]
+    wrong = sdxl_train("sample", run_dir, "--prompt", "a", "samples.sampler=heun", expect=2)
+    assert "samples.sampler = heun: must be one of euler, euler_a, ddim, dpmpp_2m" in wrong.stderr
+    sdxl_train("sample", run_dir, "--timeline")
+    assert (run_dir / "samples/timeline.png").is_file()
 
 
 def test_one_worker_equals_four_and_accumulation(tmp_path: Path, config_file: Path) -> None:

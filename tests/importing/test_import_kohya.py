@@ -269,3 +269,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     (tmp_path / "printed.yaml").write_text(printed)
     config = load_config(tmp_path / "printed.yaml", check_paths=False)
     assert config.launch.workers == 4 and config.memory.strategy == "zero2"
+
+
+def test_prompt_files_come_over_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat --w 832 --n blurry\n")
+    options = f"{COMMON} {RUNS['first']} --sample_every_n_steps=100 --sample_prompts={file}"
+    samples = config_of(imported(f"{options} --sample_sampler=k_euler_a")).samples
+    assert (samples.every_steps, samples.prompt_file, samples.sampler) == (100, file, "euler_a")
+    draft = imported(f"{options} --sample_sampler=pndm")
+    assert config_of(draft).samples.sampler == "euler" and "must be one of" in draft.became["sample_sampler"]
+    file.write_text("a cat --cn pose.png\n")
+    draft = imported(options)
+    assert config_of(draft).samples.prompt_file is None
+    assert any(f"{file}:1: --cn: unknown flag" in note for note in draft.notes)

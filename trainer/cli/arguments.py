@@ -6,7 +6,9 @@ from pathlib import Path
 
 from trainer.checkpoint.run_dir import CHECKPOINTS, RESOLVED_CONFIG
 from trainer.config.load import load_config
+from trainer.config.prompt_file import with_prompts_read
 from trainer.config.schema import Config
+from trainer.config.section_rules.rules_samples import require_sampler
 from trainer.model_files.examine.check import check_model
 from trainer.model_files.run_model import RunModel
 from trainer.model_files.tokenizer_files import require_whole_captions
@@ -31,10 +33,11 @@ def in_its_directory(config: Config, path: Path, overrides: Sequence[str] = ()) 
 
 
 def read_run(path: Path, overrides: Sequence[str]) -> tuple[Config, RunModel]:
-    """The checked configuration, and its model: looked into without loading it, or fetched from the hub."""
+    """The checked configuration, into which its prompt file is read, and its model: looked into without loading it, or
+    fetched from the hub."""
     require_whole_captions()
-    config = in_its_directory(load_config(path, overrides), path, overrides)
+    config = with_prompts_read(in_its_directory(load_config(path, overrides), path, overrides))
     place = config.model
     model = check_model(place.path, place.vae, place.tokenizer, place.text_projection, config.limits.plain())
-    chosen_prediction(config.objective, model)
+    require_sampler(config.samples, chosen_prediction(config.objective, model).kind)
     return config, model

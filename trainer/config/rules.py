@@ -21,14 +21,13 @@ from trainer.config.section_rules.rules_loss_weights import loss_weight_rules
 from trainer.config.section_rules.rules_new_tokens import new_token_rules
 from trainer.config.section_rules.rules_objective import objective_problems
 from trainer.config.section_rules.rules_optimizer import optimizer_rules
+from trainer.config.section_rules.rules_samples import PIXELS_PER_LATENT, sample_rules
 from trainer.config.section_rules.rules_sources import is_needed_to_train, paths_of, source_rules
 from trainer.config.sections.adapter_config import trains_adapter
 from trainer.config.sections.sources import FolderSource, LatentTarsSource, Source
 from trainer.config.sections.trainable_config import TextEncoderPart
 from trainer.config.spelling import nearest_path
 from trainer.config.wording import shown
-
-PIXELS_PER_LATENT = 8
 
 
 def broken_rules(config: Config) -> list[Problem]:
@@ -50,7 +49,7 @@ def broken_rules(config: Config) -> list[Problem]:
         _export,
         ema_rules,
         _validation,
-        _samples,
+        sample_rules,
         _release,
         objective_problems,
         loss_weight_rules,
@@ -68,6 +67,7 @@ def bad_paths(config: Config) -> list[Problem]:
     models: list[Key] = [("model", name) for name in ("path", "vae") if isinstance(getattr(config.model, name), Path)]
     files: list[Key] = [("objective", "loss_weights", "tag_file")] if config.objective.loss_weights.tag_file else []
     files += [("adapter", "initial")] if config.adapter.initial and trains_adapter(config.adapter) else []
+    files += [("samples", "prompt_file")] if config.samples.prompt_file else []
     tokens = config.new_tokens.tokens
     files += [("new_tokens", "tokens", i, "file") for i, token in enumerate(tokens) if token.file]
     found = [_missing(config, key) for key in (*models, *files)]
@@ -246,18 +246,6 @@ def _validation(config: Config) -> Iterator[Problem]:
     for key in ("validation.timesteps", "validation.max_images", "validation.train_images"):
         if is_given(config, key):
             yield clash(config, (key, share), "has no effect, because no images are held out")
-
-
-def _samples(config: Config) -> Iterator[Problem]:
-    samples = config.samples
-    for key, pixels in (("samples.width_px", samples.width_px), ("samples.height_px", samples.height_px)):
-        if pixels is not None and pixels % PIXELS_PER_LATENT:
-            yield clash(config, (key,), f"must be a multiple of {PIXELS_PER_LATENT}")
-    if samples.prompts and is_given(config, "samples.count"):
-        yield clash(config, ("samples.count", "samples.prompts"), "has no effect; each prompt gives one image")
-    if samples.guidance_scale <= 1 and is_given(config, "samples.negative_prompt"):
-        keys = ("samples.negative_prompt", "samples.guidance_scale")
-        yield clash(config, keys, "has no effect; it needs a guidance above 1")
 
 
 def _release(config: Config) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ from trainer.config.sections.limits_config import LimitsConfig
 from trainer.config.sections.new_tokens_config import NewTokensConfig
 from trainer.config.sections.objective_config import ObjectiveConfig
 from trainer.config.sections.optimizer_config import OptimizerConfig
+from trainer.config.sections.samples_config import SamplesConfig
 from trainer.config.sections.sources import Source
 from trainer.config.sections.trainable_config import TrainableConfig
 from trainer.config.values import (
@@ -206,33 +207,6 @@ class ValidationConfig(Section):
     would not. 1: never."""
 
 
-class SamplesConfig(Section):
-    every_steps: Count = 0
-    """Optimizer steps between sample grids; 0 turns them off."""
-    prompts: list[str] = []
-    """One image is drawn for each prompt. Empty: captions of the prepared data are used."""
-    negative_prompt: str = ""
-    """What the images are guided away from."""
-    count: PositiveInt = 8
-    """How many captions of the data are used where `prompts` is empty."""
-    width_px: PositiveInt | None = None
-    """Width of the images; default: `data.buckets.resolution`."""
-    height_px: PositiveInt | None = None
-    """Height of the images; default: `data.buckets.resolution`."""
-    steps: Annotated[PositiveInt, Field(le=500)] = 28
-    """Sampler steps (Euler)."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 6.0
-    """Classifier-free guidance; 1 or less turns it off."""
-    guidance_rescale: Literal["auto"] | Fraction = "auto"
-    """How far the contrast that guidance adds is taken back (Lin et al. 2023). `auto`: 0.7 with zero terminal SNR,
-    which needs it, else 0."""
-    unconditional: Literal["empty_text", "zeros", "both"] = "empty_text"
-    """What guidance leads away from where there is no negative prompt: the empty text, as in A1111 and ComfyUI, or
-    zeros, as in diffusers. `both`: each image twice, one below the other."""
-    seed: Seed = 0
-    """Seed of the first image's starting noise; the n-th image uses seed + n."""
-
-
 class MemoryConfig(Section):
     budget: Size = "auto"
     """What a worker may use of its card, such as `23GiB`; the rest of this section follows from it. `auto`: what is
@@ -299,7 +273,7 @@ class Config(Section):
     validation: ValidationConfig = ValidationConfig()
     """The loss on held-out images."""
     samples: SamplesConfig = SamplesConfig()
-    """Images drawn while training."""
+    """Images drawn while training, and by `sample` and `eval`; see `docs/samples.md`."""
     memory: MemoryConfig = MemoryConfig()
     """What is held where."""
     log: LogConfig = LogConfig()

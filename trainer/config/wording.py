@@ -74,7 +74,8 @@ _ALSO_CALLED = {  # words of other trainers
     "save_every_n_steps": "checkpoint.every_steps",
     "ema_decay": "ema.averages.0.decay",
     "sample_every_n_steps": "samples.every_steps",
-    "sample_prompts": "samples.prompts",
+    "sample_prompts": "samples.prompt_file",
+    "sample_sampler": "samples.sampler",
 }
 
 
@@ -168,6 +169,8 @@ def _offered(section: Key, name: str) -> list[Key]:
         return [(*section, like)]
     like = nearest(name, (str(key[-1]) for key in known.values()), likeness=0.8)
     elsewhere = [key for key in known.values() if key[-1] == like and untagged(key[:-1]) != untagged(section)]
+    # An entry of `samples.images` has the names of what it overrides, which is meant.
+    elsewhere = [key for key in elsewhere if key[-2:-1] != (0,) or (*key[:-3], key[-1]) not in elsewhere]
     if 1 <= len(elsewhere) <= 2:
         return elsewhere
     like = nearest(name, names)

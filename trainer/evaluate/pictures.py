@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from trainer.evaluate.drawing.infotext import png_text
+from trainer.guards import DEFAULT_LIMITS
+from trainer.raster import open_image
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -16,6 +20,7 @@ _INK, _CAPTION_INK, _FAINT_INK, _PAPER = "#1f2328", "#3d444d", "#6e7781", "#ffff
 _TRAIN, _VALIDATION = "#2f6fb5", "#d1495b"
 _AVERAGES = "#2a9d68", "#8e5bb5", "#c77f1a"  # of the weights; more of them repeat the colours
 _MARGIN_PX, _GAP_PX = 20, 10
+CELL_PX = 256
 _MAX_POINTS = 4000  # of the raw loss: more cannot be told apart
 
 
@@ -25,7 +30,8 @@ class GridRow:
 
     label: str
     images: Sequence[Image.Image]  # of any sizes
-    captions: Sequence[str] = ()  # one for each image, or none
+    captions: Sequence[str] = ()  # one for each image, or none; three lines of each are shown
+    details: Sequence[str] = ()  # the same, in lines of their own below it
 
 
 def loss_curve_png(metrics: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
@@ -70,7 +76,14 @@ def loss_curve_png(metrics: Sequence[Mapping[str, Any]], path: Path, title: str)
     partial.replace(path)
 
 
-def image_grid(rows: Sequence[GridRow], path: Path, title: str = "", cell_px: int = 256, max_columns: int = 8) -> None:
+def image_grid(
+    rows: Sequence[GridRow],
+    path: Path,
+    title: str = "",
+    cell_px: int = CELL_PX,
+    max_columns: int = 8,
+    text: str = "",
+) -> None:
     """Draws rows of images below each other, so that the n-th images of all rows share a column.
 
     Images are fitted into square cells without changing their shape; captions are wrapped below them.
@@ -79,59 +92,77 @@ def image_grid(rows: Sequence[GridRow], path: Path, title: str = "", cell_px: in
     Args:
         rows: a row may be shorter than others.
         path: the PNG; its folder must exist.
-        title: one line on top; empty: none.
+        title: on top, up to three lines; empty: none.
         cell_px: side of a cell.
         max_columns: images beside each other.
+        text: what the file says of how the images were drawn (`infotext`); empty: nothing.
     """
     num_images = max((len(row.images) for row in rows), default=0)
     width_px = 2 * _MARGIN_PX + min(max(num_images, 1), max_columns) * (cell_px + _GAP_PX) - _GAP_PX
-    strips = [_text_strip([title], _font(20, bold=True), width_px, _MARGIN_PX)] if title else []
+    strips = [_text_strip(title, _font(20, bold=True), width_px, _MARGIN_PX, max_lines=3)] if title else []
     for start in range(0, num_images, max_columns):
         for row in rows:
             columns = slice(start, start + max_columns)
             if row.images[columns]:
-                strips.append(_text_strip([row.label], _font(15, bold=True), width_px, _GAP_PX))
-                strips.append(_row_strip(row.images[columns], row.captions[columns], cell_px, width_px))
+                strips.append(_text_strip(row.label, _font(15, bold=True), width_px, _GAP_PX, max_lines=2))
+                below = row.captions[columns], row.details[columns]
+                strips.append(_row_strip(row.images[columns], *below, cell_px, width_px))
     sheet = Image.new("RGB", (width_px, _MARGIN_PX + sum(strip.height for strip in strips) + _GAP_PX), _PAPER)
     top = _MARGIN_PX
     for strip in strips:
         sheet.paste(strip, (0, top))
         top += strip.height
     partial = _partial(path)
-    sheet.save(partial, format="PNG")
+    sheet.save(partial, format="PNG", pnginfo=png_text(text) if text else None)
     partial.replace(path)
 
 
-def _text_strip(lines: Sequence[str], font: ImageFont.FreeTypeFont, width_px: int, below_px: int) -> Image.Image:
-    line_px = _line_px(font)
+def read_small(path: Path, side_px: int = CELL_PX) -> Image.Image:
+    """An image of ours, as large as a cell of a grid.
+
+    Raises:
+        Exception: any of `DECODE_ERRORS`.
+    """
+    with open_image(path, DEFAULT_LIMITS) as image:
+        return fitted(image, side_px)
+
+
+def fitted(image: Image.Image, side_px: int) -> Image.Image:
+    """RGB, its longer side so long."""
+    scale = side_px / max(image.size)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def _text_strip(
+    text: str, font: ImageFont.FreeTypeFont, width_px: int, below_px: int, *, max_lines: int
+) -> Image.Image:
+    line_px, lines = _line_px(font), _wrapped(text, font, width_px - 2 * _MARGIN_PX, max_lines)
     strip = Image.new("RGB", (width_px, line_px * len(lines) + below_px), _PAPER)
     draw = ImageDraw.Draw(strip)
     for number, line in enumerate(lines):
-        fitted = _wrapped(line, font, width_px - 2 * _MARGIN_PX, max_lines=1)[0]
-        draw.text((_MARGIN_PX, number * line_px), fitted, font=font, fill=_INK)
+        draw.text((_MARGIN_PX, number * line_px), line, font=font, fill=_INK)
     return strip
 
 
-def _row_strip(images: Sequence[Image.Image], captions: Sequence[str], cell_px: int, width_px: int) -> Image.Image:
-    fitted = [_fitted(image, cell_px) for image in images]
+def _row_strip(
+    images: Sequence[Image.Image], captions: Sequence[str], details: Sequence[str], cell_px: int, width_px: int
+) -> Image.Image:
+    small = [fitted(image, cell_px) for image in images]
     font = _font(12)
-    texts = [_wrapped(caption, font, cell_px, max_lines=3) for caption in captions]
-    row_px, line_px = max(image.height for image in fitted), _line_px(font)
+    texts = [_wrapped(caption, font, cell_px, max_lines=3) for caption in captions] or [[] for _ in details]
+    for lines, told in zip(texts, details, strict=False):
+        lines += _wrapped(told, font, cell_px, max_lines=2)
+    row_px, line_px = max(image.height for image in small), _line_px(font)
     text_px = max((len(lines) for lines in texts), default=0) * line_px
     strip = Image.new("RGB", (width_px, row_px + (_GAP_PX // 2 + text_px if text_px else 0) + 2 * _GAP_PX), _PAPER)
     draw = ImageDraw.Draw(strip)
-    for number, image in enumerate(fitted):
+    for number, image in enumerate(small):
         left = _MARGIN_PX + number * (cell_px + _GAP_PX)
         strip.paste(image, (left + (cell_px - image.width) // 2, row_px - image.height))
         for line, text in enumerate(texts[number] if number < len(texts) else ()):
             draw.text((left, row_px + _GAP_PX // 2 + line * line_px), text, font=font, fill=_CAPTION_INK)
     return strip
-
-
-def _fitted(image: Image.Image, cell_px: int) -> Image.Image:
-    scale = cell_px / max(image.size)
-    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width_px: int, max_lines: int) -> list[str]:

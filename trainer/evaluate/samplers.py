@@ -1,31 +1,72 @@
-"""Euler's method from noise to an image, for each prediction: the steps that diffusers' schedulers take.
+"""From noise to an image, for each prediction: by Euler's method, in the steps that diffusers' schedulers take, or by
+another solver.
 
 The model is a function of its input [1, 4, h, w] float32 and a timestep, and gives its prediction, guided if that is
 wanted.
 """
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from trainer.config.sections.samples_config import SamplerName, ScheduleName
 from trainer.diffusion.prediction import SIGMA_DATA, Prediction, shifted
 from trainer.diffusion.schedule import NoiseSchedule
+from trainer.errors import UserError
+from trainer.evaluate.solvers import (
+    FreshNoise,
+    Model,
+    Predicted,
+    by_ddim,
+    by_dpm_solver,
+    by_euler_ancestral,
+    karras_steps,
+)
 
-Model = Callable[[Tensor, float], Tensor]
 # Of the last timestep where nothing of the image is left, as diffusers has it: its alphas_cumprod is taken for 2^-24.
 _LARGEST_SIGMA = (2.0**24 - 1) ** 0.5
 _EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}  # of the paper and of diffusers' EDMEulerScheduler
 
 
-def denoised(prediction: Prediction, model: Model, noise: Tensor, num_steps: int) -> Tensor:
-    """Scaled latents [1, 4, h, w] float32, from standard normal noise of that shape."""
+def denoised(
+    prediction: Prediction,
+    model: Model,
+    noise: Tensor,
+    num_steps: int,
+    sampler: SamplerName = "euler",
+    schedule: ScheduleName = "normal",
+    fresh_noise: FreshNoise | None = None,
+) -> Tensor:
+    """Scaled latents [1, 4, h, w] float32, from standard normal noise of that shape.
+
+    Args:
+        sampler: all of epsilon and v-prediction; Euler's method alone of the others. All evaluate the model where
+            `euler_steps` says, if `schedule` is normal.
+        schedule: of `dpmpp_2m`.
+        fresh_noise: of `euler_a`.
+    Raises:
+        UserError: the sampler does not go with the prediction.
+    """
+    if prediction.kind in ("flow", "edm") and sampler != "euler":
+        raise UserError(f"sampler {sampler}: {prediction.kind} is drawn by euler")
     if prediction.kind == "flow":
         return _by_flow(model, noise, num_steps, prediction.shift)
     if prediction.kind == "edm":
         return _by_edm(model, noise, num_steps)
-    return _by_schedule(prediction, model, noise, num_steps)
+    if sampler == "euler":
+        return _by_schedule(prediction, model, noise, num_steps)
+    levels, predicted = prediction.schedule, Predicted(model, prediction.kind == "v_prediction")
+    if schedule == "karras":
+        timesteps, sigmas = karras_steps(levels.sigmas.clamp(max=_LARGEST_SIGMA), num_steps)
+    else:
+        timesteps, sigmas = euler_steps(levels, num_steps, trailing=prediction.zero_terminal_snr)
+    if sampler == "ddim":
+        return by_ddim(predicted, noise, timesteps, levels)
+    if sampler == "dpmpp_2m":
+        return by_dpm_solver(predicted, noise, timesteps, sigmas)
+    assert fresh_noise is not None, "euler_a adds noise in each step"
+    return by_euler_ancestral(predicted, noise, timesteps, sigmas, fresh_noise)
 
 
 def euler_steps(schedule: NoiseSchedule, num_steps: int, *, trailing: bool = False) -> tuple[list[int], list[float]]:

@@ -10,10 +10,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
+from trainer.config.sections.samples_config import MOST_STEPS, SamplerName, ScheduleName
 from trainer.diffusion.noise import standard_normal
 from trainer.diffusion.prediction import Prediction
 from trainer.errors import UserError
 from trainer.evaluate.samplers import denoised, guided
+from trainer.keyed import draw_seed
 from trainer.model.conditioning import time_ids, unet_inputs
 from trainer.model.text import CaptionTokenizer, TextConditioning, TextEncoders
 from trainer.model.vae import decode_latents
@@ -40,8 +42,10 @@ def sample_images(
     zeros_for_no_text: bool = False,
     input_dtype: torch.dtype | None = None,
     autocast_dtype: torch.dtype | None = None,
+    sampler: SamplerName = "euler",
+    schedule: ScheduleName = "normal",
 ) -> list[Image.Image]:
-    """Draws one image for each prompt with the Euler sampler and SDXL's own settings.
+    """Draws one image for each prompt with SDXL's own settings.
 
     The images are drawn one by one, so that an image hangs on its prompt and its seed alone, and not on
     what else is drawn: each rank may draw `prompts[rank::world]` without a word to the others. Training
@@ -54,7 +58,7 @@ def sample_images(
         width_px, height_px: of every image; multiples of 8, the VAE's factor.
         num_steps: of the sampler; at most 500.
         guidance_scale: of classifier-free guidance (Ho and Salimans 2022); 1 or less turns it off.
-        seeds: one for each image, of its starting noise, which is drawn on the CPU.
+        seeds: one for each image, of its starting noise, which is drawn on the CPU, and of what a sampler adds.
         device: of the UNet.
         prediction: what the UNet predicts.
         scaling_factor, latent_shift: what the UNet sees is (latents of the VAE - shift) * factor.
@@ -63,17 +67,13 @@ def sample_images(
             A1111 and ComfyUI.
         input_dtype: of the latents that the UNet is called with, as in training; None: the precision of its weights.
         autocast_dtype: arithmetic of the UNet, as in training; None: the precision of its weights.
+        sampler, schedule: as in `denoised`.
 
     Raises:
-        UserError: a size is no multiple of the VAE's factor, or there are too many steps.
+        UserError: a size is no multiple of the VAE's factor, there are too many steps, or as `denoised`.
         ValueError: `seeds` and `prompts` differ in length.
     """
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-    if width_px % factor or height_px % factor:
-        raise UserError(f"samples of {width_px} x {height_px} px: width and height must be multiples of {factor}")
-    if not 1 <= num_steps <= 500:
-        raise UserError(f"samples of {num_steps} steps: the sampler takes 1 to 500 steps")
-    images = []
+    factor, images = _checked_factor(vae, width_px, height_px, num_steps), []
     with _evaluating(unet, vae, text_encoders.one, text_encoders.two), torch.inference_mode():
         sizes = time_ids((height_px, width_px), (0, 0), (height_px, width_px)).to(device)
         negative = None
@@ -89,9 +89,25 @@ def sample_images(
                 dtype = input_dtype or unet.dtype
                 texts = [positive] if negative is None else [negative, positive]
                 model = partial(_predicted, unet, texts, sizes, guidance_scale, guidance_rescale, dtype)
-                latents = denoised(prediction, model, noise, num_steps)
+                fresh = partial(_fresh_noise, seed, shape, device)
+                latents = denoised(prediction, model, noise, num_steps, sampler, schedule, fresh)
             images += decoded_images(vae, latents / scaling_factor + latent_shift)
     return images
+
+
+def _checked_factor(vae: AutoencoderKL, width_px: int, height_px: int, num_steps: int) -> int:
+    """Pixels to a latent, along each side."""
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    if width_px % factor or height_px % factor:
+        raise UserError(f"samples of {width_px} x {height_px} px: width and height must be multiples of {factor}")
+    if not 1 <= num_steps <= MOST_STEPS:
+        raise UserError(f"samples of {num_steps} steps: the sampler takes 1 to {MOST_STEPS} steps")
+    return factor
+
+
+def _fresh_noise(seed: int, shape: Sequence[int], device: torch.device, step: int) -> Tensor:
+    """What an ancestral sampler adds in a step, a function of the image's seed and the step: [1, *shape] float32."""
+    return standard_normal(torch.tensor([draw_seed("ancestral noise", seed, step)]), shape, device)
 
 
 def decoded_images(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:

@@ -7,20 +7,16 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
-import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from PIL import Image
 
-from trainer.config.schema import SamplesConfig, ValidationConfig
+from trainer.config.schema import ValidationConfig
 from trainer.config.sections.ema_config import LIVE
-from trainer.data.buckets import Bucket
-from trainer.data.captions import CaptionRules, compose
+from trainer.config.sections.samples_config import SamplesConfig
+from trainer.data.captions import CaptionRules
 from trainer.data.loader import Batch, BatchReader
-from trainer.data.sampler import pick_rows
 from trainer.data.store.snapshot import PreparedSet
-from trainer.evaluate.pictures import GridRow, image_grid
-from trainer.evaluate.sampling import decoded_images, sample_images
+from trainer.evaluate.drawing.draw import Drawer
+from trainer.evaluate.drawing.places import folder_at
 from trainer.evaluate.validating.scored_rows import Row, held_out_rows, training_rows
 from trainer.evaluate.validating.validation_clock import ValidationClock
 from trainer.evaluate.validating.validation_result import ValidationResult, record_values, told_loss
@@ -30,21 +26,8 @@ from trainer.model.denoiser import Denoiser
 from trainer.model.latents import encoded_batches
 from trainer.model.text import CaptionTokenizer, TextEncoders
 from trainer.parallel.comm import Comm, broadcast_object, failing_together
-from trainer.raster import open_image
 
 _log = logging.getLogger(__name__)
-_RESCALE = 0.7  # Lin et al. 2023, section 3.4
-_WAYS = {"empty_text": "the empty text", "zeros": "zeros"}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image to draw: its prompt and size, and the prepared image it is to be compared with, if any."""
-
-    prompt: str
-    bucket: Bucket
-    latents: np.ndarray | None  # [4, h, w] float16, unscaled
-    pixels: np.ndarray | None = None  # [3, H, W] uint8, where the data are images
 
 
 @dataclass(frozen=True)
@@ -57,6 +40,7 @@ class Scorer:
         images_per_pass: of validation, on each worker.
         resolution_px: side of a sample of which nothing else is said.
         folder: where samples of the run go.
+        run_name: stands in what their files say of how they were drawn.
         cached_text: the prepared data hold what the text encoders give.
         masked: the loss is masked.
         weights: what `score_when_due` looks at, by name, each with what puts it into the model for forward passes that
@@ -75,6 +59,7 @@ class Scorer:
     images_per_pass: int
     resolution_px: int
     folder: Path
+    run_name: str
     cached_text: bool
     masked: bool
     load_tokenizer: Callable[[], CaptionTokenizer]
@@ -164,8 +149,8 @@ class Scorer:
 
     def _draw_at(self, step: int, name: str) -> None:
         of = "" if name == LIVE else f" of {name}"
-        folder = self.folder / (f"step-{step:08d}" + (f"-{name}" if of else ""))
-        _log.info("step %d  samples%s: %s", step, of, self.draw(folder, f"step {step:,}{of}"))
+        folder = folder_at(self.folder, step, name if of else "")
+        _log.info("step %d  samples%s: %s", step, of, self.draw(folder, folder.name))
 
     def validate(self) -> ValidationLoss:
         """The loss on the held-out images; every worker takes its share.
@@ -211,101 +196,25 @@ class Scorer:
         encoded = encoded_batches(self.denoiser.image_encoder, batches)
         return validation_loss(self.denoiser, _with_warnings(encoded), self.validation.timesteps, self.comm)
 
-    def draw(self, folder: Path, title: str) -> Path:
-        """Draw one image per prompt into `folder`, and all of them beside the data into `folder`.png.
-
-        Every worker draws its share. Returns the path of the grid.
+    def draw(self, folder: Path, weights: str, *, keep_older: bool = False) -> Path:
+        """Draw as `Drawer.draw` does, every worker its share; returns the path of the sheet.
 
         Raises:
             FailedBeside: (on every worker) one of them could not.
         """
-        grid = folder.with_suffix(".png")
-        with failing_together(self.comm):
-            pictures = self._pictures()
-            self._draw_share(pictures, folder)
-        with failing_together(self.comm):
-            if self.comm.rank == 0:
-                self._draw_grid(pictures, folder, grid, title)
-        return grid
-
-    @property
-    def _ways(self) -> tuple[str, ...]:
-        wish = self.samples.unconditional
-        return ("empty_text", "zeros") if wish == "both" else (wish,)
-
-    def _draw_share(self, pictures: Sequence[Picture], folder: Path) -> None:
-        """This worker's images."""
-        comm, settings, ways, vae = self.comm, self.samples, self._ways, self._vae()
-        folder.mkdir(parents=True, exist_ok=True)
-        for number in range(comm.rank, len(pictures) * len(ways), comm.world):
-            index, way = number % len(pictures), ways[number // len(pictures)]
-            picture = pictures[index]
-            (image,) = sample_images(
-                unet=self.denoiser.unet,
-                vae=vae,
-                text_encoders=self._text_encoders,
-                tokenizer=self._tokenizer,
-                prompts=[picture.prompt],
-                negative_prompt=settings.negative_prompt,
-                width_px=picture.bucket.width_px,
-                height_px=picture.bucket.height_px,
-                num_steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-                seeds=[settings.seed + index],
-                device=comm.device,
-                prediction=self.denoiser.objective.prediction,
-                scaling_factor=self.denoiser.scaling_factor,
-                latent_shift=self.denoiser.latent_shift,
-                guidance_rescale=self._guidance_rescale,
-                zeros_for_no_text=way == "zeros",
-                input_dtype=self.denoiser.input_dtype,
-                autocast_dtype=self.denoiser.autocast_dtype,
-            )
-            image.save(folder / _image_name(index, way, ways))
-
-    def _draw_grid(self, pictures: Sequence[Picture], folder: Path, grid: Path, title: str) -> None:
-        """All images, below each other by what they are guided away from, above the data."""
-        prompts, rows, ways = [picture.prompt for picture in pictures], [], self._ways
-        for way in ways:
-            drawn = [_read_image(folder / _image_name(index, way, ways)) for index in range(len(pictures))]
-            against = f", guided away from {_WAYS[way]}" if len(ways) > 1 else ""
-            rows.append(GridRow(f"generated{against}", drawn, prompts))
-        data = [torch.from_numpy(picture.latents)[None] for picture in pictures if picture.latents is not None]
-        if data:
-            vae = self._vae()
-            rows.append(GridRow("data, through the VAE", [decoded_images(vae, latents)[0] for latents in data]))
-        photos = [Image.fromarray(p.pixels.transpose(1, 2, 0)) for p in pictures if p.pixels is not None]
-        if photos:
-            rows.append(GridRow("data", photos))
-        image_grid(rows, grid, title)
-
-    @property
-    def _guidance_rescale(self) -> float:
-        wish = self.samples.guidance_rescale
-        if wish == "auto":
-            return _RESCALE if self.denoiser.objective.prediction.zero_terminal_snr else 0.0
-        return wish
-
-    def _vae(self) -> AutoencoderKL:
-        if self.denoiser.image_encoder:
-            return self.denoiser.image_encoder.vae
-        return self.load_vae()
-
-    def _pictures(self) -> list[Picture]:
-        settings, side = self.samples, self.resolution_px
-        if settings.prompts:
-            bucket = Bucket(settings.height_px or side, settings.width_px or side)
-            return [Picture(prompt, bucket, None) for prompt in settings.prompts]
-        pictures = []
-        buckets = self.prepared.buckets("train")
-        for bucket_index, row in pick_rows(self.prepared.rows_per_bucket("train"), settings.count):
-            rows = self.prepared.read("train", bucket_index, np.array([row]))
-            of_row = buckets[bucket_index]
-            bucket = Bucket(settings.height_px or of_row.height_px, settings.width_px or of_row.width_px)
-            if rows.ok[0]:
-                latents, pixels = (None if stack is None else stack[0] for stack in (rows.latents, rows.pixels))
-                pictures.append(Picture(compose(rows.captions[0], self.captions, 0, 0), bucket, latents, pixels))
-        return pictures
+        drawer = Drawer(
+            comm=self.comm,
+            denoiser=self.denoiser,
+            prepared=self.prepared,
+            samples=self.samples,
+            captions=self.captions,
+            resolution_px=self.resolution_px,
+            run_name=self.run_name,
+            tokenizer=lambda: self._tokenizer,
+            text_encoders=lambda: self._text_encoders,
+            load_vae=self.load_vae,
+        )
+        return drawer.draw(folder, weights, keep_older=keep_older)
 
 
 def _with_warnings(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -314,12 +223,3 @@ def _with_warnings(batches: Iterable[Batch]) -> Iterator[Batch]:
         for problem in batch.problems:
             _log.warning("validation leaves out %s", problem)
         yield batch
-
-
-def _image_name(index: int, way: str, ways: Sequence[str]) -> str:
-    return f"{index:02d}{f'-{way}' if len(ways) > 1 else ''}.png"
-
-
-def _read_image(path: Path) -> Image.Image:
-    with open_image(path) as image:
-        return image.convert("RGB")

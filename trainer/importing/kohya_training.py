@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 from typing import Any
 
+from trainer.config.prompt_file import read_prompts, sampler_of
 from trainer.errors import UserError
 from trainer.importing.given import Draft
 
@@ -267,10 +268,9 @@ def samples_of_options(draft: Draft) -> None:
     if every := draft.take("sample_every_n_steps"):
         draft.put("samples.every_steps", every, "sample_every_n_steps")
         if file := draft.take("sample_prompts"):
-            prompts = _prompts(draft, file)
-            if prompts:
-                draft.put("samples.prompts", prompts, "sample_prompts")
-        draft.leave("sample_sampler", "samples are drawn by Euler's method")
+            _prompt_file(draft, file)
+        if word := draft.take("sample_sampler"):
+            _sampler(draft, word)
     draft.leave("sample_every_n_epochs", "samples are drawn by steps (samples.every_steps)")
     if (every := draft.take("validate_every_n_steps")) and draft.take("validation_split"):
         draft.put("validation.every_steps", every, "validate_every_n_steps")
@@ -280,17 +280,29 @@ def samples_of_options(draft: Draft) -> None:
     draft.leave("log_with", "TensorBoard's files are always written")
 
 
-def _prompts(draft: Draft, file: str) -> list[str]:
-    """Of a prompt file, the texts without kohya's flags."""
+def _prompt_file(draft: Draft, file: str) -> None:
+    """A file of prompts is read as it is, flags and all."""
+    path = Path(file).expanduser()
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8", errors="replace").splitlines()[:64]
-    except OSError as error:
-        draft.notes.append(f"sample_prompts {file}: cannot be read ({error.strerror}); captions of the data are drawn")
-        return []
-    texts = [line.split(" --")[0].strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if any(" --" in line for line in lines):
-        draft.notes.append("sample_prompts: flags such as --w, --s and --l hold for all samples here (`samples`)")
-    return [text for text in texts if text]
+        read_prompts(path)
+    except UserError as error:
+        first, *others = error.lines
+        more = f", and {len(others)} more" if others else ""
+        draft.notes.append(f"sample_prompts: {first}{more}; once that is mended: samples.prompt_file")
+        draft.leave("sample_prompts", "could not be read as it is; captions of the data are drawn")
+        return
+    draft.put("samples.prompt_file", str(path), "sample_prompts")
+
+
+def _sampler(draft: Draft, word: str) -> None:
+    try:
+        name, schedule = sampler_of(word)
+    except ValueError as error:
+        draft.leave("sample_sampler", f"{error}; samples are drawn by Euler's method")
+        return
+    draft.put("samples.sampler", name, "sample_sampler")
+    if schedule:
+        draft.put("samples.schedule", schedule, "sample_sampler")
 
 
 def _pairs(draft: Draft, option: str) -> dict[str, str]:

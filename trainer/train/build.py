@@ -26,6 +26,7 @@ from trainer.data.survey.image_weights import weighs_images
 from trainer.diffusion.noise import Draws
 from trainer.diffusion.objective import Objective
 from trainer.errors import UserError
+from trainer.evaluate.drawing.places import SAMPLES
 from trainer.evaluate.scoring import Scorer
 from trainer.memory.run_choice import MemoryChoice, choose_memory, smallest_card
 from trainer.memory.run_plan import Setting
@@ -335,7 +336,8 @@ def make_scorer(
         seed=config.run.seed,
         images_per_pass=config.train.batch_size_per_gpu,
         resolution_px=config.data.buckets.resolution,
-        folder=config.run.dir / "samples",
+        folder=config.run.dir / SAMPLES,
+        run_name=config.run.dir.absolute().name,
         cached_text=config.data.cache_text,
         masked=config.objective.loss.masked,
         load_tokenizer=partial(caption_tokenizer, config, model_files),

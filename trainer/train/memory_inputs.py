@@ -1,5 +1,6 @@
 """From a configuration to what its memory plan is made of; imports no torch."""
 
+import math
 from collections.abc import Sequence
 
 from trainer.config.schema import Config
@@ -19,7 +20,7 @@ from trainer.train.trained_parts import what_trains
 def planned_run(config: Config, model: RunModel) -> PlannedRun:
     """What the run's memory hangs on."""
     trainable = what_trains(config)
-    samples, side, ema = config.samples, config.data.buckets.resolution, config.ema
+    ema = config.ema
     return PlannedRun(
         model=model,
         trainable=trainable,
@@ -36,7 +37,7 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
         holds_images=config.data.mode == "images",
         vae_batch_size=config.data.vae_batch_size,
         validates=config.validation.every_steps > 0,
-        sample_px=(samples.height_px or side, samples.width_px or side) if samples.every_steps else None,
+        sample_px=_largest_sample(config) if config.samples.every_steps else None,
         budget=config.memory.budget,
         strategy="ddp" if only_additions_train(trainable, config.adapter) else config.memory.strategy,
         recompute=config.memory.recompute,
@@ -53,6 +54,16 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
         frozen_weights=config.model.frozen_weights,
         snapshot_bytes=4 if ema.snapshots.dtype == "fp32" else 2,
     )
+
+
+def _largest_sample(config: Config) -> tuple[int, int]:
+    """Height and width of the image that takes most memory to decode."""
+    samples, side = config.samples, config.data.buckets.resolution
+    height, width = samples.height_px or side, samples.width_px or side
+    sizes = [(image.height_px or height, image.width_px or width) for image in samples.images]
+    if samples.prompts or not samples.images:
+        sizes.append((height, width))
+    return max(sizes, key=math.prod)
 
 
 def make_setting(

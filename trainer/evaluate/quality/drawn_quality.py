@@ -13,6 +13,7 @@ from PIL import Image
 
 from trainer.data.captions import compose
 from trainer.data.sampler import pick_rows
+from trainer.evaluate.drawing.draw import image_name
 from trainer.evaluate.quality.clip_features import ClipFeatures
 from trainer.evaluate.quality.clip_folder import read_clip_folder
 from trainer.evaluate.quality.quality_scores import QualityScores, quality_scores
@@ -47,9 +48,14 @@ class _Reference(NamedTuple):
     prompt: str
 
 
-def score_quality(scorer: Scorer, wish: QualityWish, out_dir: Path, limits: Limits = DEFAULT_LIMITS) -> list[str]:
+def score_quality(
+    scorer: Scorer, wish: QualityWish, out_dir: Path, weights: str, limits: Limits = DEFAULT_LIMITS
+) -> list[str]:
     """Draw images for captions of held-out images, or of others where none are held out, each in its bucket's size,
     into `out_dir/quality`, and write `out_dir/quality.json`. Every worker takes its share.
+
+    Args:
+        weights: the name of what draws, such as `step-00000120-ema`.
 
     Returns:
         Lines that tell it.
@@ -64,7 +70,7 @@ def score_quality(scorer: Scorer, wish: QualityWish, out_dir: Path, limits: Limi
     # What is loaded once serves the images of all buckets.
     loads = {name: cache(getattr(scorer, name)) for name in ("load_tokenizer", "load_text_encoders", "load_vae")}
     drawing = replace(scorer, **loads)
-    files = _draw(drawing, split, references, out_dir / "quality")
+    files = _draw(drawing, split, references, out_dir / "quality", weights)
     with failing_together(scorer.comm):
         clip = ClipFeatures(read_clip_folder(wish.clip_folder, limits), scorer.comm.device, limits)
         share = _features(drawing, clip, split, references, files)
@@ -89,7 +95,7 @@ def _references(scorer: Scorer, split: str, count: int) -> list[_Reference]:
     return list(found.values())
 
 
-def _draw(scorer: Scorer, split: str, references: Sequence[_Reference], folder: Path) -> list[Path]:
+def _draw(scorer: Scorer, split: str, references: Sequence[_Reference], folder: Path, weights: str) -> list[Path]:
     """The file of each reference's drawing, bucket by bucket."""
     files: list[Path] = []
     settings, buckets = scorer.samples, scorer.prepared.buckets(split)
@@ -97,11 +103,10 @@ def _draw(scorer: Scorer, split: str, references: Sequence[_Reference], folder: 
     for bucket_index, group in groupby(references, key=lambda reference: reference.bucket):
         prompts, bucket = [reference.prompt for reference in group], buckets[bucket_index]
         size = {"width_px": bucket.width_px, "height_px": bucket.height_px}
-        own = {"prompts": prompts, "unconditional": way, "seed": (settings.seed + len(files)) % _SEEDS, **size}
+        own = {"prompts": prompts, "images": [], "unconditional": way, "seed": (settings.seed + len(files)) % _SEEDS}
         place = folder / f"{bucket.width_px}x{bucket.height_px}"
-        title = f"quality, {bucket.width_px} x {bucket.height_px} px"
-        replace(scorer, samples=settings.model_copy(update=own)).draw(place, title)
-        files += [place / f"{index:02d}.png" for index in range(len(prompts))]
+        replace(scorer, samples=settings.model_copy(update=own | size)).draw(place, weights)
+        files += [place / image_name(index, len(prompts), way, [way]) for index in range(len(prompts))]
     return files
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from trainer.config.schema import Config
 from trainer.config.sections.ema_config import LIVE
 from trainer.data.store.snapshot import PreparedSet
+from trainer.evaluate.drawing.places import SAMPLES
 from trainer.evaluate.pictures import loss_curve_png
 from trainer.evaluate.quality.drawn_quality import QualityWish, score_quality
 from trainer.evaluate.scoring import Scorer
@@ -40,7 +41,8 @@ def evaluate_weights(
     quality: QualityWish | None = None,
     against: Path | None = None,
 ) -> None:
-    """Validation loss, loss curve and sample grid of the UNet in `weights`, written into `out_dir`.
+    """Validation loss, loss curve and samples of the UNet in `weights`, written into `out_dir` in place of what an
+    earlier call wrote there.
 
     Without held-out images there is no validation loss; the log says so.
 
@@ -54,9 +56,9 @@ def evaluate_weights(
         _validate(scorer, weights, out_dir, average, against)
     else:
         _log.info("no held-out images (data.validation_fraction = 0): no validation loss")
-    _log.info("samples: %s", scorer.draw(out_dir / "samples", _title(weights, average)))
+    _log.info("samples: %s", scorer.draw(out_dir / SAMPLES, _name(weights, average)))
     if quality:
-        for line in score_quality(scorer, quality, out_dir, config.limits.plain()):
+        for line in score_quality(scorer, quality, out_dir, _name(weights, average), config.limits.plain()):
             _log.info("%s", line)
     metrics = read_metrics(config.run.dir)
     if comm.rank == 0 and metrics:
@@ -82,20 +84,20 @@ def _validate(scorer: Scorer, weights: Path, out_dir: Path, average: str, agains
     write_losses(out_dir / LOSSES_FILE, own)
     (out_dir / "validation.json").write_text(json.dumps(record, indent=1) + "\n")
     if result.held_out.images:
-        validation_chart_png(result, out_dir / "validation.png", f"Validation loss of {_title(weights, average)}")
+        validation_chart_png(result, out_dir / "validation.png", f"Validation loss of {_name(weights, average)}")
         _log.info("validation: %s", out_dir / "validation.png")
 
 
 def sample_weights(
     config: Config, model: RunModel, comm: Comm, weights: Path, out_dir: Path, average: str = LIVE
 ) -> None:
-    """A sample grid of the UNet in `weights`, or of its average, and its single images, written into `out_dir`."""
-    scorer = _scorer(config, model, comm, weights, average)
-    _log.info("samples: %s", scorer.draw(out_dir / "samples", _title(weights, average)))
+    """Samples of the UNet in `weights`, or of its average, in a folder of their own in `out_dir`, beside older ones."""
+    scorer, name = _scorer(config, model, comm, weights, average), _name(weights, average)
+    _log.info("samples: %s", scorer.draw(out_dir / name, name, keep_older=True))
 
 
-def _title(weights: Path, average: str) -> str:
-    return weights.name + (f", {average}" if average != LIVE else "")
+def _name(weights: Path, average: str) -> str:
+    return weights.name + (f"-{average}" if average != LIVE else "")
 
 
 def _scorer(config: Config, model: RunModel, comm: Comm, weights: Path, average: str) -> Scorer:
