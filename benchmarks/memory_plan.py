@@ -218,8 +218,7 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
             release.finish(comm.device, None)
         elif optimizer is not None:
             optimizer.step()
-        strategy.end_exchange(took_effect=True)
-        strategy.clear_gradients()
+        strategy.end_step(took_effect=True)
 
     with autocast:
         warm_up(strategy, lambda _: loss())

@@ -71,8 +71,7 @@ def averaged(
     with strategy.reduction(last=True):
         (strategy.model(gradients) * scale).backward()
     found = {n.removeprefix("weights."): p.grad.clone() for n, p in strategy.parameters.items() if p.grad is not None}
-    strategy.end_exchange(took_effect=takes_effect)
-    strategy.clear_gradients()
+    strategy.end_step(took_effect=takes_effect)
     return found
 
 

@@ -143,10 +143,11 @@ class Strategy:
         """Whether what a checkpoint holds changes in the backward pass already, and not in the update alone."""
         return self.exchange is not None and self.exchange.keeps_errors
 
-    def end_exchange(self, *, took_effect: bool) -> None:
+    def end_step(self, *, took_effect: bool) -> None:
         """After a step, which was skipped or not."""
         if self.exchange:
             self.exchange.end(took_effect=took_effect)
+        self.clear_gradients()
 
     def clear_gradients(self) -> None:
         """Before the next step: zero them in place, or give their memory back."""

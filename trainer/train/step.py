@@ -184,13 +184,9 @@ def train_step(
             losses, mixture = batch_losses(parts, batch, index, planned_images, companions)
             weighted = (counts * losses).sum()
             scaled = weighted * (loss_scale / planned_images)
-            if parts.release is None:
-                if last and strategy.keeps_errors:
-                    before_update()
-                strategy.backward(scaled)
-            else:
+            if parts.release or (last and strategy.keeps_errors):
                 before_update()
-                early = _backward_and_update(parts, batch, weighted, scaled, planned_images, lr_factor, judge)
+            early = _backward(parts, batch, weighted, scaled, planned_images, lr_factor, judge)
         loss_sum += weighted.detach()
         weight_sum += float(batch.weights.sum())
         problems += batch.problems
@@ -217,8 +213,7 @@ def train_step(
         if parts.release is None:
             _update(parts, grad_norm, factor, lr_factor)
         seen.learn(lessons)
-    strategy.end_exchange(took_effect=takes_effect)
-    strategy.clear_gradients()
+    strategy.end_step(took_effect=takes_effect)
     return StepResult(
         loss=loss,
         num_images=num_images,
@@ -233,7 +228,7 @@ def train_step(
     )
 
 
-def _backward_and_update(
+def _backward(
     parts: StepParts,
     batch: Batch,
     weighted: Tensor,
@@ -242,8 +237,10 @@ def _backward_and_update(
     lr_factor: float,
     judge: Judge,
 ) -> Verdict:
-    """The backward pass of a step's only micro-batch with all updates in it, unless its loss cannot be right."""
-    assert parts.release is not None
+    """The backward pass of a micro-batch; where it has all updates in it, only if its loss can be right."""
+    if parts.release is None:
+        parts.strategy.backward(scaled)
+        return TAKEN
     images = float(batch.weights.sum())
     verdict = judge(float(weighted.detach()) / images if images else math.nan, 0.0, images)
     if images and not verdict.reason:
