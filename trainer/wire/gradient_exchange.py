@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,7 +44,7 @@ class GradientExchange:
     def __init__(self, config: ExchangeConfig, parameters: Mapping[str, nn.Parameter], comm: Comm, seed: int) -> None:
         self._config, self._comm, self._seed = config, comm, seed
         self._parameters = dict(parameters)
-        self._names = {parameter: name for name, parameter in parameters.items()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._changed = frozenset(name for name, p in parameters.items() if is_changed(config, p.shape))
         self._step, self._loss_scale = _REHEARSAL, 1.0
         self._rows: dict[tuple[str, ...], BucketRows] = {}
@@ -82,7 +83,7 @@ class GradientExchange:
         model.register_comm_hook(self, _hook)
 
     @torch.no_grad()
-    def average(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def average(self, bucket: GradBucket) -> Future[Tensor]:
         """DDP's bucket averaged, in its own memory; on a card while the backward pass goes on."""
         buffer = bucket.buffer()
         on_card = buffer.device.type == "cuda"
@@ -183,7 +184,7 @@ class GradientExchange:
         return rounded.view(-1)[: len(flat)].view(exact.shape)
 
 
-def _hook(exchange: GradientExchange, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _hook(exchange: GradientExchange, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     return exchange.average(bucket)
 
 
