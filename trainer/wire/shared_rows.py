@@ -10,6 +10,9 @@ from torch import Tensor
 
 from trainer.wire.row_codecs import Draws, RowCodec, chunks
 
+# Its name from PyTorch 2.13 on, or the one before, of which that warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def mean_of_share(
     rows: Tensor, codec: RowCodec, own: Draws | None, mean: Draws | None, *, keeps_errors: bool
@@ -43,7 +46,7 @@ def mean_of_share(
 def put_means(encoded: Tensor, rows: Tensor, codec: RowCodec) -> None:
     """Exchange the means of all shares, and put them into `rows`, fp32 [n, block]."""
     whole = torch.empty(len(rows), codec.row_bytes, dtype=torch.uint8, device=rows.device)
-    dist.all_gather_into_tensor(whole, encoded)
+    _all_gather(whole, encoded)
     for begin, end in chunks(*rows.shape):
         rows[begin:end] = codec.decode(whole[begin:end])
 
