@@ -14,7 +14,7 @@ SMALLEST = 1024
 thousandth of all weights and not worth an error; they travel in fp32, as CGX leaves them alone too."""
 CHUNK_ELEMENTS = 1 << 22
 """Numbers that are rounded at once."""
-_CHUNK_BYTES = 20  # for each of them while it is rounded
+_CHUNK_BYTES = 15  # for each of them while it is rounded
 _SAVING = 2  # of a product of thin matrices, at least, or the gradient travels in fp32 (PowerSGD's own rule)
 
 Shape = Sequence[int]
@@ -103,10 +103,17 @@ def scratch_bytes(exchange: ExchangeConfig, shapes: Sequence[Shape], world: int)
     rows = sum(-(-math.prod(shape) // block) for shape in changed)
     rows += -rows % world
     wide, narrow = 4 * block * rows, ROW_BYTES[exchange.method] * rows
-    sending = 2 * narrow  # what this worker gives, and what it gets
-    adding = narrow + wide // world
-    keeping = wide // 2 + wide // world + narrow // world if exchange.keeps_errors else 0
-    return wide + max(sending, adding, keeping) + _CHUNK_BYTES * min(CHUNK_ELEMENTS, block * rows)
+    chunk = (_CHUNK_BYTES + 2 * (exchange.method == "bf16")) * min(CHUNK_ELEMENTS, block * rows)
+    moments = [
+        narrow + chunk,  # this worker's rows are rounded
+        2 * narrow,  # and exchanged
+        narrow + wide // world,  # a share is added up
+        (wide + narrow) // world + chunk,  # and rounded
+        wide // 2 + chunk,  # all means become gradients in bf16
+    ]
+    if exchange.keeps_errors:
+        moments.append(wide // 2 + narrow // world + chunk)
+    return wide + max(moments)
 
 
 def told(exchange: ExchangeConfig, shapes: Sequence[Shape], world: int, stored_bytes: int) -> str:
