@@ -24,7 +24,6 @@ from statistics import median
 from typing import Any
 
 from trainer.measure.telemetry import read_metrics
-from trainer.parallel.worker import LOG_DIR
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -88,7 +87,7 @@ def train(way: str, arguments: argparse.Namespace, out: Path) -> tuple[float, fl
     found = {record["step"]: record["loss"] for record in records if record["kind"] == "validation"}
     losses = [found[step] for step in (0, arguments.steps // 2, arguments.steps)]
     seconds = median(record["step_s"] for record in records if "step_s" in record)
-    said = re.search(r"each worker sends ([\d.]+) (MB|GB)", (run_dir / LOG_DIR / "rank-0.log").read_text())
+    said = re.search(r"each worker sends ([\d.]+) (MB|GB)", (out / f"{name}.log").read_text())
     assert said
     return float(said[1]) * (1000 if said[2] == "GB" else 1), measured, losses, seconds
 
