@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.config.sections.exchange_config import ExchangeConfig
 from trainer.memory.holdings import Holding, Peak
 from trainer.memory.hosted_holding import with_state_in_host
 from trainer.memory.strategy_peak import strategy_peak
@@ -39,10 +40,12 @@ from trainer.parallel.sharding import local_tensor
 from trainer.parallel.strategy import Sharing, StrategyKind, make_strategy, warm_up
 from trainer.parallel.worker import end_process
 from trainer.train.release import GradientRelease
+from trainer.wire.gradient_exchange import with_exchange
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEXT_POSITIONS, POOLED_WIDTH = 77, 80
 GLOO_RELEASE_S = 0.003
+METHODS = ("bf16", "int8", "int4", "powersgd")  # whose memory does not hang on the group being whole, see `--alone`
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ class Case:
     side_px: int = 256
     release: bool = False
     hosts_state: bool = False
+    exchange: str = "plain"
+
+    @property
+    def gradients(self) -> ExchangeConfig:
+        """How they travel."""
+        return ExchangeConfig.model_validate({"method": self.exchange})
 
 
 def unet_config(model: str) -> dict[str, Any]:
@@ -137,6 +146,7 @@ def plan(case: Case) -> Peak:
         accumulation=case.accumulation,
         reduce_each_pass=case.exchange_every_pass,
         released_with=release_blocks(trace.trains, {*trace.unit_of.values()}) if case.release else {},
+        exchange=case.gradients,
     )
     if case.hosts_state:
         state = {name: 2 * size * math.prod(trace.shapes[name]) for name in trace.trains}
@@ -184,6 +194,7 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
     sharing = Sharing(case.kind, mixed, mixed, case.exchange_every_pass, case.accumulation)
     model = make_model(case).to(DTYPES[case.weights])
     strategy = make_strategy(model, sharing, gathered_units(model).values(), (), comm, _fill)
+    strategy = with_exchange(case.gradients, strategy, comm, seed=0)
     # Workers but the first only keep it company: their optimizer's memory is another's.
     optimizer = torch.optim.AdamW(strategy.parameters.values(), lr=1e-5, fused=True) if comm.rank == 0 else None
     release = None
@@ -195,6 +206,7 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
     autocast = torch.autocast("cpu", DTYPES[case.compute], enabled=dtype != DTYPES[case.compute])
 
     def step() -> None:
+        strategy.begin_exchange(0, 1.0)
         if release:
             release.begin(1.0, 1.0)
         for index in range(case.accumulation):
@@ -206,7 +218,7 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
             release.finish(comm.device, None)
         elif optimizer is not None:
             optimizer.step()
-        strategy.clear_gradients()
+        strategy.end_step(took_effect=True)
 
     with autocast:
         warm_up(strategy, lambda _: loss())
@@ -230,6 +242,8 @@ def cases(models: Sequence[str], worker_counts: Sequence[int]) -> list[Case]:
             each = (False, True) if kind == "zero2" and accumulation > 1 else (False,)
             found += [Case(model, kind, workers, accumulation, recompute, e, weights, weights) for e in each]
         kinds = ["single"] if workers == 1 else ["zero2"]
+        if workers > 1:
+            found += [Case(model, "ddp", workers, 1, False, False, weights, weights, exchange=m) for m in METHODS]
         if model != "m600":
             found += [Case(model, kind, workers, 1, False, compute="bf16") for kind in kinds]
     return found
@@ -297,6 +311,7 @@ def row(case: Case, measured: int) -> tuple[str, float]:
     planned = plan(case)
     error = planned.total / measured - 1
     name = case.kind + (", gradients in each pass" if case.exchange_every_pass else "")
+    name += f", {case.exchange}" * (case.exchange != "plain")
     numbers = f"{planned.total / 2**20:,.1f} | {measured / 2**20:,.1f} | {error:+.2%}"
     kept = "recomputed" if case.recompute else "kept"
     text = f"| {case.model} | {case.weights}/{case.compute} | {name} | {case.workers} | {case.accumulation} | {kept} |"

@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"config", "parallel"},
     "adapters": {"config", "model_files"},
     "model": {"adapters", "config", "data", "diffusion", "model_files"},
-    "memory": {"adapters", "config", "data", "measure", "model", "model_files", "optim", "parallel"},
+    "wire": {"config", "optim", "parallel"},
+    "memory": {"adapters", "config", "data", "measure", "model", "model_files", "optim", "parallel", "wire"},
     "evaluate": {"config", "data", "diffusion", "measure", "model", "model_files", "parallel"},
     "publish": {"adapters", "checkpoint", "config", "model", "model_files", "optim"},
 }

@@ -7,11 +7,12 @@
       adapter/...                                                  in place of them: an adapter, and its settings
       new_tokens/...                                               beside all of these: their vectors, and the words
       training_state/optimizer.safetensors, training_state/state.json
+      training_state/exchange.safetensors                          where workers keep what their gradients lacked
       manifest.json                                                size and xxh3-128 of every file above
 
 No pickle anywhere. A reader trusts a checkpoint only after comparing it with its manifest (`run_dir`). Each worker
 writes its own bytes of every file (`pieces`), beside the training (`saver`); the files do not depend on the number of
-workers.
+workers, but for `exchange.safetensors`, which has each worker's own.
 """
 
 import json
@@ -27,6 +28,7 @@ from trainer.model_files.tensor_file import sync_to_disk
 from trainer.parallel.local_shard import Held
 
 OPTIMIZER = "training_state/optimizer.safetensors"
+EXCHANGE = "training_state/exchange.safetensors"
 WEIGHTS_FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",

@@ -16,6 +16,7 @@ from trainer.config.schema import Config
 from trainer.config.section_rules.rules_adapter import adapter_rules, frozen_weight_rules
 from trainer.config.section_rules.rules_captions import caption_rules
 from trainer.config.section_rules.rules_ema import ema_rules
+from trainer.config.section_rules.rules_exchange import exchange_rules
 from trainer.config.section_rules.rules_filters import filter_rules
 from trainer.config.section_rules.rules_loss_weights import loss_weight_rules
 from trainer.config.section_rules.rules_new_tokens import new_token_rules
@@ -51,6 +52,7 @@ def broken_rules(config: Config) -> list[Problem]:
         _validation,
         sample_rules,
         _release,
+        exchange_rules,
         objective_problems,
         loss_weight_rules,
         _written_folders,

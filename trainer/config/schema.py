@@ -13,6 +13,7 @@ from trainer.config.sections.adapter_config import AdapterConfig
 from trainer.config.sections.captions_config import CaptionsConfig
 from trainer.config.sections.checkpoint_config import CheckpointConfig
 from trainer.config.sections.ema_config import EmaConfig
+from trainer.config.sections.exchange_config import ExchangeConfig
 from trainer.config.sections.filters_config import FiltersConfig
 from trainer.config.sections.guard_config import GuardConfig
 from trainer.config.sections.launch_config import LaunchConfig
@@ -276,6 +277,8 @@ class Config(Section):
     """Images drawn while training, and by `sample` and `eval`; see `docs/samples.md`."""
     memory: MemoryConfig = MemoryConfig()
     """What is held where."""
+    exchange: ExchangeConfig = ExchangeConfig()
+    """How gradients travel between workers that each hold the whole model; see `docs/wire.md`."""
     log: LogConfig = LogConfig()
     """Records of the run."""
     limits: LimitsConfig = LimitsConfig()

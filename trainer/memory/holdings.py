@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from trainer.config.sections.exchange_config import ExchangeConfig
+
 Kernels = Literal["cuda", "cpu"]
 StrategyName = Literal["single", "ddp", "zero2", "zero3"]
 PARTS = ("weights", "masters", "gradients", "optimizer", "averages", "activations", "communication", "frozen")
@@ -63,6 +65,7 @@ class Holding:
             parameter, by name; empty where the update comes after all of them.
         hosted_bytes: of the optimizer's state in the host's memory; what is on the card at a time is then
             `optimizer_everywhere_bytes`.
+        exchange: how the gradients of `ddp` travel.
     """
 
     strategy: StrategyName
@@ -89,6 +92,7 @@ class Holding:
     between_steps_gathered: frozenset[str] = frozenset()
     released_with: Mapping[str, str] = field(default_factory=dict)
     hosted_bytes: int = 0
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
 
     @property
     def keeps_views(self) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.config.sections.adapter_config import AdapterConfig, only_additions_train
+from trainer.config.sections.exchange_config import ExchangeConfig
 from trainer.config.sections.new_tokens_config import NewTokenConfig
 from trainer.config.sections.optimizer_config import OptimizerKind
 from trainer.config.sections.trainable_config import TrainableConfig
@@ -37,6 +38,7 @@ class PlannedRun:
         releases_gradients: each block is updated when its gradients have arrived; `offload_optimizer`: and the state
             for that lies in the host's memory, as wished in `memory`.
         frozen_weights: in how many bits a base is held that does not train.
+        exchange: how gradients travel; all but the plain way is for `ddp`.
     """
 
     model: RunModel
@@ -70,6 +72,7 @@ class PlannedRun:
     releases_gradients: bool = False
     offload_optimizer: Literal["auto"] | bool = "auto"
     frozen_weights: FrozenWeights = "compute"
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
 
     @property
     def text_encoders_train(self) -> bool:
@@ -87,9 +90,9 @@ class PlannedRun:
         own = {
             name: value
             for name, value in vars(self).items()
-            if name not in ("model", "trainable", "adapter", "new_tokens")
+            if name not in ("model", "trainable", "adapter", "new_tokens", "exchange")
         }
         configs = {name: self.model.config(name) for name in ("unet", "text_encoder", "text_encoder_2", "vae")}
-        sections = {name: getattr(self, name).model_dump(mode="json") for name in ("trainable", "adapter")}
+        sections = {name: getattr(self, name).model_dump(mode="json") for name in ("trainable", "adapter", "exchange")}
         tokens = [each.model_dump(mode="json") for each in self.new_tokens]
         return own | sections | {"configs": configs, "new_tokens": tokens}

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.config.sections.exchange_config import ExchangeConfig
 from trainer.config.sections.optimizer_config import KINDS, OptimizerKind
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
@@ -32,6 +33,7 @@ from trainer.memory.holdings import Holding, Kernels, StrategyName
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.report import MemoryPlan, RungReport
 from trainer.memory.strategy_peak import parameter_sizes, wire_bytes
+from trainer.wire.wire_cost import saved_bytes
 
 if TYPE_CHECKING:
     from trainer.memory.trace import Trace
@@ -149,7 +151,7 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
     again = traced.recomputed_flops(holding.strategy, chosen.recomputed)
     per_image = (plain.forward_flops // batch, (plain.flops - plain.forward_flops) // batch, again // batch)
     checkpoint, snapshot = (
-        _checkpoint_bytes(run, trace),
+        _checkpoint_bytes(run, trace) + _exchange_bytes(holding, trace),
         run.snapshot_averages * run.snapshot_bytes * _stored(run, trace),
     )
     bucket = traced.shape.bucket
@@ -281,8 +283,13 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
     if recompute and offload:
         freed = replace(run, recompute="auto", offload_activations="auto")
         yield "memory.recompute: auto and memory.offload_activations: auto", freed
+    if run.exchange.keeps_errors and run.exchange.method != "powersgd" and setting.workers > 1:
+        without = run.exchange.model_copy(update={"error_feedback": False})
+        yield "exchange.error_feedback: false", replace(run, exchange=without)
     if run.strategy != "auto" and setting.workers > 1 and not run.only_additions_train:
-        yield "memory.strategy: auto", replace(run, strategy="auto")
+        plain = replace(run, strategy="auto", exchange=ExchangeConfig())
+        also = "" if run.exchange.method == "plain" else "exchange.method: plain and "
+        yield f"{also}memory.strategy: auto", plain
     batch = run.batch_size
     if batch > 1:
         smaller = batch // 2
@@ -330,6 +337,12 @@ def _checkpoint_bytes(run: PlannedRun, trace: Any) -> int:
     if run.optimizer == "schedule_free_adamw":  # the average in fp32, and the weights that train
         each += 4
     return _stored(run, trace) * each + optimizer_bytes(run, trace).total
+
+
+def _exchange_bytes(holding: Holding, trace: "Trace") -> int:
+    """What a checkpoint holds of the exchange of gradients."""
+    shapes = [p.shape for p in parameter_sizes(trace) if p.trains]
+    return saved_bytes(holding.exchange, shapes, holding.world)
 
 
 def _stored(run: PlannedRun, trace: "Trace") -> int:

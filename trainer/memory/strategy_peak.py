@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from trainer.memory.holdings import PARTS, Holding, Ledger, ParameterSize, Peak
 from trainer.memory.sharded_peak import Sharded
+from trainer.wire.wire_cost import kept_bytes, scratch_bytes, sent_bytes
 
 if TYPE_CHECKING:
     from trainer.memory.trace import Segment, Trace
@@ -66,15 +67,15 @@ def strategy_peak(trace: "Trace", holding: Holding) -> Peak:
 def wire_bytes(trace: "Trace", holding: Holding) -> int:
     """What each worker sends in one optimizer step, by ring algorithms; scalars not counted.
 
-    DDP: an all-reduce of all gradients. ZeRO-2: an all-gather of the weights and a reduce-scatter of the gradients,
+    DDP: an all-reduce of all gradients, or what `holding.exchange` says. ZeRO-2: an all-gather of the weights and a
+    reduce-scatter of the gradients,
     in the last pass or in each; ZeRO-3 gathers twice in each pass. Embeddings are gathered once in each pass.
     """
     world, sizes = holding.world, parameter_sizes(trace)
     if world == 1:
         return 0
     if holding.strategy == "ddp":
-        gradients = sum(p.numel for p in sizes if p.trains) * holding.stored_bytes
-        return 2 * gradients * (world - 1) // world
+        return sent_bytes(holding.exchange, [p.shape for p in sizes if p.trains], world, holding.stored_bytes)
     padded = {p.name: p.padded_numel(world) * holding.compute_bytes for p in sizes}
     embedded = sum(size for name, size in padded.items() if trace.unit_of.get(name) in trace.embeddings)
     weights = sum(padded.values()) - embedded
@@ -116,9 +117,29 @@ class _Replicated:
         if self._wrapped:
             ledger.held["gradients"] = total  # the buckets
         self._bucket_of = _buckets(order, self._bytes, holding.bucket_bytes)
+        self._scratch = self._exchange({p.name: p.shape for p in parameters if p.trains})
+        last = {bucket: name for name, bucket in self._bucket_of.items()}
+        self._full = {name: bucket for bucket, name in last.items()}  # with which gradient a bucket is
         self._waiting: dict[int, set[str]] = {}
         self._loose: set[str] = set()  # gradients with memory of their own
         self._synchronizes = True
+
+    def _exchange(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, int]:
+        """Hold what is kept for the exchange; and how much more each bucket takes for a moment."""
+        exchange, members = self._holding.exchange, dict[int, list[str]]()
+        if not self._wrapped or exchange.method == "plain":
+            return dict.fromkeys(self._bucket_of.values(), 0)
+        for name, bucket in self._bucket_of.items():
+            members.setdefault(bucket, []).append(name)
+        scratch = {
+            bucket: scratch_bytes(exchange, [shapes[name] for name in names], self._holding.world)
+            for bucket, names in members.items()
+        }
+        self._ledger.held["communication"] = kept_bytes(exchange, shapes.values())
+        if not self._holding.pools_by_stream:
+            return scratch
+        self._ledger.held["communication"] += max(scratch.values(), default=0)  # of a stream of its own
+        return dict.fromkeys(scratch, 0)
 
     def begin_pass(self, index: int) -> None:
         self._synchronizes = index == self._holding.accumulation - 1
@@ -136,9 +157,14 @@ class _Replicated:
             ledger.add("gradients", size)
         if holding.released_with:
             self._release(name)
-        if not viewed or not self._synchronizes or holding.keeps_views:
-            return
-        if not holding.batched_copy:
+        if viewed and self._synchronizes and not holding.keeps_views:
+            self._put_into_bucket(name)
+        if self._wrapped and self._synchronizes and name in self._full:
+            ledger.note(self._scratch[self._full[name]])
+
+    def _put_into_bucket(self, name: str) -> None:
+        """A gradient has arrived; its own memory is freed, at once or with that of its bucket's others."""
+        if not self._holding.batched_copy:
             self._drop(name)
             return
         waiting = self._waiting[self._bucket_of[name]]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.adapters.initial_values import AdapterStart
+from trainer.config.sections.exchange_config import ExchangeConfig
 from trainer.data.buckets import Bucket
 from trainer.memory.holdings import Holding, Kernels, Peak, StrategyName
 from trainer.memory.planned_run import PlannedRun
@@ -232,6 +233,7 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
             average_update_bytes=average.update,
             average_swap_bytes=(average.swap if run.scores_averages else 0) + swap // (workers if gathers else 1),
             released_with=released_with,
+            exchange=run.exchange if strategy == "ddp" else ExchangeConfig(),
         )
 
     if workers == 1:

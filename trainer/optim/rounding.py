@@ -22,7 +22,12 @@ def random_bits(first: int, rows: int, width: int, key: Tensor, device: torch.de
     (key, counter), equal on every device: lowbias32 (C. Wellons, "Prospecting for hash functions",
     2018), keyed before and between its multiplications. Shifts of int32 keep the sign, hence the masks.
     """
-    bits = torch.arange(first, first + rows * width, dtype=torch.int32, device=device).view(rows, width)
+    counters = torch.arange(first, first + rows * width, dtype=torch.int32, device=device).view(rows, width)
+    return scrambled(counters, key)
+
+
+def scrambled(bits: Tensor, key: Tensor | tuple[int, int]) -> Tensor:
+    """Random bits of counters, int32 of any shape, in their place; `random_bits` has the rest."""
     bits ^= key[0]
     bits ^= (bits >> 16).bitwise_and_(_LOW_16)
     bits *= 0x7FEB352D
@@ -44,11 +49,21 @@ def round_stochastically(exact: Tensor, first_block: int, key: Tensor) -> Tensor
     """
     rows, block = exact.shape
     width = (block + 1) // 2
-    bits = random_bits(first_block * width, rows, width, key, exact.device)
+    return cut_at_random(exact, random_bits(first_block * width, rows, width, key, exact.device))
+
+
+def cut_at_random(exact: Tensor, bits: Tensor) -> Tensor:
+    """`exact` (fp32 [n, block], overwritten) cut to bf16, with the random bits of half as many counters in each row."""
     encoded = exact.view(torch.int32)
-    encoded += torch.cat([bits & _LOW_16, (bits >> 16)[:, : block - width] & _LOW_16], dim=1)
+    encoded += halves(bits, exact.shape[1])
     encoded &= ~_LOW_16
     return exact.to(torch.bfloat16)
+
+
+def halves(bits: Tensor, block: int) -> Tensor:
+    """16 random bits, int32 [n, block], of 32 for half as many, [n, (block + 1) // 2]."""
+    width = bits.shape[1]
+    return torch.cat([bits & _LOW_16, (bits >> 16)[:, : block - width] & _LOW_16], dim=1)
 
 
 def round_with_compensation(exact: Tensor, compensation: Tensor) -> Tensor:

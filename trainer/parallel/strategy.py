@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,31 @@ class Sharing:
         return self.kind == "ddp" and self.passes > 1
 
 
+class Exchange(Protocol):
+    """How DDP's gradients travel, where it is not by its own all-reduce (`trainer.wire`).
+
+    Attributes:
+        errors: of this worker's gradients by name, what is to be added to the next ones.
+        bases: what all workers have in common beside it, by name.
+    """
+
+    errors: dict[str, Tensor]
+    bases: dict[str, Tensor]
+
+    @property
+    def keeps_errors(self) -> bool:
+        """Whether anything is kept, and changes in the backward pass."""
+        ...
+
+    def begin(self, step: int, loss_scale: float) -> None:
+        """Before the passes of a step, after so many of the run."""
+        ...
+
+    def end(self, *, took_effect: bool) -> None:
+        """After a step, which was skipped or not."""
+        ...
+
+
 @dataclass(frozen=True)
 class Strategy:
     """The model as the step sees it.
@@ -68,6 +93,7 @@ class Strategy:
             the step's loss is a sum over workers.
         embeddings: of a spread model, what is not gathered for the backward pass.
         resting: what trains at another time of the run and not now, by name.
+        exchange: of DDP's gradients; None: its own.
     """
 
     model: nn.Module
@@ -76,6 +102,7 @@ class Strategy:
     sharing: Sharing
     embeddings: tuple[nn.Module, ...] = field(default=(), repr=False)
     resting: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
+    exchange: Exchange | None = field(default=None, repr=False)
 
     @property
     def ever_trained(self) -> dict[str, nn.Parameter]:
@@ -105,6 +132,22 @@ class Strategy:
     def backward(self, loss: Tensor) -> None:
         """Backward pass of this worker's part of the step's loss."""
         (loss * self.world).backward()
+
+    def begin_exchange(self, step: int, loss_scale: float) -> None:
+        """Before the passes of a step, after so many of the run; until then, nothing that is kept changes."""
+        if self.exchange:
+            self.exchange.begin(step, loss_scale)
+
+    @property
+    def keeps_errors(self) -> bool:
+        """Whether what a checkpoint holds changes in the backward pass already, and not in the update alone."""
+        return self.exchange is not None and self.exchange.keeps_errors
+
+    def end_step(self, *, took_effect: bool) -> None:
+        """After a step, which was skipped or not."""
+        if self.exchange:
+            self.exchange.end(took_effect=took_effect)
+        self.clear_gradients()
 
     def clear_gradients(self) -> None:
         """Before the next step: zero them in place, or give their memory back."""

@@ -62,6 +62,7 @@ from trainer.train.release import release_of
 from trainer.train.run_objective import make_objective
 from trainer.train.saved.averages import averages_of, take_up_averages
 from trainer.train.saved.base_model import frozen_fingerprints, require_same_base
+from trainer.train.saved.exchange_state import take_up_exchange
 from trainer.train.saved.find_resume import find_resume_point
 from trainer.train.saved.model_weights import fill_model
 from trainer.train.saved.objective_state import take_up_objective
@@ -70,6 +71,7 @@ from trainer.train.saved.state import TrainState
 from trainer.train.step import StepParts, by_loss_weight
 from trainer.train.step_companions import meeting_of
 from trainer.train.trained_parts import what_trains
+from trainer.wire.gradient_exchange import with_exchange
 
 _log = logging.getLogger(__name__)
 _WEIGHTS_WORTH_COMPILING = 100e6  # of a worker
@@ -195,6 +197,7 @@ def build_parts(
     strategy = make_strategy(
         model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill, model.resting
     )
+    strategy = with_exchange(config.exchange, strategy, comm, config.run.seed)
     denoiser = make_denoiser(config, model_files, model.train(), data, comm.device, sharing)
     optimizer = optimizer_for(config, strategy, comm, model.rates)
     clip, around, averages = config.train.max_grad_norm, choice.around_forward(model), averages_of(config.ema, strategy)
@@ -221,6 +224,7 @@ def build_parts(
             hosted.adopt()
         take_up_averages(parts, checkpoint)
         take_up_objective(config.objective, denoiser.objective, checkpoint)
+        take_up_exchange(strategy, comm, checkpoint)
     return parts
 
 

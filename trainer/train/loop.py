@@ -57,6 +57,7 @@ from trainer.train.saved.room import require_checkpoint_room
 from trainer.train.saved.saving import TOLD, Saving
 from trainer.train.saved.state import TrainState
 from trainer.train.step import StepResult, train_step
+from trainer.wire.gradient_exchange import gradients_told
 
 _log = logging.getLogger(__name__)
 
@@ -181,6 +182,7 @@ def _take_step(
     scale = state.loss_scale.scale if state.loss_scale else 1.0
     beside.heartbeat.begin("a step", state.step)
     act_out(run.parts.comm.rank, state.step + 1)
+    run.parts.strategy.begin_exchange(state.step, scale)
     return train_step(
         with_faults(beside.pace.clocked(run.parts), state.step + 1),
         encoded,
@@ -322,6 +324,8 @@ def _announce(config: Config, model: RunModel, run: Run, arithmetic: RunArithmet
     if warning := guidance_warning(config):
         _log.warning("%s", warning)
     _log.info("%s on %s%s", config.train.precision, device.type, f", {strategy.sharing.kind}" * (strategy.world > 1))
+    if strategy.sharing.kind == "ddp":
+        _log.info("%s", gradients_told(config.exchange, strategy))
     if config.ema.averages:
         _log.info("%s", config.ema.told())
     for line in arithmetic.describe(state.step):

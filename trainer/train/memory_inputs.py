@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from trainer.config.schema import Config
 from trainer.config.sections.adapter_config import only_additions_train
@@ -39,7 +40,7 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
         validates=config.validation.every_steps > 0,
         sample_px=_largest_sample(config) if config.samples.every_steps else None,
         budget=config.memory.budget,
-        strategy="ddp" if only_additions_train(trainable, config.adapter) else config.memory.strategy,
+        strategy=_strategy(config),
         recompute=config.memory.recompute,
         offload_activations=config.memory.offload_activations,
         data_workers=config.data.workers,
@@ -52,6 +53,7 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
         releases_gradients=config.memory.release_gradients,
         offload_optimizer=config.memory.offload_optimizer,
         frozen_weights=config.model.frozen_weights,
+        exchange=config.exchange,
         snapshot_bytes=4 if ema.snapshots.dtype == "fp32" else 2,
     )
 
@@ -64,6 +66,13 @@ def _largest_sample(config: Config) -> tuple[int, int]:
     if samples.prompts or not samples.images:
         sizes.append((height, width))
     return max(sizes, key=math.prod)
+
+
+def _strategy(config: Config) -> Literal["auto", "ddp", "zero2", "zero3"]:
+    """The wish; where `auto` leaves no choice, what it comes to."""
+    wish = config.memory.strategy
+    is_ddp = wish == "auto" and config.exchange.method != "plain"
+    return "ddp" if is_ddp or only_additions_train(what_trains(config), config.adapter) else wish
 
 
 def make_setting(

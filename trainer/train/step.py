@@ -168,7 +168,7 @@ def train_step(
         loss_scale: what the loss is multiplied by before the backward pass, in fp16.
         stop_asked: this worker received a signal; all workers learn of it in `StepResult.stop`.
         tell: what else the workers add up, as many numbers on each; the sums are `StepResult.told`.
-        before_update: called before weights and optimizer change.
+        before_update: called before weights and optimizer change, or anything else that a checkpoint holds.
         judge: whether the step is skipped, of its loss, gradient norm and images, which are the same on all workers.
     """
     comm, strategy, seen = parts.comm, parts.strategy, _SeenLosses(parts.denoiser.objective.learner)
@@ -179,15 +179,14 @@ def train_step(
     for index, (batch, companions) in enumerate(parts.meet(batches)):
         weights = parts.weigh(batch)
         counts = weights.to(comm.device, non_blocking=True)
-        with strategy.reduction(last=index == accumulation - 1):
+        last = index == accumulation - 1
+        with strategy.reduction(last=last):
             losses, mixture = batch_losses(parts, batch, index, planned_images, companions)
             weighted = (counts * losses).sum()
             scaled = weighted * (loss_scale / planned_images)
-            if parts.release is None:
-                strategy.backward(scaled)
-            else:
+            if parts.release or (last and strategy.keeps_errors):
                 before_update()
-                early = _backward_and_update(parts, batch, weighted, scaled, planned_images, lr_factor, judge)
+            early = _backward(parts, batch, weighted, scaled, planned_images, lr_factor, judge)
         loss_sum += weighted.detach()
         weight_sum += float(batch.weights.sum())
         problems += batch.problems
@@ -209,11 +208,12 @@ def train_step(
     loss = total_loss / num_images if num_images else math.nan
     has_been_taken = parts.release is not None and math.isfinite(grad_norm)
     verdict = early if early.reason or has_been_taken else judge(loss, grad_norm, num_images)
-    if num_images > 0 and not verdict.reason:
+    takes_effect = num_images > 0 and not verdict.reason
+    if takes_effect:
         if parts.release is None:
             _update(parts, grad_norm, factor, lr_factor)
         seen.learn(lessons)
-    strategy.clear_gradients()
+    strategy.end_step(took_effect=takes_effect)
     return StepResult(
         loss=loss,
         num_images=num_images,
@@ -228,7 +228,7 @@ def train_step(
     )
 
 
-def _backward_and_update(
+def _backward(
     parts: StepParts,
     batch: Batch,
     weighted: Tensor,
@@ -237,8 +237,10 @@ def _backward_and_update(
     lr_factor: float,
     judge: Judge,
 ) -> Verdict:
-    """The backward pass of a step's only micro-batch with all updates in it, unless its loss cannot be right."""
-    assert parts.release is not None
+    """The backward pass of a micro-batch; where it has all updates in it, only if its loss can be right."""
+    if parts.release is None:
+        parts.strategy.backward(scaled)
+        return TAKEN
     images = float(batch.weights.sum())
     verdict = judge(float(weighted.detach()) / images if images else math.nan, 0.0, images)
     if images and not verdict.reason:

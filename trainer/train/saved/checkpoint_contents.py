@@ -17,6 +17,7 @@ from trainer.optim.ema_contents import ema_parts
 from trainer.optim.kinds.schedule_free import average_blends
 from trainer.optim.optimizers import optimizer_tensors
 from trainer.parallel.local_shard import Blend, Held, held
+from trainer.train.saved.exchange_state import exchange_files
 from trainer.train.step import StepParts
 
 
@@ -44,7 +45,8 @@ def checkpoint_files(parts: StepParts) -> list[TensorFile]:
     ]
     files += average_files(parts, parts.averages.profiles if parts.averages else ())
     state = optimizer_tensors(parts.optimizer, parts.strategy.parameters)
-    return [*files, TensorFile(OPTIMIZER, {name: held(tensor) for name, tensor in state.items()}, {})]
+    files.append(TensorFile(OPTIMIZER, {name: held(tensor) for name, tensor in state.items()}, {}))
+    return [*files, *exchange_files(parts.strategy, parts.comm)]
 
 
 def average_files(parts: StepParts, names: Iterable[str], dtype: torch.dtype | None = None) -> list[TensorFile]:

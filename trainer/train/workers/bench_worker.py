@@ -253,6 +253,7 @@ def _measured(
         for _ in tqdm(range(count), desc=f"  {what}", disable=None if comm.rank == 0 else True, leave=False):
             clock.mark("forward")
             encoded = encoded_batches(parts.denoiser.image_encoder, batches)
+            parts.strategy.begin_exchange(config.exchange.plain_steps + first_step + len(norms), 1.0)
             result = train_step(parts, encoded, passes, float(images_per_step), 1.0, False)
             norms.append(result.grad_norm)
             follow(parts, first_step + len(norms), result)
