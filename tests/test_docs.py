@@ -16,7 +16,8 @@ EXAMPLES = [
     for page in sorted((ROOT / "docs").glob("*.md"))
     for number, text in enumerate(re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M))
 ]
-REST = {"run": {"dir": "runs/x"}, "model": {"path": "model"}, "train": {"steps": 1}, "optimizer": {"lr": 1e-6}}
+REST = {"run": {"dir": "runs/x"}, "model": {"path": "model"}, "train": {"steps": 1}, "optimizer": {"lr": 1e-6},
+        "data": {"sources": [{"path": "photos"}], "prepared": "prepared"}}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", EXAMPLES)

@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "model_files": set(),
     "data": {"config"},
     "importing": {"config"},
+    "notify": {"config"},
     "report": {"config"},
     "tiny": {"model_files"},
     "checkpoint": {"model_files", "parallel"},

@@ -17,8 +17,10 @@ from trainer.config.section_rules.rules_adapter import adapter_rules, frozen_wei
 from trainer.config.section_rules.rules_captions import caption_rules
 from trainer.config.section_rules.rules_ema import ema_rules
 from trainer.config.section_rules.rules_filters import filter_rules
+from trainer.config.section_rules.rules_log import log_rules
 from trainer.config.section_rules.rules_loss_weights import loss_weight_rules
 from trainer.config.section_rules.rules_new_tokens import new_token_rules
+from trainer.config.section_rules.rules_notify import notify_rules
 from trainer.config.section_rules.rules_objective import objective_problems
 from trainer.config.section_rules.rules_optimizer import optimizer_rules
 from trainer.config.section_rules.rules_sources import is_needed_to_train, paths_of, source_rules
@@ -54,6 +56,8 @@ def broken_rules(config: Config) -> list[Problem]:
         _release,
         objective_problems,
         loss_weight_rules,
+        log_rules,
+        notify_rules,
         _written_folders,
     )
     return [problem for check in checks for problem in check(config)]
