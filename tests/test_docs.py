@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from trainer.cli import main as cli
 from trainer.config.load import load_config
+from trainer.config.yaml_source import dump, parse
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [
@@ -22,7 +22,7 @@ REST = {"run": {"dir": "runs/x"}, "model": {"path": "model"}, "train": {"steps":
 
 @pytest.mark.parametrize("text", EXAMPLES)
 def test_examples_are_valid(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(REST | yaml.safe_load(text)))
+    (tmp_path / "config.yaml").write_text(dump(REST | dict(parse(text).value)))
     load_config(tmp_path / "config.yaml", check_paths=False)
 
 

@@ -114,7 +114,7 @@ def test_a_fine_tuning(tmp_path: Path) -> None:
 def test_a_lora_with_an_embedding(tmp_path: Path) -> None:
     config = config_of(imported(tmp_path, LORA))
     assert (config.adapter.kind, config.adapter.rank, config.adapter.alpha) == ("lora", 32, 16.0)
-    assert config.model.frozen_weights == "nf4" and config.model.text_encoder_precision == "fp16"
+    assert config.model.frozen_weights == "nf4"
     assert config.optimizer.kind == "prodigy" and config.optimizer.lr == 1.0 and config.optimizer.d_coef == 2.0
     assert config.optimizer.growth_rate is None and config.optimizer.bias_correction is True
     token = config.new_tokens.tokens[0]

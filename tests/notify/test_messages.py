@@ -165,7 +165,7 @@ def test_a_command_gets_the_message_and_no_shell(tmp_path: Path) -> None:
 
 def config_with(tmp_path: Path, notify: object) -> Path:
     rest = {"run": {"dir": "runs/x"}, "model": {"path": "m"}, "train": {"steps": 1}, "optimizer": {"lr": 1e-6}}
-    rest["data"] = {"sources": [{"path": "."}], "prepared": "p"}
+    rest["data"] = {"sources": [{"path": "photos"}], "prepared": "p"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(rest | {"notify": notify}))
     return tmp_path / "config.yaml"
 

@@ -176,7 +176,7 @@ def _augmentation(draft: Draft, images: Sequence[Mapping[str, Any]]) -> None:
         draft.put("data.augment.flip_probability", 0.5)
         draft.put("data.mode", "images", "latent_caching")
         draft.notes.append("random flips: images are encoded anew at each visit (data.mode: images), which costs time "
-                           "in each step; without them latents are stored once. They hold for all concepts")  # fmt: skip
+                           "in each step; without them latents are stored once. They hold for all")  # fmt: skip
     elif not draft.take("latent_caching", True):
         draft.put("data.mode", "images", "latent_caching")
     draft.leave("latent_caching", "latents are always stored once, on disk (data.mode)")

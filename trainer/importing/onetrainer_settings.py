@@ -57,12 +57,14 @@ REASONS: dict[str, str] = {
     "masked_prior_preservation_weight": "what is outside masks has objective.loss.unmasked_weight",
     "timestep_shift": "is of flow matching (objective.flow.shift)", "preserve_embedding_norm": "norms of new tokens "
     "are not held", "embedding_weight_dtype": "new tokens train in fp32", "bundle_additional_embeddings": "embeddings "
-    "are files of their own", "lora_weight_dtype": "adapters train in fp32", "lora_decompose_norm_epsilon": "is not needed",
+    "are files of their own", "lora_weight_dtype": "adapters train in fp32",
+    "lora_decompose_norm_epsilon": "is not needed",
     "lora_decompose_output_axis": "is PEFT's axis", "oft_block_share": "blocks are not shared", "oft_scaled": "a "
     "rotation has no scale", "sample_skip_first": "samples begin with the first interval",
     "non_ema_sampling": "see ema",
     "backup_before_save": "every checkpoint is whole", "save_skip_first": "see save_every",
-    "save_filename_prefix": "files are called by run and step", "text_encoder_layer_skip": "SDXL takes the layer before the last",
+    "save_filename_prefix": "files are called by run and step",
+    "text_encoder_layer_skip": "SDXL takes the layer before the last",
     "text_encoder_2_layer_skip": "SDXL takes the layer before the last", "text_encoder_2_sequence_length": "see "
     "captions.max_tokens", "validate_after": "validation goes by steps (validation.every_steps)",
     "validate_after_unit": "validation goes by steps (validation.every_steps)", "weight_dtype": "see unet.weight_dtype",

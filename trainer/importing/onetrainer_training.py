@@ -167,7 +167,9 @@ def _new_tokens(draft: Draft, method: str, base: float) -> None:
         embedding = [name for name in draft.given if name.startswith("embedding.")]
         draft.put("new_tokens.tokens", tokens, "additional_embeddings", *embedding)
         rate = number(draft, "embedding_learning_rate", None) or base
-        draft.put("new_tokens.lr", rate, "embedding_learning_rate")
+        if _KINDS.get(word(draft, "optimizer.optimizer", "ADAMW")) not in FINDS_LR:
+            draft.put("new_tokens.lr", rate, "embedding_learning_rate")
+        draft.leave("embedding_learning_rate", "the optimizer finds one learning rate for all")
     draft.leave("embedding_learning_rate", "no embedding trains")
 
 
