@@ -30,7 +30,7 @@ class WandbRun:
 
     def close(self) -> None:
         """Wait until all is sent, or written."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def open_wandb(run: TrackedRun, mark: Mark) -> tuple[Tracker, Mark]:
