@@ -7,7 +7,7 @@ import pytest
 
 from tests.data.small_set import write_small_set
 from tests.train.real_run import run_config, watched_run
-from trainer.config.schema import Config
+from trainer.config.sections.log_config import LogConfig
 from trainer.data.buckets import Bucket
 
 pytestmark = pytest.mark.e2e
@@ -18,10 +18,8 @@ def test_a_run_with_trackers_takes_the_same_steps(tmp_path: Path, model_folder: 
     root = write_small_set(tmp_path / "prepared", {Bucket(64, 64): 6})
     plain = run_config(model_folder, root, tmp_path / "plain", steps=4)
     without = watched_run(plain)
-    config = Config.model_validate(
-        run_config(model_folder, root, tmp_path / "run", steps=4).model_dump(exclude_unset=True)
-        | {"log": {"trackers": ["csv"], "name": "fox"}}
-    )
+    config = run_config(model_folder, root, tmp_path / "run", steps=4)
+    config = config.model_copy(update={"log": LogConfig(trackers=["csv"], name="fox")})
     first = watched_run(config, stop_after=2)
     rest = watched_run(config)
     losses = [result.loss for result in (*first.results, *rest.results)]
