@@ -100,8 +100,9 @@ class TrackerBeside:
                 return self._listen(process, pipe.fileno())
             finally:
                 process.kill()
-                with suppress(OSError):
-                    process.stdin and process.stdin.close()
+                if process.stdin is not None:
+                    with suppress(OSError):
+                        process.stdin.close()
 
     def _listen(self, process: "subprocess.Popen[bytes]", pipe: int) -> str | None:
         assert process.stdin is not None
