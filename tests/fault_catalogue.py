@@ -92,6 +92,9 @@ CATALOGUE: dict[str, tuple[str, ...]] = {
     "a record or a tracker fails": (
         "tests/measure/test_telemetry.py::test_a_full_disk_costs_records_and_nothing_else",
         "tests/train/test_faults_beside.py::test_samples_that_cannot_be_drawn_are_a_warning",
+        "tests/measure/test_trackers.py::test_a_tracker_that_fails_is_told_counted_and_tried_again",
+        "tests/measure/test_trackers.py::test_a_tracker_that_hangs_stalls_neither_steps_nor_the_end",
+        "tests/notify/test_messages.py::test_one_more_try_and_then_a_counted_warning",
     ),
     "two commands want one run": (f"{END}test_two_commands_do_not_share_a_run_directory",),
     "one worker is slower than the others": ("tests/train/test_pace.py::test_a_worker_that_is_slow_is_named",),

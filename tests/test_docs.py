@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from trainer.cli import main as cli
 from trainer.config.load import load_config
+from trainer.config.yaml_source import dump, parse
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [
@@ -16,12 +16,13 @@ EXAMPLES = [
     for page in sorted((ROOT / "docs").glob("*.md"))
     for number, text in enumerate(re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M))
 ]
-REST = {"run": {"dir": "runs/x"}, "model": {"path": "model"}, "train": {"steps": 1}, "optimizer": {"lr": 1e-6}}
+REST = {"run": {"dir": "runs/x"}, "model": {"path": "model"}, "train": {"steps": 1}, "optimizer": {"lr": 1e-6},
+        "data": {"sources": [{"path": "photos"}], "prepared": "prepared"}}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", EXAMPLES)
 def test_examples_are_valid(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(REST | yaml.safe_load(text)))
+    (tmp_path / "config.yaml").write_text(dump(REST | dict(parse(text).value)))
     load_config(tmp_path / "config.yaml", check_paths=False)
 
 

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config"},
     "doctor": {"host", "parallel"},
     "importing": {"config"},
+    "notify": {"config"},
     "report": {"config"},
     "tiny": {"model_files"},
     "checkpoint": {"model_files", "parallel"},

@@ -1,9 +1,14 @@
 """Exceptions that a user may see or another start may get round, and outside text so shown that it steers nothing."""
 
 import json
+import os
+import re
 import unicodedata
 
 MOST_OF_A_LINE = 2000
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|WEBHOOK")
+_SHORTEST_SECRET = 8
+_IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
 _STEERS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, marks of direction, half characters (bad file names), line breaks
 
 
@@ -29,6 +34,15 @@ def json_text(value: object) -> str:
     text = json.dumps(value, indent=2, ensure_ascii=False)
     steering = {c for c in set(text) if c != "\n" and unicodedata.category(c) in _STEERS}
     return text.translate({ord(c): json.dumps(c)[1:-1] for c in steering})
+
+
+def without_secrets(text: str, *secrets: str) -> str:
+    """Text without these, without the values of environment variables that are called keys, tokens or passwords, and
+    without users and passwords of URLs."""
+    own = [value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper())]
+    for secret in sorted((s for s in (*secrets, *own) if len(s) >= _SHORTEST_SECRET), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _IN_URL.sub("***@", text)
 
 
 def _escape(character: str) -> str:

@@ -261,7 +261,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         == 0
     )
     assert main(["import-kohya", "--", "python", "train_db.py"]) == 2
-    assert "has no sdxl_train.py or sdxl_train_network.py in it" in capsys.readouterr().err
+    assert (
+        "has no sdxl_train.py, sdxl_train_network.py or train_text_to_image_(lora_)sdxl.py in it"
+        in capsys.readouterr().err
+    )
     accelerate = tmp_path / "accelerate.yaml"
     accelerate.write_text("num_processes: 4\ndeepspeed_config:\n  zero_stage: 2\nuse_cpu: false\n")
     assert main(["import-kohya", str(file), "--accelerate-config", str(accelerate)]) == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from trainer.checkpoint.roll_back import checkpoint_places
 from trainer.checkpoint.run_dir import RESOLVED_CONFIG, list_checkpoints
 from trainer.cli.crew import Crew, config_of, note_crew
+from trainer.cli.run_messages import messenger_of, tell_end, tell_restart, tell_start
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
 from trainer.errors import UserError, printable_lines
@@ -21,6 +22,8 @@ from trainer.host.cards import read_cards
 from trainer.host.disk_room import shared_memory_warning
 from trainer.host.memory_growth import SETTLED_AFTER_STEPS, RecycleRule
 from trainer.host.watch import HostWatch, WatchSettings
+from trainer.notify.messenger import Messenger
+from trainer.notify.ways import secret_environment
 from trainer.parallel.launch import FLIGHT_RECORDS, Wish, WorkersResult, run_workers
 from trainer.parallel.supervise import Attempts, Verdict, judge
 from trainer.parallel.worker import CORES, MEMORY_ATTEMPT, RESTARTS
@@ -57,15 +60,30 @@ def keep_running(
         options: JSON-able arguments of the task.
         launch: passed on to `run_workers`.
     """
-    trains = task == "train"
     if not crew.workers:
         _tell(out_dir, "the run began on cards, and there is none now; CUDA_VISIBLE_DEVICES= goes on without")
         return 1
+    with messenger_of(config, lambda line: _tell(out_dir, line)) as messenger:
+        return _keep_running(task, config, crew, out_dir, options, messenger if task == "train" else None, **launch)
+
+
+def _keep_running(
+    task: str,
+    config: Config,
+    crew: Crew,
+    out_dir: Path,
+    options: Mapping[str, object],
+    messenger: Messenger | None,
+    **launch: str,
+) -> int:
+    trains = task == "train"
     attempts, started_ns = Attempts(checkpoint=_newest_name(config)), None
     if trains:
         _tell_at_start(config, crew, out_dir)
         note_crew(config, crew)
         _forget_flight_records(out_dir / "logs")
+    if messenger:
+        tell_start(messenger, crew.workers, attempts.checkpoint)
     used_before_mib = _used_mib(crew) if trains else {}
     with (
         WorkerTemplate(_IMPORTS[task], _OURS) as template,
@@ -82,10 +100,14 @@ def keep_running(
             if verdict.attempts is None:
                 break
             _tell(out_dir, verdict.line)
+            if messenger:
+                tell_restart(messenger, result, verdict.line)
             time.sleep(verdict.pause_s)
             attempts = verdict.attempts
             _await_card_memory(crew, used_before_mib)
     _tell_end(result, verdict, attempts, crew, out_dir, trains)
+    if messenger:
+        tell_end(messenger, result, _newest_name(config))
     return result.exit_code
 
 
@@ -119,7 +141,13 @@ def _attempt(
         [sys.executable, "-c", _WORKER, task, str(resolved), json.dumps(options)],
         workers=crew.workers,
         log_dir=resolved.parent / "logs",
-        env={**os.environ, MEMORY_ATTEMPT: str(attempts.memory), RESTARTS: str(restarts), **crew.environment()},
+        env={
+            **os.environ,
+            **secret_environment(config.notify),
+            MEMORY_ATTEMPT: str(attempts.memory),
+            RESTARTS: str(restarts),
+            **crew.environment(),
+        },
         threads=config.launch.threads_per_worker,
         gpu=crew.gpu,
         look=look,

@@ -14,6 +14,7 @@ from trainer.config.fields import Key, Problem, dotted, entries_of, entry_of, is
 from trainer.config.rules import bad_paths, broken_rules
 from trainer.config.schema import Config
 from trainer.config.spelling import nearest_path
+from trainer.config.values import SecretText
 from trainer.config.wording import problems_of, short, shown
 from trainer.config.yaml_source import YamlError, dump, parse
 from trainer.errors import UserError
@@ -62,7 +63,8 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, check_paths: bool 
     """
     written = _read(path)
     for number, text in enumerate(overrides, start=1):
-        _override(written, text, Place(number, 0, f"override '{short(text)}'"))
+        told = text.partition("=")[0] if "://" in text and text.startswith("notify") else short(text)
+        _override(written, text, Place(number, 0, f"override '{told}'"))
     tree = _without_empty_sections(Config, written.tree)
     config = None
     try:
@@ -89,6 +91,8 @@ def _plain(value: object) -> object:
         return {name: _plain(getattr(value, name)) for name in keys_of(type(value))}
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
+    if isinstance(value, SecretText):
+        return value.stand_in
     return str(value.absolute()) if isinstance(value, Path) else value
 
 

@@ -18,8 +18,10 @@ from trainer.config.section_rules.rules_captions import caption_rules
 from trainer.config.section_rules.rules_ema import ema_rules
 from trainer.config.section_rules.rules_exchange import exchange_rules
 from trainer.config.section_rules.rules_filters import filter_rules
+from trainer.config.section_rules.rules_log import log_rules
 from trainer.config.section_rules.rules_loss_weights import loss_weight_rules
 from trainer.config.section_rules.rules_new_tokens import new_token_rules
+from trainer.config.section_rules.rules_notify import notify_rules
 from trainer.config.section_rules.rules_objective import objective_problems
 from trainer.config.section_rules.rules_optimizer import optimizer_rules
 from trainer.config.section_rules.rules_samples import PIXELS_PER_LATENT, sample_rules
@@ -55,6 +57,8 @@ def broken_rules(config: Config) -> list[Problem]:
         exchange_rules,
         objective_problems,
         loss_weight_rules,
+        log_rules,
+        notify_rules,
         _written_folders,
     )
     return [problem for check in checks for problem in check(config)]

@@ -18,7 +18,9 @@ from trainer.config.sections.filters_config import FiltersConfig
 from trainer.config.sections.guard_config import GuardConfig
 from trainer.config.sections.launch_config import LaunchConfig
 from trainer.config.sections.limits_config import LimitsConfig
+from trainer.config.sections.log_config import LogConfig
 from trainer.config.sections.new_tokens_config import NewTokensConfig
+from trainer.config.sections.notify_config import NotifyConfig
 from trainer.config.sections.objective_config import ObjectiveConfig
 from trainer.config.sections.optimizer_config import OptimizerConfig
 from trainer.config.sections.samples_config import SamplesConfig
@@ -230,13 +232,6 @@ class MemoryConfig(Section):
     `release_gradients`. `auto`: with it, where nothing else fits."""
 
 
-class LogConfig(Section):
-    every_steps: PositiveInt = 1
-    """Optimizer steps between lines in `metrics.jsonl` and TensorBoard."""
-    block_norms: Flag = False
-    """Also the gradient norm of each block, before clipping: `grad_norm/unet.down_blocks.1`, ..."""
-
-
 class Config(Section):
     """One run of sdxl-train."""
 
@@ -281,5 +276,7 @@ class Config(Section):
     """How gradients travel between workers that each hold the whole model; see `docs/wire.md`."""
     log: LogConfig = LogConfig()
     """Records of the run."""
+    notify: NotifyConfig = NotifyConfig()
+    """Messages to whoever is away; see `docs/tracking.md`."""
     limits: LimitsConfig = LimitsConfig()
     """What is read of files from outside; see `docs/untrusted-files.md`."""

@@ -3,8 +3,17 @@
 import re
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+)
 from pydantic_core import PydanticCustomError
 
 _YES_NO = {"yes": True, "on": True, "no": False, "off": False}
@@ -14,6 +23,8 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(s|min|h|d)")
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MASK_SUFFIX = re.compile(r"[^/]+\.(png|jpe?g|webp|bmp|tiff?)")
+WEBHOOK_VARIABLE = "SDXL_TRAIN_WEBHOOK"
+_VARIABLE = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
 _FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -83,6 +94,32 @@ def _source_name(value: str) -> str:
     raise PydanticCustomError("rule", "must be a name of up to 100 characters without a slash")
 
 
+class SecretText(str):
+    """Text that is a secret itself; a configuration that is written out has `stand_in` in its place."""
+
+    stand_in = f"env:{WEBHOOK_VARIABLE}"
+
+
+def _webhook(value: object) -> str:
+    """`env:NAME`, `file:PATH`, or an address, which is secret: whoever has it can write there."""
+    if isinstance(value, str) and value.isprintable() and " " not in value.strip():
+        if _VARIABLE.fullmatch(value):
+            return value
+        if value.startswith("file:") and len(value) > len("file:"):
+            return f"file:{Path(value.removeprefix('file:')).expanduser().absolute()}"
+        try:
+            parts = urlsplit(value)
+            if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:  # a wrong port raises
+                return SecretText(value)
+        except ValueError:
+            pass
+    raise PydanticCustomError("rule", "must be an address that begins with https://, or env:NAME, or file:PATH")
+
+
+def _without_secret(value: str) -> str:
+    return value.stand_in if isinstance(value, SecretText) else value
+
+
 Flag = Annotated[bool, BeforeValidator(yes_no, json_schema_input_type=bool | Literal["yes", "no", "on", "off"])]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
@@ -100,6 +137,7 @@ PathField = Annotated[Path, Field(strict=False), BeforeValidator(_path, json_sch
 MaskSuffix = Annotated[str, AfterValidator(_mask_suffix)]
 Size = Annotated[str, BeforeValidator(_size)]
 Duration = Annotated[str, BeforeValidator(_duration)]
+Webhook = Annotated[str, PlainValidator(_webhook, json_schema_input_type=str), PlainSerializer(_without_secret)]
 FrozenWeights = Literal["compute", "int8", "nf4"]
 
 

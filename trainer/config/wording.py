@@ -194,7 +194,9 @@ def _wrong_value(key: Key, items: list[dict[str, Any]]) -> Problem:
     if value is None:
         return Problem((untagged(key),), f"{dotted(key)}: has no value; {rule}")
     mend = _mend(items[0]["type"], value)
-    return Problem((untagged(key),), f"{dotted(key)} = {shown(value)}: {rule}" + (f"; {mend}" if mend else ""))
+    is_secret = key[:1] == ("notify",) and "://" in str(value)
+    said = f"{dotted(key)}:" if is_secret else f"{dotted(key)} = {shown(value)}:"
+    return Problem((untagged(key),), f"{said} {rule}" + (f"; {mend}" if mend and not is_secret else ""))
 
 
 def _rule(key: Key, item: dict[str, Any]) -> str:

@@ -10,17 +10,21 @@ from typing import Any
 
 from trainer.errors import UserError
 
-_SCRIPT = re.compile(r"(?:.*/)?(sdxl_train_network|sdxl_train)(?:_[\w-]+)?\.py$")
+_SCRIPT = re.compile(
+    r"(?:.*/)?(?:(sdxl_train_network|sdxl_train)(?:_[\w-]+)?|(train_text_to_image_(?:lora_)?sdxl))\.py$"
+)
+SCRIPTS = "sdxl_train.py, sdxl_train_network.py or train_text_to_image_(lora_)sdxl.py"
 _ASSIGNED = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(\S.*|)$")
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command of kohya's scripts.
+    """A command of kohya's scripts, or of diffusers'.
 
     Attributes:
-        script: `sdxl_train` or `sdxl_train_network`; "" where it is not told.
+        script: `sdxl_train`, `sdxl_train_network`, `train_text_to_image_sdxl` or `train_text_to_image_lora_sdxl`; ""
+            where it is not told.
         launch: the words between `accelerate launch` and the script.
         words: those after the script.
     """
@@ -32,7 +36,7 @@ class Command:
 
 
 def read_command(text: str, place: str) -> Command:
-    """The one command of a shell script that starts `sdxl_train.py` or `sdxl_train_network.py`.
+    """The one command of a shell script that starts one of these scripts.
 
     Options may stand on lines of their own without a backslash, as people paste them; comments are left out, and
     variables that the script sets are put in.
@@ -64,7 +68,7 @@ def read_command(text: str, place: str) -> Command:
     found = [command for command in map(_split(place, variables), commands) if command is not None]
     if len(found) != 1:
         rule = "no command" if not found else f"{len(found)} commands"
-        raise UserError(f"{place}: holds {rule} with sdxl_train.py or sdxl_train_network.py; give one")
+        raise UserError(f"{place}: holds {rule} with {SCRIPTS}; give one")
     return found[0]
 
 
@@ -72,7 +76,7 @@ def command_of_words(words: Sequence[str]) -> Command | None:
     """A command that is split into words already; None: it is of another script."""
     for i, word in enumerate(words):
         if match := _SCRIPT.fullmatch(word):
-            return Command(match[1], [*words[:i]], [*words[i + 1 :]])
+            return Command(match[1] or match[2], [*words[:i]], [*words[i + 1 :]])
     return None
 
 

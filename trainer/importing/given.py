@@ -20,12 +20,15 @@ class Draft:
         sections: what is to be written, as nested dictionaries.
         became: by option, the keys that it went into, or why it went nowhere.
         notes: what a person should know, in the order of its weight.
+        reasons: why options become nothing; `mark`: what stands before an option's name.
     """
 
     given: Mapping[str, Any]
     sections: dict[str, Any] = field(default_factory=dict)
     became: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    reasons: Mapping[str, str] = field(default_factory=lambda: NOTHING_HERE)
+    mark: str = "--"
 
     def take(self, name: str, default: Any = None) -> Any:
         """An option's value."""
@@ -51,11 +54,27 @@ class Draft:
     def finish(self) -> None:
         """Options that nobody has taken: those for which there is nothing here, and those that had no effect."""
         for name in self.given:
-            self.leave(name, NOTHING_HERE.get(name, "had no effect beside the others, or is the default"))
+            self.leave(name, self.reasons.get(name, "had no effect beside the others, or is the default"))
 
 
-def parse_options(words: Sequence[str], place: str) -> dict[str, Any]:
-    """Options as sd-scripts' parser reads them: `--key value`, `--key=value`, flags, lists, beginnings of names.
+@dataclass(frozen=True)
+class OptionTable:
+    """What a script takes.
+
+    Attributes:
+        types: of its options, by name.
+        scripts: what it is called.
+    """
+
+    types: Mapping[str, str]
+    scripts: str
+
+
+_OF_KOHYA = OptionTable(TYPES, "sdxl_train.py or sdxl_train_network.py")
+
+
+def parse_options(words: Sequence[str], place: str, table: OptionTable = _OF_KOHYA) -> dict[str, Any]:
+    """Options as Python's parser reads them: `--key value`, `--key=value`, flags, lists, beginnings of names.
 
     Raises:
         UserError: an option is not known, or its value is none of its type.
@@ -68,12 +87,12 @@ def parse_options(words: Sequence[str], place: str) -> dict[str, Any]:
         if not word.startswith("--"):
             raise UserError(f"{place}: `{word}` stands alone; options are `--name value`")
         name, has_value, value = word[2:].partition("=")
-        name = _whole_name(name, place)
+        name = _whole_name(name, place, table)
         values = [value] if has_value else []
         while not has_value and i < len(words) and not words[i].startswith("--"):
             values.append(words[i])
             i += 1
-        given[name] = _value_of(name, values, place)
+        given[name] = _value_of(name, values, place, table)
     return given
 
 
@@ -88,28 +107,28 @@ def typed_options(table: Mapping[str, Any], place: str) -> dict[str, Any]:
         if isinstance(value, dict):
             given |= typed_options(value, place)
         elif value is not None and value is not False:
-            whole = _whole_name(name, place)
+            whole = _whole_name(name, place, _OF_KOHYA)
             values = [str(each) for each in value] if isinstance(value, list) else [str(value)]
             if whole == "resolution" and isinstance(value, list):
                 values = [",".join(values)]
-            given[whole] = _value_of(whole, [] if value is True else values, place)
+            given[whole] = _value_of(whole, [] if value is True else values, place, _OF_KOHYA)
     return given
 
 
-def _whole_name(name: str, place: str) -> str:
+def _whole_name(name: str, place: str, table: OptionTable) -> str:
     """An option's whole name; a beginning of one is as good, if it is of one alone."""
-    if name in TYPES:
+    if name in table.types:
         return name
-    fits = [each for each in TYPES if each.startswith(name)] if name else []
+    fits = [each for each in table.types if each.startswith(name)] if name else []
     if len(fits) == 1:
         return fits[0]
-    near = nearest(name, TYPES)
+    near = nearest(name, table.types)
     mend = f"; did you mean --{near}?" if near else ""
-    raise UserError(f"{place}: --{name}: is no option of sdxl_train.py or sdxl_train_network.py{mend}")
+    raise UserError(f"{place}: --{name}: is no option of {table.scripts}{mend}")
 
 
-def _value_of(name: str, values: Sequence[str], place: str) -> Any:
-    kind = TYPES[name]
+def _value_of(name: str, values: Sequence[str], place: str, table: OptionTable) -> Any:
+    kind = table.types[name]
     if kind == WORDS:
         return list(values)
     if kind == FLAG:

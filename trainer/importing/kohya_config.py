@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from trainer.config.rules import broken_rules
-from trainer.config.schema import Config
-from trainer.config.yaml_source import YamlError, dump, parse
 from trainer.errors import UserError
-from trainer.guards import DEFAULT_LIMITS, read_bytes
 from trainer.importing.command_text import Command, read_command, read_toml
+from trainer.importing.draft_end import read_text, settled
 from trainer.importing.given import Draft, parse_options, typed_options
 from trainer.importing.kohya_data import data_of
 from trainer.importing.kohya_training import (
@@ -27,14 +21,9 @@ from trainer.importing.kohya_training import (
     saving_of_options,
     schedule_of_options,
 )
+from trainer.importing.launched_by import launched
 
 _USUAL_STEPS = 1600  # of sd-scripts
-_VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?")
-_IDLE = ("has no effect", "must be left out")
-_ORDER = (
-    "run", "launch", "model", "data", "captions", "trainable", "adapter", "train", "objective", "optimizer",
-    "lr_schedule", "checkpoint", "validation", "samples", "memory",
-)  # fmt: skip
 
 
 def import_file(place: Path, accelerate: Path | None = None) -> Draft:
@@ -71,7 +60,7 @@ def import_command(command: Command, place: str, accelerate: Path | None = None)
 def import_options(given: Mapping[str, Any], command: Command, accelerate: Path | None = None) -> Draft:
     """The configuration of options by name."""
     draft = Draft(given)
-    workers, stage = _launched(command, accelerate)
+    workers, stage = launched(command, accelerate)
     has_adapter = command.script == "sdxl_train_network" or (not command.script and "network_module" in given)
     _run_and_model(draft, workers)
     dataset = None
@@ -89,43 +78,7 @@ def import_options(given: Mapping[str, Any], command: Command, accelerate: Path 
     samples_of_options(draft)
     _memory(draft, workers, stage, has_adapter=has_adapter)
     draft.leave("config_file", "its options are taken as if they stood in the command")
-    _drop_what_does_nothing(draft)
-    draft.finish()
-    for option, value in given.items():
-        if isinstance(value, str) and (found := _VARIABLE.search(value)):
-            draft.notes.insert(
-                0, f"--{option} {value}: {found[0]} is set nowhere in the script; put in what it stands for"
-            )
-    draft.sections = {name: draft.sections[name] for name in _ORDER if name in draft.sections}
-    return draft
-
-
-def read_text(path: Path) -> str:
-    """A small text file from outside.
-
-    Raises:
-        UserError: it cannot be read, or is none.
-    """
-    try:
-        return read_bytes(path, DEFAULT_LIMITS.config_bytes).decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is no text in UTF-8") from None
-
-
-def as_yaml(draft: Draft, told: str) -> str:
-    """The file: how to use it, what to know, and the keys."""
-    lines = [f"# Imported from {told}.", "#", "#   sdxl-train plan THIS_FILE", "#   sdxl-train THIS_FILE"]
-    for note in draft.notes:
-        lines += ["#", *_wrapped(f"- {note}")]
-    return "\n".join(lines) + "\n\n" + dump(draft.sections)
-
-
-def _wrapped(text: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, 110, initial_indent="# ", subsequent_indent="#   ")
+    return settled(draft)
 
 
 def _run_and_model(draft: Draft, workers: int | None) -> None:
@@ -163,37 +116,6 @@ def _length(draft: Draft, *, has_adapter: bool) -> int | None:
     return steps
 
 
-def _launched(command: Command, accelerate: Path | None) -> tuple[int | None, int | None]:
-    """(processes, DeepSpeed's ZeRO stage) of accelerate, where they are told."""
-    workers: int | None = None
-    stage: int | None = None
-    if accelerate is not None:
-        table = _yaml_table(accelerate)
-        workers = _whole(table.get("num_processes"))
-        deepspeed = table.get("deepspeed_config")
-        stage = _whole(deepspeed.get("zero_stage")) if isinstance(deepspeed, dict) else None
-    words = [*command.launch]
-    for i, word in enumerate(words):
-        name, has_value, value = word.partition("=")
-        if name in ("--num_processes", "--nproc_per_node", "--nproc-per-node"):
-            workers = _whole(value if has_value else (words[i + 1] if i + 1 < len(words) else None))
-    return workers, stage
-
-
-def _yaml_table(path: Path) -> dict[str, Any]:
-    try:
-        value = parse(read_text(path)).value
-    except YamlError as error:
-        raise UserError(f"{path}, line {error.line}: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold keys and values, as accelerate writes them")
-    return value
-
-
-def _whole(value: object) -> int | None:
-    return int(str(value)) if str(value).isdecimal() else None
-
-
 def _memory(draft: Draft, workers: int | None, stage: int | None, *, has_adapter: bool) -> None:
     wished = draft.take("zero_stage", 2) if draft.take("deepspeed") else stage
     if wished in (2, 3) and not has_adapter and workers != 1:
@@ -205,47 +127,3 @@ def _memory(draft: Draft, workers: int | None, stage: int | None, *, has_adapter
         if alone and not has_adapter and draft.sections["train"]["precision"] != "fp16":
             draft.put("memory.release_gradients", True, name)
         draft.leave(name, "needs one worker and one pass a step (memory.release_gradients)")
-
-
-def _drop_what_does_nothing(draft: Draft) -> None:
-    """Options that kohya's scripts take without a word though they do nothing; here they would be refused.
-
-    Raises:
-        UserError: what came out is no configuration, with what has to be mended first.
-    """
-    for _ in range(40):
-        try:
-            config = Config.model_validate(draft.sections)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise UserError(f"{_options_of(draft, key)}: {key}: {first['msg']}") from None
-        problems = broken_rules(config)
-        if not problems:
-            return
-        problem = problems[0]
-        idle = next(
-            (key for key in problem.keys if any(rule in problem.text for rule in _IDLE) and _remove(draft, key)), None
-        )
-        if idle is None:
-            raise UserError(f"{_options_of(draft, '.'.join(map(str, problem.keys[0])))}: {problem.text}")
-        name, rule = ".".join(map(str, idle)), problem.text.partition(": ")[2]
-        for option, text in draft.became.items():
-            if name in text:
-                draft.became[option] = f"- {rule}"
-
-
-def _options_of(draft: Draft, key: str) -> str:
-    found = [f"--{option}" for option, text in draft.became.items() if key in text]
-    return ", ".join(found) or "the command"
-
-
-def _remove(draft: Draft, key: Sequence[str | int]) -> bool:
-    """Whether the key was there."""
-    at: Any = draft.sections
-    for part in key[:-1]:
-        at = at[part] if isinstance(at, list) and isinstance(part, int) else isinstance(at, dict) and at.get(part)
-    if not isinstance(at, dict) or key[-1] not in at:
-        return False
-    at.pop(key[-1])
-    return True

@@ -275,9 +275,17 @@ def samples_of_options(draft: Draft) -> None:
     if (every := draft.take("validate_every_n_steps")) and draft.take("validation_split"):
         draft.put("validation.every_steps", every, "validate_every_n_steps")
     draft.leave("validate_every_n_epochs", "validation goes by steps (validation.every_steps)")
-    if (tracker := draft.take("log_with", "tensorboard")) != "tensorboard":
-        draft.leave("log_with", f"{tracker} is not there yet; TensorBoard reads the same numbers")
-    draft.leave("log_with", "TensorBoard's files are always written")
+    _trackers(draft)
+
+
+def _trackers(draft: Draft) -> None:
+    tracker = draft.take("log_with", "tensorboard")
+    if tracker in ("wandb", "all"):
+        draft.put("log.trackers", ["tensorboard", "wandb"], "log_with")
+        for option, key in (("wandb_run_name", "name"), ("log_tracker_name", "wandb.project")):
+            if draft.take(option):
+                draft.put(f"log.{key}", str(draft.take(option)), option)
+    draft.leave("log_with", f"{tracker}: TensorBoard's files are written where nothing else is said (log.trackers)")
 
 
 def _prompt_file(draft: Draft, file: str) -> None:

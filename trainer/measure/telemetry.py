@@ -1,4 +1,4 @@
-"""The records of a run: `metrics.jsonl` and, mirrored from it, TensorBoard events."""
+"""The records of a run: `metrics.jsonl` and, mirrored from it, TensorBoard events and other trackers."""
 
 import contextlib
 import json
@@ -8,12 +8,15 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
+
+from trainer.measure.trackers.beside import TrackerBeside, end_all
+from trainer.measure.trackers.tracked_run import TrackedRun
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -59,15 +62,25 @@ class MetricsWriter:
         run_dir: the run directory; made if it is missing.
         resume_step: step of the checkpoint that the run goes on from: the records after it are removed,
             for those steps are done again. None: a fresh start, all records are removed.
+        tensorboard: whether to mirror them to TensorBoard; `trackers`: to what else, in processes beside.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int | None,
+        *,
+        tensorboard: bool = True,
+        trackers: Sequence[TrackedRun] = (),
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS_FILE
         last_step = -1 if resume_step is None else resume_step
         remove_records_after(self._path, last_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._events: SummaryWriter | None = self._open_events(last_step + 1)
+        self._has_events = tensorboard
+        self._events: SummaryWriter | None = self._open_events(last_step + 1) if tensorboard else None
+        self._beside = [TrackerBeside(run, METRICS_FILE, last_step) for run in trackers]
         self._lost, self._pause = Counter[str](), Counter[str]()
 
     def _open_events(self, first_step: int) -> "SummaryWriter":
@@ -122,7 +135,8 @@ class MetricsWriter:
         record |= {key: value if math.isfinite(value) else None for key, value in values.items()}
         record["time"] = round(time.time(), 3)
         self._attempt(METRICS_FILE, lambda: self._append(json.dumps(record, allow_nan=False) + "\n"))
-        self._attempt(TENSORBOARD_DIR, lambda: self._add_scalars(kind, values, step))
+        if self._has_events:
+            self._attempt(TENSORBOARD_DIR, lambda: self._add_scalars(kind, values, step))
 
     def _append(self, line: str) -> None:
         self._file.write(line)
@@ -159,8 +173,9 @@ class MetricsWriter:
             self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes all of them; what trackers lack is waited for, a while."""
         with ExitStack() as stack:
+            stack.callback(end_all, self._beside)  # when the file is whole
             stack.callback(_close, self._file)
             if self._events:
                 stack.callback(_close, self._events)

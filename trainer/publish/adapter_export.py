@@ -156,7 +156,7 @@ def _metadata(adapter: AdapterConfig, source: Source, wish: Wish) -> dict[str, s
         "ss_lr_scheduler": config.lr_schedule.kind,
     }
     if wish.with_config:
-        found[CONFIG_KEY] = dump(without_folders(json.loads(config.model_dump_json())))
+        found[CONFIG_KEY] = dump(without_folders(json.loads(config.model_dump_json(exclude={"notify"}))))
     return found
 
 

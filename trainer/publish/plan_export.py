@@ -254,7 +254,7 @@ def _metadata(source: Source, wish: Wish, prediction: str) -> dict[str, str]:
         weights = f"average of length {length}" if length else wish.weights
         own |= {"sdxl_train.step": str(checkpoint_step(checkpoint)), "sdxl_train.weights": weights}
     if config and wish.with_config:
-        own[CONFIG_KEY] = dump(without_folders(json.loads(config.model_dump_json())))
+        own[CONFIG_KEY] = dump(without_folders(json.loads(config.model_dump_json(exclude={"notify"}))))
     return kept | spec | own
 
 

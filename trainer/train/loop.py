@@ -57,6 +57,8 @@ from trainer.train.saved.room import require_checkpoint_room
 from trainer.train.saved.saving import TOLD, Saving
 from trainer.train.saved.state import TrainState
 from trainer.train.step import StepResult, train_step
+from trainer.train.told.run_records import open_records
+from trainer.train.told.step_messages import StepMessages
 from trainer.wire.gradient_exchange import gradients_told
 
 _log = logging.getLogger(__name__)
@@ -203,6 +205,8 @@ def _score(scorer: Scorer, step: int, outputs: "_Outputs | None", beside: _Besid
         beside.heartbeat.begin(due[-1], step)
         beside.saving.wait_copied()  # an average may take the place of the weights
     scorer.score_when_due(step, outputs and outputs.metrics, at_end=at_end)
+    if outputs and "samples" in due:
+        outputs.messages.drawn(step, scorer.folder.glob(f"step-{step:08d}*.png"))
 
 
 def _forget_what_came_after(
@@ -348,13 +352,16 @@ class _Outputs:
 
     metrics: MetricsWriter
     progress: ProgressLine
+    messages: StepMessages
     log_every: int
 
     @staticmethod
     def open(stack: ExitStack, config: Config, state: TrainState, total_steps: int, *, fresh: bool) -> "_Outputs":
-        metrics = stack.enter_context(MetricsWriter(config.run.dir, None if fresh else state.step))
+        metrics = stack.enter_context(open_records(config, None if fresh else state.step))
         progress = stack.enter_context(ProgressLine(total_steps, state.step))
-        return _Outputs(metrics, progress, config.log.every_steps)
+        messages = StepMessages(config)
+        stack.callback(messages.close)
+        return _Outputs(metrics, progress, messages, config.log.every_steps)
 
     def record(
         self,
@@ -383,5 +390,6 @@ class _Outputs:
             found_lr=rates.found,
         )
         self.progress.update(metrics)
+        self.messages.after_step(state.step, result, bad_rows)
         if state.step % self.log_every == 0:
             self.metrics.step(metrics)

@@ -13,6 +13,7 @@ from trainer.cli.prepare_set import await_prepared, ensure_prepared
 from trainer.cli.start_workers import count_run_tags, start_workers
 from trainer.config.schema import Config
 from trainer.errors import UserError
+from trainer.measure.trackers.tracked_run import require_packages
 from trainer.model_files.run_model import RunModel
 from trainer.parallel.environment import detect_gpus, joined_environment
 from trainer.parallel.launch import allocator_settings
@@ -34,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
     overrides = [*arguments.overrides, *([f"run.resume={arguments.resume}"] if arguments.resume else [])]
     config, model = read_run(arguments.config, overrides)
     _check_resume(config)
+    require_packages(config.log.trackers)
     joined = joined_environment(os.environ)
     if joined is not None:
         return _join(config, model, joined)

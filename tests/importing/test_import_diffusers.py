@@ -1,0 +1,137 @@
+"""Commands of diffusers' SDXL scripts become configurations that `plan` accepts, and nothing is lost without a word."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from trainer.cli.main import main
+from trainer.config.load import load_config
+from trainer.config.schema import Config
+from trainer.errors import UserError
+from trainer.importing.command_text import command_of_words
+from trainer.importing.diffusers_options import NOTHING_HERE, READ, TABLE
+from trainer.importing.given import Draft
+from trainer.importing.kohya_options import FLAG, WHOLE
+from trainer.importing.recognised import import_of
+
+FULL, LORA = "train_text_to_image_sdxl.py", "train_text_to_image_lora_sdxl.py"
+RUNS = {
+    "full": f"{FULL} --pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0 "
+    "--pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --dataset_name=lambdalabs/naruto-blip-captions "
+    "--enable_xformers_memory_efficient_attention --resolution=512 --center_crop --random_flip "
+    "--proportion_empty_prompts=0.2 --train_batch_size=1 --gradient_accumulation_steps=4 --gradient_checkpointing "
+    '--max_train_steps=10000 --use_8bit_adam --learning_rate=1e-06 --lr_scheduler="constant" --lr_warmup_steps=0 '
+    '--mixed_precision="fp16" --report_to="wandb" --validation_prompt="a cute creature" --validation_epochs 5 '
+    '--checkpointing_steps=5000 --output_dir="sdxl-naruto-model" --push_to_hub',
+    "lora": f"{LORA} --pretrained_model_name_or_path=base.safetensors --dataset_name=some/set --caption_column=text "
+    "--resolution=1024 --random_flip --train_batch_size=1 --num_train_epochs=2 --checkpointing_steps=500 "
+    "--learning_rate=1e-04 --lr_scheduler=constant --lr_warmup_steps=0 --mixed_precision=fp16 --seed=42 "
+    "--output_dir=out --validation_prompt='cute dragon' --report_to=tensorboard --rank=8 --train_text_encoder",
+    "full with EMA": f"{FULL} --pretrained_model_name_or_path=m --train_data_dir=images --use_ema --snr_gamma=5.0 "
+    "--prediction_type v_prediction --lr_scheduler=cosine --lr_warmup_steps=100 --max_train_steps=5000 "
+    "--mixed_precision=bf16 --noise_offset=0.05 --adam_weight_decay=1e-2 --adam_beta2=0.99 --scale_lr "
+    "--gradient_accumulation_steps=2 --train_batch_size=2 --checkpoints_total_limit=1 --timestep_bias_strategy=later",
+    "little said": f"{LORA} --pretrained_model_name_or_path=m --dataset_name=d",
+}
+
+
+def imported(words: str, launch: str = "") -> Draft:
+    command = command_of_words(shlex.split(f"accelerate launch {launch} {words}"))
+    assert command is not None
+    return import_of(command, "the command")
+
+
+def config_of(draft: Draft) -> Config:
+    return Config.model_validate(draft.sections)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_option_of_a_run_is_told(name: str) -> None:
+    draft = imported(RUNS[name])
+    assert draft.became.keys() == draft.given.keys()
+    assert config_of(draft).checkpoint.export.when == "end"
+
+
+def test_a_full_training() -> None:
+    draft = imported(RUNS["full"], "--num_processes 4")
+    config = config_of(draft)
+    assert config.launch.workers == 4 and config.train.steps == 10000 and config.train.precision == "fp16"
+    assert (config.optimizer.kind, config.optimizer.lr) == ("adamw_8bit", 1e-6)
+    source = config.data.sources[0]
+    assert source.type == "hf" and source.path == "lambdalabs/naruto-blip-captions" and source.caption_column == "text"
+    assert config.data.buckets.min_px == config.data.buckets.max_px == 512 and config.data.mode == "latents"
+    assert config.captions.dropout_rate == 0.2 and config.log.trackers == ["tensorboard", "wandb"]
+    assert config.samples.prompts == ["a cute creature"] * 4 and config.samples.every_steps == 5000
+    assert config.model.vae is None and any("is on the hub" in note for note in draft.notes)
+    assert draft.became["random_flip"].startswith("- their script mirrors half of the images once")
+    assert draft.became["push_to_hub"].startswith("- nothing is uploaded")
+
+
+def test_a_lora() -> None:
+    config = config_of(imported(RUNS["lora"]))
+    assert (config.adapter.kind, config.adapter.rank, config.adapter.alpha) == ("lora", 8, None)
+    assert "*to_q" in config.adapter.targets and "*q_proj" in config.adapter.targets and config.adapter.text_encoders
+    assert config.data.mode == "images" and config.data.augment.random_crop
+    assert config.data.augment.flip_probability == 0.5 and config.train.epochs == 2 and config.run.seed == 42
+    little = config_of(imported(RUNS["little said"]))
+    assert (little.train.batch_size_per_gpu, little.train.epochs, little.adapter.rank) == (16, 100, 4)
+    assert little.train.precision == "fp32" and little.optimizer.lr == 1e-4
+
+
+def test_the_rest_of_the_numbers() -> None:
+    draft = imported(RUNS["full with EMA"], "--num_processes=2 --mixed_precision=no")
+    config = config_of(draft)
+    assert config.optimizer.lr == 1e-4 * 2 * 2 * 2 and config.optimizer.betas == [0.9, 0.99]
+    assert config.ema.averages[0].decay == 0.9999 and config.checkpoint.export.weights == "ema"
+    assert config.objective.prediction == "v_prediction" and config.objective.weighting.gamma == 5
+    assert config.objective.noise.offset == 0.05 and config.train.precision == "bf16" and config.checkpoint.keep == 2
+    assert config.lr_schedule.kind == "cosine" and config.lr_schedule.warmup_steps == 100
+    assert config.data.sources[0].type == "hf" and config.data.sources[0].path == "images"
+    assert "objective.timesteps" in draft.became["timestep_bias_strategy"]
+    assert any("ticks once per process" in note for note in draft.notes)
+
+
+def test_every_option_alone_is_known_and_told() -> None:
+    assert not READ.keys() & NOTHING_HERE.keys()
+    own = {"resolution": "512", "mixed_precision": "bf16", "prediction_type": "epsilon", "report_to": "all",
+           "num_validation_images": "2", "lr_scheduler": "linear", "validation_prompt": "'a fox'"}  # fmt: skip
+    values = {"text": "words", "number": "0.5", WHOLE: "8"}
+    for name, kind in TABLE.types.items():
+        value = "" if kind == FLAG else own.get(name, values[kind])
+        for script in (FULL, LORA):
+            rest = " ".join(f"--{n} x" for n in ("pretrained_model_name_or_path", "dataset_name") if n != name)
+            draft = imported(f"{script} {rest} --max_train_steps 100 --{name} {value}")
+            config_of(draft)
+            assert draft.became.get(name), name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--rankk 3", r"--rankk: is no option of train_text_to_image_sdxl.py or .*did you mean --rank\?"),
+        ("--resolution 500", r"--resolution 500: must be a multiple of 8"),
+        ("--mixed_precision fp8", r"--mixed_precision fp8: must be no, fp16 or bf16"),
+        ("--prediction_type sample", r"--prediction_type sample: must be epsilon or v_prediction"),
+        ("--max_train_steps x", r"--max_train_steps x: must be a whole number"),
+        ("--train_batch_size 0", r"--train_batch_size: train.batch_size_per_gpu"),
+    ],
+)
+def test_mistakes_are_one_line(options: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        imported(f"{LORA} {options} --pretrained_model_name_or_path m --dataset_name d")
+    with pytest.raises(UserError, match="--dataset_name: missing"):
+        imported(f"{LORA} --pretrained_model_name_or_path m")
+    with pytest.raises(UserError, match="--pretrained_model_name_or_path: missing"):
+        imported(f"{LORA} --dataset_name m")
+
+
+def test_the_command_knows_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script, out = tmp_path / "train.sh", tmp_path / "mine.yaml"
+    lines = RUNS["lora"].replace(" --", " \\\n  --").replace("base.safetensors", "$MODEL_NAME")
+    script.write_text(f'export MODEL_NAME="base.safetensors"\naccelerate launch {lines}\n')
+    for word in ("import", "import-kohya"):
+        assert main([word, str(script), "-o", str(out), "--overwrite"]) == 0
+        told = capsys.readouterr().out
+        assert "--rank " in told and "adapter.rank: 8" in told
+        assert str(load_config(out, check_paths=False).model.path) == "base.safetensors"

@@ -1,0 +1,59 @@
+"""The options of diffusers' `train_text_to_image_sdxl.py` and its LoRA twin, and why some become nothing here.
+
+Names, types and defaults are those of diffusers in August 2026.
+"""
+
+from __future__ import annotations
+
+from trainer.importing.given import OptionTable
+from trainer.importing.kohya_options import FLAG, NUMBER, TEXT, WHOLE
+
+_ATTENTION = "attention is always PyTorch's fused one, which takes as little memory"
+_HUB = "nothing is uploaded; `sdxl-train export` writes the file"
+_LOGS = "metrics.jsonl and the trackers' files always lie in run.dir"
+_BIAS = "a bias of timesteps is not here; objective.timesteps has distributions, and min and max"
+
+NOTHING_HERE: dict[str, str] = {
+    "revision": "the newest is taken; download another one, and give its folder as model.path",
+    "variant": "the files are taken as they are; model.path may be a single file or another folder",
+    "cache_dir": "the hub's own cache is used (HF_HOME)",
+    "max_train_samples": "all images are trained on; `per_epoch` of a source limits an epoch",
+    "num_validation_images": "see validation_prompt", "validation_epochs": "samples go by steps (samples.every_steps)",
+    "resume_from_checkpoint": "their state cannot be read; start from the weights (model.path), which begins the data "
+    "anew; a run of this program goes on at the exact image by itself",
+    "gradient_checkpointing": "the memory plan chooses this by itself (`memory`); see `sdxl-train plan`",
+    "allow_tf32": "fp32 passes use TF32 where the card has it", "dataloader_num_workers": "readers need two processes "
+    "a worker at most; `data.workers` changes it",
+    "push_to_hub": _HUB, "hub_token": _HUB, "hub_model_id": _HUB, "logging_dir": _LOGS,
+    "local_rank": "workers are started by this program (`launch.workers`), or by torchrun",
+    "enable_npu_flash_attention": _ATTENTION, "enable_xformers_memory_efficient_attention": _ATTENTION,
+    "image_interpolation_mode": "images are reduced by area-true Lanczos",
+    "debug_loss": "images whose loss leaps are found by `guard`",
+    "timestep_bias_strategy": _BIAS, "timestep_bias_multiplier": _BIAS, "timestep_bias_begin": _BIAS,
+    "timestep_bias_end": _BIAS, "timestep_bias_portion": _BIAS,
+}  # fmt: skip
+"""Options that change nothing, or that there is nothing for: why."""
+
+READ: dict[str, str] = {
+    "pretrained_model_name_or_path": TEXT, "pretrained_vae_model_name_or_path": TEXT, "dataset_name": TEXT,
+    "dataset_config_name": TEXT, "train_data_dir": TEXT, "image_column": TEXT, "caption_column": TEXT,
+    "validation_prompt": TEXT, "proportion_empty_prompts": NUMBER, "output_dir": TEXT, "seed": WHOLE,
+    "resolution": WHOLE, "center_crop": FLAG, "random_flip": FLAG, "train_text_encoder": FLAG,
+    "train_batch_size": WHOLE, "num_train_epochs": WHOLE, "max_train_steps": WHOLE, "checkpointing_steps": WHOLE,
+    "checkpoints_total_limit": WHOLE, "gradient_accumulation_steps": WHOLE, "learning_rate": NUMBER, "scale_lr": FLAG,
+    "lr_scheduler": TEXT, "lr_warmup_steps": WHOLE, "snr_gamma": NUMBER, "use_ema": FLAG, "use_8bit_adam": FLAG,
+    "adam_beta1": NUMBER, "adam_beta2": NUMBER, "adam_weight_decay": NUMBER, "adam_epsilon": NUMBER,
+    "max_grad_norm": NUMBER, "prediction_type": TEXT, "report_to": TEXT, "mixed_precision": TEXT,
+    "noise_offset": NUMBER, "rank": WHOLE,
+}  # fmt: skip
+"""Options that are read, by the type of their value."""
+
+_FLAGS = {
+    "gradient_checkpointing", "allow_tf32", "push_to_hub", "enable_npu_flash_attention",
+    "enable_xformers_memory_efficient_attention", "debug_loss",
+}  # fmt: skip
+TABLE = OptionTable(
+    {**{name: FLAG if name in _FLAGS else TEXT for name in NOTHING_HERE}, **READ},
+    "train_text_to_image_sdxl.py or train_text_to_image_lora_sdxl.py",
+)
+"""Of all options."""
