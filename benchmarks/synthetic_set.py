@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from trainer.config.sections.sources import FolderSource, KohyaJsonSource
+from trainer.config.sections.data.sources import FolderSource, KohyaJsonSource
 from trainer.data.buckets import Bucket, BucketRules, make_buckets
 from trainer.data.captions import caption_record
 from trainer.data.catalog.settings import PrepareSettings, replace_file

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.hostile_files import CANARY, Hostile, kind
 from tests.hostile_sources import EPS, Bytes, encoded, prepared_from, shaken, variant
-from trainer.config.sections.sources import FolderSource
+from trainer.config.sections.data.sources import FolderSource
 
 GOOD = encoded("PNG")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from trainer.config.sections.sources import Source
+from trainer.config.sections.data.sources import Source
 from trainer.data.buckets import BucketRules
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.prepare.commit import commit

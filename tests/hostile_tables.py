@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from tests.data.kohya_files import kohya_npz, npz_bytes, write_tar
 from tests.hostile_files import CANARY, Hostile, kind
 from tests.hostile_sources import EPS, Bytes, encoded, prepared_from, shaken, variant
-from trainer.config.sections.sources import (
+from trainer.config.sections.data.sources import (
     HfSource,
     KohyaJsonSource,
     LatentTarsSource,

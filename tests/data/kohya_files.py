@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.sections.sources import Source
+from trainer.config.sections.data.sources import Source
 from trainer.data.buckets import BucketRules
 from trainer.data.catalog.settings import PrepareSettings
 

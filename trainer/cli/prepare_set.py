@@ -14,7 +14,7 @@ from trainer.cli.prepare_messages import describe_plan, describe_pruned
 from trainer.cli.start_workers import start_workers, worker_count
 from trainer.config.schema import Config
 from trainer.config.section_rules.rules_sources import is_needed_to_train
-from trainer.config.sections.sources import HfSource
+from trainer.config.sections.data.sources import HfSource
 from trainer.data.catalog.scan import Removed
 from trainer.data.prepare.commit import Committed, commit
 from trainer.data.prepare.merge_parts import take_shards

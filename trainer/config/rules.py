@@ -27,7 +27,7 @@ from trainer.config.section_rules.rules_optimizer import optimizer_rules
 from trainer.config.section_rules.rules_samples import PIXELS_PER_LATENT, sample_rules
 from trainer.config.section_rules.rules_sources import is_needed_to_train, paths_of, source_rules
 from trainer.config.sections.adapter_config import trains_adapter
-from trainer.config.sections.sources import FolderSource, LatentTarsSource, Source
+from trainer.config.sections.data.sources import FolderSource, LatentTarsSource, Source
 from trainer.config.sections.trainable_config import TextEncoderPart
 from trainer.config.spelling import nearest_path
 from trainer.config.wording import shown

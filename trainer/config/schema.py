@@ -10,11 +10,12 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from trainer.config.sections.adapter_config import AdapterConfig
-from trainer.config.sections.captions_config import CaptionsConfig
 from trainer.config.sections.checkpoint_config import CheckpointConfig
+from trainer.config.sections.data.captions_config import CaptionsConfig
+from trainer.config.sections.data.filters_config import FiltersConfig
+from trainer.config.sections.data.sources import Source
 from trainer.config.sections.ema_config import EmaConfig
 from trainer.config.sections.exchange_config import ExchangeConfig
-from trainer.config.sections.filters_config import FiltersConfig
 from trainer.config.sections.guard_config import GuardConfig
 from trainer.config.sections.launch_config import LaunchConfig
 from trainer.config.sections.limits_config import LimitsConfig
@@ -24,7 +25,6 @@ from trainer.config.sections.notify_config import NotifyConfig
 from trainer.config.sections.objective_config import ObjectiveConfig
 from trainer.config.sections.optimizer_config import OptimizerConfig
 from trainer.config.sections.samples_config import SamplesConfig
-from trainer.config.sections.sources import Source
 from trainer.config.sections.trainable_config import TrainableConfig
 from trainer.config.values import (
     Count,

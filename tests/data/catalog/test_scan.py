@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.kohya_files import entry, kohya_npz, settings_of, write_files, write_metadata
-from trainer.config.sections.sources import KohyaJsonSource
+from trainer.config.sections.data.sources import KohyaJsonSource
 from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.stages import is_current, plan_prepare

@@ -10,8 +10,8 @@ import pytest
 
 from tests.data.kohya_files import entry, kohya_npz, settings_of, write_files, write_metadata
 from tests.data.photographs import settings_for, write_crops
-from trainer.config.sections.filters_config import FiltersConfig
-from trainer.config.sections.sources import KohyaJsonSource
+from trainer.config.sections.data.filters_config import FiltersConfig
+from trainer.config.sections.data.sources import KohyaJsonSource
 from trainer.data.catalog.catalog import open_catalog
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.catalog.untouched import found_before, stamp_of

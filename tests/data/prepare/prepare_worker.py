@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tests.data.photographs import pooled, settings_for
-from trainer.config.sections.filters_config import FiltersConfig
+from trainer.config.sections.data.filters_config import FiltersConfig
 from trainer.data.buckets import BucketRules, OtherResolution
 from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards

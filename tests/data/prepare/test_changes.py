@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.data.photographs import coffee, pooled, settings_for, write_crops
 from tests.data.records import caption_text
-from trainer.config.sections.sources import FolderSource, ParquetSource
+from trainer.config.sections.data.sources import FolderSource, ParquetSource
 from trainer.data.catalog.catalog import open_catalog
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.prepare.commit import Committed, commit

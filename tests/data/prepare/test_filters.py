@@ -17,8 +17,8 @@ from tests.data.photographs import astronaut, settings_for, write_crops
 from tests.data.prepare.test_changes import caption, held, name, prepare, remove, rename
 from tests.data.records import caption_text
 from trainer.cli.prepare_messages import describe_plan
-from trainer.config.sections.filters_config import FiltersConfig
-from trainer.config.sections.sources import FolderSource, KohyaJsonSource, ParquetSource
+from trainer.config.sections.data.filters_config import FiltersConfig
+from trainer.config.sections.data.sources import FolderSource, KohyaJsonSource, ParquetSource
 from trainer.data.captions import PLAIN, compose
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.images import image_hw

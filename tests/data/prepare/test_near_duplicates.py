@@ -11,7 +11,7 @@ from PIL import Image
 from tests.data.photographs import astronaut, coffee, settings_for, write_crops
 from tests.data.prepare.test_changes import held, prepare
 from tests.data.prepare.test_filters import left_out
-from trainer.config.sections.filters_config import FiltersConfig
+from trainer.config.sections.data.filters_config import FiltersConfig
 from trainer.data.catalog.catalog import open_catalog
 from trainer.data.catalog.settings import PrepareSettings
 

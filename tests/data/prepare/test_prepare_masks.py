@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tests.data.photographs import pooled, settings_for, write_crops
 from tests.data.sources.test_webdataset import write_tar
 from trainer.cli.prepare_messages import describe_plan
-from trainer.config.sections.sources import (
+from trainer.config.sections.data.sources import (
     FolderSource,
     HfSource,
     KohyaJsonSource,

@@ -13,7 +13,7 @@ import pytest
 from tests.data.photographs import RULES, astronaut, coffee, pooled, settings_for, write_crops
 from tests.data.records import caption_text
 from tests.data.sources.test_webdataset import write_tar
-from trainer.config.sections.sources import FolderSource, HfSource, ParquetSource, WebdatasetSource
+from trainer.config.sections.data.sources import FolderSource, HfSource, ParquetSource, WebdatasetSource
 from trainer.data.buckets import make_buckets, place
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.images import image_hw, load_pixels

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.data.photographs import coffee, pooled, settings_for, write_crops
 from tests.data.prepare.test_changes import caption, held, lying, name, prepare, remove, rename
 from tests.data.records import caption_text
-from trainer.config.sections.sources import FolderSource
+from trainer.config.sections.data.sources import FolderSource
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards

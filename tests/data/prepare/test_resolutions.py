@@ -13,7 +13,7 @@ from tests.data.photographs import pooled, settings_for, write_crops
 from tests.data.prepare.test_changes import edit_all, held, name, prepare, remove
 from tests.data.prepare.test_prune import prune
 from tests.data.records import caption_text
-from trainer.config.sections.sources import FolderSource
+from trainer.config.sections.data.sources import FolderSource
 from trainer.data.buckets import Bucket, BucketRules, OtherResolution, at_resolution, bucket_at, make_buckets
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.loader import BatchReader, open_loader

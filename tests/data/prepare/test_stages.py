@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.data.photographs import astronaut, pooled, settings_for, write_crops
 from tests.data.records import caption_text
-from trainer.config.sections.sources import FolderSource
+from trainer.config.sections.data.sources import FolderSource
 from trainer.data.buckets import Bucket, Placement
 from trainer.data.catalog.catalog import count_rows, open_catalog
 from trainer.data.catalog.settings import PrepareSettings

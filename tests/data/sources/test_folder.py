@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.records import caption_text
-from trainer.config.sections.sources import FolderSource
+from trainer.config.sections.data.sources import FolderSource
 from trainer.data.sources.folder import list_folder
 from trainer.data.sources.listing import source_names
 from trainer.data.sources.sidecars import read_caption

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from trainer.config.sections.sources import HfSource
+from trainer.config.sections.data.sources import HfSource
 from trainer.data.sources.hf import list_hf
 from trainer.data.sources.source import WHOLE, SourceItem, read_bytes
 from trainer.errors import UserError

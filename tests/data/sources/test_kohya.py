@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.data.kohya_files import entry, write_files, write_metadata
-from trainer.config.sections.sources import KohyaJsonSource
+from trainer.config.sections.data.sources import KohyaJsonSource
 from trainer.data.sources.kohya import list_kohya_json
 from trainer.data.sources.source import SourceItem
 from trainer.errors import UserError

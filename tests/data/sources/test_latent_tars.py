@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.kohya_files import entry, kohya_npz, write_metadata, write_tar
-from trainer.config.sections.sources import LatentTarsSource
+from trainer.config.sections.data.sources import LatentTarsSource
 from trainer.data.sources.latent_tars import list_latent_tars
 from trainer.data.sources.source import SourceItem, read_bytes
 from trainer.errors import UserError

@@ -12,8 +12,7 @@ import pytest
 
 from tests.data.kohya_files import entry, kohya_npz, write_files, write_metadata, write_tar
 from tests.data.photographs import astronaut, pooled, settings_for
-from trainer.config.sections.objective_config import LossWeightsConfig
-from trainer.config.sections.sources import (
+from trainer.config.sections.data.sources import (
     FolderSource,
     HfSource,
     KohyaJsonSource,
@@ -22,6 +21,7 @@ from trainer.config.sections.sources import (
     Source,
     WebdatasetSource,
 )
+from trainer.config.sections.objective_config import LossWeightsConfig
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.loss_weights import TagSeparators
 from trainer.data.prepare.commit import commit

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from trainer.config.sections.sources import ParquetSource
+from trainer.config.sections.data.sources import ParquetSource
 from trainer.data.images import BadImage
 from trainer.data.sources.parquet import CellReader, list_parquet
 from trainer.data.sources.source import ROW, WHOLE, SourceItem

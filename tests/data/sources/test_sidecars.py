@@ -12,7 +12,7 @@ import pytest
 from tests.data.kohya_files import write_files, write_tar
 from tests.data.photographs import pooled, settings_for, write_crops
 from trainer.cli.prepare_messages import describe_plan
-from trainer.config.sections.sources import FolderSource, WebdatasetSource
+from trainer.config.sections.data.sources import FolderSource, WebdatasetSource
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards

@@ -18,7 +18,7 @@ from PIL import Image
 from tests.data.kohya_files import write_tar
 from tests.hostile_sources import EPS, encoded
 from tests.hostile_tables import MEMBERS, variant
-from trainer.config.sections.sources import FolderSource, ParquetSource, WebdatasetSource
+from trainer.config.sections.data.sources import FolderSource, ParquetSource, WebdatasetSource
 from trainer.data.images import BadImage, image_hw
 from trainer.data.sources.columns import files_below
 from trainer.data.sources.folder import list_folder

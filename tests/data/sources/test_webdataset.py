@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from trainer.config.sections.sources import WebdatasetSource
+from trainer.config.sections.data.sources import WebdatasetSource
 from trainer.data.sources.columns import files_below
 from trainer.data.sources.source import SourceItem, read_bytes
 from trainer.data.sources.webdataset import list_webdataset

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.data.kohya_files import entry, latents_of, npz_bytes, settings_of, write_files, write_metadata, write_tar
-from trainer.config.sections.sources import KohyaJsonSource, LatentTarsSource, Source
+from trainer.config.sections.data.sources import KohyaJsonSource, LatentTarsSource, Source
 from trainer.data.augment import View
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.prepare.commit import Committed, commit

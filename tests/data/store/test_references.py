@@ -21,7 +21,7 @@ from tests.data.kohya_files import (
     write_metadata,
     write_tar,
 )
-from trainer.config.sections.sources import FolderSource, KohyaJsonSource, LatentTarsSource
+from trainer.config.sections.data.sources import FolderSource, KohyaJsonSource, LatentTarsSource
 from trainer.data.augment import NOT_AUGMENTED, View, draw_view
 from trainer.data.buckets import Placement
 from trainer.data.catalog.settings import PrepareSettings

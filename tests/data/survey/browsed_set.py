@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from tests.data.photographs import pooled, settings_for, write_crops
-from trainer.config.sections.sources import FolderSource
+from trainer.config.sections.data.sources import FolderSource
 from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.stages import plan_prepare

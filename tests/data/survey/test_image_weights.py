@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.small_set import write_small_set
+from trainer.config.sections.data.sources import FolderSource
 from trainer.config.sections.objective_config import LossWeightsConfig, TagBalanceConfig
-from trainer.config.sections.sources import FolderSource
 from trainer.data.buckets import Bucket
 from trainer.data.captions import caption_record
 from trainer.data.loss_weights import TagSeparators

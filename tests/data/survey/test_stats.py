@@ -11,7 +11,7 @@ from PIL import Image
 from tests.data.kohya_files import entry, kohya_npz, settings_of, write_files, write_metadata
 from tests.data.small_set import write_small_set
 from trainer.cli.main import main
-from trainer.config.sections.sources import KohyaJsonSource
+from trainer.config.sections.data.sources import KohyaJsonSource
 from trainer.data.buckets import Bucket
 from trainer.data.captions import PLAIN
 from trainer.data.prepare.commit import commit

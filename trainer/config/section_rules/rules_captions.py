@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from trainer.config.fields import Problem
 from trainer.config.rule_parts import clash, is_given
 from trainer.config.schema import Config
-from trainer.config.sections.sources import FolderSource
+from trainer.config.sections.data.sources import FolderSource
 from trainer.config.wording import shown
 
 _RANDOM = ("several", "wildcards", "shuffle_tags", "tag_dropout_rate", "dropout_rate", "dropout_every_n_epochs")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from trainer.config.fields import Problem
 from trainer.config.rule_parts import clash
 from trainer.config.schema import Config
-from trainer.config.sections.sources import FolderSource, LatentTarsSource
+from trainer.config.sections.data.sources import FolderSource, LatentTarsSource
 
 _AT = "data.filters"
 _SCORES = ("score_field", "score_column")

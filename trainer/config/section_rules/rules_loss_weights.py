@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from trainer.config.fields import Problem
 from trainer.config.rule_parts import clash, is_given
 from trainer.config.schema import Config
-from trainer.config.sections.sources import FolderSource
+from trainer.config.sections.data.sources import FolderSource
 
 _WEIGHTS = "objective.loss_weights"
 _FIELDS = ("weight_extension", "weight_field", "weight_column")

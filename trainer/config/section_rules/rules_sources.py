@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from trainer.config.fields import Problem
 from trainer.config.rule_parts import clash, full_path, is_given
 from trainer.config.schema import Config
-from trainer.config.sections.sources import (
+from trainer.config.sections.data.sources import (
     FolderSource,
     KohyaJsonSource,
     LatentTarsSource,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from trainer.config.sections.filters_config import FiltersConfig
-from trainer.config.sections.sources import Source
+from trainer.config.sections.data.filters_config import FiltersConfig
+from trainer.config.sections.data.sources import Source
 from trainer.data.loss_weights import TagSeparators
 from trainer.data.sources.listing import source_names
 

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from trainer.config.sections.sources import FolderSource, HfSource, Source
+from trainer.config.sections.data.sources import FolderSource, HfSource, Source
 from trainer.data.buckets import make_buckets
 from trainer.data.catalog.catalog import (
     BadRow,

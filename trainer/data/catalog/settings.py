@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config.sections.filters_config import FiltersConfig
-from trainer.config.sections.sources import FolderSource, Source
+from trainer.config.sections.data.filters_config import FiltersConfig
+from trainer.config.sections.data.sources import FolderSource, Source
 from trainer.data.buckets import ALSO_AT, Bucket, BucketRules, OtherResolution, at_resolution, bucket_at
 from trainer.data.loss_weights import TagSeparators
 from trainer.data.sources.listing import source_names

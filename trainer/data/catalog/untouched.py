@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from trainer.config.sections.sources import (
+from trainer.config.sections.data.sources import (
     KohyaJsonSource,
     LatentTarsSource,
     ParquetSource,

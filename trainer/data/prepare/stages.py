@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config.sections.sources import LatentTarsSource, Source
+from trainer.config.sections.data.sources import LatentTarsSource, Source
 from trainer.data.buckets import Bucket
 from trainer.data.catalog import catalog, planned_shards
 from trainer.data.catalog.planned_shards import (

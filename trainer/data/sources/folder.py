@@ -21,7 +21,7 @@ from trainer.errors import UserError, printable
 from trainer.guards import DEFAULT_LIMITS, Limits, Refused, decode_text, open_regular
 
 if TYPE_CHECKING:
-    from trainer.config.sections.sources import FolderSource
+    from trainer.config.sections.data.sources import FolderSource
 
 _MASK_ENDINGS = (*sorted(EXTENSIONS), *sorted(extension.upper() for extension in EXTENSIONS))
 _EMPTY = '{"caption":""}'

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-    from trainer.config.sections.sources import HfSource
+    from trainer.config.sections.data.sources import HfSource
 
 
 def list_hf(

@@ -25,7 +25,7 @@ from trainer.errors import UserError
 from trainer.guards import DEFAULT_LIMITS, Limits
 
 if TYPE_CHECKING:
-    from trainer.config.sections.sources import KohyaJsonSource
+    from trainer.config.sections.data.sources import KohyaJsonSource
 
 _LONGEST_EXTENSION = max(map(len, EXTENSIONS))
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")

@@ -29,7 +29,7 @@ from trainer.errors import UserError
 from trainer.guards import DEFAULT_LIMITS, Limits, Refused
 
 if TYPE_CHECKING:
-    from trainer.config.sections.sources import LatentTarsSource
+    from trainer.config.sections.data.sources import LatentTarsSource
 
 _THREADS = 4
 _PAGE = 512

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.sections.sources import (
+from trainer.config.sections.data.sources import (
     FolderSource,
     HfSource,
     KohyaJsonSource,

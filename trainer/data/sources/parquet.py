@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from trainer.config.sections.sources import ParquetSource
+    from trainer.config.sections.data.sources import ParquetSource
 
 _ROWS_AT_ONCE = 16
 _READ_BYTES = 1 << 20

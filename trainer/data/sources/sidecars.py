@@ -16,7 +16,7 @@ from trainer.data.sources.source import ForeignText
 from trainer.guards import Decoded, Limits, Refused, decode_text, parse_json, read_bytes
 
 if TYPE_CHECKING:
-    from trainer.config.sections.sources import FolderSource
+    from trainer.config.sections.data.sources import FolderSource
 
 _EMPTY = '{"caption":""}'
 

@@ -1,6 +1,6 @@
 """What every source yields: one `SourceItem` per image, which says where the bytes lie without holding them.
 
-A source is an entry of `data.sources` (`trainer.config.sections.sources`) and a function
+A source is an entry of `data.sources` (`trainer.config.sections.data.sources`) and a function
 `list_<source>(source, name, ignored) -> Iterator[SourceItem]` that yields its items as a stream, in any order, with
 keys that begin with `<name>/`, and counts in `ignored` what it passes over.
 """

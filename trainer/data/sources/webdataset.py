@@ -22,7 +22,7 @@ from trainer.errors import printable
 from trainer.guards import DEFAULT_LIMITS, Limits, Refused, decode_text
 
 if TYPE_CHECKING:
-    from trainer.config.sections.sources import WebdatasetSource
+    from trainer.config.sections.data.sources import WebdatasetSource
 
 _CAPTIONS = (".txt", ".caption", ".json")
 

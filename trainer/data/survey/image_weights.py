@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator, Sequence
 
+from trainer.config.sections.data.sources import Source
 from trainer.config.sections.objective_config import LossWeightsConfig
-from trainer.config.sections.sources import Source
 from trainer.data.loss_weights import LossWeights, TagBalance, TagSeparators
 from trainer.data.sources.listing import source_names
 from trainer.data.store.snapshot import PreparedSet

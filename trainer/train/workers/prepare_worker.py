@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.config.schema import Config
-from trainer.config.sections.sources import Source
+from trainer.config.sections.data.sources import Source
 from trainer.data.buckets import BucketRules, OtherResolution
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.prepare.encode import encode_shards, pending_payloads, write_references
