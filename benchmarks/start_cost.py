@@ -119,3 +119,7 @@ def main() -> None:
                 os.kill(process.pid, signal.SIGTERM)
             process.wait(60)
             shutil.rmtree(run_dir, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
