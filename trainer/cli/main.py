@@ -5,9 +5,13 @@ Nothing here imports torch: help, mistakes in a config and the plan answer at on
 
 import errno
 import importlib
+import importlib.util
 import os
+import platform
+import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainer import __version__
 from trainer.errors import UserError, printable
@@ -67,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(f"sdxl-train {__version__}")
+        print(f"sdxl-train {__version__}, {_torch_told()}")
         return 0
     try:
         command = arguments.pop(0) if arguments[0] in COMMANDS else _default_command(arguments[0])
@@ -99,3 +103,13 @@ def _default_command(word: str) -> str:
     near = difflib.get_close_matches(word, COMMANDS, n=1)
     hint = f"did you mean `{near[0]}`?" if near else f"commands are {', '.join(COMMANDS)}"
     raise UserError(f"{word}: neither a command nor a .yaml file; {hint}")
+
+
+def _torch_told() -> str:
+    """PyTorch's version and what it was built for, by its file: importing it takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return "PyTorch is not installed"
+    facts = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    built_for = f"CUDA {facts['cuda']}" if facts.get("cuda") else "the CPU"
+    return f"PyTorch {facts['__version__'].partition('+')[0]} for {built_for}, Python {platform.python_version()}"
