@@ -9,12 +9,19 @@ from trainer.cli.commands.schema import main
 from trainer.config.fields import all_keys
 from trainer.config.reference import field_docs, json_schema
 
-DOCS = Path(__file__).parents[2] / "docs" / "config.md"
+ROOT = Path(__file__).parents[2]
+DOCS, CONFIGS = ROOT / "docs" / "config.md", ROOT / "configs"
 
 
 def test_the_committed_reference_is_current() -> None:
-    mend = "run: sdxl-train schema --markdown > docs/config.md"
+    mend = "run: scripts/reference.sh"
     assert DOCS.read_text(encoding="utf-8") == field_docs(), mend
+    assert json.loads((CONFIGS / "sdxl-train.schema.json").read_text(encoding="utf-8")) == json_schema(), mend
+
+
+def test_ready_configurations_name_the_schema_for_editors() -> None:
+    for config in CONFIGS.glob("*.yaml"):
+        assert config.read_text().startswith("# yaml-language-server: $schema=sdxl-train.schema.json\n"), config
 
 
 def test_the_reference_names_every_key_once() -> None:

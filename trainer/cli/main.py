@@ -35,6 +35,7 @@ COMMANDS = {
     "import": "settings of kohya's scripts, OneTrainer or diffusers' as a configuration, and what became of each",
     "import-kohya": "the same, as it was called first",
     "schema": "print the configuration's JSON Schema, for editors",
+    "completion": "print what bash, zsh or fish needs to complete commands, options and configuration keys",
     "inspect": "say what a model is and what is in it, or what differs between two",
     "make-tiny": "make a tiny SDXL and a data set of real photographs, to try everything out",
 }
