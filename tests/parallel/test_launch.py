@@ -285,6 +285,26 @@ def test_forks_of_one_template_share_it_over_starts(tmp_path: Path, way: str) ->
     assert alive(gone) == []
 
 
+@pytest.mark.parametrize("touched", ["initialized", "counted"])
+def test_workers_do_not_inherit_a_cuda_that_was_touched(tmp_path: Path, way: str, touched: str) -> None:
+    """By an import, as bitsandbytes does: then each is a process of its own, which has imported nothing yet."""
+    if way == "started":
+        pytest.skip("no template")
+    (tmp_path / "torch").mkdir()
+    stand_in = f"is_initialized = lambda: {touched == 'initialized'}\n_is_in_bad_fork = lambda: True\n"
+    (tmp_path / "torch" / "cuda.py").write_text(stand_in)
+    (tmp_path / "torch" / "__init__.py").write_text("from torch import cuda\n")
+    env = {**ENV, "PYTHONPATH": f"{tmp_path}:{ENV['PYTHONPATH']}"}
+    code = "import os, sys; open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(str('torch' in sys.modules))"
+    argv = [sys.executable, "-c", code, str(tmp_path)]
+    with WorkerTemplate(["torch"], str(HERE.parents[1])) as of:
+        for _ in range(2):
+            result = run_workers(argv, workers=2, log_dir=tmp_path, env=env, threads=1, gpu=True, template=of)
+            assert result == WorkersResult(0, (0, 0), None, None)
+            assert [(tmp_path / name).read_text() for name in "01"] == ["False", "False"]
+            assert bool(of.process_id) == (touched == "counted")
+
+
 def test_a_stop_while_the_template_imports_ends_the_command(tmp_path: Path, way: str) -> None:
     if way == "started":
         pytest.skip("no template")

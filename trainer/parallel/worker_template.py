@@ -2,8 +2,8 @@
 
 Importing costs seconds of CPU and hundreds of MB in each process that does it by itself. Forks share both, and those
 that are started again after a fault begin at once. The kernel makes a fork the launching process's child (Linux only),
-so that it is watched and ended as any other worker. A fork cannot use CUDA if what was imported has touched it: a
-worker that finds so starts itself anew.
+so that it is watched and ended as any other worker. A fork cannot use CUDA if what was imported has touched it: then
+there is no template, whose context would take memory of a card besides, and a worker that finds so starts itself anew.
 """
 
 import array
@@ -32,7 +32,7 @@ _SET_CHILD_SUBREAPER = 36  # of prctl(2)
 _FORK_S = 30.0
 _POLL_S = 0.05
 _LARGEST_REQUEST = 1 << 20
-_READY = b"ready"
+_READY, _HAS_CUDA = b"ready", b"cuda"
 
 
 @dataclass
@@ -69,7 +69,7 @@ class WorkerTemplate:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._env: dict[str, str] = {}
-        self._is_ready = False
+        self._is_ready = self._is_useless = False
 
     def __enter__(self) -> "WorkerTemplate":
         return self
@@ -90,7 +90,7 @@ class WorkerTemplate:
         Returns:
             Whether there is one: not where it cannot be had, and not if `until` says so before.
         """
-        if sys.platform != "linux":
+        if sys.platform != "linux" or self._is_useless:
             return False
         kept = {name: value for name, value in env.items() if name not in _OF_AN_ATTEMPT}
         if self._process is None or self._process.poll() is not None or kept != self._env:
@@ -98,7 +98,10 @@ class WorkerTemplate:
             self._begin(kept)
         while not self._is_ready:
             answer = self._receive(_POLL_S)
-            if until() or answer == b"":
+            if answer == _HAS_CUDA:
+                self._is_useless = True
+                self.close()
+            if until() or answer in (b"", _HAS_CUDA):
                 return False
             self._is_ready = answer == _READY
         return True
@@ -176,6 +179,10 @@ def serve() -> None:
         for module in sys.argv[3:]:
             with contextlib.suppress(Exception):  # the worker will fail likewise, and say so
                 importlib.import_module(module)
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            requests.send(_HAS_CUDA)
+            os._exit(0)
         gc.collect()
         gc.freeze()  # else the first collection would write to all pages, and they would be no longer shared
         requests.send(_READY)
