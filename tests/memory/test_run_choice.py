@@ -34,28 +34,30 @@ _NO_MEMORY = """
 import builtins, os, sys
 
 MODULE, STEPS = {module!r}, {steps}
-if os.environ.get("RANK") == "1" and os.environ.get("SDXL_TRAIN_MEMORY_ATTEMPT") == "0":
-    usual = builtins.__import__
+usual = builtins.__import__
 
-    def watching(*args, **kwargs):
-        imported = usual(*args, **kwargs)
-        module = sys.modules.get(MODULE)
-        if hasattr(module, "_log"):
-            builtins.__import__ = usual
-            take_step, taken = module.train_step, []
+def is_meant():  # asked in the worker: the process that it is a fork of has imported the module
+    return os.environ.get("RANK") == "1" and os.environ.get("SDXL_TRAIN_MEMORY_ATTEMPT") == "0"
 
-            def train_step(*args, **named):
-                import torch
+def watching(*args, **kwargs):
+    imported = usual(*args, **kwargs)
+    module = sys.modules.get(MODULE)
+    if hasattr(module, "_log"):
+        builtins.__import__ = usual
+        take_step, taken = module.train_step, []
 
-                taken.append(1)
-                if len(taken) > STEPS:
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-                return take_step(*args, **named)
+        def train_step(*args, **named):
+            import torch
 
-            module.train_step = train_step
-        return imported
+            taken.append(1)
+            if len(taken) > STEPS and is_meant():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return take_step(*args, **named)
 
-    builtins.__import__ = watching
+        module.train_step = train_step
+    return imported
+
+builtins.__import__ = watching
 """
 
 

@@ -21,7 +21,7 @@ class MlflowRun:
 
     def add(self, records: Sequence[Record]) -> None:
         """Send their numbers."""
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         metrics = [
             Metric(_name(key), float(value), int(1000 * record.get("time", 0)), record["step"])
@@ -44,7 +44,7 @@ def open_mlflow(run: TrackedRun, mark: Mark) -> tuple[Tracker, Mark]:
     all records once more.
     """
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions ask for it
-    from mlflow.tracking import MlflowClient
+    from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
     uri = run.options.get("uri") or os.environ.get("MLFLOW_TRACKING_URI")
     own = None if uri else run.run_dir / MLFLOW_FOLDER
@@ -69,7 +69,7 @@ def _name(key: str) -> str:
 
 
 def _is_there(client: Any, run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
 
     try:
         return client.get_run(run_id).info.lifecycle_stage == "active"
@@ -80,7 +80,7 @@ def _is_there(client: Any, run_id: str) -> bool:
 
 
 def _new_run(client: Any, run: TrackedRun) -> str:
-    from mlflow.entities import Param
+    from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
     name = str(run.options.get("experiment") or "sdxl-train")
     found = client.get_experiment_by_name(name)

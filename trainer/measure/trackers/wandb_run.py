@@ -40,7 +40,7 @@ def open_wandb(run: TrackedRun, mark: Mark) -> tuple[Tracker, Mark]:
     overwrites it, and gets all records once more. Files of offline mode hold the whole run each time: those of earlier
     starts that were not uploaded are removed.
     """
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     mode = run.options.get("mode", "auto")
     mode = os.environ.get("WANDB_MODE", "online") if mode == "auto" else mode
