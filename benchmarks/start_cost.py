@@ -1,6 +1,6 @@
 """What a start costs: CPU and wall seconds to the first step, of the command and after a worker was killed; and memory.
 
-    python benchmarks/start_cost.py configs/tiny.yaml --workers 4 --readers 2 run.dir=/tmp/run
+    python benchmarks/start_cost.py configs/tiny.yaml --workers 4 --readers 2
 
 Memory is the proportional set size of all processes, in which what several share counts once. Values after the
 configuration replace its own, as with `sdxl-train`.
