@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import psutil
+from child_process import tree_memory_mb
 
 from trainer.parallel.worker import process_name
 
@@ -65,15 +66,6 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
     return total
 
 
-def pss_bytes(processes: list[psutil.Process]) -> int:
-    """Proportional set size of all."""
-    total = 0
-    for each in processes:
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            total += each.memory_full_info().pss
-    return total
-
-
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,7 +97,8 @@ def main() -> None:
                 time.sleep(0.05)
             time.sleep(2)
             found = tree(process)
-            print(f"memory (PSS)            {pss_bytes(found) / 1e9:7.2f} GB in {len(found)} processes")
+            memory_gb = tree_memory_mb(process.pid).pss * (1 << 20) / 1e9
+            print(f"memory (PSS)            {memory_gb:7.2f} GB in {len(found)} processes")
             victim = next(each for each in found if each.name() == process_name(arguments.workers - 1))
             before = cpu_seconds(found)
             victim.send_signal(signal.SIGKILL)

@@ -135,8 +135,8 @@ def _stay_on_cores() -> None:
 
 def _take_name() -> None:
     """In `top` and `ps -o comm`."""
-    if sys.platform == "linux" and PARENT_PID in os.environ:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NAME, process_name(int(os.environ["RANK"])).encode(), 0, 0, 0)
+    if PARENT_PID in os.environ:
+        set_process_attribute(_PR_SET_NAME, process_name(int(os.environ["RANK"])).encode())
 
 
 def process_name(rank: int) -> str:
@@ -146,8 +146,13 @@ def process_name(rank: int) -> str:
 
 def die_with(parent: int) -> None:
     """Have the kernel kill this process when `parent`, which launched it, ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    set_process_attribute(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # The parent may have ended before the line above.
     if os.getppid() != parent:
         os._exit(1)
+
+
+def set_process_attribute(option: int, value: int | bytes) -> None:
+    """prctl(2) of this process; nothing on other systems than Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)

@@ -8,7 +8,6 @@ there is no template, whose context would take memory of a card besides, and a w
 
 import array
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -247,4 +246,4 @@ def _become_worker(wish: dict[str, object], handles: Sequence[int], parent: int)
 
 
 def _adopt_orphans(*, yes: bool) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0)
+    worker.set_process_attribute(_SET_CHILD_SUBREAPER, int(yes))
