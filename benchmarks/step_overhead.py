@@ -84,8 +84,12 @@ def bare_start(config_path: Path, overrides: list[str]) -> dict[str, float]:
 
 def ours_start(config_path: Path, overrides: list[str]) -> dict[str, float]:
     """The parent's work and the worker's, up to the moment the first step could begin."""
+    from trainer.package_files import hold_back
+
+    hold_back("bitsandbytes")  # as the program does
     from trainer.cli.arguments import read_run
-    from trainer.cli.start_workers import ensure_prepared, write_resolved
+    from trainer.cli.keep_running import write_resolved
+    from trainer.cli.prepare_set import ensure_prepared
     from trainer.config.load import load_config
 
     config, model = read_run(config_path, [*overrides, "run.resume=false", f"run.dir={SCRATCH}"])

@@ -1,10 +1,11 @@
 """Builds the optimizer, sets its learning rates, and gives its state as named tensors and takes it back."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import UserError
@@ -81,13 +82,21 @@ class _FusedAdamW(torch.optim.AdamW):
     on all would be spread: 19 s in the first step of the tiny SDXL, and again after every restart. It is elementwise.
     """
 
+    def take_step(self, factor: float) -> None:
+        """Update by the gradients times `factor`, which the kernel multiplies as it reads them, if it is not 1."""
+        device = self.param_groups[0]["params"][0].device
+        # The kernel divides by what it knows as the scale of a loss; a number there is a constant of the device's.
+        self.grad_scale = None if factor == 1.0 else torch.full((), 1.0 / factor, dtype=torch.float32, device=device)
+        self.step()
+
     def _init_group(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, group: Any, params_with_grad: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor], *rest: Any,
     ) -> bool:  # fmt: skip
         has_complex = super()._init_group(group, params_with_grad, grads, exp_avgs, exp_avg_sqs, *rest)
-        for tensors in (params_with_grad, grads, exp_avgs, exp_avg_sqs):
-            tensors[:] = (local_part(tensor)[0] for tensor in tensors)
+        if any(isinstance(tensor, DTensor) for tensor in params_with_grad):
+            for tensors in (params_with_grad, grads, exp_avgs, exp_avg_sqs):
+                tensors[:] = (local_part(tensor)[0] for tensor in tensors)
         return has_complex
 
 
@@ -101,18 +110,13 @@ def is_compiled(config: OptimizerConfig, rounding: Rounding | None) -> bool:
     return config.kind not in RULES and not is_fused(config, rounding)
 
 
-def take_optimizer_step(optimizer: torch.optim.Optimizer, gradients: Callable[[], list[Tensor]], factor: float) -> None:
-    """Update the weights by the gradients times `factor`.
-
-    Args:
-        gradients: to be asked for where the optimizer does not multiply by itself.
-    """
-    if isinstance(optimizer, BlockAdamW | RuleOptimizer):
+def take_optimizer_step(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Update the weights by the gradients times `factor`."""
+    if isinstance(optimizer, _FusedAdamW):
+        optimizer.take_step(factor)
+    else:
+        assert isinstance(optimizer, BlockAdamW | RuleOptimizer)
         optimizer.step(gradient_factor=factor)
-        return
-    if factor != 1.0:  # a pass over all gradients, which most steps of a sound run do without
-        torch._foreach_mul_(gradients(), factor)  # pyright: ignore[reportPrivateImportUsage]
-    optimizer.step()
 
 
 def _grouped(parameters: NamedParameters | Mapping[str, NamedParameters]) -> Mapping[str, NamedParameters]:

@@ -151,7 +151,13 @@ class Strategy:
 
     def clear_gradients(self) -> None:
         """Before the next step: zero them in place, or give their memory back."""
-        self.model.zero_grad(set_to_none=not self.sharing.keeps_gradients)
+        # Not by the model's `zero_grad`, which looks through all its modules: 2 % of a small model's step.
+        if self.sharing.keeps_gradients:
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+            torch._foreach_zero_(gradients)  # pyright: ignore[reportPrivateImportUsage]
+            return
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def grad_norm(
         self, gradients: Sequence[Tensor], blocks: Tensor | None = None, num_blocks: int = 0

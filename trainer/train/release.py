@@ -121,7 +121,7 @@ class GradientRelease:
             if 0 < self._max_norm < norm:
                 factor *= self._max_norm / (norm + 1e-6)
             with self._state_at_hand(block):
-                take_optimizer_step(self._optimizer, partial(list, held.values()), factor)
+                take_optimizer_step(self._optimizer, factor)
         for parameter in updated:
             parameter.grad = None
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -300,7 +299,7 @@ def _update(parts: StepParts, grad_norm: float, factor: float, lr_factor: float)
     if 0 < parts.max_grad_norm < grad_norm:
         factor *= parts.max_grad_norm / (grad_norm + 1e-6)
     scale_lr(parts.optimizer, lr_factor)
-    take_optimizer_step(parts.optimizer, partial(_gradients, parts), factor)
+    take_optimizer_step(parts.optimizer, factor)
 
 
 def _gradients(parts: StepParts) -> list[Tensor]:

@@ -4,12 +4,11 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from trainer.config.schema import Config
@@ -77,14 +76,13 @@ def seconds_alone(parts: StepParts, steps: int) -> float:
             draw.manual_seed(0)
             own_s = 0.0
             for group in groups:
-                gradients = _random_gradients(group, draw)
+                _put_random_gradients(group, draw)
                 barrier(comm)
                 wait_for(comm.device)
                 begin = time.perf_counter()
-                take_optimizer_step(parts.optimizer, partial(list, gradients), 1.0)
+                take_optimizer_step(parts.optimizer, 1.0)
                 wait_for(comm.device)
                 own_s += time.perf_counter() - begin
-                del gradients
                 if len(groups) > 1:
                     for parameter in group:
                         parameter.grad = None
@@ -105,14 +103,12 @@ def _updated_together(parts: StepParts) -> Iterator[list[nn.Parameter]]:
     yield from blocks.values()
 
 
-def _random_gradients(parameters: Sequence[nn.Parameter], draw: torch.Generator) -> list[Tensor]:
-    """Put them where gradients are; what is there, a view of DDP's buckets perhaps, is filled. Gives this worker's."""
-    found = []
+def _put_random_gradients(parameters: Sequence[nn.Parameter], draw: torch.Generator) -> None:
+    """Where gradients are; what is there, a view of DDP's buckets perhaps, is filled."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
-        found.append(local_tensor(parameter.grad).normal_(0, _GRADIENT_SIZE, generator=draw))
-    return found
+        local_tensor(parameter.grad).normal_(0, _GRADIENT_SIZE, generator=draw)
 
 
 def state_bytes_of(parts: StepParts) -> int:
