@@ -1,9 +1,13 @@
-"""Data files that installed packages ship, found without importing the packages."""
+"""Installed packages that are not to be imported: data files that they ship, and one that others import unasked."""
 
+import sys
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
 from trainer.errors import UserError
+
+_held_back: set[str] = set()
 
 
 def find_package_file(package: str, distribution: str, file: str) -> Path:
@@ -26,3 +30,25 @@ def find_package_file(package: str, distribution: str, file: str) -> Path:
         if (Path(folder) / file).is_file():
             return Path(folder) / file
     raise UserError(f"{folders[0]} has no {file}; run: pip install --no-deps --upgrade {distribution}")
+
+
+def hold_back(package: str) -> None:
+    """Have libraries that look whether a package is there find that it is not, until it is `let_in`.
+
+    diffusers and peft import bitsandbytes if they find it: 0.9 s of CPU, and it may touch CUDA.
+    """
+    if package not in sys.modules:
+        sys.modules[package] = None  # pyright: ignore[reportArgumentType]
+        _held_back.add(package)
+
+
+def let_in(package: str) -> None:
+    """Undo `hold_back`: who imports it from now on gets it."""
+    if package in _held_back:
+        _held_back.discard(package)
+        del sys.modules[package]
+
+
+def is_installed(package: str) -> bool:
+    """Whether there is such a package, held back or not."""
+    return PathFinder.find_spec(package) is not None

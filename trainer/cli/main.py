@@ -15,6 +15,7 @@ from pathlib import Path
 
 from trainer import __version__
 from trainer.errors import UserError, printable
+from trainer.package_files import hold_back
 
 COMMANDS = {
     "train": "train from a config; the word may be left out",
@@ -68,6 +69,8 @@ options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 a mistake that the user can mend."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # a process of its own, and not a test's, which may want the package itself
+        hold_back("bitsandbytes")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if arguments else 2

@@ -1,6 +1,8 @@
 """What each worker process runs, with the arguments TASK CONFIG OPTIONS. Not for people."""
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,10 @@ from typing import Any
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.model_files.run_model import RunModel, open_model
+from trainer.package_files import hold_back
 from trainer.parallel.worker import run_worker
+
+_log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -24,6 +29,7 @@ def main() -> None:
 
 def run_task(task: str, config: Config, options: dict[str, Any], stop_requested: Callable[[], bool]) -> None:
     """Join the other workers and do this worker's part of `task`."""
+    hold_back("bitsandbytes")
     if task == "prepare":
         # Without a process group: a worker that is slow, or gone, holds up nobody. A stop signal may end it anywhere,
         # for what is finished is on the disk and the rest is done anew.
@@ -34,10 +40,14 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
     from trainer.measure.progress import open_log
     from trainer.optim.precision import set_fp32_arithmetic
     from trainer.parallel.comm import close, init_comm
+    from trainer.parallel.environment import set_nccl
 
+    settings = set_nccl(config.launch.nccl, os.environ)
     comm, model = init_comm(), _model_of(config)
     set_fp32_arithmetic(config.train.precision)
     with open_log(config.run.dir, comm.rank):
+        if settings and comm.device.type == "cuda" and comm.world > 1:
+            _log.info("NCCL's settings: %s", " ".join(settings))
         if task == "train":
             from trainer.train.loop import train
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +32,7 @@ from trainer.memory.holdings import Holding, Kernels, StrategyName
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.report import MemoryPlan, RungReport
 from trainer.memory.strategy_peak import parameter_sizes, wire_bytes
+from trainer.package_files import is_installed
 from trainer.wire.wire_cost import saved_bytes
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
     if setting.workers == setting.accumulation == 1 and run.precision != "fp16" and not run.releases_gradients:
         yield "memory.release_gradients: true", replace(run, releases_gradients=True)
     # Last: it is not the same model any more.
-    if run.only_additions_train and run.frozen_weights != "nf4" and find_spec("bitsandbytes"):
+    if run.only_additions_train and run.frozen_weights != "nf4" and is_installed("bitsandbytes"):
         for held in ("int8", "nf4") if run.frozen_weights == "compute" else ("nf4",):
             yield f"model.frozen_weights: {held}", replace(run, frozen_weights=held)
 

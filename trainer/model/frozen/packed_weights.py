@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainer.config.values import FrozenWeights
 from trainer.errors import UserError, printable
+from trainer.package_files import let_in
 
 BLOCK = 64
 """Weights that share a scale."""
@@ -90,6 +91,7 @@ def unpacked(
 def _kernels() -> Any:
     # On a CPU with bf16 it warns of a faster product that it did not find, and that is not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    let_in("bitsandbytes")
     import bitsandbytes  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
     return torch.ops.bitsandbytes
