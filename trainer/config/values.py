@@ -25,6 +25,8 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MASK_SUFFIX = re.compile(r"[^/]+\.(png|jpe?g|webp|bmp|tiff?)")
 WEBHOOK_VARIABLE = "SDXL_TRAIN_WEBHOOK"
 _VARIABLE = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
+_NCCL_NAME = re.compile(r"NCCL_[A-Z0-9_]{1,60}")
+_NCCL_VALUE = re.compile(r"[ -~]{1,200}")
 _FILE_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -120,6 +122,16 @@ def _without_secret(value: str) -> str:
     return value.stand_in if isinstance(value, SecretText) else value
 
 
+def _nccl(value: object) -> dict[str, str]:
+    """Variables of NCCL's and their values, as the environment has them."""
+    if isinstance(value, dict):
+        settings = {name: str(each) for name, each in value.items() if isinstance(each, str | int)}
+        names_are_right = all(isinstance(name, str) and _NCCL_NAME.fullmatch(name) for name in value)
+        if names_are_right and len(settings) == len(value) and all(map(_NCCL_VALUE.fullmatch, settings.values())):
+            return settings
+    raise PydanticCustomError("rule", "must hold variables of NCCL with a word or number each: {NCCL_MAX_NCHANNELS: 4}")
+
+
 Flag = Annotated[bool, BeforeValidator(yes_no, json_schema_input_type=bool | Literal["yes", "no", "on", "off"])]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
@@ -138,6 +150,7 @@ MaskSuffix = Annotated[str, AfterValidator(_mask_suffix)]
 Size = Annotated[str, BeforeValidator(_size)]
 Duration = Annotated[str, BeforeValidator(_duration)]
 Webhook = Annotated[str, PlainValidator(_webhook, json_schema_input_type=str), PlainSerializer(_without_secret)]
+NcclSettings = Annotated[dict[str, str], PlainValidator(_nccl, json_schema_input_type=dict[str, str | int])]
 FrozenWeights = Literal["compute", "int8", "nf4"]
 
 

@@ -90,6 +90,7 @@ def measure_exchange(
     env: Mapping[str, str] = os.environ,
     cpus: Sequence[Sequence[int]] = (),
     sizes: Sequence[int] = SIZES,
+    copies: bool = True,
     tick: Callable[[str], None] = lambda told: None,
     watch: Callable[[], None] = lambda: None,
     limit_s: float = _LIMIT_S,
@@ -100,6 +101,7 @@ def measure_exchange(
         gpu: each worker has a card.
         env: of the workers.
         cpus: where each of them runs; [] leaves it to the kernel.
+        copies: copy to the cards and between them as well.
         tick: told what is being done.
         watch: called a few times a second meanwhile; must return at once.
         limit_s: after which they are ended: something hangs.
@@ -122,7 +124,7 @@ def measure_exchange(
             return Wish(f"no end after {limit_s:.0f} s, while {last or 'starting'}", 0) if late else None
 
         result = run_workers(
-            [sys.executable, "-c", _PROGRAM, json.dumps([str(found), str(said), list(sizes), _PER_SIZE_S])],
+            [sys.executable, "-c", _PROGRAM, json.dumps([str(found), str(said), list(sizes), _PER_SIZE_S, copies])],
             workers=workers,
             log_dir=Path(folder),
             env=env,

@@ -25,11 +25,11 @@ _BUDGET_S = 20.0  # of all sizes; larger ones are left out where they would take
 
 def main() -> None:
     """Measure, as the arguments say; rank 0 writes what was found."""
-    found, said, sizes, per_size_s = json.loads(sys.argv[1])
+    found, said, sizes, per_size_s, copies = json.loads(sys.argv[1])
 
     def body(stop_requested: Callable[[], bool]) -> None:
         comm = init_comm(timeout_s=60.0)
-        record = _measure(comm, sizes, per_size_s, Path(said))
+        record = _measure(comm, sizes, per_size_s, Path(said), copies=copies)
         if comm.rank == 0:
             Path(found).write_text(json.dumps(record))
         close(comm)
@@ -37,18 +37,19 @@ def main() -> None:
     run_worker(body)
 
 
-def _measure(comm: Comm, sizes: Sequence[int], per_size_s: float, said: Path) -> dict[str, object]:
+def _measure(comm: Comm, sizes: Sequence[int], per_size_s: float, said: Path, *, copies: bool) -> dict[str, object]:
     def say(text: str) -> None:
         if comm.rank == 0:
             said.write_text(text)
 
     on_cards = comm.device.type == "cuda"
     cards: list[list[float]] = []
-    if on_cards:
+    if on_cards and copies:
         say("copying to the cards and back")
         gather_objects(comm, None)  # all at once, as in a run
         cards = gather_objects(comm, _copy_speeds(comm.device))
-    copies = _copies_between_cards() if on_cards and comm.rank == 0 and torch.cuda.device_count() > 1 else None
+    between = copies and on_cards and comm.rank == 0 and torch.cuda.device_count() > 1
+    arrived = _copies_between_cards() if between else None
     by_size: list[object] = []
     began, each_s, last = time.perf_counter(), 0.0, 0
     for size in sizes if comm.world > 1 else ():
@@ -61,7 +62,7 @@ def _measure(comm: Comm, sizes: Sequence[int], per_size_s: float, said: Path) ->
         by_size.append([size, gather_objects(comm, times)])
         each_s, last = sorted(times)[len(times) // 2], size
     version = ".".join(map(str, nccl.version())) if on_cards and dist.is_nccl_available() else ""
-    return {"sizes": by_size, "cards": cards, "copies": copies, "nccl": version}
+    return {"sizes": by_size, "cards": cards, "copies": arrived, "nccl": version}
 
 
 def _all_reduce(comm: Comm, size: int, limit_s: float) -> list[float]:

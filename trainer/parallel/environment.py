@@ -6,7 +6,7 @@ Nothing here imports torch: the command's parent process asks these questions be
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from trainer.errors import UserError
@@ -98,6 +98,17 @@ def threads_per_worker(workers: int, configured: int | None, environ: Mapping[st
     if exported.isdecimal() and int(exported) > 0:
         return int(exported)
     return max(1, available_cores() // workers)
+
+
+def set_nccl(settings: Mapping[str, str], environ: MutableMapping[str, str]) -> list[str]:
+    """Put NCCL's settings into `environ`, where it reads them when a group is opened; what the shell has said stays.
+
+    Returns:
+        `NAME=value` of all variables of NCCL, the shell's as well.
+    """
+    for name, value in settings.items():
+        environ.setdefault(name, value)
+    return [f"{name}={value}" for name, value in sorted(environ.items()) if name.startswith("NCCL_")]
 
 
 def joined_environment(environ: Mapping[str, str]) -> dict[str, str] | None:

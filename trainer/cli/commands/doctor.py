@@ -14,7 +14,10 @@ from trainer.cli.benches.way_workers import count
 from trainer.config.load import load_config
 from trainer.doctor.doctor_page import as_json, page_lines, share_lines
 from trainer.doctor.examine import Workers, judge, measure, read_facts, ticks
+from trainer.doctor.exchange import ExchangeFacts, measure_exchange
 from trainer.doctor.findings import exit_code
+from trainer.doctor.tune_exchange import SIZES, Settings, tune, tuned_lines
+from trainer.doctor.tune_exchange import ticks as ticks_of_tuning
 from trainer.errors import UserError, json_text
 from trainer.host.cores import placements_of
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
@@ -25,6 +28,7 @@ examples:
   sdxl-train doctor configs/4x3090.yaml            data and run directories, and workers, of a configuration
   sdxl-train doctor --quick --json                 nothing that takes long, for a program to read
   sdxl-train doctor --share                        the all-reduce table to paste, without names and paths
+  sdxl-train doctor --tune-nccl                    which of NCCL's settings make it faster on these cards (some minutes)
 
 returns 0 where nothing fails, 1 where something does, 2 for a mistake
 """
@@ -63,13 +67,16 @@ def main(argv: Sequence[str]) -> int:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--share", action="store_true", help="print the all-reduce table alone, as markdown")
+    output.add_argument("--tune-nccl", action="store_true", help="measure the exchange alone, with settings of NCCL")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.share and arguments.quick:
-        raise UserError("--share: the table has to be measured; leave out --quick")
+    if (arguments.share or arguments.tune_nccl) and arguments.quick:
+        raise UserError(f"--{'share' if arguments.share else 'tune-nccl'}: the table has to be measured; leave out --quick")
     if joined_environment(os.environ):
         raise UserError("doctor starts its own workers: run it without torchrun or srun")
     wish = _wish(arguments)
     workers = _workers(wish)
+    if arguments.tune_nccl:
+        return _tune(workers)
     facts = read_facts(workers.count, wish.data, wish.run)
     with _progress(ticks(quick=arguments.quick)) as tick:
         facts = measure(facts, workers, quick=arguments.quick, tick=tick)
@@ -106,6 +113,22 @@ def _workers(wish: _Wish) -> Workers:
         return Workers(workers, gpu)
     uuids = [match.group(1) if (match := _UUID.search(line)) else "" for line in gpus] or [""] * workers
     return Workers(workers, gpu, [each.cpus for each in placements_of(wish.cores, uuids[:workers])])
+
+
+def _tune(workers: Workers) -> int:
+    """Measure the exchange under settings of NCCL, and print what is worth keeping."""
+    if not workers.gpu or workers.count < 2:
+        raise UserError(f"--tune-nccl: needs two cards or more, and {workers.count if workers.gpu else 'none'} is here")
+
+    def measured(settings: Settings) -> ExchangeFacts:
+        env = {**os.environ, **settings}
+        return measure_exchange(workers.count, gpu=True, env=env, cpus=workers.cpus, sizes=SIZES, copies=False)
+
+    with _progress(ticks_of_tuning()) as tick:
+        tuned = tune(measured, tick=tick)
+    for line in tuned_lines(tuned):
+        print(line)
+    return 0 if tuned.tried[0].total_s is not None else 1
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config.values import Count, CpuList, Flag, PositiveInt, Section
+from trainer.config.values import Count, CpuList, Flag, NcclSettings, PositiveInt, Section
 
 
 class LaunchConfig(Section):
@@ -16,6 +16,9 @@ class LaunchConfig(Section):
     """Which CPU cores a worker and its readers run on. `auto`: with cards, those that share a level-3 cache, near the
     worker's card, a fair share each; without cards, all. `none`: all. Or a list for each worker, such as
     `["0-3,16-19", "4-7,20-23"]`. Workers that torchrun or SLURM starts are placed by these."""
+    nccl: NcclSettings = {}
+    """Settings of NCCL for workers on cards, such as `{NCCL_MAX_NCHANNELS: 4}`; those of the shell go first, and the
+    log of a run's start has all. `sdxl-train doctor --tune-nccl` measures which make this machine's exchange faster."""
     restarts: Count = 3
     """After a fault (a worker that is killed, crashes or hangs), training goes on from the newest checkpoint by itself;
     it ends when so many starts in a row have brought no new checkpoint. 0: every fault ends it."""
