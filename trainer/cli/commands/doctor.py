@@ -70,7 +70,9 @@ def main(argv: Sequence[str]) -> int:
     output.add_argument("--tune-nccl", action="store_true", help="measure the exchange alone, with settings of NCCL")
     arguments = parser.parse_intermixed_args(argv)
     if (arguments.share or arguments.tune_nccl) and arguments.quick:
-        raise UserError(f"--{'share' if arguments.share else 'tune-nccl'}: the table has to be measured; leave out --quick")
+        raise UserError(
+            f"--{'share' if arguments.share else 'tune-nccl'}: the table has to be measured; leave out --quick"
+        )
     if joined_environment(os.environ):
         raise UserError("doctor starts its own workers: run it without torchrun or srun")
     wish = _wish(arguments)

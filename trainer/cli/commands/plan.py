@@ -6,12 +6,15 @@ Torch is imported where the memory plan has to be worked out, and no plan of bef
 import argparse
 import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from trainer.checkpoint.run_dir import list_checkpoints
 from trainer.cli.arguments import add_config_arguments, read_run
 from trainer.cli.start_workers import worker_count
-from trainer.config.load import to_yaml
+from trainer.config.load import load_config, to_yaml
 from trainer.config.schema import Config
 from trainer.config.sections.adapter_config import trains_adapter
 from trainer.config.sections.trainable_config import TextEncoderPart, UnetPart
@@ -35,28 +38,59 @@ from trainer.train.saved.part_times import told_times
 from trainer.train.trained_parts import packed_parts, what_trains
 from trainer.train.workers.prepare_worker import prepare_settings
 
+_EXAMPLES = """\
+examples:
+  sdxl-train plan configs/4x3090.yaml                             the run as it is: what trains, whether it fits, data
+  sdxl-train plan configs/4x3090.yaml train.epochs=2              with a value changed
+  sdxl-train plan configs/4x3090.yaml --sdxl launch.workers=4     before there is a model, data, or a card
+"""
+
 
 def main(argv: Sequence[str]) -> int:
     """Print the resolved config, what trains, steps, data and some captions, and whether the memory suffices."""
     parser = argparse.ArgumentParser(
         prog="sdxl-train plan",
         description=main.__doc__,
-        epilog="example: sdxl-train plan configs/4x3090.yaml train.epochs=2",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the memory plan alone, as JSON")
+    parser.add_argument(
+        "--sdxl", action="store_true", help="of SDXL as it was published, without any files of it or data"
+    )
     arguments = parser.parse_intermixed_args(argv)
-    config, model = read_run(arguments.config, arguments.overrides)
-    if arguments.json:
+    with ExitStack() as stack:
+        if arguments.sdxl:
+            config = load_config(arguments.config, arguments.overrides, check_paths=False)
+            model = stack.enter_context(_published_model())
+        else:
+            config, model = read_run(arguments.config, arguments.overrides)
+        return _plan(config, model, as_json=arguments.json, with_data=not arguments.sdxl)
+
+
+@contextmanager
+def _published_model() -> Iterator[RunModel]:
+    """SDXL 1.0 without its weights."""
+    from trainer.model.outline import published_outline
+
+    with tempfile.TemporaryDirectory(prefix="sdxl-train-plan-") as folder:
+        yield published_outline(Path(folder))
+
+
+def _plan(config: Config, model: RunModel, *, as_json: bool, with_data: bool) -> int:
+    if as_json:
         plan = _memory_plan(config, model)
         print(json.dumps(plan.to_json(), indent=2))
         require_fit(plan)
         return 0
     print(to_yaml(config))
     _print_model(config, model)
-    captions = _print_data(config, model)
-    existing = list_checkpoints(config.run.dir)
-    print(f"run directory {config.run.dir}: {f'goes on from {existing[-1].name}' if existing else 'starts fresh'}")
+    captions = None
+    if with_data:
+        captions = _print_data(config, model)
+        existing = list_checkpoints(config.run.dir)
+        print(f"run directory {config.run.dir}: {f'goes on from {existing[-1].name}' if existing else 'starts fresh'}")
     plan = _memory_plan(config, model)
     _print_memory(config, model, plan)
     if captions:
