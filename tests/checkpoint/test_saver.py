@@ -1,6 +1,9 @@
 """Saving beside the training: who writes what, what it costs, and what a failing disk does."""
 
+import errno
+import os
 import resource
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +14,8 @@ from torch import Tensor
 
 from trainer.checkpoint import pieces
 from trainer.checkpoint.manifest import find_damage
-from trainer.checkpoint.saver import Folder, NotFinite, Saver, save_now
+from trainer.checkpoint.saver import Folder, Saver, missing_room, save_now
+from trainer.checkpoint.share_of_save import NotFinite
 from trainer.checkpoint.write import TensorFile
 from trainer.parallel.local_shard import Held, held
 
@@ -147,3 +151,51 @@ def test_a_write_that_fails_in_the_middle_leaves_nothing(tmp_path: Path) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_waits_for_a_slow_disk_are_told_of_as_long_as_bytes_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And workers meet in exchanges meanwhile, so that none of those waits for longer than its time-out."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 10)
+    monkeypatch.setattr("trainer.checkpoint.saver._LOOK_S", 0.05)
+    monkeypatch.setattr("trainer.checkpoint.saver._EXCHANGE_EVERY_S", 0.2)
+    write = os.pwrite
+
+    def slow(descriptor: int, data: memoryview, offset: int) -> int:
+        time.sleep(0.02)
+        return write(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    alive, exchanges = list[float](), list[float]()
+
+    def exchange(values: list[float]) -> list[float]:
+        exchanges.append(time.monotonic())
+        return values
+
+    saver = Saver(0, 1, "t", CPU, staging_bytes=2 << 10)
+    saver.begin([Folder(tmp_path / "step-1", [TensorFile(FILE, whole(shapes(), 0, 1), {})], {})])
+    began = time.monotonic()
+    saver.wait_copied(lambda: alive.append(time.monotonic()))
+    took = time.monotonic() - began
+    assert took > 0.3 and len(alive) >= 3, "copies had to wait for room"
+    assert saver.finish(exchange, lambda: None) is None and len(exchanges) >= 2
+    assert find_damage(tmp_path / "step-1") is None
+
+
+def test_no_room_is_asked_before_anybody_writes(tmp_path: Path) -> None:
+    file = TensorFile(FILE, whole(shapes(), 0, 1), {})
+    assert missing_room([Folder(tmp_path / "a" / "step-1", [file], {})]) == ""
+    huge = {"huge": Held(torch.zeros(1, 4), 0, (1 << 48, 4), True, torch.float32)}
+    folder = Folder(tmp_path / "b" / "step-1", [TensorFile(FILE, huge, {})], {})
+    told = missing_room([folder])
+    assert told.startswith("needs 4,5")
+    savers = [Saver(rank, 2, "t", CPU, staging_bytes=None) for rank in range(2)]
+    for saver in savers:
+        saver.begin([folder], no_room=told)
+        saver.wait_copied()
+    sums = [sum(values) for values in zip(*(saver.flags() for saver in savers), strict=True)]
+    for saver in savers:
+        reason = saver.after_exchange(*sums)
+        assert isinstance(reason, OSError) and reason.errno == errno.ENOSPC and saver.phase == "idle"
+    assert not (tmp_path / "b").exists()

@@ -15,7 +15,8 @@ from trainer.checkpoint.run_dir import (
     prune_checkpoints,
     read_state,
 )
-from trainer.checkpoint.saver import Folder, NotFinite, save_now
+from trainer.checkpoint.saver import Folder, save_now
+from trainer.checkpoint.share_of_save import NotFinite
 from trainer.checkpoint.write import OPTIMIZER, TensorFile, read_tensors
 from trainer.errors import UserError
 from trainer.parallel.local_shard import held

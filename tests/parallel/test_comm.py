@@ -144,3 +144,32 @@ def test_card_before_turing_is_told_of_the_build_that_has_its_kernels() -> None:
     told = r"^Tesla V100-SXM2-32GB has compute capability 7\.0, .* for sm_75, sm_80 alone: .* CUDA 12\.6 \(cu126\)$"
     with pytest.raises(UserError, match=told):
         require_kernels("Tesla V100-SXM2-32GB", (7, 0), ["sm_75", "sm_80"])
+
+
+_LONG_WORK = """
+import sys, time
+from pathlib import Path
+from trainer.parallel import comm as of
+from trainer.parallel.worker import run_worker
+
+def body(stop_requested):
+    of._SAY_EVERY_S = 0.5
+    comm = of.init_comm(timeout_s=4.0)
+    def work():
+        time.sleep(8.0 if comm.rank == 0 else 1e9)
+        return {"found": "step-7"}
+    (Path(sys.argv[1]) / f"found-{comm.rank}").write_text(of.done_by_first(comm, work)["found"])
+    of.close(comm)
+
+run_worker(body)
+"""
+
+
+@pytest.mark.e2e
+def test_the_first_workers_long_work_outlasts_what_an_exchange_waits(tmp_path: Path) -> None:
+    """Twice the time-out of an exchange: reading checkpoints back, or the last export."""
+    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    argv = [sys.executable, "-c", _LONG_WORK, str(tmp_path)]
+    result = run_workers(argv, workers=2, log_dir=tmp_path, env=env, threads=1, gpu=False)
+    assert result.failure is None, result.failure.message()
+    assert [(tmp_path / f"found-{rank}").read_text() for rank in range(2)] == ["step-7", "step-7"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.parallel.failure import Failure, oom_kills, silent_failure
-from trainer.parallel.heartbeat import Heartbeat, beat_path, find_late, is_stopped, read_beat
+from trainer.parallel.heartbeat import LOADING, WRITING, Heartbeat, beat_path, find_late, is_stopped, read_beat
 from trainer.parallel.launch import WorkersResult
 from trainer.parallel.supervise import MOST_MEMORY_ATTEMPTS, Attempts, Verdict, judge
 
@@ -121,3 +121,51 @@ def test_less_memory_is_tried_without_a_pause_and_not_for_ever() -> None:
     verdict = verdict_of(ended("memory", steps=0))
     assert verdict.attempts == Attempts(memory=1) and verdict.pause_s == 0
     assert verdict_of(ended("memory"), replace(Attempts(), memory=MOST_MEMORY_ATTEMPTS - 1)).attempts is None
+
+
+def test_who_waits_for_a_disk_is_not_late_nor_are_those_who_wait_for_him(tmp_path: Path) -> None:
+    """As long as bytes arrive there; and not those who are behind, whom he waits for himself."""
+    beats = [Heartbeat(beat_path(tmp_path, rank), 0.05, 0.05) for rank in range(3)]
+    for beat in beats:
+        beat.begin("a step", 7)
+    time.sleep(0.1)
+    beats[1].begin(WRITING)
+    assert find_late(tmp_path, range(3)) is None
+    found = read_beat(tmp_path, 1)
+    assert found is not None and (found.part, found.step) == (WRITING, 7)
+    time.sleep(0.1)
+    late = find_late(tmp_path, range(3))
+    assert late is not None, "the disk has stopped"
+    beats[1].begin(WRITING, 8)
+    late = find_late(tmp_path, range(3))
+    assert late is not None and late[0] in (0, 2) and late[1].step == 7
+
+
+def test_loading_is_watched_and_counts_no_step(tmp_path: Path) -> None:
+    beat = Heartbeat(beat_path(tmp_path, 0), 0.05, 0.05)
+    beat.begin(LOADING, 0)
+    time.sleep(0.1)
+    late = find_late(tmp_path, [0])
+    assert late is not None and (late[1].part, late[1].taken) == (LOADING, 0)
+    beat.begin("data", 400)
+    beat.begin("a step", 401)
+    found = read_beat(tmp_path, 0)
+    assert found is not None and (found.step, found.taken) == (401, 1)
+
+
+def test_a_full_disk_does_not_end_the_worker() -> None:
+    beat = Heartbeat(Path("/dev/full"), 1.0, 1.0)
+    beat.begin("a step", 1)
+    beat.rest()
+
+
+def test_lack_of_memory_by_chance_does_not_end_a_long_run() -> None:
+    """Where checkpoints appear between them, it goes on with the least of all plans; where none do, it ends."""
+    failure = Failure(0, "memory", 0.0, "no memory")
+    attempts, ended = Attempts(checkpoint="step-0"), WorkersResult(1, (1,), failure, None)
+    for number in range(3 * MOST_MEMORY_ATTEMPTS):
+        verdict = judge(ended, attempts, f"step-{number}", most_fruitless=3, plans=True)
+        assert verdict.attempts is not None and verdict.attempts.memory <= MOST_MEMORY_ATTEMPTS - 1
+        attempts = verdict.attempts
+    assert attempts.memory == MOST_MEMORY_ATTEMPTS - 1
+    assert judge(ended, attempts, attempts.checkpoint, most_fruitless=3, plans=True).attempts is None

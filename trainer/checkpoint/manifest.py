@@ -1,5 +1,6 @@
 """A checkpoint's list of its files with sizes and checksums, and what is wrong with one by it. Free of torch."""
 
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -76,10 +77,11 @@ def find_damage(checkpoint: Path, *, contents: bool = True) -> str | None:
     return None
 
 
-def manifest_entry(file: Path) -> dict[str, object]:
-    """Size in bytes and xxh3-128 of a file, as the manifest holds them."""
+def manifest_entry(file: Path, read: Callable[[int], None] = lambda num_bytes: None) -> dict[str, object]:
+    """Size in bytes and xxh3-128 of a file, as the manifest holds them; `read` hears of every piece that is read."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while piece := stream.read(_PIECE):
             digest.update(piece)
+            read(len(piece))
     return {"size": file.stat().st_size, "xxh3_128": digest.hexdigest()}

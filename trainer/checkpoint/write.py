@@ -16,7 +16,7 @@ workers, but for `exchange.safetensors`, which has each worker's own.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,12 +53,14 @@ class TensorFile:
     beside: Mapping[str, str]
 
 
-def publish_folder(temporary: Path, path: Path, state: Mapping[str, object]) -> None:
-    """Add state and manifest, and give the folder its name once all of it is on the disk."""
+def publish_folder(
+    temporary: Path, path: Path, state: Mapping[str, object], read: Callable[[int], None] = lambda num_bytes: None
+) -> None:
+    """Add state and manifest, and give the folder its name once all of it is on the disk; `read` hears what is read."""
     (temporary / STATE).parent.mkdir(exist_ok=True)
     (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n")
     written = sorted(p for p in temporary.rglob("*") if p.is_file())
-    entries = {p.relative_to(temporary).as_posix(): manifest_entry(p) for p in written}
+    entries = {p.relative_to(temporary).as_posix(): manifest_entry(p, read) for p in written}
     (temporary / MANIFEST).write_text(json.dumps({"version": 1, "files": entries}, indent=1) + "\n")
     for item in [*written, temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
         sync_to_disk(item)

@@ -10,7 +10,8 @@ import ctypes
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import check_cuda_p2p_ib_support
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import PrefixStore
@@ -28,6 +30,7 @@ from trainer.parallel import worker
 from trainer.parallel.environment import threads_per_worker
 
 DEFAULT_TIMEOUT_S = 600.0
+_SAY_EVERY_S = 30.0  # that the first worker is still at it
 # What makes PartialState open a group by itself, even for one process.
 _GROUP_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -57,6 +60,10 @@ def init_comm(timeout_s: float = DEFAULT_TIMEOUT_S) -> Comm:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = init_device()
+    if device.type == "cuda" and not check_cuda_p2p_ib_support():
+        # Cards of the RTX 40 series say that they reach each other's memory, and until driver 550.40.07 they do not.
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+            os.environ.setdefault(name, "1")
     if world == 1:
         with _hidden(_GROUP_VARIABLES):
             state = PartialState(cpu=device.type == "cpu")
@@ -220,6 +227,24 @@ def broadcast_object(comm: Comm, value: Any = None, source: int = 0) -> Any:
         buffer = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     dist.broadcast(buffer, source)
     return json.loads(buffer.numpy().tobytes())
+
+
+def done_by_first(comm: Comm, work: Callable[[], Any]) -> Any:
+    """What rank 0's `work` returns, on every worker; it may take longer than an exchange waits for the slowest.
+
+    Values as in `gather_objects`. The work is done in a thread, and what it raises is raised on rank 0.
+    """
+    if comm.world == 1:
+        return broadcast_object(comm, work())
+    if comm.rank:
+        while not broadcast_object(comm):
+            pass
+        return broadcast_object(comm)
+    with ThreadPoolExecutor(1) as pool:
+        doing = pool.submit(work)
+        while not broadcast_object(comm, bool(wait([doing], _SAY_EVERY_S).done)):
+            pass
+        return broadcast_object(comm, doing.result())
 
 
 class FailedBeside(Exception):

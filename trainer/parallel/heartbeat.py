@@ -1,16 +1,19 @@
-"""What each worker does at the moment and since when, in a few bytes of shared memory; and who has stopped moving.
+"""What each worker does at the moment and since when, in a file of a few bytes; and who has stopped moving.
 
 A worker writes one record where it goes from one part of its work to the next, with the time that this part may take:
 five times the longest that it took before. The parent only reads. No socket, no lock: a worker that hangs cannot hide
 it. Standard library only.
+
+Who waits for a disk says so again and again, as long as bytes arrive there (`WRITING`); so do the others, who wait for
+that worker in an exchange, not hang.
 """
 
-import mmap
 import os
 import struct
 import time
 from collections import defaultdict, deque
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +21,7 @@ _RECORD = struct.Struct("<qqdd16s")
 _LATEST = 200  # durations of each part that are looked back on
 _FEW = 3
 _TIMES = 5.0
+LOADING, WRITING = "loading", "writing"
 
 
 class Beat(NamedTuple):
@@ -44,30 +48,38 @@ class Heartbeat:
         """`path`: None where nobody looks. A part of which few durations are known may take `at_first_s`."""
         self._hang_after_s, self._at_first_s = hang_after_s, at_first_s
         self._durations: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_LATEST))
-        self._part, self._since_s, self._first_step = "", 0.0, -1
-        self._memory: mmap.mmap | None = None
-        if path is not None:
-            with path.open("w+b") as file:
-                file.truncate(_RECORD.size)
-                self._memory = mmap.mmap(file.fileno(), _RECORD.size)
+        self._part, self._since_s, self._step, self._first_step = "", 0.0, 0, -1
+        # Written by a call each time: a page of memory that stands for a file ends the process where the disk is full.
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644) if path else None
 
-    def begin(self, part: str, step: int) -> None:
-        """From now on this part, of at most 16 letters, after so many steps of the run."""
+    @property
+    def part(self) -> str:
+        """What was begun last."""
+        return self._part
+
+    def begin(self, part: str, step: int | None = None) -> None:
+        """From now on this part, of at most 16 letters, after so many steps of the run; None: as many as before."""
         now = time.monotonic()
-        if self._first_step < 0:
-            self._first_step = step
+        if step is not None:
+            self._step = step
+            if self._first_step < 0 and part != LOADING:
+                self._first_step = step
         if self._part:
             self._durations[self._part].append(now - self._since_s)
         known = self._durations[part]
         allowed_s = max(self._hang_after_s, _TIMES * max(known)) if len(known) >= _FEW else self._at_first_s
         self._part, self._since_s = part, now
-        if self._memory is not None:
-            self._memory[:] = _RECORD.pack(step, step - self._first_step, now, allowed_s, part.encode())
+        taken = self._step - self._first_step if self._first_step >= 0 else 0
+        self._put(_RECORD.pack(self._step, taken, now, allowed_s, part.encode()))
 
     def rest(self) -> None:
         """Nothing more is promised."""
-        if self._memory is not None:
-            self._memory[:] = bytes(_RECORD.size)
+        self._put(bytes(_RECORD.size))
+
+    def _put(self, record: bytes) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # the disk is full: training goes on, watched a little less
+                os.pwrite(self._file, record, 0)
 
 
 def beat_path(log_dir: Path, rank: int) -> Path:
@@ -88,10 +100,15 @@ def read_beat(log_dir: Path, rank: int) -> Beat | None:
 
 
 def find_late(log_dir: Path, ranks: Collection[int]) -> tuple[int, Beat] | None:
-    """The worker that has stopped moving, if one is late: of several, for the others wait, the one that moved least."""
+    """The worker that has stopped moving, if one is late: of several, for the others wait, the one that moved least.
+
+    None is late while one writes that has not taken more steps, for then all wait for a disk.
+    """
     now = time.monotonic()
     beats = [(rank, beat) for rank in ranks if (beat := read_beat(log_dir, rank))]
-    if not any(now > beat.since_s + beat.allowed_s for _, beat in beats):
+    late = [beat for _, beat in beats if now > beat.since_s + beat.allowed_s]
+    writing = [beat.step for _, beat in beats if beat.part == WRITING and beat not in late]
+    if not late or (writing and min(writing) <= min(beat.step for beat in late)):
         return None
     return min(beats, key=lambda pair: (pair[1].step, pair[1].since_s))
 

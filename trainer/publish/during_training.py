@@ -78,6 +78,11 @@ class Exports:
         self._thread = threading.Thread(target=self._export, args=(checkpoint,), name="export", daemon=True)
         self._thread.start()
 
+    def finish(self) -> None:
+        """Wait for the export of a finished run."""
+        if self._is_finished:
+            self._wait()
+
     def _wait(self) -> None:
         if self._thread:
             self._thread.join()

@@ -32,8 +32,8 @@ from trainer.model.latents import encoded_batches
 from trainer.model_files.run_model import RunModel
 from trainer.optim.lr_schedule import lr_at
 from trainer.optim.optimizers import Rates, rates_of
-from trainer.parallel.comm import Comm, barrier, broadcast_object
-from trainer.parallel.heartbeat import Heartbeat, heartbeat_of_worker
+from trainer.parallel.comm import Comm, barrier, broadcast_object, done_by_first
+from trainer.parallel.heartbeat import LOADING, Heartbeat, heartbeat_of_worker
 from trainer.parallel.planned_faults import act_out
 from trainer.parallel.worker import LOG_DIR
 from trainer.publish.during_training import Exports
@@ -93,6 +93,7 @@ def _train_stretch(
     """
     launch = config.launch
     heartbeat = heartbeat_of_worker(LOG_DIR, launch.hang_after_s, launch.hang_at_start_s)
+    heartbeat.begin(LOADING, 0)
     run = build_run(config, model, comm, checkpoint)
     state, arithmetic = place_in_data(config, run, comm.world)
     _announce(config, model, run, arithmetic, state)
@@ -156,8 +157,8 @@ def _train_stretch(
                     loader = stack.enter_context(open_loader_of(run, state, arithmetic.accumulation))
                     if outputs:
                         outputs.progress.set_total_steps(arithmetic.total_steps)
-        if outputs and not leaves:
-            _draw_loss_curve(config.run.dir)
+        if not leaves:  # what the first worker has left to do may take longer than the others wait in an exchange
+            done_by_first(comm, lambda: outputs and _wind_up(config.run.dir, exports))
     pace.announce_end()
     if leaves:
         return state, saving.path(state.step)
@@ -240,7 +241,10 @@ def _with_newer_data(
     return replace(run, times=times), state, arithmetic
 
 
-def _draw_loss_curve(run_dir: Path) -> None:
+def _wind_up(run_dir: Path, exports: Exports | None) -> None:
+    """A run that ends: draw its loss, and wait for its export."""
+    if exports:
+        exports.finish()
     try:
         loss_curve_png(read_metrics(run_dir), run_dir / "loss.png", title=run_dir.name)
     except Exception as error:

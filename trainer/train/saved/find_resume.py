@@ -9,7 +9,7 @@ from trainer.checkpoint.roll_back import checkpoint_places, obey_roll_back
 from trainer.checkpoint.run_dir import RESOLVED_CONFIG
 from trainer.config.schema import Config
 from trainer.memory.run_choice import memory_attempt
-from trainer.parallel.comm import Comm, broadcast_object
+from trainer.parallel.comm import Comm, done_by_first
 from trainer.parallel.worker import RESTARTS
 
 _log = logging.getLogger(__name__)
@@ -21,14 +21,17 @@ def find_resume_point(config: Config, comm: Comm) -> Path | None:
     Workers that were started again, after a fault or because memory did not suffice, go on from what their command has
     written before.
     """
-    found: Path | None = None
-    if comm.rank == 0:
+
+    def find() -> str | None:
         obey_roll_back(_places(config), _log.warning)
-        started = config.run.dir / RESOLVED_CONFIG
+        found, started = None, config.run.dir / RESOLVED_CONFIG
         if (memory_attempt() or os.environ.get(RESTARTS, "0") != "0") and started.is_file():
             found = resume_newest(config.run.dir, _log.warning, started, _stand_in(config))
         found = found or _wished_checkpoint(config)
-    agreed = broadcast_object(comm, str(found) if found else None)
+        return str(found) if found else None
+
+    # Reading a checkpoint of 40 GB to compare it takes minutes; so long the others do not wait in one exchange.
+    agreed = done_by_first(comm, find)
     return Path(agreed) if agreed else None
 
 

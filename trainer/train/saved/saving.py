@@ -1,6 +1,7 @@
 """When a run's checkpoints and snapshots are due, where they go, and what is said of them."""
 
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -14,14 +15,15 @@ from trainer.checkpoint.run_dir import (
     hand_over_config,
     prune_checkpoints,
 )
-from trainer.checkpoint.saver import FLAGS, Folder, NotFinite, Saver
+from trainer.checkpoint.saver import FLAGS, Folder, Saver, missing_room
+from trainer.checkpoint.share_of_save import NotFinite
 from trainer.config.schema import Config
 from trainer.config.values import seconds_of
 from trainer.errors import UserError
+from trainer.host.process_memory import read_memory
 from trainer.memory.choice import parse_size
 from trainer.parallel.comm import broadcast_object, gather_objects, sum_floats
-from trainer.parallel.environment import free_memory_bytes
-from trainer.parallel.heartbeat import Heartbeat
+from trainer.parallel.heartbeat import WRITING, Heartbeat
 from trainer.train.build import Run
 from trainer.train.saved.averages import averages_record, snapshot_folder, snapshot_is_due
 from trainer.train.saved.base_model import RECORD as FROZEN
@@ -70,9 +72,19 @@ class Saving:
 
     def wait_copied(self) -> None:
         """Until weights may change."""
-        begin = time.perf_counter()
-        self._saver.wait_copied()
+        begin, part = time.perf_counter(), self._heartbeat.part
+        self._saver.wait_copied(self._beat)
+        if self._heartbeat.part != part:
+            self._heartbeat.begin(part)
         self._waited_s += time.perf_counter() - begin
+
+    def _beat(self) -> None:
+        """A disk is slow, and goes on: this is no hang."""
+        self._heartbeat.begin(WRITING)
+
+    def _finish(self) -> Exception | None:
+        """Until no save is under way."""
+        return self._saver.finish(self._sums, self._beat)
 
     def published(self) -> list[int]:
         """Steps whose checkpoints have become whole since the last call; on rank 0."""
@@ -81,7 +93,7 @@ class Saving:
 
     def settle(self) -> None:
         """Until no save is under way, before the run ends for a reason of its own; all workers call it."""
-        self._ended(self._saver.finish(self._sums))
+        self._ended(self._finish())
 
     def after_step(self, run: Run, state: TrainState, told: Sequence[float], *, done: bool) -> None:
         """Go on with a save under way, and begin one if it is time.
@@ -106,7 +118,7 @@ class Saving:
             return
         self._heartbeat.begin("a checkpoint", step)
         begin = time.perf_counter()
-        self._ended(self._saver.finish(self._sums))
+        self._ended(self._finish())
         checkpoint = done or due_by_step or due_by_clock > 0 or self._again
         if folders := self._folders(state, checkpoint=checkpoint, snapshot=snapshot):
             self._begin(folders, step)
@@ -118,15 +130,16 @@ class Saving:
         self._again, self._begun_s, self._begun_step, self._waited_s = False, time.monotonic(), step, 0.0
         self._told_late = False
         self._before(step)
-        self._saver.begin(folders, step)
+        room = missing_room(folders) if self._comm.rank == 0 else ""
+        self._saver.begin(folders, step, broadcast_object(self._comm, room))
 
     def _finish_run(self, state: TrainState) -> None:
         """Wait for the last checkpoint; if it fails, try the fallback folder."""
-        reason = self._saver.finish(self._sums)
+        reason = self._finish()
         if reason is not None and self._helps_elsewhere(reason):
             self._ended(reason)
             self._begin(self._folders(state, checkpoint=True, snapshot=False), state.step)
-            reason = self._saver.finish(self._sums)
+            reason = self._finish()
         reasons = [said for said in gather_objects(self._comm, reason and _said(reason)) if said]
         if reasons:
             raise UserError(f"{self.path(state.step)}: the checkpoint could not be written: {reasons[0]}")
@@ -206,5 +219,6 @@ def _staging_bytes(config: Config) -> int | None:
     """What this worker may hold in copies."""
     if config.checkpoint.staging != "auto":
         return parse_size(config.checkpoint.staging)
-    free = free_memory_bytes()
-    return None if free is None else int(free * _HOST_SHARE)
+    memory = read_memory(())
+    workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return None if memory is None else int(memory.available * _HOST_SHARE) // workers_here
