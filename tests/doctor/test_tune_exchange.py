@@ -21,7 +21,7 @@ FACTORS = {
     ("NCCL_BUFFSIZE", str(2 * MIB)): 1.1,
     ("NCCL_BUFFSIZE", str(16 * MIB)): 0.9,
     ("NCCL_PROTO", "Simple"): 0.99,  # within what two measurements differ by
-    ("NCCL_ALGO", "Tree"): 1.3,
+    ("NCCL_ALGO", "Ring"): 1.3,
 }
 
 

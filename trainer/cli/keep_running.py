@@ -22,6 +22,7 @@ from trainer.host.cards import read_cards
 from trainer.host.disk_room import shared_memory_warning
 from trainer.host.memory_growth import SETTLED_AFTER_STEPS, RecycleRule
 from trainer.host.watch import HostWatch, WatchSettings
+from trainer.memory.choice import parse_size
 from trainer.notify.messenger import Messenger
 from trainer.notify.ways import secret_environment
 from trainer.parallel.launch import FLIGHT_RECORDS, Wish, WorkersResult, run_workers
@@ -182,6 +183,7 @@ def _watch_settings(config: Config, out_dir: Path, crew: Crew, trains: bool) -> 
         fewer_cards=launch.fewer_cards,
         reads_cards=trains and bool(crew.in_use.cards),
         settled_after_steps=SETTLED_AFTER_STEPS,
+        staging_bytes=None if config.checkpoint.staging == "auto" else parse_size(config.checkpoint.staging),
     )
 
 

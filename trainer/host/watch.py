@@ -23,7 +23,6 @@ from trainer.host.process_memory import HostMemory, read_memory
 RECORD = "host.jsonl"
 _RECORD_EVERY_S = 60.0
 _MIB = 1 << 20
-_COPIES_SHARE = 2  # of its tensors: pinned memory comes in powers of two
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class WatchSettings:
     fewer_cards: bool
     reads_cards: bool
     settled_after_steps: int
+    staging_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class HostWatch:
     def _look_at_memory(self, now: float, memory: HostMemory | None, steps: int, growth: MemoryGrowth) -> list[str]:
         if memory is None:
             return []
-        why = growth.add(now, steps, memory, self._copies(len(memory.by_worker)))
+        why = growth.add(now, steps, memory, self._copies(memory))
         if why:
             with self._lock:
                 if growth is self._growth:
@@ -169,13 +169,15 @@ class HostWatch:
         self._told_growth = self._told_growth or warning is not None
         return [warning] if warning else []
 
-    def _copies(self, workers: int) -> int:
-        """What a worker's share of a checkpoint may take of its memory."""
+    def _copies(self, memory: HostMemory) -> int:
+        """What a worker may hold in copies for a checkpoint."""
+        workers, most = max(1, len(memory.by_worker)), self._settings.staging_bytes
         try:
             newest = self._settings.newest_checkpoint()
-            return _COPIES_SHARE * folder_bytes(newest) // max(1, workers) if newest else 0
+            share = folder_bytes(newest) // workers if newest else 0
         except OSError:
             return 0
+        return min(share, memory.total // 4 // workers if most is None else most)  # as `checkpoint.staging: auto` does
 
     def _look_at_disk(self, lines: list[str]) -> int | None:
         try:

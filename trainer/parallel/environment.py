@@ -54,16 +54,6 @@ def _nvidia_smi_lines() -> list[str] | None:
     return lines if not listing.returncode else [line for line in lines if line.startswith("GPU ")]
 
 
-def free_memory_bytes(environ: Mapping[str, str] = os.environ) -> int | None:
-    """What is free of this host's memory, for each of its workers; None where the kernel does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    return free and free // int(environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def choose_workers(requested: int | None, gpus: Sequence[str]) -> tuple[int, bool]:
     """(number of workers, whether they use GPUs): one per GPU, or `requested` (default 1) workers on the CPU.
 

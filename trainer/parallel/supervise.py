@@ -71,9 +71,12 @@ def judge(
     if failure is None or failure.kind == "user":
         return Verdict(None)
     if failure.kind == "memory":
-        if not plans or attempts.memory + 1 >= MOST_MEMORY_ATTEMPTS:
+        less = attempts.memory + 1
+        if not plans or (less >= MOST_MEMORY_ATTEMPTS and newest == attempts.checkpoint):
             return Verdict(None)
-        return Verdict(replace(attempts, memory=attempts.memory + 1), 0.0, f"{failure.text}; trying again with less")
+        # In a run of weeks such faults may come by chance: with the least of all plans it goes on as long as it saves.
+        following = replace(attempts, memory=min(less, MOST_MEMORY_ATTEMPTS - 1), checkpoint=newest)
+        return Verdict(following, 0.0, f"{failure.text}; trying again with less")
     if not most_fruitless:
         return Verdict(None)
     if not result.steps_taken and failure.kind not in ("signal", "hang", *_GOES_BACK):

@@ -29,7 +29,7 @@ _OF_AN_ATTEMPT = {worker.ATTEMPT, worker.MEMORY_ATTEMPT, worker.RESTARTS}
 # Asks the driver's library for management, which a fork may do, where `torch.cuda.is_available` would start CUDA.
 _GENTLE_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 _SET_CHILD_SUBREAPER = 36  # of prctl(2)
-_FORK_S = 30.0
+_FORK_S = 600.0
 _POLL_S = 0.05
 _LARGEST_REQUEST = 1 << 20
 _READY, _HAS_CUDA = b"ready", b"cuda"
@@ -138,6 +138,7 @@ class WorkerTemplate:
         wish = {"argv": list(argv), "env": dict(env), "log": log is not None, "listener": listener is not None}
         with contextlib.suppress(OSError):
             socket.send_fds(self._socket, [json.dumps(wish).encode()], handles)
+            # Long, as on a host that swaps: a fork whose number does not arrive is nobody's child, and keeps its card.
             if answer := self._receive(_FORK_S):
                 return Adopted(int(answer))
         self.close()

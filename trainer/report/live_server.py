@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -31,6 +32,13 @@ class _Newest:
                 end = time.monotonic()
                 self._until = end + (end - begin) * (1 / _SHARE - 1)
             return self._data
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes while it is answered is no error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def make_server(runs: Sequence[Path], port: int) -> ThreadingHTTPServer:
@@ -67,6 +75,6 @@ def make_server(runs: Sequence[Path], port: int) -> ThreadingHTTPServer:
             """Nothing: the terminal is somebody's."""
 
     try:
-        return ThreadingHTTPServer((HOST, port), Handler)
+        return _Server((HOST, port), Handler)
     except OSError as error:
         raise UserError(f"--port {port}: {error.strerror}; give another, or 0 for any") from None

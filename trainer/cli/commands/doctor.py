@@ -16,7 +16,7 @@ from trainer.doctor.doctor_page import as_json, page_lines, share_lines
 from trainer.doctor.examine import Workers, judge, measure, read_facts, ticks
 from trainer.doctor.exchange import ExchangeFacts, measure_exchange
 from trainer.doctor.findings import exit_code
-from trainer.doctor.tune_exchange import SIZES, Settings, tune, tuned_lines
+from trainer.doctor.tune_exchange import ROUNDS, SIZES, Settings, tune, tuned_lines
 from trainer.doctor.tune_exchange import ticks as ticks_of_tuning
 from trainer.errors import UserError, json_text
 from trainer.host.cores import placements_of
@@ -121,6 +121,10 @@ def _tune(workers: Workers) -> int:
     """Measure the exchange under settings of NCCL, and print what is worth keeping."""
     if not workers.gpu or workers.count < 2:
         raise UserError(f"--tune-nccl: needs two cards or more, and {workers.count if workers.gpu else 'none'} is here")
+
+    said = [name for name, _ in ROUNDS if name in os.environ]
+    if said:
+        raise UserError(f"--tune-nccl: {', '.join(said)} would overrule what is found, in runs too: `unset` it first")
 
     def measured(settings: Settings) -> ExchangeFacts:
         env = {**os.environ, **settings}

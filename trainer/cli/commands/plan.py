@@ -80,7 +80,7 @@ def _published_model() -> Iterator[RunModel]:
 
 def _plan(config: Config, model: RunModel, *, as_json: bool, with_data: bool) -> int:
     if as_json:
-        plan = _memory_plan(config, model)
+        plan = _memory_plan(config, model, with_data=with_data)
         print(json.dumps(plan.to_json(), indent=2))
         require_fit(plan)
         return 0
@@ -91,34 +91,34 @@ def _plan(config: Config, model: RunModel, *, as_json: bool, with_data: bool) ->
         captions = _print_data(config, model)
         existing = list_checkpoints(config.run.dir)
         print(f"run directory {config.run.dir}: {f'goes on from {existing[-1].name}' if existing else 'starts fresh'}")
-    plan = _memory_plan(config, model)
-    _print_memory(config, model, plan)
+    plan = _memory_plan(config, model, with_data=with_data)
+    _print_memory(config, model, plan, with_data=with_data)
     if captions:
         require_captions(config, captions)
     require_fit(plan)
     return 0
 
 
-def _memory_plan(config: Config, model: RunModel) -> MemoryPlan:
+def _memory_plan(config: Config, model: RunModel, *, with_data: bool) -> MemoryPlan:
     """Of a run on this host's cards; on the CPU, of a run on cards where `memory.budget` says how large they are."""
     gpus = detect_gpus()
     kernels = "cuda" if gpus or config.memory.budget != "auto" else "cpu"
     joined = joined_environment(os.environ)
     here = int(joined["LOCAL_WORLD_SIZE"]) if joined else choose_workers(config.launch.workers, gpus)[0]
     buckets = []
-    if is_current(prepare_settings(config, model)):
+    if with_data and is_current(prepare_settings(config, model)):
         buckets = PreparedSet.open(config.data.prepared).buckets("train")
     cards = card_bytes(gpus) if gpus else None
     setting = make_setting(config, kernels, cards, worker_count(config), here, buckets)
     return memory_plan(planned_run(config, model), setting)
 
 
-def _print_memory(config: Config, model: RunModel, plan: MemoryPlan) -> None:
+def _print_memory(config: Config, model: RunModel, plan: MemoryPlan, *, with_data: bool) -> None:
     precision, strategy = config.train.precision, config.memory.strategy
     measured = measured_optimizers(config.run.dir, precision, strategy, plan.workers, plan.num_trained)
     for line in [*plan.describe(), *plan.describe_optimizers(config.optimizer.kind, measured)]:
         print(line)
-    if plan.kernels == "cpu" or not is_current(prepare_settings(config, model)):
+    if not with_data or plan.kernels == "cpu" or not is_current(prepare_settings(config, model)):
         return
     prepared = PreparedSet.open(config.data.prepared)
     buckets, rows = prepared.buckets("train"), Mixture.of(prepared, config.run.seed).rows(0)

@@ -93,6 +93,9 @@ class TrackerBeside:
                     stderr=log,
                     pass_fds=(told,),
                 )
+        except OSError:
+            os.close(heard)
+            raise
         finally:
             os.close(told)
         with os.fdopen(heard, "rb", buffering=0) as pipe, process:
