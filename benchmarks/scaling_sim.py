@@ -8,6 +8,7 @@ column says how large a step has to be, by accumulation, to reach 90 %. Takes se
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -91,6 +92,25 @@ def print_scenario(name: str, machine: Machine, batch: int, gib: float) -> None:
         print(f"| {gpus:,} | {' | '.join(cells)} | {best_way(machine, gpus, batch, gib)} | {needed} |")
 
 
+def print_links() -> None:
+    """By the link of a host of four RTX 3090: passes of a step that each way needs to reach 90 %."""
+    machine, batch, _ = next(iter(scenarios().values()))
+    ways = [name for name in WAYS if name not in ("ddp, int8", "zero3")]
+    print(
+        "\n**Passes of 4 images that a step needs for 90 %, on 8 / 64 / 1,024 RTX 3090, by the link of a host of four**"
+    )
+    print("(88 % of its Gbit/s are taken to reach the run)\n")
+    print(f"| Gbit/s | {' | '.join(ways)} |")
+    print("|---" * (len(ways) + 1) + "|")
+    for gbit in (1, 2.5, 10, 25, 40, 50, 100):
+        joined = replace(machine, links=replace(machine.links, between_bytes_s=0.88e9 * gbit / 8))
+        cells = [
+            " / ".join(str(fewest_passes(joined, WAYS[name], gpus, batch, 0.9) or "never") for gpus in (8, 64, 1024))
+            for name in ways
+        ]
+        print(f"| {gbit} | {' | '.join(cells)} |")
+
+
 def print_fit(title: str, fit: Fit, unit: str) -> None:
     """What was found, and each point."""
     found = ", ".join(f"{name} {value:.3g}" for name, value in fit.unknowns.items())
@@ -141,6 +161,7 @@ def main() -> None:
     print_fit("Measured: two hosts on this machine", fit_hosts(), "s/step")
     for name, (machine, batch, gib) in scenarios().items():
         print_scenario(name, machine, batch, gib)
+    print_links()
     if arguments.chart:
         draw(arguments.chart)
 

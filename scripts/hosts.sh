@@ -58,7 +58,10 @@ while [ "$stops" -eq 0 ]; do
     wait_for "$pid"
     pid=''
     [ "$code" -ne 0 ] || exit 0
-    [ ! -e "$SDXL_TRAIN_ENDINGS/refused" ] || exit 2
+    if [ -e "$SDXL_TRAIN_ENDINGS/refused" ]; then
+        echo "hosts.sh: the line above torchrun's report says what to mend; another start would end alike" >&2
+        exit 2
+    fi
     [ "$stops" -eq 0 ] || exit 1
     quick=$((SECONDS - begin < ${QUICK:-300} ? quick + 1 : 0))
     if [ "$quick" -ge "${TRIES:-10}" ]; then

@@ -5,6 +5,7 @@ a signal to the tasks and not to the batch script; a note that the job was queue
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,13 @@ def test_a_mistake_ends_the_job(tmp_path: Path, job: dict[str, str], model_folde
     done = start(job, write_run(tmp_path, model_folder), "optimizer.lr=fast")
     said, _ = done.communicate(timeout=PATIENCE_S)
     assert done.returncode == 2 and "optimizer.lr" in said and "start again" not in said
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_nothing_to_be_said_against_the_scripts() -> None:
+    scripts = [ROOT / "scripts" / name for name in ("hosts.sh", "slurm.sh")]
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert not done.stdout + done.stderr
 
 
 def test_skypilots_task_trains(tmp_path: Path, model_folder: Path) -> None:
