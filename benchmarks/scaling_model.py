@@ -151,7 +151,7 @@ def exchanges(machine: Machine, way: Way, gpus: int, passes: int) -> list[tuple[
     if way.kind == "ddp":
         return [(2 * ring(links, gpus, gradients), True, 1)]
     if way.kind == "shares":
-        return [(2 * to_each(links, gpus, gradients), True, 1)]
+        return [(shares(links, gpus, gradients), True, 1)]
     if way.kind == "averaging":
         return [(2 * ring(links, here, gradients), True, 1)] if here > 1 else []
     if way.kind == "zero2":
@@ -175,6 +175,11 @@ def ring(links: Links, gpus: int, num_bytes: float) -> float:
     rate = min(links.within_bytes_s, links.between_bytes_s) if spans else links.within_bytes_s
     hops = min(gpus - 1, 2 * math.ceil(math.log2(gpus)))
     return (gpus - 1) / gpus * num_bytes / rate + _buckets(num_bytes) * hops * links.latency_s[spans]
+
+
+def shares(links: Links, gpus: int, num_bytes: float) -> float:
+    """Seconds in which each GPU gets a share of all, and its sum, by a ring, goes to all: an all-reduce."""
+    return to_each(links, gpus, num_bytes) + ring(links, gpus, num_bytes)
 
 
 def to_each(links: Links, gpus: int, num_bytes: float) -> float:

@@ -6,12 +6,11 @@ Each set has unknowns of its own, found by least squares of the logarithms of se
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
 
-from benchmarks.scaling_model import Card, Kind, Links, Machine, Way, Work, step_of
+from benchmarks.scaling_model import Card, Links, Machine, Way, Work, ring, shares, step_of
 
 # Images a second of Stable Diffusion 2's UNet (866M weights), a step of 2,048 images, passes of 16, FSDP's
 # SHARD_GRAD_OP, hosts of eight A100: github.com/mosaicml/diffusion, README.md and yamls/hydra-yamls/SD-2-base-256.yaml.
@@ -23,8 +22,23 @@ A100_POINTS = {
 # both text encoders, published by the machine's owner (github.com/6DammK9/nai-anime-pure-negative-prompt, ch06).
 RIG_POINTS = {4: 3.26, 64: 4.00}
 RIG_GRADIENT_BYTES = 2.0 * (1.827e9 + 0.818e9)
-# Of `python benchmarks/hosts_speed.py --json`; the machine is that of docs/benchmarks.md, two cores for four workers.
-HOSTS_POINTS: list[dict[str, Any]] = []
+# Of `python benchmarks/hosts_exchange.py`: Mbit/s of the link, way, MB, seconds; four workers on two hosts, gloo.
+HOSTS_POINTS = (
+    (50, "ring", 4, 1.081),
+    (50, "shares", 4, 1.416),
+    (50, "ring", 16, 4.167),
+    (50, "shares", 16, 5.886),
+    (100, "ring", 4, 0.560),
+    (100, "shares", 4, 0.786),
+    (100, "ring", 16, 2.195),
+    (100, "shares", 16, 2.826),
+    (200, "ring", 4, 0.269),
+    (200, "shares", 4, 0.349),
+    (200, "ring", 16, 1.051),
+    (200, "shares", 16, 1.524),
+)
+# Of `python benchmarks/hosts_speed.py --mbit 50`: `exchange.method`, passes of a step, MB that leave a host in a step.
+BYTES_POINTS = (("plain", 1, 95.1), ("plain", 4, 95.5), ("int8", 1, 28.8))
 HOSTS_WEIGHTS = 15.6e6
 
 
@@ -97,26 +111,30 @@ def solve_rig() -> tuple[float, float, float]:
     return each, beside, 2 * 3 / 4 * RIG_GRADIENT_BYTES / beside
 
 
-def fit_hosts(rows: Sequence[dict[str, Any]] = ()) -> Fit:
-    """Seconds of a pass, of a step beside its passes, bytes a second within a host, and the overlap; links as set."""
+def fit_hosts() -> Fit:
+    """What share of a link's bits arrives, and seconds of a message; two hosts of two workers."""
 
-    def say(found: dict[str, float], row: dict[str, Any]) -> float:
-        links = Links(2, found["bytes/s within a host"], row["mbit"] * 1e6 / 8, (1e-4, 1e-4))
-        kind: Kind = "ddp" if row["way"] == "plain" else "shares"
-        bytes_each = {"plain": 4.0, "int8": 258 / 256}[row["way"]]
-        work = Work(HOSTS_WEIGHTS, found["seconds of a pass"])
-        fixed = found["seconds of a step beside"]
-        machine = Machine(work, Card(1.0, 1.0, 1e15), links, found["overlap"], spread=0.0, fixed_s=fixed)
-        return step_of(machine, Way(kind, bytes_each), 4, 1, row["passes"]).total_s
+    def say(found: dict[str, float], mbit: int, way: str, megabytes: float) -> float:
+        arrives = found["share of the link that arrives"] * mbit * 1e6 / 8
+        links = Links(2, 1e10, arrives, (1e-5, found["seconds of a message"]))
+        num_bytes = megabytes * 1e6
+        return 2 * ring(links, 4, num_bytes) if way == "ring" else shares(links, 4, num_bytes)
 
     points = [
         (
-            f"{row['mbit']:,} Mbit/s, {row['way']}, {row['passes']} passes",
-            row["step_s"],
-            lambda found, row=row: say(found, row),
+            f"{mbit:,} Mbit/s, {way}, {megabytes:g} MB",
+            seconds,
+            lambda found, mbit=mbit, way=way, megabytes=megabytes: say(found, mbit, way, megabytes),
         )
-        for row in rows or HOSTS_POINTS
+        for mbit, way, megabytes, seconds in HOSTS_POINTS
     ]
-    start = {"seconds of a pass": (0.01, 0.3, 10.0), "seconds of a step beside": (1e-3, 0.1, 10.0)}
-    start |= {"bytes/s within a host": (1e7, 1e9, 1e11), "overlap": (0.01, 0.5, 1.0)}
+    start = {"share of the link that arrives": (0.5, 0.9, 1.0), "seconds of a message": (1e-5, 1e-3, 1.0)}
     return _fit(start, points)
+
+
+def bytes_of_hosts(way: str) -> float:
+    """MB that leave a host of two in a step, of two hosts, by the formulas: as seconds over a link of 1 MB/s."""
+    links = Links(2, 1e18, 1e6, (0.0, 0.0))
+    if way == "plain":
+        return 2 * ring(links, 4, 4 * HOSTS_WEIGHTS)
+    return shares(links, 4, 258 / 256 * HOSTS_WEIGHTS)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from benchmarks.scaling_model import Card, Links, Machine, Way, Work, efficiency, fewest_passes, step_of
-from benchmarks.scaling_points import Fit, fit_a100, fit_hosts, solve_rig
+from benchmarks.scaling_points import BYTES_POINTS, Fit, bytes_of_hosts, fit_a100, fit_hosts, solve_rig
 from trainer.measure.card_peak import known_peak
 
 # SDXL's UNet and both text encoders at 1024 px and 225 tokens; operations as `sdxl-train plan configs/4x3090.yaml`.
@@ -158,7 +158,14 @@ def main() -> None:
         f"\n**Published: four RTX 3090**: a pass takes {each:.3f} s, a step {beside:.2f} s beside its passes; if all of"
     )
     print(f"that is the exchange, it goes at {rate / 1e9:.1f} GB/s. Two points, two unknowns: no error to show.")
-    print_fit("Measured: two hosts on this machine", fit_hosts(), "s/step")
+    print_fit(
+        "Measured: exchanges between two hosts of two workers, network namespaces on one machine", fit_hosts(), "s"
+    )
+    print("\n**Measured: bytes that leave a host in a step of a real run there**, by its interface, headers and all\n")
+    print("| exchange | passes | measured, MB | by the formulas | more by |\n|---|---|---|---|---|")
+    for way, passes, was in BYTES_POINTS:
+        said = bytes_of_hosts(way)
+        print(f"| {way} | {passes} | {was} | {said:.1f} | {was / said - 1:.1%} |")
     for name, (machine, batch, gib) in scenarios().items():
         print_scenario(name, machine, batch, gib)
     print_links()
