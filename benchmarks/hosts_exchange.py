@@ -11,6 +11,7 @@ slow so that it, and not this machine, is what is timed. `--json` prints the row
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -40,6 +41,7 @@ def main() -> None:
     if "RANK" in os.environ:
         be_worker(sizes)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no host is left running
     rows: list[dict[str, Any]] = []
     print("| link, Mbit/s | way | MB | s |\n|---|---|---|---|")
     for mbit in map(int, arguments.mbit.split(",")):

@@ -12,6 +12,7 @@ fp32. "s/step" is the median of whole steps, "MB/step" what has left the first h
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no host is left running
     rows: list[dict[str, Any]] = []
     print("| link, Mbit/s | exchange | passes | s/step | MB/step |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="hosts-") as folder:
