@@ -60,3 +60,17 @@ def test_optimizer_speed() -> None:
     assert done.returncode == 0, done.stderr
     rows = [row.strip("| ").split(" | ") for row in done.stdout.splitlines()[2:]]
     assert [float(row[4]) for row in rows] == pytest.approx([12.0, 10.0, 12.0, 6.03, 4.03, 6.03], abs=0.02)
+
+
+@pytest.mark.slow
+def test_hosts_exchange() -> None:
+    """Both ways over one link, neither faster than the link: 1.5 and 1.75 MB at 25 MB/s."""
+    command = [sys.executable, "-W", "error", "benchmarks/hosts_exchange.py", "--mbit", "200", "--megabytes", "1"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
+    if "CannotHaveHosts" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    rows = [row.strip("| ").split(" | ") for row in done.stdout.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["ring", "shares"]
+    assert float(rows[0][3]) >= 0.05 and float(rows[1][3]) >= 0.06

@@ -1,5 +1,6 @@
 """GPUs, threads, and jobs that torchrun or SLURM has started."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from trainer.parallel.environment import (
     choose_workers,
     detect_gpus,
     first_slurm_host,
+    interface_settings,
+    interface_towards,
     joined_environment,
     threads_per_worker,
 )
@@ -126,3 +129,24 @@ def test_slurm_without_several_tasks_launches_itself(changed: dict[str, str]) ->
 )
 def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
     assert first_slurm_host(nodelist) == host
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="interfaces are asked of Linux")
+def test_the_interface_that_leads_to_a_host() -> None:
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("no-such-host.invalid") is None
+
+
+@pytest.mark.parametrize(
+    ("joined", "environ"),
+    [
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"}, {}),  # one host
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}, {}),  # another host's own name
+        (
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"},
+            {"GLOO_SOCKET_IFNAME": "eth9", "NCCL_SOCKET_IFNAME": "eth9"},
+        ),
+    ],
+)
+def test_the_interface_is_left_alone(joined: dict[str, str], environ: dict[str, str]) -> None:
+    assert interface_settings(joined, environ) == {}

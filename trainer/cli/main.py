@@ -16,6 +16,7 @@ from pathlib import Path
 from trainer import __version__
 from trainer.errors import UserError, printable
 from trainer.package_files import hold_back
+from trainer.parallel.worker import note_ending
 
 COMMANDS = {
     "train": "train from a config; the word may be left out",
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         for line in error.lines:
             print(f"sdxl-train: {line}", file=sys.stderr)
+        note_ending("refused")
         return 2
     except BrokenPipeError:
         # Whoever read the output has seen enough, as `head` does; Python would complain again while it ends.

@@ -1,6 +1,8 @@
 """`prepare` from its plan to the snapshot: on this host's workers, or as one worker of torchrun's or SLURM's job."""
 
 import os
+import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -31,6 +33,7 @@ from trainer.train.caption_rules import describe_captions, require_captions, sur
 from trainer.train.workers.prepare_worker import needs_workers, note_references, prepare_settings
 
 _POLL_S = 1.0
+_SILENT_S = 15.0
 _PATIENCE_S = 30 * 86400.0  # with which workers of other hosts wait for the plan, and for the last shard
 
 
@@ -70,9 +73,16 @@ def ensure_prepared(config: Config, model: RunModel) -> int:
 
 
 def await_prepared(config: Config, model: RunModel) -> None:
-    """Wait until another process has prepared the data set."""
-    settings = prepare_settings(config, model)
+    """Wait until another process has prepared the data set; one worker of each host says so if that takes long."""
+    settings, begin, told = prepare_settings(config, model), time.monotonic(), os.environ.get("LOCAL_RANK") != "0"
     while not is_current(settings):
+        if not told and time.monotonic() - begin > _SILENT_S:
+            told = True
+            print(
+                f"{settings.prepared}: {socket.gethostname()} waits until the data are prepared; a host with a copy of "
+                "its own needs it at this path",
+                file=sys.stderr,
+            )
         time.sleep(_POLL_S)
 
 

@@ -45,6 +45,10 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
     settings = set_nccl(config.launch.nccl, os.environ)
     comm, model = init_comm(), _model_of(config)
     set_fp32_arithmetic(config.train.precision)
+    if task == "train":
+        from trainer.train.saved.across_hosts import require_agreement
+
+        require_agreement(config, model, comm)
     with open_log(config.run.dir, comm.rank):
         if settings and comm.device.type == "cuda" and comm.world > 1:
             _log.info("NCCL's settings: %s", " ".join(settings))

@@ -3,9 +3,13 @@
 Nothing here imports torch: the command's parent process asks these questions before any worker exists.
 """
 
+import contextlib
 import os
 import re
+import socket
+import struct
 import subprocess
+import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
@@ -14,6 +18,7 @@ from trainer.errors import UserError
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
 _PORT_BASE = 15000  # below Linux's range of ephemeral ports, which starts at 32768
 _PORT_SPAN = 15000
+_SIOCGIFADDR = 0x8915  # of Linux: an interface's IPv4 address
 
 
 def detect_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -114,6 +119,44 @@ def joined_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
         }
         return {name: environ[name] for name in _TORCHRUN} | rest
     return _slurm_environment(environ)
+
+
+def interface_settings(joined: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """For workers on several hosts, where nobody has chosen: the network interface that leads to rank 0's host.
+
+    Left alone, gloo takes the address that the host's own name resolves to, which is the loopback's on many systems,
+    and no other host finds it there.
+
+    Args:
+        joined: from `joined_environment`.
+    """
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    if joined["WORLD_SIZE"] == joined["LOCAL_WORLD_SIZE"] or all(name in environ for name in names):
+        return {}
+    interface = interface_towards(joined["MASTER_ADDR"])
+    if interface is None or interface == "lo":  # the name may be the loopback's here and another's elsewhere
+        return {}
+    return {name: interface for name in names if name not in environ}
+
+
+def interface_towards(host: str) -> str | None:
+    """Name of the network interface that has the IPv4 address from which packets go to `host`; None if unknown."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing, chooses a route
+            own = socket.inet_aton(probe.getsockname()[0])
+            for _, name in socket.if_nameindex():
+                request = struct.pack("256s", name.encode()[:15])
+                with contextlib.suppress(OSError):  # one without such an address
+                    if fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24] == own:
+                        return name
+    except OSError:
+        return None
+    return None
 
 
 def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str] | None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from trainer.errors import printable_lines
 from trainer.parallel.failure import failure_from, record_failure
@@ -28,6 +28,8 @@ MEMORY_ATTEMPT = "SDXL_TRAIN_MEMORY_ATTEMPT"
 
 # How many times the workers were started again after a fault.
 RESTARTS = "SDXL_TRAIN_RESTARTS"
+# A folder in which workers of torchrun or SLURM say how they ended, for scripts that start them again.
+ENDINGS = "SDXL_TRAIN_ENDINGS"
 DUMP_SIGNAL = signal.SIGUSR1
 
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
@@ -58,7 +60,19 @@ def run_worker(body: Callable[[Callable[[], bool]], None]) -> None:
             sys.stderr.flush()
         # No interpreter teardown: it would wait for loader processes and for peers that may be gone.
         os._exit(exit_code)
+    if stop_requested():
+        note_ending("stopped")
     end_process()
+
+
+def note_ending(word: Literal["refused", "stopped"]) -> None:
+    """Tell the script that has started this process, if it asked, why it ends: torchrun and srun lose exit codes.
+
+    `refused`: another start would end alike, for it is a user's mistake; `stopped`: a signal asked for it.
+    """
+    if folder := os.environ.get(ENDINGS):
+        with contextlib.suppress(OSError):
+            (Path(folder) / word).touch()
 
 
 def end_process() -> NoReturn:
@@ -78,12 +92,14 @@ def _report(error: Exception) -> int:
     rank = int(os.environ.get("RANK", "0"))
     failure = failure_from(rank, error)
     recorded = False
+    if failure.kind == "user":
+        note_ending("refused")
     if LOG_DIR in os.environ:
         with contextlib.suppress(OSError):  # a full disk may be what failed
             record_failure(Path(os.environ[LOG_DIR]), failure)
             recorded = True
     # The parent prints what was recorded, so rank 0, which shares its terminal, stays silent.
-    if rank != 0 or not recorded:
+    if failure.message() and (rank != 0 or not recorded):
         with contextlib.suppress(OSError):
             print(printable_lines(failure.message()), file=sys.stderr)
     return failure.exit_code

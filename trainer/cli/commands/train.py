@@ -15,7 +15,7 @@ from trainer.config.schema import Config
 from trainer.errors import UserError
 from trainer.measure.trackers.tracked_run import require_packages
 from trainer.model_files.run_model import RunModel
-from trainer.parallel.environment import detect_gpus, joined_environment
+from trainer.parallel.environment import detect_gpus, interface_settings, joined_environment
 from trainer.parallel.launch import allocator_settings
 from trainer.train.caption_rules import check_captions
 
@@ -64,7 +64,7 @@ def _join(config: Config, model: RunModel, joined: dict[str, str]) -> int:
             write_resolved(config, config.run.dir)
         else:
             await_prepared(config, model)
-        os.environ.update(joined | allocator_settings(os.environ, gpu=bool(detect_gpus())))
+        os.environ.update(joined | interface_settings(joined) | allocator_settings(os.environ, bool(detect_gpus())))
         run_worker(lambda stop_requested: run_task("train", config, {}, stop_requested))
     return 0
 

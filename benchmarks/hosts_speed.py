@@ -1,0 +1,112 @@
+"""Steps of a real run on two hosts that a slow link joins, two workers on each: seconds and bytes, as a table.
+
+    sdxl-train make-tiny --out data/tiny
+    python benchmarks/hosts_speed.py [--mbit 100,400,1600] [--ways plain,int8] [--passes 1,4] [--steps 12]
+
+The hosts are network namespaces on this machine, whose link `tc tbf` limits (benchmarks/two_hosts.py);
+`scripts/hosts.sh` starts the workers on each, torchrun and all. The model is the tiny SDXL of 15.6M weights at 64 px in
+fp32. "s/step" is the median of whole steps, "MB/step" what has left the first host by its link in one, headers and all.
+`--json` prints the rows for `benchmarks/scaling_points.py`. Linux only.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.two_hosts import ADDRESSES, TwoHosts, environment_of_hosts, sent_bytes
+from benchmarks.wire_bytes import WAYS
+from trainer.measure.telemetry import read_metrics
+
+_SCRIPT = Path(__file__).parents[1] / "scripts" / "hosts.sh"
+_SETTLED = 2  # steps after which time and bytes are counted
+
+
+def main() -> None:
+    """Train in each way over each link and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tiny", type=Path, default=Path("data/tiny"), help="folder of make-tiny (data/tiny)")
+    parser.add_argument("--mbit", default="100,400,1600", help="of the link, each way")
+    parser.add_argument("--ways", default="plain,int8")
+    parser.add_argument("--passes", default="1,4", help="of accumulation")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no host is left running
+    rows: list[dict[str, Any]] = []
+    print("| link, Mbit/s | exchange | passes | s/step | MB/step |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(prefix="hosts-") as folder:
+        for mbit in map(int, arguments.mbit.split(",")):
+            with TwoHosts(mbit) as hosts:
+                for way in arguments.ways.split(","):
+                    for passes in map(int, arguments.passes.split(",")):
+                        seconds, sent = train(hosts, Path(folder), arguments, way, passes)
+                        rows.append({"mbit": mbit, "way": way, "passes": passes, "step_s": seconds, "bytes": sent})
+                        print(f"| {mbit:,} | {way} | {passes} | {seconds:.2f} | {sent / 1e6:.1f} |", flush=True)
+    if arguments.json:
+        print(json.dumps(rows))
+
+
+def train(hosts: TwoHosts, folder: Path, arguments: argparse.Namespace, way: str, passes: int) -> tuple[float, float]:
+    """Seconds of a step, and bytes that leave the first host in one."""
+    run_dir, config = folder / "run", folder / "config.yaml"
+    config.write_text(json.dumps(fields(arguments, run_dir, way, passes)))  # JSON is YAML
+    env, log = environment_of_hosts() | {"WORKERS": "2"}, folder / "log.txt"
+    with log.open("wb") as output:
+        running = [
+            hosts.start(host, [str(_SCRIPT), str(host), "2", ADDRESSES[0], str(config)], output, env) for host in (0, 1)
+        ]
+    seen: list[tuple[int, int]] = []
+    while running[0].poll() is None:
+        time.sleep(0.02)
+        try:
+            steps = (run_dir / "metrics.jsonl").read_bytes().count(b'"kind": "train"')
+            sent = sent_bytes(running[0])
+        except OSError:
+            continue
+        if steps >= _SETTLED and (not seen or steps > seen[-1][0]):
+            seen.append((steps, sent))
+    if any(host.wait() for host in running) or len(seen) < 2:
+        raise RuntimeError(log.read_text()[-3000:])
+    (first, before), (last, after) = seen[0], seen[-1]
+    records = [record for record in read_metrics(run_dir) if record["kind"] == "train"]
+    shutil.rmtree(run_dir)
+    return median(record["step_s"] for record in records[_SETTLED:]), (after - before) / (last - first)
+
+
+def fields(arguments: argparse.Namespace, run_dir: Path, way: str, passes: int) -> dict[str, Any]:
+    """The run's configuration."""
+    tiny = arguments.tiny.resolve()
+    return {
+        "run": {"dir": str(run_dir), "seed": 7},
+        "launch": {"threads_per_worker": 1},
+        "model": {"path": str(tiny / "model")},
+        "data": {
+            "sources": [{"path": str(tiny / "photos"), "repeats": 50}],
+            "prepared": str(run_dir.parent / "prepared"),
+            "buckets": {"resolution": 64, "min_px": 64, "max_px": 64, "step_px": 64},
+            "workers": 0,
+        },
+        "train": {
+            "steps": arguments.steps,
+            "batch_size_per_gpu": 1,
+            "global_batch_size": 4 * passes,
+            "precision": "fp32",
+        },
+        "optimizer": {"lr": 1e-4},
+        "checkpoint": {"every": "never"},
+        "memory": {"strategy": "ddp"},
+        "exchange": WAYS[way],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""A run on two hosts with two workers each, over a link of limited speed: exact, frugal, and on its feet again."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.two_hosts import ADDRESSES, CannotHaveHosts, TwoHosts, environment_of_hosts, processes_of, sent_bytes
+from tests.hosts.hosted_run import PATIENCE_S, steps_of, tensor_hashes, wait_until, weight_count, write_run
+from trainer.checkpoint.run_dir import list_checkpoints
+
+pytestmark = pytest.mark.e2e
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "hosts.sh"
+MBIT, STEPS = 100, 12
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[TwoHosts]:
+    try:
+        with TwoHosts(MBIT) as made:
+            yield made
+    except CannotHaveHosts as error:
+        pytest.skip(f"no network namespaces here: {error}")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    return write_run(tmp_path_factory.mktemp("shared"), model_folder)
+
+
+class Job:
+    """The script on both hosts."""
+
+    def __init__(self, hosts: TwoHosts, config: Path, run_dir: Path, *overrides: str) -> None:
+        self._hosts, self._config, self.run_dir = hosts, config, run_dir
+        self._overrides = [f"run.dir={run_dir}", *overrides]
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._logs = [run_dir.parent / f"{run_dir.name}-host-{host}.log" for host in (0, 1)]
+        self.running = [self.start(host) for host in (0, 1)]
+
+    def start(self, host: int) -> "subprocess.Popen[bytes]":
+        command = [str(SCRIPT), str(host), "2", ADDRESSES[0], str(self._config), *self._overrides]
+        with self._logs[host].open("ab") as output:
+            return self._hosts.start(host, command, output, environment_of_hosts() | {"WORKERS": "2"})
+
+    def wait_for_step(self, step: int) -> None:
+        wait_until(lambda: steps_of(self.run_dir) >= step, self.both_run, f"step {step} ({self.said()})")
+
+    def both_run(self) -> bool:
+        return all(host.poll() is None for host in self.running)
+
+    def exit_codes(self) -> list[int]:
+        return [host.wait(PATIENCE_S) for host in self.running]
+
+    def said(self) -> str:
+        return "\n".join(log.read_text() for log in self._logs)
+
+
+def bytes_of_steps(job: Job, first: int, last: int) -> list[float]:
+    """What each host has sent in each of the steps between two, by its interface."""
+    job.wait_for_step(first)
+    begin, before = steps_of(job.run_dir), [sent_bytes(host) for host in job.running]
+    job.wait_for_step(last)
+    end, after = steps_of(job.run_dir), [sent_bytes(host) for host in job.running]
+    return [(after[host] - before[host]) / (end - begin) for host in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def straight(hosts: TwoHosts, config: Path) -> tuple[Path, list[float]]:
+    """A run that nothing happens to, with four passes in a step, and the bytes of one of its steps."""
+    job = Job(hosts, config, config.parent / "straight", "train.global_batch_size=16")
+    sent = bytes_of_steps(job, 2, STEPS - 2)
+    assert job.exit_codes() == [0, 0], job.said()
+    return job.run_dir, sent
+
+
+def test_accumulation_sends_the_bytes_of_one_step(
+    hosts: TwoHosts, config: Path, straight: tuple[Path, list[float]]
+) -> None:
+    """And those are of a ring through all workers, by which each host sends 2 (W-1)/W of all gradients."""
+    run_dir, four_passes = straight
+    job = Job(hosts, config, config.parent / "one-pass")
+    one_pass = bytes_of_steps(job, 2, STEPS - 2)
+    assert job.exit_codes() == [0, 0], job.said()
+    ring = 2 * 3 / 4 * 4 * weight_count(run_dir, STEPS)
+    for host in (0, 1):
+        assert four_passes[host] == pytest.approx(one_pass[host], rel=0.1)
+        assert ring < one_pass[host] < 1.25 * ring  # headers, acknowledgements, and the small sums of a step
+
+
+def test_two_hosts_end_with_the_bits_of_one(config: Path, straight: tuple[Path, list[float]]) -> None:
+    run_dir = config.parent / "one-host"
+    command = [sys.executable, "-m", "trainer", str(config), f"run.dir={run_dir}", "train.global_batch_size=16"]
+    subprocess.run([*command, "launch.workers=4"], env=environment_of_hosts(), check=True, capture_output=True)
+    assert tensor_hashes(run_dir, STEPS) == tensor_hashes(straight[0], STEPS)
+
+
+def test_a_host_that_dies_and_comes_back_changes_no_bit(
+    hosts: TwoHosts, config: Path, straight: tuple[Path, list[float]]
+) -> None:
+    """SIGKILL of all its processes, then SIGTERM of the whole run on the other host, and the same command again."""
+    job = Job(hosts, config, config.parent / "killed", "train.global_batch_size=16")
+    wait_until(lambda: len(list_checkpoints(job.run_dir)) >= 1, job.both_run, "a checkpoint")
+    hosts.kill(job.running[1])
+    wait_until(lambda: "starts again" in job.said(), lambda: job.running[0].poll() is None, "another start")
+    job.running[1] = job.start(1)
+    job.wait_for_step(steps_of(job.run_dir) + 1)
+    first_of_host = next(iter(processes_of(job.running[1])))
+    first_of_host.send_signal(signal.SIGTERM)
+    assert job.exit_codes() == [0, 0], job.said()
+    stopped = int(list_checkpoints(job.run_dir)[-1].name.removeprefix("step-"))
+    assert 4 <= stopped < STEPS, job.said()
+    job.running = [job.start(host) for host in (0, 1)]
+    assert job.exit_codes() == [0, 0], job.said()
+    assert tensor_hashes(job.run_dir, STEPS) == tensor_hashes(straight[0], STEPS)
+    assert not [process for host in job.running for process in processes_of(host)]
+
+
+def test_a_mistake_is_not_tried_again(hosts: TwoHosts, config: Path) -> None:
+    job = Job(hosts, config, config.parent / "mistaken", "train.stpes=5")
+    assert job.exit_codes() == [2, 2]
+    assert "starts again" not in job.said() and "train.stpes" in job.said()
