@@ -71,7 +71,7 @@ def test_a_worker_that_is_slow_is_named(
     # Worker 0 waits 0.3 s in each step, which worker 1 spends in its forward pass.
     middle = records[-2]
     assert middle["busy_s/1"] - middle["busy_s/0"] > 0.15 and middle["slowest/forward"] * middle["period_s"] > 0.3
-    assert middle["exchange"] > 2 * middle["slowest/exchange"]
+    assert middle["exchange"] > middle["slowest/exchange"]
     assert middle["images_per_s"] == pytest.approx(2 / middle["period_s"]) and middle["rss_gib"] > 0.1
     events = EventAccumulator(str(tmp_path / "run" / TENSORBOARD_DIR)).Reload()
     assert events.Scalars("phases/exchange")[-1].value == pytest.approx(last["exchange"])
