@@ -98,7 +98,7 @@ def _train_stretch(
     bad, limit = BadRows(), config.data.max_bad_fraction
     watch = NumericsWatch.of(config, comm, state)
     replicas = Replicas.of(config, run.parts, state.step)
-    pace, clock = Pace(run.parts, state.step), run.parts.clock
+    pace = Pace(run.parts, state.step)
     with ExitStack() as stack:
         outputs = None
         if comm.rank == 0:
@@ -116,14 +116,11 @@ def _train_stretch(
         done, leaves = state.step >= arithmetic.total_steps, False
         while not (done or leaves):
             heartbeat.begin("data", state.step)
-            clock.mark("data")
             begin, waited_before = time.perf_counter(), loader.wait_s
             batches = next(loader)
             result = _take_step(beside, run, state, arithmetic, batches, stop_requested())
             state = state_after(state, result, batches.position_after, watch.rules)
-            flip_bit_if_planned(run.parts, state.step)
-            follow(run.parts, state.step, result)
-            clock.mark("other")
+            _after_update(run, state, result)
             record_bad_rows(config.run.dir, state.step, comm.rank, result.problems)
             bad = bad.after(round(result.num_images) + result.bad_rows, result.bad_rows)
             done = state.step >= arithmetic.total_steps or result.stop or bad.too_many(limit)
@@ -136,12 +133,8 @@ def _train_stretch(
             if replicas.due(state.step):
                 heartbeat.begin("a comparison of weights", state.step)
                 replicas.compare(state.step, saving.settle)
-            times = pace.after_step(result.told[TOLD:], state.step)
-            if outputs:
-                outputs.record_times(times, run, batches, result, state.step, done=done or leaves)
-            clock.mark("save")
+            _tell_times(pace, outputs, run, batches, result, state.step, at_end=done or leaves)
             saving.after_step(run, state, result.told[:TOLD], done=done or leaves)
-            clock.mark("other")
             if bad.too_many(limit):
                 barrier(comm)  # the first worker to fail ends the others, and rank 0 may still be saving
                 raise bad.as_error(limit, config.run.dir)
@@ -202,6 +195,29 @@ def _take_step(
         before_update=beside.saving.wait_copied,
         judge=beside.watch.judge(state),
     )
+
+
+def _after_update(run: Run, state: TrainState, result: StepResult) -> None:
+    """What follows the weights; the optimizer's part of a step ends with it."""
+    flip_bit_if_planned(run.parts, state.step)
+    follow(run.parts, state.step, result)
+    run.parts.clock.mark("other")
+
+
+def _tell_times(
+    pace: Pace,
+    outputs: RunOutputs | None,
+    run: Run,
+    batches: StepBatches,
+    result: StepResult,
+    step: int,
+    *,
+    at_end: bool,
+) -> None:
+    """Where the time of the step went, as all workers have told."""
+    rows = pace.after_step(result.told[TOLD:], step)
+    if outputs:
+        outputs.record_times(rows, run, batches, result, step, done=at_end)
 
 
 def _score(scorer: Scorer, step: int, outputs: RunOutputs | None, beside: _Beside, *, at_end: bool) -> None:
