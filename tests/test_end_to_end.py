@@ -111,7 +111,7 @@ def test_smoke(tmp_path: Path, model_folder: Path, photos: Path, config_file: Pa
     assert "goes on after step 8, 2 steps to go" in done.stderr
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     kinds = {step: sorted(record["kind"] for record in records if record["step"] == step) for step in (8, 9, 10)}
-    assert kinds == {8: ["phases", "train", "validation"], 9: ["train"], 10: ["phases", "train"]}
+    assert kinds == {8: (ends := ["phases", "train", "validation"]), 9: ["train"], 10: ends}
 
     done = sdxl_train("eval", run_dir, "samples.steps=2")
     record = json.loads((run_dir / "eval/step-00000010/validation.json").read_text())
