@@ -1,5 +1,7 @@
 """What only a GPU can show; skipped where there is none. `benchmarks/gpu.sh` runs it."""
 
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from tests.optim.test_hosted_blocks import BLOCKS, WAYS, Trained, require_same
 from tests.train.real_run import model_of, run_config
 from trainer.data.buckets import Bucket
+from trainer.measure.step_clock import StepClock
 from trainer.memory.run_choice import MemoryChoice
 from trainer.model.compiled import compile_blocks
 from trainer.model_files.run_model import open_model
@@ -102,3 +105,56 @@ def test_state_in_host_memory_is_that_on_the_card(way: tuple[str, Rounding | Non
     assert ours.hosted is not None and ours.hosted.device_bytes > 0
     tensors = [value for state in ours.optimizer.state.values() for value in state.values() if value.ndim]
     assert all(tensor.is_pinned() for tensor in tensors)
+
+
+def test_a_steady_step_waits_for_the_card_once(model_folder: Path, tmp_path: Path) -> None:
+    """With its phases timed: CUDA itself says who synchronizes."""
+    config = run_config(model_folder, tmp_path / "prepared", tmp_path / "run", data={"cache_text": True})
+    comm = Comm(rank=0, world=1, local_rank=0, device=torch.device("cuda:0"))
+    parts = build_parts(config, model_of(config), comm, DATA, MemoryChoice("single"))
+    batch = synthetic_batch(DATA, 4, 4, seed=0, pin_memory=True)
+    parts.clock.start()
+    taken: list[dict[str, float]] = []
+
+    def step() -> None:
+        train_step(parts, [batch] * 2, 2, 8.0, 1.0, False, tell=lambda: taken.append(parts.clock.take()) or ())
+
+    for _ in range(3):
+        step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    told = [str(each.message) for each in waits if "synchroniz" in str(each.message)]
+    assert len(told) == 3, told
+    for phases in taken[1:]:
+        assert min(phases["forward"], phases["backward"], phases["optimizer"]) > 0 and phases["data"] == 0
+
+
+def test_the_clock_tells_what_the_card_has_spent() -> None:
+    """Kernels where they run, not where they are launched; what the card idles for, where the host makes it wait."""
+    clock, one = StepClock(torch.device("cuda:0")), torch.randn(4096, 4096, device="cuda")
+
+    def products(count: int) -> None:
+        for _ in range(count):
+            one @ one
+
+    products(3)
+    torch.cuda.synchronize()
+    clock.start()
+    clock.mark("forward")
+    products(20)
+    clock.mark("backward")
+    products(60)
+    clock.mark("data")
+    torch.cuda.synchronize()
+    time.sleep(0.2)
+    clock.mark("other")
+    torch.cuda.synchronize()
+    taken = clock.take()
+    assert taken["backward"] == pytest.approx(3 * taken["forward"], rel=0.5) and taken["data"] > 0.19
+    assert taken["other"] == 0.0

@@ -18,6 +18,8 @@ from trainer.host.card_readings import Card
 from trainer.host.cards import CardReader, read_cards
 from trainer.host.memory_growth import RecycleRule
 from trainer.host.watch import RECORD, HostWatch, HostWish, WatchSettings
+from trainer.report.run_facts import run_facts
+from trainer.report.run_series import METRICS
 
 UUIDS = ("GPU-a", "GPU-b")
 LONG_S = 60.0
@@ -81,6 +83,31 @@ def test_a_lost_card_is_noticed_while_workers_run(tmp_path: Path, cards_file: Pa
     record = json.loads((tmp_path / RECORD).read_text().splitlines()[0])
     assert record["memory_available_mib"] > 0 and record["cards"][0]["uuid"] == "GPU-a"
     assert not told
+
+
+def test_power_clock_temperature_and_link_of_each_card_are_recorded(tmp_path: Path, cards_file: Path) -> None:
+    """And reach the page of the run, by card."""
+    each = [
+        {
+            "power_w": 341.5 + n,
+            "clock_mhz": 1695 - n,
+            "temperature_c": 71 + n,
+            "pcie_generation": 4 - n,
+            "pcie_width": 16,
+        }
+        for n in range(2)
+    ]
+    write_cards(cards_file, *({"uuid": uuid, **numbers} for uuid, numbers in zip(UUIDS, each, strict=True)))
+    with watching(tmp_path, RecycleRule(0, 0), []) as watch:
+        while not (watch._reader and watch._reader.latest().cards):
+            time.sleep(0.01)
+        assert watch.look([os.getpid()], 0) is None
+        while not (tmp_path / RECORD).exists():
+            time.sleep(0.01)
+    (tmp_path / METRICS).write_text("")
+    (shown,) = run_facts(tmp_path)["host"]
+    for n, numbers in enumerate(each):
+        assert {key: shown[f"cards.{n}.{key}"] for key in numbers} == numbers
 
 
 def test_an_xid_is_told_and_kept_for_the_choice_of_cards(tmp_path: Path, cards_file: Path) -> None:

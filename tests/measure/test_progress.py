@@ -67,6 +67,17 @@ def test_bad_rows_are_shown_and_a_step_of_nothing_else_has_no_loss(tmp_path: Pat
     assert last == "step 3/3  loss 0.800  lr 1.0e-04  2.7 img/s  data wait 1 %  bad 1,016"
 
 
+def test_what_is_waited_for_takes_the_place_of_the_data(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with open_log(tmp_path, 0, stream), ProgressLine(3, 0, stream, Clock()) as progress:
+        progress.update(STEP)
+        progress.waiting = "61 % all-reduce, rank 2 slowest (data)"
+        progress.update(replace(STEP, step=3))
+    first, last = stream.getvalue().splitlines()
+    assert "  data wait 1 %" in first and "waiting" not in first
+    assert last == "step 3/3  loss 0.800  lr 1.0e-04  5.3 img/s  waiting: 61 % all-reduce, rank 2 slowest (data)"
+
+
 def test_lines_become_rarer_in_a_long_run(tmp_path: Path) -> None:
     clock, stream = Clock(), io.StringIO()
     with open_log(tmp_path, 0, stream), ProgressLine(10_000, 0, stream, clock) as progress:

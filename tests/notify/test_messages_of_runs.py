@@ -71,4 +71,4 @@ def test_a_wrong_address_and_a_wrong_command_change_nothing(tmp_path: Path, conf
     assert "notify.webhook: a message was not sent (the variable NO_SUCH_VARIABLE is not set), 2 by now" in done.stderr
     assert "notify.command: a message was not sent (/no/such: No such file or directory), 2 by now" in done.stderr
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [1, 2]
+    assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2]

@@ -33,6 +33,9 @@ class ProgressLine:
     Plain lines come every 10 s in the first 10 minutes, then every minute. They go through `logging`, so
     that `log.txt` has them beside a bar too. For rank 0 only.
 
+    Attributes:
+        waiting: what steps wait for, in words, shown in place of the wait for data; empty: nothing worth saying.
+
     Args:
         total_steps: steps of the whole run.
         start_step: step that the run goes on from.
@@ -51,6 +54,7 @@ class ProgressLine:
         self._total_steps = total_steps
         self._clock = clock
         self._latest: deque[StepMetrics] = deque(maxlen=_LATEST_STEPS)
+        self.waiting = ""
         self._num_updates = 0
         self._busy_s = 0.0  # in steps, since the first one was done
         self._first_done_s = self._last_line_s = clock()
@@ -140,6 +144,8 @@ class ProgressLine:
         return f"{self.images_per_s:.{1 if self.images_per_s >= 1 else 2}f} img/s"
 
     def _data_wait(self) -> str:
+        if self.waiting:
+            return f"waiting: {self.waiting}"
         return f"data wait {100 * self._sum('data_wait_s') / max(self._sum('step_s'), 1e-9):.0f} %"
 
     def _bad(self) -> list[str]:

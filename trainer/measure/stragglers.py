@@ -39,6 +39,14 @@ class Stragglers:
                 lines.append(f"worker {rank} computes as fast as the others again (score {score:.2f})")
         return lines
 
+    def slowest(self) -> tuple[int, float] | None:
+        """The worker that is slowest, and its score; None while too few steps are known."""
+        if len(self._times[0]) < LATEST:
+            return None
+        medians = [median(times) for times in self._times]
+        most = max(medians)
+        return medians.index(most), min(medians) / most if most else 1.0
+
     def told(self) -> str:
         """Median and 99th percentile of each worker, in words; empty while too few steps are known."""
         if len(self._times[0]) < LATEST:

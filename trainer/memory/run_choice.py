@@ -46,6 +46,8 @@ class MemoryChoice:
         limit: what PyTorch's allocator may take, by the budget; None: no limit.
         fullest: height and width in px and number of the images of the pass that takes most, by the plan.
         passes: of a step.
+        flops_per_px: operations of an image's forward and backward pass by its pixels, recomputed ones not counted;
+            None where nothing was planned.
     """
 
     kind: StrategyKind
@@ -58,6 +60,7 @@ class MemoryChoice:
     fullest: tuple[int, int, int] = (0, 0, 0)
     passes: int = 1
     hosts_state: bool = False
+    flops_per_px: float | None = None
 
     def sharing(self, precision_name: str) -> Sharing:
         """With the dtypes that follow from `train.precision`."""
@@ -134,6 +137,7 @@ def _planned(run: PlannedRun, setting: Setting, attempt: int) -> MemoryChoice:
         fullest=plan.image,
         passes=plan.accumulation,
         hosts_state=rung.hosts_state,
+        flops_per_px=sum(plan.flops_per_image[:2]) / (plan.image[0] * plan.image[1]),
     )
 
 

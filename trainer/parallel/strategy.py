@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any, Literal, Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.parallel.comm import Comm
+from trainer.parallel.exchange_times import Timeline, mark_when_computed, time_waits
 from trainer.parallel.sharding import (
     gathered,
     local_tensor,
@@ -94,6 +95,7 @@ class Strategy:
         embeddings: of a spread model, what is not gathered for the backward pass.
         resting: what trains at another time of the run and not now, by name.
         exchange: of DDP's gradients; None: its own.
+        timeline: where the end of a backward pass marks how long it waits for the others; None: nowhere.
     """
 
     model: nn.Module
@@ -103,6 +105,7 @@ class Strategy:
     embeddings: tuple[nn.Module, ...] = field(default=(), repr=False)
     resting: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
     exchange: Exchange | None = field(default=None, repr=False)
+    timeline: Timeline | None = field(default=None, repr=False)
 
     @property
     def ever_trained(self) -> dict[str, nn.Parameter]:
@@ -131,7 +134,14 @@ class Strategy:
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass of this worker's part of the step's loss."""
-        (loss * self.world).backward()
+        scaled = loss * self.world
+        if self.timeline is None or self.world == 1:
+            scaled.backward()
+            return
+        mark_when_computed(scaled, self.timeline)
+        scaled.backward()
+        if self.timeline.current is not None:
+            self.timeline.mark("backward")
 
     def begin_exchange(self, step: int, loss_scale: float) -> None:
         """Before the passes of a step, after so many of the run; until then, nothing that is kept changes."""
@@ -234,6 +244,19 @@ def make_strategy(
         )
     at_rest = {name: parameter for name, parameter in named.items() if name in resting}
     return Strategy(wrapped, parameters, comm.world, sharing, embeddings, at_rest)
+
+
+def timed(strategy: Strategy, timeline: Timeline, device: torch.device) -> tuple[Strategy, bool]:
+    """The strategy with marks on a timeline of what it waits for other workers, and whether these are all waits.
+
+    They are not where a spread model's waits have other names in this PyTorch, and where the exchange of DDP's
+    gradients blocks within the backward pass, as `trainer.wire` does on the CPU.
+    """
+    if strategy.sharing.is_sharded:
+        is_known = time_waits(strategy.model, timeline, device)
+    else:
+        is_known = strategy.exchange is None or device.type == "cuda"
+    return replace(strategy, timeline=timeline), is_known
 
 
 def copies_gradients_in_batches() -> bool:

@@ -175,6 +175,7 @@ function charts() {
     chart("Gradient norm", lines(/^train\/(grad_norm)$/), { smooth: true, log: true }),
     chart("Images per second", lines(/^train\/(images_per_s)$/), { smooth: true, zero: true }),
     chart("Seconds of a step", lines(/^train\/(step_s|data_wait_s)$/), { smooth: true, zero: true }),
+    chart("Where the time goes, shares of a step", lines(/^phases\/(data|forward|backward|exchange|optimizer)$/), { zero: true }),
     chart("Workers' memory, GiB, by hours", hostLines(/^workers_mib\.(\d+)$/, "worker", 1 / 1024), { zero: true }),
     chart("Free memory of the host, GiB, by hours", hostLines(/^memory_available_mib$/, "free", 1 / 1024), { zero: true }),
     chart("Cards, degrees Celsius, by hours", hostLines(/^cards\.(\d+)\.temperature_c$/, "card", 1)),

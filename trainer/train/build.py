@@ -28,6 +28,7 @@ from trainer.diffusion.objective import Objective
 from trainer.errors import UserError
 from trainer.evaluate.drawing.places import SAMPLES
 from trainer.evaluate.scoring import Scorer
+from trainer.measure.step_clock import StepClock
 from trainer.memory.run_choice import MemoryChoice, choose_memory, smallest_card
 from trainer.memory.run_plan import Setting
 from trainer.model.adapted import lay_out_run
@@ -49,7 +50,7 @@ from trainer.optim.optimizers import is_compiled, load_optimizer_tensors, make_o
 from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, gather_objects
 from trainer.parallel.sharding import materialize
-from trainer.parallel.strategy import Sharing, Strategy, make_strategy, warm_up
+from trainer.parallel.strategy import Sharing, Strategy, make_strategy, timed, warm_up
 from trainer.train.arithmetic import arithmetic_of
 from trainer.train.caption_rules import caption_rules, caption_tokenizer
 from trainer.train.dry_run import dry_run
@@ -90,6 +91,7 @@ class Run:
         left_out: data that the run goes past.
         times: when parts of the model train; empty where all do throughout.
         resting: parts that do not train in this stretch of the run.
+        flops_per_px: see `MemoryChoice`.
     """
 
     parts: StepParts
@@ -100,6 +102,7 @@ class Run:
     left_out: tuple[Stretch, ...] = ()
     times: Mapping[str, PartTimes] = field(default_factory=dict)
     resting: frozenset[str] = frozenset()
+    flops_per_px: float | None = None
 
 
 class BucketedData(Protocol):
@@ -160,7 +163,7 @@ def build_run(config: Config, model: RunModel, comm: Comm, checkpoint: Path | No
     times = _part_times(config, FoundData(state, prepared, mixture, left_out), comm, checkpoint)
     resting = resting_parts(times, state.step if state else 0)
     parts = build_parts(config, model, comm, prepared, choice, checkpoint, resting)
-    return Run(parts, state, prepared, mixture, frozen, left_out, times, resting)
+    return Run(parts, state, prepared, mixture, frozen, left_out, times, resting, choice.flops_per_px)
 
 
 def _part_times(config: Config, data: FoundData, comm: Comm, checkpoint: Path | None) -> dict[str, PartTimes]:
@@ -197,12 +200,14 @@ def build_parts(
     strategy = make_strategy(
         model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill, model.resting
     )
-    strategy = with_exchange(config.exchange, strategy, comm, config.run.seed)
+    clock = StepClock(comm.device)
+    strategy, is_timed = timed(with_exchange(config.exchange, strategy, comm, config.run.seed), clock, comm.device)
     denoiser = make_denoiser(config, model_files, model.train(), data, comm.device, sharing)
     optimizer = optimizer_for(config, strategy, comm, model.rates)
     clip, around, averages = config.train.max_grad_norm, choice.around_forward(model), averages_of(config.ema, strategy)
     meet = meeting_of(denoiser.objective, comm)
     parts = StepParts(comm, strategy, optimizer, denoiser, clip, around, meet=meet, averages=averages)
+    parts = replace(parts, clock=clock, exchange_is_timed=is_timed)
     if config.train.adaptive_clip:
         clips = partial(clip_units, strategy.parameters.values(), config.train.adaptive_clip)
         parts = replace(parts, before_norm=clips)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,13 +25,13 @@ from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.image_weights import weighs_images
 from trainer.evaluate.pictures import loss_curve_png
 from trainer.evaluate.scoring import Scorer
-from trainer.measure.progress import ProgressLine
 from trainer.measure.run_arithmetic import RunArithmetic
-from trainer.measure.telemetry import MetricsWriter, StepMetrics, read_metrics
+from trainer.measure.step_clock import arriving
+from trainer.measure.telemetry import read_metrics
 from trainer.model.latents import encoded_batches
 from trainer.model_files.run_model import RunModel
 from trainer.optim.lr_schedule import lr_at
-from trainer.optim.optimizers import Rates, rates_of
+from trainer.optim.optimizers import rates_of
 from trainer.parallel.comm import Comm, barrier, broadcast_object, done_by_first
 from trainer.parallel.heartbeat import LOADING, Heartbeat, heartbeat_of_worker
 from trainer.parallel.planned_faults import act_out
@@ -57,8 +57,7 @@ from trainer.train.saved.room import require_checkpoint_room
 from trainer.train.saved.saving import TOLD, Saving
 from trainer.train.saved.state import TrainState
 from trainer.train.step import StepResult, train_step
-from trainer.train.told.run_records import open_records
-from trainer.train.told.step_messages import StepMessages
+from trainer.train.told.run_outputs import RunOutputs
 from trainer.wire.gradient_exchange import gradients_told
 
 _log = logging.getLogger(__name__)
@@ -105,7 +104,7 @@ def _train_stretch(
         outputs = None
         if comm.rank == 0:
             bad = _forget_what_came_after(config, run, state, arithmetic.total_steps, is_first=checkpoint is None)
-            outputs = _Outputs.open(stack, config, state, arithmetic.total_steps, fresh=run.state is None)
+            outputs = RunOutputs.open(stack, config, run, pace.stragglers, state.step, arithmetic.total_steps)
         exports = stack.enter_context(Exports(config)) if comm.rank == 0 else None
         saving = Saving(config, run, heartbeat, lambda: exports and exports.checkpoint, replicas.compare)
         beside = _Beside(config, heartbeat, watch, pace, saving)
@@ -122,8 +121,7 @@ def _train_stretch(
             batches = next(loader)
             result = _take_step(beside, run, state, arithmetic, batches, stop_requested())
             state = state_after(state, result, batches.position_after, watch.rules)
-            flip_bit_if_planned(run.parts, state.step)
-            follow(run.parts, state.step, result)
+            _after_update(run, state, result)
             record_bad_rows(config.run.dir, state.step, comm.rank, result.problems)
             bad = bad.after(round(result.num_images) + result.bad_rows, result.bad_rows)
             done = state.step >= arithmetic.total_steps or result.stop or bad.too_many(limit)
@@ -136,7 +134,7 @@ def _train_stretch(
             if replicas.due(state.step):
                 heartbeat.begin("a comparison of weights", state.step)
                 replicas.compare(state.step, saving.settle)
-            pace.after_step(result.told[TOLD:], state.step)
+            _tell_times(pace, outputs, run, batches, result, state.step, at_end=done or leaves)
             saving.after_step(run, state, result.told[:TOLD], done=done or leaves)
             if bad.too_many(limit):
                 barrier(comm)  # the first worker to fail ends the others, and rank 0 may still be saving
@@ -181,33 +179,58 @@ def _take_step(
 ) -> StepResult:
     """A step of the run, on its batches."""
     lr_factor = lr_at(state.step, arithmetic.total_steps, 1.0, beside.config.lr_schedule)
-    encoded = encoded_batches(run.parts.denoiser.image_encoder, batches.batches)
+    encoded = encoded_batches(run.parts.denoiser.image_encoder, arriving(run.parts.clock, batches.batches))
     scale = state.loss_scale.scale if state.loss_scale else 1.0
     beside.heartbeat.begin("a step", state.step)
     act_out(run.parts.comm.rank, state.step + 1)
     run.parts.strategy.begin_exchange(state.step, scale)
     return train_step(
-        with_faults(beside.pace.clocked(run.parts), state.step + 1),
+        with_faults(run.parts, state.step + 1),
         encoded,
         arithmetic.accumulation,
         batches.weight,
         lr_factor,
         stop_asked,
         scale,
-        tell=[*beside.saving.tell(), *beside.pace.tell()],
+        tell=lambda: [*beside.saving.tell(), *beside.pace.tell()],
         before_update=beside.saving.wait_copied,
         judge=beside.watch.judge(state),
     )
 
 
-def _score(scorer: Scorer, step: int, outputs: "_Outputs | None", beside: _Beside, *, at_end: bool) -> None:
+def _after_update(run: Run, state: TrainState, result: StepResult) -> None:
+    """What follows the weights; the optimizer's part of a step ends with it."""
+    flip_bit_if_planned(run.parts, state.step)
+    follow(run.parts, state.step, result)
+    run.parts.clock.mark("other")
+
+
+def _tell_times(
+    pace: Pace,
+    outputs: RunOutputs | None,
+    run: Run,
+    batches: StepBatches,
+    result: StepResult,
+    step: int,
+    *,
+    at_end: bool,
+) -> None:
+    """Where the time of the step went, as all workers have told."""
+    rows = pace.after_step(result.told[TOLD:], step)
+    if outputs:
+        outputs.record_times(rows, run, batches, result, step, done=at_end)
+
+
+def _score(scorer: Scorer, step: int, outputs: RunOutputs | None, beside: _Beside, *, at_end: bool) -> None:
     """Validate and draw, if it is time to."""
+    beside.pace.clock.mark(None)
     if due := scorer.due(step, at_end=at_end):
         beside.heartbeat.begin(due[-1], step)
         beside.saving.wait_copied()  # an average may take the place of the weights
     scorer.score_when_due(step, outputs and outputs.metrics, at_end=at_end)
     if outputs and "samples" in due:
         outputs.messages.drawn(step, scorer.folder.glob(f"step-{step:08d}*.png"))
+    beside.pace.clock.mark("other")
 
 
 def _forget_what_came_after(
@@ -348,52 +371,3 @@ def _announce_end(config: Config, state: TrainState, total_steps: int) -> None:
         return
     _log.info("done: step %d, %s images seen", state.step, f"{state.images_seen:,}")
     _log.info("weights: %s", newest)
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    """What rank 0 writes while the run goes on."""
-
-    metrics: MetricsWriter
-    progress: ProgressLine
-    messages: StepMessages
-    log_every: int
-
-    @staticmethod
-    def open(stack: ExitStack, config: Config, state: TrainState, total_steps: int, *, fresh: bool) -> "_Outputs":
-        metrics = stack.enter_context(open_records(config, None if fresh else state.step))
-        progress = stack.enter_context(ProgressLine(total_steps, state.step))
-        messages = StepMessages(config)
-        stack.callback(messages.close)
-        return _Outputs(metrics, progress, messages, config.log.every_steps)
-
-    def record(
-        self,
-        state: TrainState,
-        result: StepResult,
-        rates: Rates,
-        seconds: float,
-        waited: float,
-        epoch: float,
-        bad_rows: int,
-    ) -> None:
-        """Show a step, and write it down if it is time to."""
-        metrics = StepMetrics(
-            step=state.step,
-            epoch=epoch,
-            loss=result.loss,
-            lr=rates.first,
-            grad_norm=result.grad_norm,
-            images=round(result.num_images),
-            images_seen=state.images_seen,
-            data_wait_s=waited,
-            step_s=seconds,
-            bad_rows=bad_rows,
-            block_norms=result.block_norms,
-            part_lrs=rates.by_part,
-            found_lr=rates.found,
-        )
-        self.progress.update(metrics)
-        self.messages.after_step(state.step, result, bad_rows)
-        if state.step % self.log_every == 0:
-            self.metrics.step(metrics)

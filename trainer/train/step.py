@@ -20,6 +20,7 @@ from trainer.data.store.rows import RowProblem
 from trainer.diffusion.learner import Learner, seen_by
 from trainer.diffusion.noise import draw
 from trainer.diffusion.prediction import Mixture
+from trainer.measure.step_clock import STOPPED, StepClock
 from trainer.model.denoiser import Denoiser, Others, image_losses, text_arguments
 from trainer.optim.ema import Averages
 from trainer.optim.optimizers import scale_lr, take_optimizer_step
@@ -56,6 +57,8 @@ class StepParts:
         averages: of the weights, which follow the steps by `trainer.train.saved.averages.follow`; None: there are none.
         release: makes the updates within the backward pass, so that a step is judged before it by its loss alone; None:
             they are made after it.
+        clock: marks the phases of a step, if it was started.
+        exchange_is_timed: and, of a model that is spread over the workers, its waits within the passes.
     """
 
     comm: Comm
@@ -70,6 +73,8 @@ class StepParts:
     meet: Callable[[Iterable[Batch]], Iterable[tuple[Batch, Companions]]] = each_alone
     averages: Averages | None = None
     release: GradientRelease | None = None
+    clock: StepClock = STOPPED
+    exchange_is_timed: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,10 @@ def batch_losses(
         planned_images: of the whole step.
         companions: of the batch's images.
     """
-    device, denoiser = parts.comm.device, parts.denoiser
+    device, denoiser, clock = parts.comm.device, parts.denoiser, parts.clock
+    clock.mark("encode" if denoiser.frozen_text_encoders else "copy")
     text = text_arguments(denoiser, device, batch.input_ids, batch.text_hidden, batch.pooled)
+    clock.mark("copy")
     assert batch.latents is not None, "images are encoded before they come here"
     latents = batch.latents.to(device, non_blocking=True)
     shape, recipe = latents.shape[1:], denoiser.objective.noise
@@ -137,6 +144,7 @@ def batch_losses(
     places = parts.comm.rank + parts.comm.world * torch.arange(len(uniforms) * index, len(uniforms) * (index + 1))
     mixture = denoiser.objective.mixture(uniforms, places, round(planned_images)).to(device)
     time_ids = batch.time_ids.to(device, non_blocking=True)
+    clock.mark("forward")
     with parts.around_forward():
         model = parts.strategy.model
         losses = image_losses(
@@ -153,7 +161,7 @@ def train_step(
     lr_factor: float,
     stop_asked: bool,
     loss_scale: float = 1.0,
-    tell: Sequence[float] = (),
+    tell: Callable[[], Sequence[float]] = tuple,
     before_update: Callable[[], None] = lambda: None,
     judge: Judge = skip_what_is_not_finite,
 ) -> StepResult:
@@ -166,14 +174,13 @@ def train_step(
         lr_factor: learning rates of this step as a share of each part's peak.
         loss_scale: what the loss is multiplied by before the backward pass, in fp16.
         stop_asked: this worker received a signal; all workers learn of it in `StepResult.stop`.
-        tell: what else the workers add up, as many numbers on each; the sums are `StepResult.told`.
+        tell: what else the workers add up, as many numbers on each; the sums are `StepResult.told`. Called when the
+            device has done the step's passes.
         before_update: called before weights and optimizer change, or anything else that a checkpoint holds.
         judge: whether the step is skipped, of its loss, gradient norm and images, which are the same on all workers.
     """
-    comm, strategy, seen = parts.comm, parts.strategy, _SeenLosses(parts.denoiser.objective.learner)
-    weight_sum, early = 0.0, TAKEN
-    problems: list[RowProblem] = []
-    keys: list[str] = []
+    comm, strategy, clock = parts.comm, parts.strategy, parts.clock
+    seen, early = _Seen(parts.denoiser.objective.learner), TAKEN
     loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device)
     for index, (batch, companions) in enumerate(parts.meet(batches)):
         weights = parts.weigh(batch)
@@ -184,23 +191,23 @@ def train_step(
             weighted = (counts * losses).sum()
             scaled = weighted * (loss_scale / planned_images)
             if parts.release or (last and strategy.keeps_errors):
-                before_update()
+                _settle_saves(clock, before_update)
+            clock.mark("backward")
             early = _backward(parts, batch, weighted, scaled, planned_images, lr_factor, judge)
         loss_sum += weighted.detach()
-        weight_sum += float(batch.weights.sum())
-        problems += batch.problems
-        keys += [key for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True) if weight]
-        seen.note(losses, mixture, weights)
+        seen.note(batch, losses, mixture, weights)
+    clock.mark("optimizer")
     # All of this is given to the device before the step's only wait for it, or it would stand idle in between.
     names, (norm, of_blocks) = parts.blocks.names if parts.blocks else (), _norms(parts, loss_scale)
+    clock.mark("exchange" if comm.world > 1 else "other")
     read = torch.cat([torch.stack([loss_sum, norm.double()]), of_blocks, *seen.losses]).tolist()
     (own_loss, scaled_norm), block_norms, factored = read[:2], read[2 : 2 + len(names)], read[2 + len(names) :]
     own_loss, lessons = seen.lessons(own_loss, factored)
-    total_loss, num_images, total_bad, stop, norms, *sums = sum_floats(
-        comm, [own_loss, weight_sum, float(len(problems)), float(stop_asked), scaled_norm, *tell, *lessons]
-    )
-    told, lessons = sums[: len(tell)], sums[len(tell) :]
-    before_update()
+    own, tells = [own_loss, seen.images, float(len(seen.problems)), float(stop_asked), scaled_norm], tell()
+    total_loss, num_images, total_bad, stop, norms, *sums = sum_floats(comm, [*own, *tells, *lessons])
+    told, lessons = sums[: len(tells)], sums[len(tells) :]
+    _settle_saves(clock, before_update)
+    clock.mark("optimizer")
     # All workers have the same norm, and this mean of it to the bit; if one of them has not, they still decide alike.
     factor = planned_images / num_images / loss_scale if num_images else 0.0  # not as planned with unreadable rows
     grad_norm = norms / comm.world * factor if num_images else 0.0
@@ -218,13 +225,19 @@ def train_step(
         num_images=num_images,
         grad_norm=grad_norm,
         bad_rows=int(total_bad),
-        problems=tuple(problems),
+        problems=tuple(seen.problems),
         stop=stop > 0,
         told=tuple(told),
         block_norms={name: norm / loss_scale for name, norm in zip(names, block_norms, strict=True)},
         verdict=verdict,
-        keys=tuple(keys),
+        keys=tuple(seen.keys),
     )
+
+
+def _settle_saves(clock: StepClock, before_update: Callable[[], None]) -> None:
+    """Until what a checkpoint copies may change."""
+    clock.mark("save")
+    before_update()
 
 
 def _backward(
@@ -248,18 +261,29 @@ def _backward(
     return verdict
 
 
-class _SeenLosses:
-    """A step's losses, image by image, for the objective's learner; without one, nothing is kept."""
+class _Seen:
+    """What a step has seen; with an objective that learns, also its losses, image by image.
+
+    Attributes:
+        images: sum of their weights: padding and unreadable rows have none.
+        keys: of those with weight.
+    """
 
     def __init__(self, learner: Learner | None) -> None:
         self._learner = learner
+        self.images = 0.0
+        self.problems: list[RowProblem] = []
+        self.keys: list[str] = []
         self.losses: list[Tensor] = []
         """[B] float64 on the device, of each micro-batch."""
         self._mixtures: list[Mixture] = []
         self._weights: list[Tensor] = []
 
-    def note(self, losses: Tensor, mixture: Mixture, weights: Tensor) -> None:
-        """A micro-batch's; weights on the CPU."""
+    def note(self, batch: Batch, losses: Tensor, mixture: Mixture, weights: Tensor) -> None:
+        """A micro-batch; `weights` are those of its losses, on the CPU."""
+        self.images += float(batch.weights.sum())
+        self.problems += batch.problems
+        self.keys += [key for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True) if weight]
         if self._learner:
             self.losses.append(losses.detach().double())
             self._mixtures.append(mixture)

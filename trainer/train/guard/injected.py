@@ -1,11 +1,15 @@
-"""Faults of numbers made on purpose (`trainer.faults`), each in the place where its like would come up.
+"""Faults of numbers made on purpose (`trainer.faults`), and of speed, each in the place where its like would come up.
 
 nan_loss      the worker's losses of that step are NaN, and with them everybody's gradients
 loss_spike    they are multiplied by the argument, 1e3 without one
 nan_gradient  one number of the worker's gradients is NaN, after they have been exchanged
 flip_bit      one bit of the worker's weights is another one after that step
+slow          the worker's forward passes take so many seconds more, each
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -27,11 +31,20 @@ def with_faults(parts: StepParts, step: int) -> StepParts:
         parts = replace(parts, weigh=partial(_weigh, parts, float(argument or 1e3)))
     if planned("nan_gradient", rank, step) is not None:
         parts = replace(parts, before_norm=partial(_poison, parts))
+    if (seconds := planned("slow", rank, step)) is not None:
+        parts = replace(parts, around_forward=partial(_slowly, parts, float(seconds)))
     return parts
 
 
 def _weigh(parts: StepParts, factor: float, batch: Batch) -> Tensor:
     return parts.weigh(batch) * factor
+
+
+@contextmanager
+def _slowly(parts: StepParts, seconds: float) -> Iterator[None]:
+    time.sleep(seconds)
+    with parts.around_forward():
+        yield
 
 
 def _poison(parts: StepParts, loss_scale: float) -> None:

@@ -107,6 +107,11 @@ class Saving:
             UserError: it could not be written at the run's end.
         """
         self._run = run
+        run.parts.clock.mark("save")
+        self._go_on(state, told, done=done)
+        run.parts.clock.mark("other")
+
+    def _go_on(self, state: TrainState, told: Sequence[float], *, done: bool) -> None:
         *flags, due_by_clock = told
         self._ended(self._saver.after_exchange(*flags))
         wish, step = self._config.checkpoint, state.step
