@@ -61,10 +61,6 @@ def test_averages_of_weights(load: Callable[..., Config]) -> None:
         ("exchange: {average_every: 2, fragments: 3}", "must not be more; each has its own step among them"),
         ("exchange: {average_every: 2, overlap_steps: 2}", "must be less; the next average begins then"),
         (
-            "exchange: {average_every: 8, overlap_steps: 2, method: int8}",
-            "must be `plain`; others round while all wait",
-        ),
-        (
             "exchange: {average_every: 8}\nema: {averages: [{kind: plain}], update_every: 4}",
             "ema.update_every = 4 with exchange.average_every = 8: must be 1 or a multiple",
         ),

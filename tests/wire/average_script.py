@@ -35,6 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "fragments": {"average_every": 4, "fragments": 2},
     "late": {"average_every": 4, "overlap_steps": 3},
     "streamed": {"average_every": 4, "fragments": 2, "overlap_steps": 2},
+    "streamed int8": {"average_every": 4, "fragments": 2, "overlap_steps": 2, "method": "int8"},
     "mixed": {"average_every": 4, "own_share": 0.25},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -33,7 +33,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "streamed": {"exchange": EVERY_4 | {"fragments": 2, "overlap_steps": 2}, "ema": {"averages": [{"kind": "plain"}]}},
     "streamed_narrow": {
-        "exchange": EVERY_4 | {"fragments": 4, "overlap_steps": 1},
+        "exchange": EVERY_4 | {"fragments": 4, "overlap_steps": 1, "method": "int8"},
         "train": {"precision": "bf16_stochastic"},
         "optimizer": {"kind": "lion"},
     },

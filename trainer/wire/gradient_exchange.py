@@ -6,7 +6,7 @@ a rehearsal (`warm_up`, the dry run): everything is computed and sent, and nothi
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 
@@ -86,7 +86,7 @@ class GradientExchange:
         """DDP's bucket averaged, in its own memory; on a card while the backward pass goes on."""
         buffer = bucket.buffer()
         on_card = buffer.device.type == "cuda"
-        with self._beside(buffer.device) if on_card else nullcontext():
+        with self.beside():
             gradients = {
                 self._names[parameter]: gradient
                 for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True)
@@ -110,9 +110,12 @@ class GradientExchange:
         return torch.cuda.Stream(self._comm.device)
 
     @contextmanager
-    def _beside(self, device: torch.device) -> Iterator[None]:
-        """On a stream of its own, which begins when the bucket is full; DDP waits for it by the future."""
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+    def beside(self) -> Iterator[None]:
+        """On a card, on a stream of its own, which begins with what is there now; DDP waits for it by the future."""
+        if self._comm.device.type != "cuda":
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._comm.device))
         with torch.cuda.stream(self._stream):
             yield
 

@@ -37,7 +37,7 @@ class _Travelling:
 
     differences: Mapping[str, Tensor]
     buffer: Tensor
-    work: Work | None = None
+    work: "Work | torch.cuda.Event | None" = None
 
 
 class OuterAverage:
@@ -136,8 +136,10 @@ class OuterAverage:
                 difference.copy_(difference.to(parameters[name].dtype))
             difference -= parameters[name]
         if self._exchange and not exactly:
-            self._exchange.average_together(buffer, differences)
-            return _Travelling(differences, buffer)
+            with self._exchange.beside():
+                self._exchange.average_together(buffer, differences)
+                arrival = torch.cuda.current_stream().record_event() if buffer.is_cuda else None
+            return _Travelling(differences, buffer, arrival)
         buffer /= self._comm.world
         return _Travelling(differences, buffer, dist.all_reduce(buffer, async_op=True))
 
@@ -185,6 +187,8 @@ class OuterAverage:
             if each.work is not None:
                 each.work.wait()
                 each.work = None
+        if self._travelling and self._comm.device.type == "cuda":
+            torch.cuda.synchronize(self._comm.device)  # errors of rounding, which are saved too, are made beside
         return {name: mean for each in self._travelling for name, mean in each.differences.items()}
 
     def take_up(self, pending: Mapping[str, Tensor], *, is_common: bool) -> None:

@@ -51,8 +51,6 @@ def _average_rules(config: Config) -> Iterator[Problem]:
         yield clash(config, ("exchange.fragments", _EVERY), "must not be more; each has its own step among them")
     if exchange.overlap_steps >= exchange.average_every:
         yield clash(config, ("exchange.overlap_steps", _EVERY), "must be less; the next average begins then")
-    if exchange.overlap_steps and exchange.method != "plain":
-        yield clash(config, ("exchange.overlap_steps", _METHOD), "must be `plain`; others round while all wait")
     if config.optimizer.kind == "schedule_free_adamw":
         yield clash(config, (_EVERY, "optimizer.kind"), "must be another; that averages weights in a way of its own")
     if config.train.precision == "bf16_kahan":

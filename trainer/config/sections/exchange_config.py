@@ -43,7 +43,7 @@ class ExchangeConfig(Section):
     that a step sends no more than one of them (streaming DiLoCo, arXiv 2501.18512). At most H."""
     overlap_steps: Count = 0
     """`average_every`: an average that begins after a step takes effect so many steps later, and travels while these
-    are computed. Less than H; with `method: plain`."""
+    are computed. Less than H."""
     own_share: Annotated[float, Field(ge=0, lt=1)] | None = None
     """`average_every`: how much of its own weights a worker keeps when it takes the common ones; the streaming paper's
     alpha. By default 0, and 0.5 with `overlap_steps`, whose steps would be lost otherwise."""
