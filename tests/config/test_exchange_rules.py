@@ -51,7 +51,7 @@ def test_averages_of_weights(load: Callable[..., Config]) -> None:
             "exchange.outer_lr = 0.5 with exchange.average_every = 1 (the default): has no effect; it belongs to",
         ),
         ("exchange: {average_every: 0}", "exchange.average_every = 0: must be at least 1"),
-        ("exchange: {average_every: 8, outer_momentum: 1.0}", "exchange.outer_momentum = 1.0: must be below 1"),
+        ("exchange: {average_every: 8, outer_momentum: 1.0}", "exchange.outer_momentum = 1.0: must be less than 1"),
         (
             "exchange: {average_every: 8}\nmemory: {strategy: zero2}",
             "exchange.average_every = 8 with memory.strategy = zero2: must be `ddp` or `auto`; spread weights are",

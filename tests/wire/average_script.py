@@ -22,7 +22,7 @@ from trainer.parallel.worker import end_process
 from trainer.wire.outer_average import with_average
 from trainer.wire.wire_cost import sent_bytes
 
-SHAPES = {"one": (40, 48), "two": (48, 40), "three": (16, 12, 3, 3), "four": (192,)}
+SHAPES = {"one": (40, 48), "two": (48, 40), "three": (16, 16, 3, 3), "four": (192,)}
 STEPS = 10
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"average_every": 4},

@@ -136,9 +136,11 @@ class OuterAverage:
                 difference.copy_(difference.to(parameters[name].dtype))
             difference -= parameters[name]
         if self._exchange and not exactly:
+            arrival = torch.cuda.Event() if buffer.is_cuda else None
             with self._exchange.beside():
                 self._exchange.average_together(buffer, differences)
-                arrival = torch.cuda.current_stream().record_event() if buffer.is_cuda else None
+                if arrival:
+                    arrival.record()
             return _Travelling(differences, buffer, arrival)
         buffer /= self._comm.world
         return _Travelling(differences, buffer, dist.all_reduce(buffer, async_op=True))
