@@ -1,7 +1,7 @@
 """What each exchange of gradients or weights sends, and what becomes of the loss: real workers, as a Markdown table.
 
     sdxl-train make-tiny --out data/tiny
-    python benchmarks/wire_bytes.py [--workers 3] [--steps 320] [--ways plain,int8] [--seeds 7,8] [--whole] [--out DIR]
+    python benchmarks/wire_bytes.py [--workers 3] [--steps 128] [--ways plain,int8] [--seeds 7,8] [--whole] [--out DIR]
 
 Each way trains a fresh UNet at 64 px, with the same images, noise and timesteps, on `--workers` processes with one CPU
 thread each. It is the tiny SDXL's with a layer and a transformer block in the place of several, which takes a fraction
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiny", type=Path, default=Path("data/tiny"), help="folder of make-tiny (data/tiny)")
     parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--batch", type=int, default=2, help="images of a worker in a step")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--seeds", default="7", help="of images, noise and timesteps, with commas")
@@ -159,7 +159,7 @@ def fields(way: str, arguments: argparse.Namespace, run_dir: Path, model: Path, 
     tiny, workers = arguments.tiny.resolve(), arguments.workers
     return {
         "run": {"dir": str(run_dir), "seed": seed},
-        "launch": {"workers": workers, "threads_per_worker": 1},
+        "launch": {"workers": workers, "threads_per_worker": 1, "hang_after_s": 3600},  # on a busy machine
         "model": {"path": str(model)},
         "data": {
             "sources": [{"path": str(tiny / "photos"), "repeats": 50}],

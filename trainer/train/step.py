@@ -203,8 +203,7 @@ def train_step(
     )
     told, lessons = sums[: len(tell)], sums[len(tell) :]
     before_update()
-    # All workers have the same norm, and this mean of it to the bit; if one of them has not, they still decide alike.
-    # So do those that take steps each by itself; each of them clips by the norm of its own gradients.
+    # Workers have the same norm and this mean of it, or, each by itself, clip by their own; all decide alike by the mean.
     factor = planned_images / num_images / loss_scale if num_images else 0.0  # not as planned with unreadable rows
     grad_norm = norms / comm.world * factor if num_images else 0.0
     loss = total_loss / num_images if num_images else math.nan
