@@ -203,7 +203,7 @@ def train_step(
     )
     told, lessons = sums[: len(tell)], sums[len(tell) :]
     before_update()
-    # Workers have the same norm and this mean of it, or, each by itself, clip by their own; all decide alike by the mean.
+    # Workers have the same norm, and this mean of it; each by itself, they clip by their own. By the mean all decide.
     factor = planned_images / num_images / loss_scale if num_images else 0.0  # not as planned with unreadable rows
     grad_norm = norms / comm.world * factor if num_images else 0.0
     loss = total_loss / num_images if num_images else math.nan
