@@ -41,11 +41,19 @@ from trainer.parallel.strategy import Sharing, StrategyKind, make_strategy, warm
 from trainer.parallel.worker import end_process
 from trainer.train.release import GradientRelease
 from trainer.wire.gradient_exchange import with_exchange
+from trainer.wire.outer_average import with_average
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEXT_POSITIONS, POOLED_WIDTH = 77, 80
 GLOO_RELEASE_S = 0.003
-METHODS = ("bf16", "int8", "int4", "powersgd")  # whose memory does not hang on the group being whole, see `--alone`
+AVERAGED = "averages of weights"
+METHODS = (
+    "bf16",
+    "int8",
+    "int4",
+    "powersgd",
+    AVERAGED,
+)  # whose memory does not hang on the group being whole, see `--alone`
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,9 @@ class Case:
 
     @property
     def gradients(self) -> ExchangeConfig:
-        """How they travel."""
+        """How they travel, or weights in their place."""
+        if self.exchange == AVERAGED:
+            return ExchangeConfig(average_every=2)  # so that there is an average in the second step
         return ExchangeConfig.model_validate({"method": self.exchange})
 
 
@@ -191,10 +201,12 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
     """An optimizer step of a model that is ready to train."""
     dtype = input_dtype(case)
     mixed = dtype if case.weights != case.compute and dtype != DTYPES[case.weights] else None
-    sharing = Sharing(case.kind, mixed, mixed, case.exchange_every_pass, case.accumulation)
+    alone = case.gradients.averages_weights
+    sharing = Sharing(case.kind, mixed, mixed, case.exchange_every_pass, case.accumulation, steps_alone=alone)
     model = make_model(case).to(DTYPES[case.weights])
     strategy = make_strategy(model, sharing, gathered_units(model).values(), (), comm, _fill)
-    strategy = with_exchange(case.gradients, strategy, comm, seed=0)
+    strategy = (with_average if alone else with_exchange)(case.gradients, strategy, comm, seed=0)
+    steps = itertools.count()
     # Workers but the first only keep it company: their optimizer's memory is another's.
     optimizer = torch.optim.AdamW(strategy.parameters.values(), lr=1e-5, fused=True) if comm.rank == 0 else None
     release = None
@@ -206,7 +218,7 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
     autocast = torch.autocast("cpu", DTYPES[case.compute], enabled=dtype != DTYPES[case.compute])
 
     def step() -> None:
-        strategy.begin_exchange(0, 1.0)
+        strategy.begin_exchange(next(steps), 1.0)
         if release:
             release.begin(1.0, 1.0)
         for index in range(case.accumulation):

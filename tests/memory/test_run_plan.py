@@ -137,6 +137,33 @@ def test_averages_are_counted(model_folder: Path, tmp_path: Path) -> None:
         assert holdings(run, trace, 1, 1, "cuda")["one worker"].average_swap_bytes == swap
 
 
+def test_weights_that_are_averaged_are_counted(model_folder: Path, tmp_path: Path) -> None:
+    """No buckets; common weights and momentum on the card or the host; each worker's own in a checkpoint."""
+
+    def plan(**exchange: Any) -> MemoryPlan:
+        config = make_config(model_folder, memory={"strategy": "ddp"}, exchange=exchange)
+        return memory_plan(planned(config), setting(config, 4, Bucket(64, 64)), tmp_path / "plans")
+
+    shared, device, host = plan(), plan(average_every=8), plan(average_every=8, outer_place="host")
+    weights = device.num_trained
+    assert shared.chosen and device.chosen and host.chosen
+    assert device.chosen.split["communication"] - host.chosen.split["communication"] == 8 * weights
+    assert host.host_bytes - device.host_bytes == 4 * 8 * weights
+    assert device.wire_bytes == shared.wire_bytes // 8 == 2 * 4 * weights * 3 // 4 // 8
+    # Momentum, the weights of four, and the moments of three more.
+    assert device.checkpoint_bytes - shared.checkpoint_bytes == pytest.approx((4 + 4 * 4 + 3 * 8) * weights, rel=1e-3)
+    assert any("exchange.outer_place: host" in line for line in advice_of(model_folder, device, tmp_path))
+
+
+def advice_of(model_folder: Path, device: MemoryPlan, tmp_path: Path) -> tuple[str, ...]:
+    """For the same run with a little less memory than its common weights take."""
+    assert device.chosen
+    budget = f"{(device.chosen.needed - 4 * device.num_trained) / 2**20:.3f}MiB"
+    wish = {"strategy": "ddp", "budget": budget, "recompute": "none", "offload_activations": False}
+    config = make_config(model_folder, memory=wish, exchange={"average_every": 8})
+    return memory_plan(planned(config), setting(config, 4, Bucket(64, 64)), tmp_path / "plans").advice
+
+
 @pytest.mark.slow
 def test_all_of_sdxl_on_four_cards_of_24_gb(sdxl: Path, tmp_path: Path) -> None:
     """UNet and both text encoders, 225 tokens, fp32 weights and AdamW, 4 images a card, by arithmetic.

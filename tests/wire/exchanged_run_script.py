@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ RUNS: dict[str, dict[str, Any]] = {
 FAULTS = {"nan": "nan_loss@1:2"}
 
 
-def config_of(folder: Path, model: str, prepared: str, name: str, way: str) -> Config:
+def config_of(
+    folder: Path, model: str, prepared: str, name: str, way: str, runs: Mapping[str, dict[str, Any]] = RUNS
+) -> Config:
     sections: dict[str, Any] = {
         "run": {"dir": str(folder / f"{name}-{way}"), "seed": 5},
         "model": {"path": model},
@@ -43,7 +46,7 @@ def config_of(folder: Path, model: str, prepared: str, name: str, way: str) -> C
         "guard": {"replica_check_every": 2},
         "checkpoint": {"every_steps": STOP, "keep": 5},
     }
-    for section, values in RUNS[name].items():
+    for section, values in runs[name].items():
         sections[section] = sections.get(section, {}) | values
     return Config.model_validate(sections)
 

@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).with_name("exchanged_run_script.py")
 WITH_ERRORS = ("int8", "int4", "powersgd", "powersgd_narrow", "nan")
 
 
-def run(folder: Path, model: Path, prepared: Path, world: int, names: Sequence[str]) -> str:
+def run(folder: Path, model: Path, prepared: Path, world: int, names: Sequence[str], script: Path = SCRIPT) -> str:
     """Train; what the first worker printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -32,7 +32,7 @@ def run(folder: Path, model: Path, prepared: Path, world: int, names: Sequence[s
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu"}
     env |= {"PYTHONPATH": str(Path(__file__).parents[2])}
     environments = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-    command = [sys.executable, str(SCRIPT), str(folder), str(model), str(prepared), *names]
+    command = [sys.executable, str(script), str(folder), str(model), str(prepared), *names]
     run_group([command] * world, environments, folder)
     return (folder / "worker-0.log").read_text()
 

@@ -3,14 +3,24 @@
 import pytest
 
 from trainer.config.sections.exchange_config import ExchangeConfig, ExchangeMethod
-from trainer.wire.wire_cost import kept_bytes, saved_bytes, scratch_bytes, sent_bytes, told
+from trainer.wire.wire_cost import (
+    average_scratch_bytes,
+    kept_bytes,
+    outer_bytes,
+    saved_bytes,
+    saved_of_average,
+    scratch_bytes,
+    sent_bytes,
+    told,
+    travelling_bytes,
+)
 
 SHAPES = [(320, 640), (320,), (64, 32, 3, 3), (4, 4)]
 WEIGHTS = 320 * 640 + 320 + 64 * 32 * 9 + 16
 LARGE = 320 * 640 + 64 * 32 * 9
 
 
-def exchange(method: ExchangeMethod, **more: int | bool) -> ExchangeConfig:
+def exchange(method: ExchangeMethod, **more: float) -> ExchangeConfig:
     return ExchangeConfig.model_validate({"method": method, **more})
 
 
@@ -47,10 +57,31 @@ def test_a_moments_memory_is_less_than_what_a_bucket_holds_in_fp32_twice_over() 
     assert scratch_bytes(exchange("plain"), shapes, 4) == 0
 
 
+def test_averages_every_few_steps() -> None:
+    """By hand: differences are fp32 with `plain`, whatever the weights are."""
+    every = exchange("plain", average_every=8)
+    assert sent_bytes(every, SHAPES, 4, 2) == sent_bytes(every, SHAPES, 4, 4) == 2 * 4 * WEIGHTS * 3 // 4 // 8
+    narrow = exchange("int8", average_every=8)
+    assert sent_bytes(narrow, SHAPES, 4, 2) == sent_bytes(exchange("int8"), SHAPES, 4, 2) // 8
+    assert outer_bytes(SHAPES) == 8 * WEIGHTS
+    # Momentum, common weights where weights are bf16, all workers' weights, and the moments of all but the first.
+    assert saved_of_average(SHAPES, 4, 4, 8.0) == WEIGHTS * (4 + 4 * 4 + 3 * 8)
+    assert saved_of_average(SHAPES, 4, 2, 2.0) == WEIGHTS * (4 + 4 + 4 * 2 + 3 * 2)
+    named = {str(index): (1 << 20,) for index in range(64)}
+    assert travelling_bytes(every, named) == 0
+    late = exchange("plain", average_every=8, fragments=4, overlap_steps=2)
+    assert travelling_bytes(late, named) == 4 * (16 << 20)  # a fragment, which arrives when the next one begins
+    assert travelling_bytes(late.model_copy(update={"overlap_steps": 3}), named) == 2 * 4 * (16 << 20)
+    assert average_scratch_bytes(every, named, 4) == 2 * 4 * (16 << 20)
+
+
 def test_lines() -> None:
     big = [(1280, 5120)] * 400
     assert told(exchange("plain"), big, 4, 2) == "gradients travel in 16 bits: each worker sends 7.86 GB a step"
     line = told(exchange("int8"), big, 4, 2)
     assert line == "gradients travel in 8 bits, with error feedback: each worker sends 3.96 GB a step, 1.98 times less"
+    line = told(exchange("plain", average_every=8), big, 4, 2)
+    said = "weights are averaged every 8 steps; differences travel in 32 bits: each worker sends 1.97 GB a step"
+    assert line == f"{said} in the mean"
     line = told(exchange("powersgd", plain_steps=100), SHAPES, 3, 4)
     assert line.startswith("gradients travel as products of rank 4, after step 100: each worker sends 0.03 MB a step")

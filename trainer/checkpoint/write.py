@@ -8,11 +8,13 @@
       new_tokens/...                                               beside all of these: their vectors, and the words
       training_state/optimizer.safetensors, training_state/state.json
       training_state/exchange.safetensors                          where workers keep what their gradients lacked
+      training_state/workers.safetensors                           where they take steps each by itself: what is not
+                                                                   the same on all, and what averages are made with
       manifest.json                                                size and xxh3-128 of every file above
 
 No pickle anywhere. A reader trusts a checkpoint only after comparing it with its manifest (`run_dir`). Each worker
 writes its own bytes of every file (`pieces`), beside the training (`saver`); the files do not depend on the number of
-workers, but for `exchange.safetensors`, which has each worker's own.
+workers, but for `exchange.safetensors` and `workers.safetensors`, which have each worker's own.
 """
 
 import json
@@ -29,6 +31,7 @@ from trainer.parallel.local_shard import Held
 
 OPTIMIZER = "training_state/optimizer.safetensors"
 EXCHANGE = "training_state/exchange.safetensors"
+WORKERS = "training_state/workers.safetensors"
 WEIGHTS_FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",

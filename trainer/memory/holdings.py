@@ -97,7 +97,12 @@ class Holding:
     @property
     def keeps_views(self) -> bool:
         """Gradients are zeroed in place and stay views of their buckets: see `trainer.parallel.strategy.Sharing`."""
-        return self.strategy == "ddp" and self.bucket_views and self.accumulation > 1
+        return self.is_wrapped and self.bucket_views and self.accumulation > 1
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether gradients lie in DDP's buckets."""
+        return self.strategy == "ddp" and not self.exchange.averages_weights
 
 
 @dataclass(frozen=True)

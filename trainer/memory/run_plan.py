@@ -33,7 +33,7 @@ from trainer.memory.planned_run import PlannedRun
 from trainer.memory.report import MemoryPlan, RungReport
 from trainer.memory.strategy_peak import parameter_sizes, wire_bytes
 from trainer.package_files import is_installed
-from trainer.wire.wire_cost import saved_bytes
+from trainer.wire.wire_cost import outer_bytes, saved_bytes, saved_of_average
 
 if TYPE_CHECKING:
     from trainer.memory.trace import Trace
@@ -286,9 +286,13 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
     if run.exchange.keeps_errors and run.exchange.method != "powersgd" and setting.workers > 1:
         without = run.exchange.model_copy(update={"error_feedback": False})
         yield "exchange.error_feedback: false", replace(run, exchange=without)
+    if run.exchange.averages_weights and run.exchange.outer_place == "device" and setting.workers > 1:
+        in_host = run.exchange.model_copy(update={"outer_place": "host"})
+        yield "exchange.outer_place: host", replace(run, exchange=in_host)
     if run.strategy != "auto" and setting.workers > 1 and not run.only_additions_train:
         plain = replace(run, strategy="auto", exchange=ExchangeConfig())
         also = "" if run.exchange.method == "plain" else "exchange.method: plain and "
+        also += "exchange.average_every: 1 and " if run.exchange.averages_weights else ""
         yield f"{also}memory.strategy: auto", plain
     batch = run.batch_size
     if batch > 1:
@@ -342,7 +346,11 @@ def _checkpoint_bytes(run: PlannedRun, trace: Any) -> int:
 def _exchange_bytes(holding: Holding, trace: "Trace") -> int:
     """What a checkpoint holds of the exchange of gradients."""
     shapes = [p.shape for p in parameter_sizes(trace) if p.trains]
-    return saved_bytes(holding.exchange, shapes, holding.world)
+    saved = saved_bytes(holding.exchange, shapes, holding.world)
+    if holding.strategy == "ddp" and holding.exchange.averages_weights:
+        state = holding.optimizer_bytes
+        saved += saved_of_average(shapes, holding.world, holding.stored_bytes, state)
+    return saved
 
 
 def _stored(run: PlannedRun, trace: "Trace") -> int:
@@ -372,4 +380,6 @@ def _host_bytes(run: PlannedRun, setting: Setting, chosen: Rung, trace: "Trace")
     averages = averages_memory(run, trace, shards, setting.kernels).host
     each = round(_WORKER_RAM[setting.kernels] + run.data_workers * _DATA_WORKER_RAM + pinned) + averages
     each += chosen.holding.hosted_bytes
+    if run.exchange.averages_weights and run.exchange.outer_place == "host" and setting.workers > 1:
+        each += outer_bytes(trace.shapes[name] for name in trace.trains)
     return setting.workers_here * (each + (chosen.peak.total if setting.kernels == "cpu" else 0))

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from trainer.memory.holdings import PARTS, Holding, Ledger, ParameterSize, Peak
 from trainer.memory.sharded_peak import Sharded
-from trainer.wire.wire_cost import kept_bytes, scratch_bytes, sent_bytes
+from trainer.wire.wire_cost import (
+    average_scratch_bytes,
+    kept_bytes,
+    outer_bytes,
+    scratch_bytes,
+    sent_bytes,
+    travelling_bytes,
+)
 
 if TYPE_CHECKING:
     from trainer.memory.trace import Segment, Trace
@@ -113,7 +120,7 @@ class _Replicated:
         base = size if holding.base_bytes is None else holding.base_bytes
         ledger.held["weights"] = sum(p.numel * (size if p.trains else base) for p in parameters)
         ledger.held["optimizer"] = round(holding.optimizer_bytes * total / size) + holding.optimizer_everywhere_bytes
-        self._wrapped = holding.strategy == "ddp"
+        self._wrapped = holding.is_wrapped
         if self._wrapped:
             ledger.held["gradients"] = total  # the buckets
         self._bucket_of = _buckets(order, self._bytes, holding.bucket_bytes)
@@ -127,6 +134,12 @@ class _Replicated:
     def _exchange(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[int, int]:
         """Hold what is kept for the exchange; and how much more each bucket takes for a moment."""
         exchange, members = self._holding.exchange, dict[int, list[str]]()
+        self._average_scratch = 0
+        if self._holding.strategy == "ddp" and exchange.averages_weights:
+            kept = kept_bytes(exchange, shapes.values()) + travelling_bytes(exchange, shapes)
+            kept += outer_bytes(shapes.values()) if exchange.outer_place == "device" else 0
+            self._ledger.held["communication"] = kept
+            self._average_scratch = average_scratch_bytes(exchange, shapes, self._holding.world)
         if not self._wrapped or exchange.method == "plain":
             return dict.fromkeys(self._bucket_of.values(), 0)
         for name, bucket in self._bucket_of.items():
@@ -186,6 +199,9 @@ class _Replicated:
     def end_step(self) -> None:
         for name in tuple(self._loose):
             self._drop(name)
+        if self._average_scratch:
+            self._ledger.phase = "average"
+            self._ledger.note(self._average_scratch)
 
     def between_steps(self, gathers: bool) -> Mapping[str, int]:
         return {}

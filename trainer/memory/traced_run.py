@@ -215,6 +215,9 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
         gathers = strategy in ("zero2", "zero3")
         narrow = precision.compute.itemsize if gathers else precision.weights.itemsize
         average = averages[workers if gathers else 1]
+        in_model = average.swap if run.scores_averages else 0
+        if strategy == "ddp" and run.exchange.averages_weights and narrow < 4:  # own weights wait beside common ones
+            in_model = max(in_model, trained * narrow)
         return Holding(
             strategy=strategy,
             world=workers,
@@ -231,7 +234,7 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
             optimizer_temporary_bytes=optimizer_scratch(run, trace, kernels, workers if gathers else 1),
             average_bytes=average.device,
             average_update_bytes=average.update,
-            average_swap_bytes=(average.swap if run.scores_averages else 0) + swap // (workers if gathers else 1),
+            average_swap_bytes=in_model + swap // (workers if gathers else 1),
             released_with=released_with,
             exchange=run.exchange if strategy == "ddp" else ExchangeConfig(),
         )

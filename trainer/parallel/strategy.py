@@ -1,6 +1,6 @@
 """How the workers share one model: whole on each (DDP), or spread over them (FSDP2)."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -35,6 +35,7 @@ class Sharing:
         exchange_every_pass: `zero2` and `zero3` with accumulation: average gradients in every backward pass, which
             costs time on the wire, and not in the last only, which costs a whole copy of the gradients in memory.
         passes: of a step.
+        steps_alone: `ddp`: workers exchange no gradients, and average their weights now and then (`Outer`).
     """
 
     kind: StrategyKind
@@ -42,6 +43,7 @@ class Sharing:
     reduce_dtype: torch.dtype | None = None
     exchange_every_pass: bool = False
     passes: int = 1
+    steps_alone: bool = False
 
     @property
     def is_sharded(self) -> bool:
@@ -55,7 +57,12 @@ class Sharing:
         With accumulation, freed ones would come back in passes without exchange as tensors of their own: a second
         copy beside the buckets. Without, they arrive one bucket at a time, and are better freed.
         """
-        return self.kind == "ddp" and self.passes > 1
+        return self.is_wrapped and self.passes > 1
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether DDP averages gradients."""
+        return self.kind == "ddp" and not self.steps_alone
 
 
 class Exchange(Protocol):
@@ -83,6 +90,42 @@ class Exchange(Protocol):
         ...
 
 
+class Outer(Protocol):
+    """What workers that take steps each by itself have in common (`trainer.wire.outer_average`).
+
+    Attributes:
+        common: the weights of the latest average by name, fp32, the same on all workers.
+        momentum: of these, likewise.
+        is_common: this worker's own weights are the common ones, and so are all others'.
+        is_renewed: with the step that has just ended, all common weights are others than at the last such step.
+    """
+
+    common: dict[str, Tensor]
+    momentum: dict[str, Tensor]
+    is_common: bool
+    is_renewed: bool
+
+    def begin(self, step: int, *, is_last: bool) -> None:
+        """Before a step, after so many of the run; `is_last`: the run ends with it."""
+        ...
+
+    def end(self) -> None:
+        """After a step."""
+        ...
+
+    def pending(self) -> dict[str, Tensor]:
+        """Mean differences that have been exchanged and have not taken effect, by name; waits for them."""
+        ...
+
+    def take_up(self, pending: Mapping[str, Tensor], *, is_common: bool) -> None:
+        """Go on with such differences, and with own weights that are the common ones or not."""
+        ...
+
+    def in_model(self) -> AbstractContextManager[None]:
+        """Around what is done with the common weights; own ones come back afterwards, to the bit."""
+        ...
+
+
 @dataclass(frozen=True)
 class Strategy:
     """The model as the step sees it.
@@ -94,8 +137,9 @@ class Strategy:
             the step's loss is a sum over workers.
         embeddings: of a spread model, what is not gathered for the backward pass.
         resting: what trains at another time of the run and not now, by name.
-        exchange: of DDP's gradients; None: its own.
+        exchange: of DDP's gradients, or of what `outer` averages; None: its own.
         timeline: where the end of a backward pass marks how long it waits for the others; None: nowhere.
+        outer: the average of workers that take steps each by itself; None: they share each step.
     """
 
     model: nn.Module
@@ -106,6 +150,7 @@ class Strategy:
     resting: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
     exchange: Exchange | None = field(default=None, repr=False)
     timeline: Timeline | None = field(default=None, repr=False)
+    outer: Outer | None = field(default=None, repr=False)
 
     @property
     def ever_trained(self) -> dict[str, nn.Parameter]:
@@ -126,7 +171,7 @@ class Strategy:
                 keeps_gathered=self.sharing.kind == "zero2" and not last,
             )
             yield
-        elif last or self.world == 1:
+        elif last or self.world == 1 or not self.sharing.is_wrapped:
             yield
         else:
             with self.model.no_sync():  # pyright: ignore[reportCallIssue]
@@ -143,21 +188,25 @@ class Strategy:
         if self.timeline.current is not None:
             self.timeline.mark("backward")
 
-    def begin_exchange(self, step: int, loss_scale: float) -> None:
+    def begin_exchange(self, step: int, loss_scale: float, *, is_last: bool = False) -> None:
         """Before the passes of a step, after so many of the run; until then, nothing that is kept changes."""
         if self.exchange:
-            self.exchange.begin(step, loss_scale)
+            self.exchange.begin(step, 1.0 if self.outer else loss_scale)
+        if self.outer:
+            self.outer.begin(step, is_last=is_last)
 
     @property
     def keeps_errors(self) -> bool:
         """Whether what a checkpoint holds changes in the backward pass already, and not in the update alone."""
-        return self.exchange is not None and self.exchange.keeps_errors
+        return self.exchange is not None and self.outer is None and self.exchange.keeps_errors
 
     def end_step(self, *, took_effect: bool) -> None:
         """After a step, which was skipped or not."""
-        if self.exchange:
+        if self.exchange and not self.outer:
             self.exchange.end(took_effect=took_effect)
         self.clear_gradients()
+        if self.outer:  # of workers that skip a step, the steps before are averaged
+            self.outer.end()
 
     def clear_gradients(self) -> None:
         """Before the next step: zero them in place, or give their memory back."""
@@ -234,7 +283,7 @@ def make_strategy(
     named = dict(model.named_parameters())
     parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     wrapped = model
-    if sharing.kind == "ddp":
+    if sharing.is_wrapped:
         wrapped = nn.parallel.DistributedDataParallel(
             model,
             device_ids=[comm.device.index] if comm.device.type == "cuda" else None,

@@ -69,10 +69,12 @@ from trainer.train.saved.model_weights import fill_model
 from trainer.train.saved.objective_state import take_up_objective
 from trainer.train.saved.part_times import PartTimes, has_times, part_times, recorded_times, resting_parts
 from trainer.train.saved.state import TrainState
+from trainer.train.saved.worker_state import own_moments, take_up_workers
 from trainer.train.step import StepParts, by_loss_weight
 from trainer.train.step_companions import meeting_of
 from trainer.train.trained_parts import what_trains
 from trainer.wire.gradient_exchange import with_exchange
+from trainer.wire.outer_average import with_average
 
 _log = logging.getLogger(__name__)
 _WEIGHTS_WORTH_COMPILING = 100e6  # of a worker
@@ -190,7 +192,7 @@ def build_parts(
     Raises:
         OutOfMemory: a step on the largest bucket does not fit.
     """
-    model, sharing = _laid_out(config, model_files, resting), choice.sharing(config.train.precision)
+    model, sharing = _laid_out(config, model_files, resting), _sharing(config, choice)
     if config.train.channels_last:
         prefer_channels_last(model.unet)
     if config.train.compile == "blocks":
@@ -201,7 +203,8 @@ def build_parts(
         model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill, model.resting
     )
     clock = StepClock(comm.device)
-    strategy, is_timed = timed(with_exchange(config.exchange, strategy, comm, config.run.seed), clock, comm.device)
+    joined = with_average if config.exchange.averages_weights else with_exchange
+    strategy, is_timed = timed(joined(config.exchange, strategy, comm, config.run.seed), clock, comm.device)
     denoiser = make_denoiser(config, model_files, model.train(), data, comm.device, sharing)
     optimizer = optimizer_for(config, strategy, comm, model.rates)
     clip, around, averages = config.train.max_grad_norm, choice.around_forward(model), averages_of(config.ema, strategy)
@@ -223,19 +226,26 @@ def build_parts(
     dry_run(config, parts, choice)
     if checkpoint is not None:
         hosted = parts.release.hosted if parts.release else None
-        moments, place = _moments(checkpoint, strategy), torch.device("cpu") if hosted else None
+        moments, place = _moments(checkpoint, strategy, comm), torch.device("cpu") if hosted else None
         load_optimizer_tensors(optimizer, strategy.parameters, moments, place)
         if hosted:
             hosted.adopt()
         take_up_averages(parts, checkpoint)
         take_up_objective(config.objective, denoiser.objective, checkpoint)
         take_up_exchange(strategy, comm, checkpoint)
+        take_up_workers(strategy, comm, checkpoint)
     return parts
 
 
-def _moments(checkpoint: Path, strategy: Strategy) -> Iterator[tuple[str, Tensor]]:
+def _sharing(config: Config, choice: MemoryChoice) -> Sharing:
+    sharing = choice.sharing(config.train.precision)
+    return replace(sharing, steps_alone=sharing.kind == "ddp" and config.exchange.averages_weights)
+
+
+def _moments(checkpoint: Path, strategy: Strategy, comm: Comm) -> Iterator[tuple[str, Tensor]]:
     """The optimizer's state of what trains now: of what rests, it is given up."""
-    for name, tensor in read_tensors(checkpoint / OPTIMIZER):
+    own = own_moments(strategy, comm, checkpoint)
+    for name, tensor in read_tensors(checkpoint / OPTIMIZER) if own is None else own:
         if name.rpartition(".")[0] not in strategy.resting:
             yield name, tensor
 
@@ -256,7 +266,7 @@ def optimizer_for(
         seed=config.run.seed,
         update=_agreed_update(config, strategy, comm, rounding) if is_compiled(config.optimizer, rounding) else None,
         # Of DDP's gradients, which are views of its buckets, nothing would be freed.
-        free_gradients=strategy.sharing.kind != "ddp",
+        free_gradients=not strategy.sharing.is_wrapped,
     )
 
 

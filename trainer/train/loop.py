@@ -183,7 +183,7 @@ def _take_step(
     scale = state.loss_scale.scale if state.loss_scale else 1.0
     beside.heartbeat.begin("a step", state.step)
     act_out(run.parts.comm.rank, state.step + 1)
-    run.parts.strategy.begin_exchange(state.step, scale)
+    run.parts.strategy.begin_exchange(state.step, scale, is_last=state.step + 1 >= arithmetic.total_steps)
     return train_step(
         with_faults(run.parts, state.step + 1),
         encoded,

@@ -71,7 +71,7 @@ def _largest_sample(config: Config) -> tuple[int, int]:
 def _strategy(config: Config) -> Literal["auto", "ddp", "zero2", "zero3"]:
     """The wish; where `auto` leaves no choice, what it comes to."""
     wish = config.memory.strategy
-    is_ddp = wish == "auto" and config.exchange.method != "plain"
+    is_ddp = wish == "auto" and (config.exchange.method != "plain" or config.exchange.averages_weights)
     return "ddp" if is_ddp or only_additions_train(what_trains(config), config.adapter) else wish
 
 

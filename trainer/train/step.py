@@ -84,12 +84,13 @@ class StepResult:
     Attributes:
         loss: mean over the step's images, each times its loss weight, as it was trained; NaN if none was readable.
         num_images: images with weight, over all workers.
-        grad_norm: global L2 norm before clipping.
+        grad_norm: global L2 norm before clipping; of workers that take steps each by itself, the mean of theirs.
         bad_rows: rows that could not be read, over all workers.
         problems: this worker's among them.
         stop: any worker was asked to stop.
         told: sums of `tell`.
-        block_norms: of the gradients by block, before clipping, where they are wanted.
+        block_norms: of the gradients by block, before clipping, where they are wanted; of workers that take steps each
+            by itself, this one's.
         verdict: why the step was skipped, if it was.
         keys: of this worker's images with weight.
     """
@@ -208,7 +209,7 @@ def train_step(
     told, lessons = sums[: len(tells)], sums[len(tells) :]
     _settle_saves(clock, before_update)
     clock.mark("optimizer")
-    # All workers have the same norm, and this mean of it to the bit; if one of them has not, they still decide alike.
+    # Workers have the same norm, and this mean of it; each by itself, they clip by their own. By the mean all decide.
     factor = planned_images / num_images / loss_scale if num_images else 0.0  # not as planned with unreadable rows
     grad_norm = norms / comm.world * factor if num_images else 0.0
     loss = total_loss / num_images if num_images else math.nan
@@ -217,7 +218,7 @@ def train_step(
     takes_effect = num_images > 0 and not verdict.reason
     if takes_effect:
         if parts.release is None:
-            _update(parts, grad_norm, factor, lr_factor)
+            _update(parts, scaled_norm * factor if strategy.outer else grad_norm, factor, lr_factor)
         seen.learn(lessons)
     strategy.end_step(took_effect=takes_effect)
     return StepResult(

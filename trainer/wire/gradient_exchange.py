@@ -6,7 +6,7 @@ a rehearsal (`warm_up`, the dry run): everything is computed and sent, and nothi
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 
@@ -23,13 +23,12 @@ from trainer.parallel.comm import Comm
 from trainer.parallel.strategy import Strategy
 from trainer.wire.bucket_rows import BucketRows
 from trainer.wire.low_rank import ThinMatrices, next_basis, starting_basis, summed_together
-from trainer.wire.row_codecs import ROW_CODECS, Draws, first_id, key_of, round_at_random
+from trainer.wire.row_codecs import ROW_CODECS, Draws, key_of, round_at_random, rounded_at_random
 from trainer.wire.shared_rows import mean_of_share, put_means
 from trainer.wire.wire_cost import is_changed, rank_of, told
 
 _log = logging.getLogger(__name__)
 _REHEARSAL = -1  # in place of a step's number
-_ROW = 256  # numbers that draw together where a tensor is rounded by itself
 
 
 class GradientExchange:
@@ -87,29 +86,36 @@ class GradientExchange:
         """DDP's bucket averaged, in its own memory; on a card while the backward pass goes on."""
         buffer = bucket.buffer()
         on_card = buffer.device.type == "cuda"
-        with self._beside(buffer.device) if on_card else nullcontext():
+        with self.beside():
             gradients = {
                 self._names[parameter]: gradient
                 for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True)
             }
-            if _REHEARSAL < self._step < self._config.plain_steps:
-                dist.all_reduce(buffer.div_(self._comm.world))
-            elif self._config.method == "powersgd":
-                self._average_products(gradients)
-            else:
-                self._average_rows(gradients)
+            self.average_together(buffer, gradients)
             future: Future[Tensor] = Future(devices=[buffer.device] if on_card else None)
             future.set_result(buffer)
         return future
+
+    def average_together(self, buffer: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Contiguous tensors by name, which are all of `buffer`, averaged in place."""
+        if _REHEARSAL < self._step < self._config.plain_steps:
+            dist.all_reduce(buffer.div_(self._comm.world))
+        elif self._config.method == "powersgd":
+            self._average_products(tensors)
+        else:
+            self._average_rows(tensors)
 
     @cached_property
     def _stream(self) -> "torch.cuda.Stream":
         return torch.cuda.Stream(self._comm.device)
 
     @contextmanager
-    def _beside(self, device: torch.device) -> Iterator[None]:
-        """On a stream of its own, which begins when the bucket is full; DDP waits for it by the future."""
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+    def beside(self) -> Iterator[None]:
+        """On a card, on a stream of its own, which begins with what is there now; DDP waits for it by the future."""
+        if self._comm.device.type != "cuda":
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._comm.device))
         with torch.cuda.stream(self._stream):
             yield
 
@@ -175,13 +181,7 @@ class GradientExchange:
         return Draws(rows.ids, key_of(self._seed, self._step, *purpose))
 
     def _rounded(self, exact: Tensor, purpose: str, name: str, *of: int) -> Tensor:
-        """bf16 of an fp32 tensor, rounded at random."""
-        flat = exact.view(-1)
-        padded = flat if len(flat) % _ROW == 0 else nn.functional.pad(flat, (0, -len(flat) % _ROW))
-        rows = padded.view(-1, _ROW)
-        ids = torch.arange(len(rows), dtype=torch.int32, device=exact.device) + first_id(name)
-        rounded = round_at_random(rows, Draws(ids, key_of(self._seed, self._step, purpose, *of)))
-        return rounded.view(-1)[: len(flat)].view(exact.shape)
+        return rounded_at_random(exact, name, self._seed, self._step, purpose, *of)
 
 
 def _hook(exchange: GradientExchange, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.keyed import draw_seed
 from trainer.optim.rounding import cut_at_random, halves, rounding_key, scrambled
@@ -19,6 +19,7 @@ from trainer.wire.wire_cost import BLOCK, CHUNK_ELEMENTS, ROW_BYTES
 _LOW_16 = 0xFFFF
 _SMALLEST_SCALE = 2.0**-126  # that is no denormal
 _UNIT = 2.0**-16
+_ROW = 256  # numbers that draw together where a tensor is rounded by itself
 
 
 class Draws(NamedTuple):
@@ -70,6 +71,15 @@ def round_at_random(rows: Tensor, draws: Draws) -> Tensor:
         bits = draws.of(begin, end).bits((block + 1) // 2)
         rounded[begin:end] = cut_at_random(part.clone(), bits).masked_fill_(wrong, torch.nan)
     return rounded
+
+
+def rounded_at_random(exact: Tensor, name: str, *key: int | str) -> Tensor:
+    """bf16 of a whole fp32 tensor, rounded as `round_at_random` does, by what `key` and its name say."""
+    flat = exact.reshape(-1)
+    padded = flat if len(flat) % _ROW == 0 else nn.functional.pad(flat, (0, -len(flat) % _ROW))
+    rows = padded.view(-1, _ROW)
+    ids = torch.arange(len(rows), dtype=torch.int32, device=exact.device) + first_id(name)
+    return round_at_random(rows, Draws(ids, key_of(*key))).view(-1)[: len(flat)].view(exact.shape)
 
 
 class RowCodec(Protocol):

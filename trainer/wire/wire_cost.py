@@ -1,7 +1,7 @@
-"""What an exchange of gradients sends and holds, in bytes on each worker: by arithmetic on shapes; no torch."""
+"""What an exchange of gradients, or an average of weights, sends and holds on each worker: by arithmetic; no torch."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from trainer.config.sections.exchange_config import ExchangeConfig
 
@@ -14,7 +14,10 @@ SMALLEST = 1024
 thousandth of all weights and not worth an error; they travel in fp32, as CGX leaves them alone too."""
 CHUNK_ELEMENTS = 1 << 22
 """Numbers that are rounded at once."""
+AVERAGED_AT_ONCE = 1 << 24
+"""Weights that are averaged at once, at most, or one tensor."""
 _CHUNK_BYTES = 15  # for each of them while it is rounded
+_DIFFERENCE_BYTES = 4  # of a weight to the common one, as `plain` sends it
 _SAVING = 2  # of a product of thin matrices, at least, or the gradient travels in fp32 (PowerSGD's own rule)
 
 Shape = Sequence[int]
@@ -44,7 +47,7 @@ def is_changed(exchange: ExchangeConfig, shape: Shape) -> bool:
 
 
 def sent_bytes(exchange: ExchangeConfig, shapes: Iterable[Shape], world: int, stored_bytes: int) -> int:
-    """What each worker sends in a step that exchanges tensors of these shapes once.
+    """What each worker sends in a step that exchanges tensors of these shapes once, or now and then: in the mean.
 
     A ring of W workers sends 2 (W-1)/W of what is averaged. So does an exchange of shares, whose owners add them up,
     and of the sums. Rows that make the shares equal, at most W-1 for each of DDP's buckets, are not counted.
@@ -52,8 +55,9 @@ def sent_bytes(exchange: ExchangeConfig, shapes: Iterable[Shape], world: int, st
     Args:
         stored_bytes: of one weight, and of its gradient.
     """
-    content = sum(_content(exchange, shape, stored_bytes) for shape in shapes)
-    return 2 * content * (world - 1) // world
+    each = _DIFFERENCE_BYTES if exchange.averages_weights else stored_bytes
+    content = sum(_content(exchange, shape, each) for shape in shapes)
+    return 2 * content * (world - 1) // world // exchange.average_every
 
 
 def _content(exchange: ExchangeConfig, shape: Shape, stored_bytes: int) -> int:
@@ -119,10 +123,18 @@ def scratch_bytes(exchange: ExchangeConfig, shapes: Sequence[Shape], world: int)
 def told(exchange: ExchangeConfig, shapes: Sequence[Shape], world: int, stored_bytes: int) -> str:
     """A line for the run's log: how gradients travel, and in how many bytes."""
     sent = sent_bytes(exchange, shapes, world, stored_bytes)
+    if exchange.averages_weights:
+        return _told_average(exchange, sent)
     if exchange.method == "plain":
         return f"gradients travel in {8 * stored_bytes} bits: each worker sends {_size(sent)} a step"
     plain = sent_bytes(ExchangeConfig(), shapes, world, stored_bytes)
+    how = _told_method(exchange)
+    return f"gradients travel {how}: each worker sends {_size(sent)} a step, {plain / max(sent, 1):.2f} times less"
+
+
+def _told_method(exchange: ExchangeConfig) -> str:
     how = {
+        "plain": f"in {8 * _DIFFERENCE_BYTES} bits",
         "bf16": "in bf16, rounded at random",
         "int8": "in 8 bits",
         "int4": "in 4 bits",
@@ -132,7 +144,75 @@ def told(exchange: ExchangeConfig, shapes: Sequence[Shape], world: int, stored_b
         how += ", with error feedback" if exchange.keeps_errors else ", rounded at random"
     if exchange.plain_steps:
         how += f", after step {exchange.plain_steps}"
-    return f"gradients travel {how}: each worker sends {_size(sent)} a step, {plain / max(sent, 1):.2f} times less"
+    return how
+
+
+def _told_average(exchange: ExchangeConfig, sent: int) -> str:
+    which = "weights are averaged" if exchange.fragments == 1 else f"each of {exchange.fragments} fragments is averaged"
+    late = f", and takes effect {exchange.overlap_steps} later" if exchange.overlap_steps else ""
+    return (
+        f"{which} every {exchange.average_every} steps{late}; differences travel {_told_method(exchange)}: "
+        f"each worker sends {_size(sent)} a step in the mean"
+    )
+
+
+def cut_evenly(sizes: Mapping[str, int], number: int) -> list[list[str]]:
+    """Names in their order, in at most `number` runs of about as many elements; none is empty."""
+    total, begun = sum(sizes.values()), 0
+    runs: list[list[str]] = [[] for _ in range(number)]
+    for name, size in sizes.items():
+        runs[min(number - 1, number * (begun + size // 2) // max(total, 1))].append(name)
+        begun += size
+    return [run for run in runs if run]
+
+
+def averaged_together(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in groups that are averaged at once: whole tensors, up to a bounded size."""
+    group, filled = list[str](), 0
+    for name, size in sizes.items():
+        if group and filled + size > AVERAGED_AT_ONCE:
+            yield group
+            group, filled = [], 0
+        group.append(name)
+        filled += size
+    if group:
+        yield group
+
+
+def outer_bytes(shapes: Iterable[Shape]) -> int:
+    """Of the common weights and their momentum in fp32, wherever they are held."""
+    return 8 * sum(math.prod(shape) for shape in shapes)
+
+
+def travelling_bytes(exchange: ExchangeConfig, shapes: Mapping[str, Shape]) -> int:
+    """Of the largest fragment's differences, which lie beside all else while they travel and steps are computed."""
+    if not exchange.overlap_steps:
+        return 0
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    runs = [sum(sizes[name] for name in run) for run in cut_evenly(sizes, exchange.fragments)]
+    at_once = min(len(runs), -(-exchange.overlap_steps * exchange.fragments // exchange.average_every))
+    return _DIFFERENCE_BYTES * at_once * max(runs, default=0)
+
+
+def average_scratch_bytes(exchange: ExchangeConfig, shapes: Mapping[str, Shape], world: int) -> int:
+    """The most that is held for a moment, after a step, while weights are averaged: two groups, one on its way."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    groups = [[shapes[name] for name in group] for group in averaged_together(sizes)]
+    held = [_DIFFERENCE_BYTES * sum(map(math.prod, group)) for group in groups]
+    working = max((scratch_bytes(exchange, group, world) for group in groups), default=0)
+    mixed = 12 * max(sizes.values(), default=0) if exchange.kept_share else 0
+    return sum(sorted(held)[-2:]) + max(working, mixed)
+
+
+def saved_of_average(shapes: Iterable[Shape], world: int, stored_bytes: int, optimizer_bytes: float) -> int:
+    """What a checkpoint holds more where workers take steps each by itself, between two averages.
+
+    Args:
+        stored_bytes, optimizer_bytes: of one weight, and of its optimizer's state on each worker.
+    """
+    narrower = 4 if stored_bytes < 4 else 0
+    each = 4 + narrower + world * stored_bytes + (world - 1) * optimizer_bytes
+    return round(each * sum(math.prod(shape) for shape in shapes))
 
 
 def _size(num_bytes: int) -> str:

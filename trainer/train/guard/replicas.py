@@ -1,6 +1,7 @@
 """Whether workers that hold the same weights still do: each hashes its own, and all compare.
 
-With `ddp` every worker takes the same optimizer step on a copy of its own; copies that are not the same to the bit come
+With `ddp` every worker takes the same optimizer step on a copy of its own (with `exchange.average_every`, it is the
+common weights that are the same); copies that are not the same to the bit come
 from a card, or a host's memory, that has computed or stored something wrong. All gradients since then carry it, so the
 run goes back to a checkpoint that was written while all agreed. Averages of the weights are not compared: they are only
 read from the weights.
@@ -150,9 +151,7 @@ class Replicas:
         """
         if not self.every or step == self.agreed_step:
             return
-        parameters = self.parts.strategy.parameters
-        tensors = [*parameters.values(), *optimizer_tensors(self.parts.optimizer, parameters).values()]
-        hashes = gather_objects(self.parts.comm, tensors_hash(tensors, self.parts.comm.device))
+        hashes = gather_objects(self.parts.comm, tensors_hash(_alike(self.parts), self.parts.comm.device))
         odd = find_odd(hashes)
         if odd is None:
             self.agreed_step = step
@@ -191,6 +190,15 @@ class Replicas:
                 "deleted"
             )
         return True, f"{what}; the next start goes on from {checkpoint.name if checkpoint else 'where this one began'}"
+
+
+def _alike(parts: StepParts) -> list[Tensor]:
+    """What is to be the same on all workers. Of those that take steps each by itself: what they have in common."""
+    parameters, outer = parts.strategy.parameters, parts.strategy.outer
+    if outer is None:
+        return [*parameters.values(), *optimizer_tensors(parts.optimizer, parameters).values()]
+    own = parameters.values() if outer.is_common else ()
+    return [*own, *outer.common.values(), *outer.momentum.values()]
 
 
 def _fault(step: int, cards: Sequence[str]) -> dict[str, Any]:

@@ -103,12 +103,19 @@ def _corrections(parts: StepParts, averages: Averages) -> Mapping[str, Tensor]:
 def follow(parts: StepParts, step: int, result: StepResult) -> None:
     """Take the weights after `step` steps of the run into the averages, if there are any, and if the step changed them.
 
-    A step that was skipped, or that had no image, is no step of the averages.
+    A step that was skipped, or that had no image, is no step of the averages. Of workers that take steps each by
+    itself, the weights are those that all have in common, once they are new.
     """
-    averages = parts.averages
+    averages, outer = parts.averages, parts.strategy.outer
     if averages is None:
         return
-    if result.took_effect:
+    if outer:
+        if not result.took_effect:
+            leave_out_step(averages)
+        if outer.is_renewed and averages.step < step:
+            with outer.in_model():
+                update_when_due(averages, parts.strategy.ever_trained, step)
+    elif result.took_effect:
         update_when_due(averages, parts.strategy.ever_trained, step, _corrections(parts, averages))
     else:
         leave_out_step(averages)
@@ -141,7 +148,9 @@ def snapshot_folder(config: EmaConfig, run_dir: Path, parts: StepParts, step: in
 
 def scored_weights(config: EmaConfig, parts: StepParts) -> dict[str, Callable[[], AbstractContextManager[None]]]:
     """What `ema.score` names, each with a context in which the model has these weights, gathered on every worker."""
-    live = partial(_average_of_training, parts) if averages_weights(parts.optimizer) else parts.strategy.gathered
+    outer = parts.strategy.outer
+    plain = outer.in_model if outer else parts.strategy.gathered
+    live = partial(_average_of_training, parts) if averages_weights(parts.optimizer) else plain
     return {name: live if name == LIVE else partial(_in_model, parts, name) for name in config.score}
 
 

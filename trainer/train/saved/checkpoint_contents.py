@@ -18,6 +18,7 @@ from trainer.optim.kinds.schedule_free import average_blends
 from trainer.optim.optimizers import optimizer_tensors
 from trainer.parallel.local_shard import Blend, Held, held
 from trainer.train.saved.exchange_state import exchange_files
+from trainer.train.saved.worker_state import common_weights, worker_files
 from trainer.train.step import StepParts
 
 
@@ -38,14 +39,21 @@ class TrainedComponent(NamedTuple):
 
 def checkpoint_files(parts: StepParts) -> list[TensorFile]:
     """The files in diffusers' layout; nothing is copied or exchanged yet."""
-    blends = average_blends(parts.optimizer, parts.strategy.parameters)
+    blends, outer = average_blends(parts.optimizer, parts.strategy.parameters), parts.strategy.outer
+
+    def common(each: TrainedComponent) -> dict[str, Held]:
+        return common_weights(outer, each.weights, each.names) if outer else {}
+
     files = [
-        TensorFile(f"{each.folder}/{WEIGHTS_FILES[each.folder]}", _blended(each, blends), each.beside)
+        TensorFile(f"{each.folder}/{WEIGHTS_FILES[each.folder]}", _blended(each, blends) | common(each), each.beside)
         for each in trained_components(parts.denoiser.model)
     ]
     files += average_files(parts, parts.averages.profiles if parts.averages else ())
     state = optimizer_tensors(parts.optimizer, parts.strategy.parameters)
-    files.append(TensorFile(OPTIMIZER, {name: held(tensor) for name, tensor in state.items()}, {}))
+    if outer:
+        files += worker_files(outer, parts.strategy.parameters, state, parts.comm)
+    else:
+        files.append(TensorFile(OPTIMIZER, {name: held(tensor) for name, tensor in state.items()}, {}))
     return [*files, *exchange_files(parts.strategy, parts.comm)]
 
 

@@ -306,7 +306,7 @@ def _exposed(
         return _mean(comm, alone_s), "time in which no kernel but NCCL's ran, waiting for slower workers included"
     if strategy.sharing.kind == "ddp":
         # Weights drift apart here, so it comes last.
-        silent = replace(parts, strategy=replace(strategy, exchanges=False))
+        silent = replace(parts, strategy=replace(strategy, exchanges=False, outer=None))
         silent_s = _mean(comm, run(silent, steps, "without exchange"))
         return max(0.0, step_s - silent_s), "on the CPU, ddp: the difference to steps that exchange no gradients"
     return None, "on the CPU, zero2 and zero3: not measured, for without exchange there are no weights to compute with"
