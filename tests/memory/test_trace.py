@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.memory_plan import Case, measure, plan
 from trainer.memory.trace import trace_pass, trace_peak
 from trainer.parallel.comm import keep_group_alive
+from trainer.parallel.strategy import StrategyKind
 
 MIB = 2**20
 SLOW = pytest.mark.slow
@@ -85,6 +86,20 @@ def test_ddp_with_accumulation_holds_gradients_once() -> None:
 def test_zero3() -> None:
     case = Case("mini", "zero3", 4, 1, True, compute="bf16", side_px=128)
     assert plan(case).total == pytest.approx(measure(case, 0), rel=0.05)
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("kind", "recompute", "compute"),
+    [("zero3", True, "fp32"), ("zero2", False, "fp32"), ("zero3", False, "bf16"), ("zero3", True, "bf16")],
+)
+def test_an_adapter_beside_a_base_that_is_spread(kind: StrategyKind, recompute: bool, compute: str) -> None:
+    case = Case("mini", kind, 4, 1, recompute, compute=compute, side_px=128, adapter="lora")
+    planned, replicated = plan(case), plan(replace(case, kind="ddp"))
+    assert planned.total == pytest.approx(measure(case, 0), rel=0.05)
+    if kind == "zero3" and recompute:
+        assert planned.total < 0.75 * replicated.total
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.config.sections.adapter_config import AdapterConfig, only_additions_train
+from trainer.config.sections.adapter_config import AdapterConfig, only_additions_train, trains_adapter
 from trainer.config.sections.exchange_config import ExchangeConfig
 from trainer.config.sections.new_tokens_config import NewTokenConfig
 from trainer.config.sections.optimizer_config import OptimizerKind
@@ -84,6 +84,11 @@ class PlannedRun:
     def only_additions_train(self) -> bool:
         """Whether what trains is an adapter beside frozen weights, or new tokens alone."""
         return only_additions_train(self.trainable, self.adapter)
+
+    @property
+    def may_be_spread(self) -> bool:
+        """Whether workers may have shares of the weights: a base that is packed is no parameter, and each has it."""
+        return not self.only_additions_train or (trains_adapter(self.adapter) and self.frozen_weights == "compute")
 
     def values(self) -> dict[str, Any]:
         """All of it as plain values, the model by its components' configurations."""

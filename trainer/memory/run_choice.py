@@ -59,10 +59,16 @@ class MemoryChoice:
     passes: int = 1
     hosts_state: bool = False
 
-    def sharing(self, precision_name: str) -> Sharing:
-        """With the dtypes that follow from `train.precision`."""
+    def sharing(self, precision_name: str, *, only_additions: bool = False) -> Sharing:
+        """With the dtypes that follow from `train.precision`.
+
+        Args:
+            only_additions: what trains is small, beside frozen weights that are held in the passes' own dtype: all is
+                gathered as it is held, and autocast does what it does on one worker.
+        """
         precision = precision_of(precision_name)
-        narrow = precision.compute if self.kind in ("zero2", "zero3") and precision.autocast else None
+        casts = self.kind in ("zero2", "zero3") and precision.autocast and not only_additions
+        narrow = precision.compute if casts else None
         return Sharing(self.kind, narrow, narrow, self.exchange_every_pass, self.passes)
 
     def around_forward(self, model: TrainedModel) -> Callable[[], AbstractContextManager[None]]:

@@ -286,7 +286,7 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
     if run.exchange.keeps_errors and run.exchange.method != "powersgd" and setting.workers > 1:
         without = run.exchange.model_copy(update={"error_feedback": False})
         yield "exchange.error_feedback: false", replace(run, exchange=without)
-    if run.strategy != "auto" and setting.workers > 1 and not run.only_additions_train:
+    if run.strategy != "auto" and setting.workers > 1 and run.may_be_spread:
         plain = replace(run, strategy="auto", exchange=ExchangeConfig())
         also = "" if run.exchange.method == "plain" else "exchange.method: plain and "
         yield f"{also}memory.strategy: auto", plain
@@ -314,7 +314,8 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
     if setting.workers == setting.accumulation == 1 and run.precision != "fp16" and not run.releases_gradients:
         yield "memory.release_gradients: true", replace(run, releases_gradients=True)
     # Last: it is not the same model any more.
-    if run.only_additions_train and run.frozen_weights != "nf4" and find_spec("bitsandbytes"):
+    packs = run.only_additions_train and run.strategy in ("auto", "ddp")
+    if packs and run.frozen_weights != "nf4" and find_spec("bitsandbytes"):
         for held in ("int8", "nf4") if run.frozen_weights == "compute" else ("nf4",):
             yield f"model.frozen_weights: {held}", replace(run, frozen_weights=held)
 

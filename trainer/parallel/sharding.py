@@ -67,6 +67,12 @@ def copy_share(parameter: Tensor, whole: Tensor) -> None:
         parameter.to_local().copy_(shares[rank])
 
 
+@torch.no_grad()
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which workers may have shares; then all of them must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def prepare_pass(model: nn.Module, *, exchanges_gradients: bool, keeps_gathered: bool) -> None:
     """What the next forward and backward pass does with a spread model.
 

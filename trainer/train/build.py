@@ -17,6 +17,7 @@ from trainer.adapters.initial_values import AdapterStart
 from trainer.checkpoint.run_dir import read_state
 from trainer.checkpoint.write import OPTIMIZER, read_tensors
 from trainer.config.schema import Config
+from trainer.config.sections.adapter_config import only_additions_train
 from trainer.data.buckets import Bucket
 from trainer.data.left_out import Stretch
 from trainer.data.mixture import Mixture
@@ -187,7 +188,8 @@ def build_parts(
     Raises:
         OutOfMemory: a step on the largest bucket does not fit.
     """
-    model, sharing = _laid_out(config, model_files, resting), choice.sharing(config.train.precision)
+    model, only_added = _laid_out(config, model_files, resting), only_additions_train(config.trainable, config.adapter)
+    sharing = choice.sharing(config.train.precision, only_additions=only_added)
     if config.train.channels_last:
         prefer_channels_last(model.unet)
     if config.train.compile == "blocks":

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 from trainer.config.schema import Config
-from trainer.config.sections.adapter_config import only_additions_train
 from trainer.config.sections.ema_config import LIVE
 from trainer.data.buckets import Bucket, make_buckets
 from trainer.memory.holdings import Kernels
@@ -72,7 +71,7 @@ def _strategy(config: Config) -> Literal["auto", "ddp", "zero2", "zero3"]:
     """The wish; where `auto` leaves no choice, what it comes to."""
     wish = config.memory.strategy
     is_ddp = wish == "auto" and config.exchange.method != "plain"
-    return "ddp" if is_ddp or only_additions_train(what_trains(config), config.adapter) else wish
+    return "ddp" if is_ddp else wish
 
 
 def make_setting(
