@@ -110,8 +110,9 @@ def test_two_workers_take_the_steps_of_one(alone: Path, two: Path, name: str) ->
 
 @pytest.mark.e2e
 def test_spread_weights_are_computed_with_as_whole_ones_in_bf16(two: Path) -> None:
-    """Nothing of the adapter is rounded on the way, for DoRA's magnitudes would change the first loss; gradients of what
-    several layers use are added up in another order, which changes bf16's last digits."""
+    """Nothing of the adapter is rounded on the way, for DoRA's magnitudes would change the first loss. Gradients of
+    what several layers use are added up in another order, which changes bf16's last digits.
+    """
     whole, spread = (losses_of(two / name) for name in IN_BF16)
     assert len(whole) == STEPS and spread[0] == whole[0]
     assert spread == pytest.approx(whole, abs=2e-3)

@@ -96,8 +96,8 @@ def fill_magnitudes(model: nn.Module, keep: Collection[str] = (), access: Access
         if not len(getattr(module, "lora_magnitude_vector", ())) or own in keep:
             continue
         magnitude: Tensor = layer.lora_magnitude_vector[PEFT_NAME].weight
-        matrices = layer.base_layer.weight, layer.lora_A[PEFT_NAME].weight, layer.lora_B[PEFT_NAME].weight
-        norms = weight_norms(*map(access.whole, matrices), layer.scaling[PEFT_NAME])
+        down, up = (access.whole(part[PEFT_NAME].weight) for part in (layer.lora_A, layer.lora_B))
+        norms = weight_norms(access.whole(layer.base_layer.weight), down, up, layer.scaling[PEFT_NAME])
         access.put(magnitude, norms.view(magnitude.shape))
 
 
