@@ -31,11 +31,12 @@ from torch import Tensor, nn
 
 from trainer.config.sections.exchange_config import ExchangeConfig
 from trainer.memory.holdings import Holding, Peak
-from trainer.memory.hosted_holding import with_state_in_host
-from trainer.memory.strategy_peak import strategy_peak
+from trainer.memory.hosted_holding import with_state_in_host, with_weights_in_host
+from trainer.memory.strategy_peak import parameter_sizes, strategy_peak
 from trainer.memory.trace import trace_pass
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import apply_recompute, gathered_units, release_blocks, repeated_blocks
+from trainer.optim.hosted.hosted_weights import HostedWeights
 from trainer.parallel.comm import Comm
 from trainer.parallel.sharding import local_tensor
 from trainer.parallel.strategy import Sharing, StrategyKind, make_strategy, warm_up
@@ -65,6 +66,7 @@ class Case:
     side_px: int = 256
     release: bool = False
     hosts_state: bool = False
+    hosts_weights: bool = False
     exchange: str = "plain"
     adapter: str = ""
 
@@ -97,7 +99,9 @@ def unet_config(model: str) -> dict[str, Any]:
     }
 
 
-def make_model(case: Case, dtype: torch.dtype) -> TrainedModel:
+def make_model(
+    case: Case, dtype: torch.dtype, before_recompute: Callable[[TrainedModel], None] = lambda _: None
+) -> TrainedModel:
     """The model on "meta", its weights in `dtype`; below an adapter, they have the dtype that is computed in."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -106,6 +110,7 @@ def make_model(case: Case, dtype: torch.dtype) -> TrainedModel:
     model.to(DTYPES[case.compute] if case.adapter else dtype)
     if case.adapter:
         _add_adapter(model, case.adapter)
+    before_recompute(model)
     if case.recompute:
         apply_recompute(model, repeated_blocks(model))
     return model
@@ -167,6 +172,9 @@ def plan(case: Case) -> Peak:
     if case.hosts_state:
         state = {name: 2 * size * math.prod(trace.shapes[name]) for name in trace.trains}
         holding = with_state_in_host(holding, state)
+    if case.hosts_weights:
+        hosted = repeated_blocks(model).keys()
+        holding = with_weights_in_host(holding, parameter_sizes(trace), trace.unit_of, hosted)
     return strategy_peak(trace, holding)
 
 
@@ -208,8 +216,15 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
     dtype = input_dtype(case)
     mixed = dtype if case.weights != case.compute and dtype != DTYPES[case.weights] else None
     sharing = Sharing(case.kind, mixed, mixed, case.exchange_every_pass, case.accumulation)
-    model = make_model(case, DTYPES[case.weights])
-    strategy = make_strategy(model, sharing, gathered_units(model).values(), (), comm, _fill)
+    weights = list[HostedWeights]()
+
+    def host(model: TrainedModel) -> None:
+        if case.hosts_weights:
+            weights.append(HostedWeights(repeated_blocks(model), comm.device))
+
+    model = make_model(case, DTYPES[case.weights], host)
+    hosted, elsewhere = (weights[0], weights[0].parameters) if weights else (None, ())
+    strategy = make_strategy(model, sharing, gathered_units(model).values(), (), comm, _fill, elsewhere=elsewhere)
     strategy = with_exchange(case.gradients, strategy, comm, seed=0)
     # Workers but the first only keep it company: their optimizer's memory is another's.
     optimizer = torch.optim.AdamW(strategy.parameters.values(), lr=1e-5, fused=True) if comm.rank == 0 else None
@@ -217,7 +232,9 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
     if case.release and optimizer is not None:
         optimizer.param_groups[0] |= {"peak_lr": 1e-5, "name": "unet"}
         blocks = release_blocks(strategy.parameters, gathered_units(model))
-        release = GradientRelease(strategy.parameters, blocks, optimizer, max_norm=1.0, hosts_state=case.hosts_state)
+        release = GradientRelease(
+            strategy.parameters, blocks, optimizer, 1.0, hosts_state=case.hosts_state, weights=hosted
+        )
     loss = make_loss(case, strategy.model, dtype, "cpu")
     autocast = torch.autocast("cpu", DTYPES[case.compute], enabled=dtype != DTYPES[case.compute])
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,16 @@ def test_state_in_the_host(recompute: bool) -> None:
     planned, kept = plan(case), plan(replace(case, hosts_state=False))
     assert planned.total == pytest.approx(measure(case, 0), rel=0.05)
     assert planned.split["optimizer"] < 0.35 * kept.split["optimizer"]
+
+
+@pytest.mark.e2e
+def test_weights_in_the_host() -> None:
+    """Of the blocks, two slots' worth stays."""
+    hosted: dict[str, Any] = {"release": True, "hosts_state": True}
+    case = Case("mini", "single", 1, 1, True, side_px=64, batch=1, **hosted, hosts_weights=True)
+    planned, kept = plan(case), plan(replace(case, hosts_weights=False))
+    assert planned.total == pytest.approx(measure(case, 0), rel=0.05)
+    assert planned.split["weights"] < 0.6 * kept.split["weights"]
 
 
 @pytest.mark.e2e

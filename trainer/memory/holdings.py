@@ -66,6 +66,7 @@ class Holding:
             parameter, by name; empty where the update comes after all of them.
         hosted_bytes: of the optimizer's state in the host's memory; what is on the card at a time is then
             `optimizer_everywhere_bytes`.
+        hosted_weight_bytes: of the weights, there too; `weight_slot_bytes`: of the slots that serve them on the card.
         exchange: how the gradients of `ddp` travel.
     """
 
@@ -93,6 +94,8 @@ class Holding:
     between_steps_gathered: frozenset[str] = frozenset()
     released_with: Mapping[str, str] = field(default_factory=dict)
     hosted_bytes: int = 0
+    hosted_weight_bytes: int = 0
+    weight_slot_bytes: int = 0
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
 
     def held_width(self, *, trains: bool) -> int:

@@ -36,7 +36,7 @@ class PlannedRun:
         adapter: what trains in place of the weights, if it is of a kind.
         new_tokens: whose vectors train beside all else, or alone.
         releases_gradients: each block is updated when its gradients have arrived; `offload_optimizer`: and the state
-            for that lies in the host's memory, as wished in `memory`.
+            for that lies in the host's memory, as wished in `memory`; `offload_weights`: and the blocks' weights.
         frozen_weights: in how many bits a base is held that does not train.
         exchange: how gradients travel; all but the plain way is for `ddp`.
     """
@@ -71,6 +71,7 @@ class PlannedRun:
     new_tokens: tuple[NewTokenConfig, ...] = ()
     releases_gradients: bool = False
     offload_optimizer: Literal["auto"] | bool = "auto"
+    offload_weights: Literal["auto"] | bool = False
     frozen_weights: FrozenWeights = "compute"
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
 

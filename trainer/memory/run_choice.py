@@ -40,7 +40,7 @@ class MemoryChoice:
         kind, exchange_every_pass: see `Sharing`.
         recompute: names of blocks; empty for none.
         offloads: saved activations wait in the host's memory.
-        hosts_state: the optimizer's state lies there.
+        hosts_state: the optimizer's state lies there; `hosts_weights`: and the weights of all blocks.
         needed: bytes that the plan counts with for this worker, all in all; None where nothing was planned.
         tensors: of these, what PyTorch's tensors take.
         limit: what PyTorch's allocator may take, by the budget; None: no limit.
@@ -58,6 +58,7 @@ class MemoryChoice:
     fullest: tuple[int, int, int] = (0, 0, 0)
     passes: int = 1
     hosts_state: bool = False
+    hosts_weights: bool = False
 
     def sharing(self, precision_name: str, *, only_additions: bool = False) -> Sharing:
         """With the dtypes that follow from `train.precision`.
@@ -103,7 +104,8 @@ def choose_memory(run: PlannedRun, comm: Comm, setting: Setting) -> MemoryChoice
 def _unplanned(run: PlannedRun, setting: Setting) -> MemoryChoice:
     kind: StrategyKind = "ddp" if run.strategy == "auto" else run.strategy
     blocks: tuple[str, ...] = ()
-    if run.recompute == "all":
+    hosts_weights = run.offload_weights is True
+    if run.recompute == "all" or hosts_weights:
         precision = precision_of(run.precision)
         dtypes = precision.weights, precision.compute
         blocks = tuple(repeated_blocks(lay_out_planned(run, *dtypes)))
@@ -112,7 +114,8 @@ def _unplanned(run: PlannedRun, setting: Setting) -> MemoryChoice:
         recompute=blocks,
         offloads=run.offload_activations is True,
         passes=setting.accumulation,
-        hosts_state=run.offload_optimizer is True,
+        hosts_state=run.offload_optimizer is True or hosts_weights,
+        hosts_weights=hosts_weights,
     )
 
 
@@ -140,6 +143,7 @@ def _planned(run: PlannedRun, setting: Setting, attempt: int) -> MemoryChoice:
         fullest=plan.image,
         passes=plan.accumulation,
         hosts_state=rung.hosts_state,
+        hosts_weights=rung.hosts_weights,
     )
 
 

@@ -111,6 +111,7 @@ class _Replicated:
         self._bytes = {p.name: p.numel * size for p in parameters if p.trains}
         total = sum(self._bytes.values())
         ledger.held["weights"] = sum(p.numel * holding.held_width(trains=p.trains) for p in parameters)
+        ledger.held["weights"] += holding.weight_slot_bytes - holding.hosted_weight_bytes
         ledger.held["optimizer"] = round(holding.optimizer_bytes * total / size) + holding.optimizer_everywhere_bytes
         self._wrapped = holding.strategy == "ddp"
         if self._wrapped:

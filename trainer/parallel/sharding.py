@@ -43,13 +43,20 @@ def shard_model(
             sharded.set_unshard_in_backward(False)
 
 
-def materialize(model: nn.Module, device: torch.device) -> None:
+def materialize(model: nn.Module, device: torch.device, elsewhere: Collection[nn.Parameter] = ()) -> None:
     """Give a model's parameters, or this worker's shares of them, memory on `device`.
 
     Buffers keep their values; those that have none get memory as well.
+
+    Args:
+        elsewhere: parameters that have memory, wherever it is.
     """
     buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
-    model.to_empty(device=device)
+    if elsewhere:  # sets compare by identity
+        stay = {id(parameter) for parameter in elsewhere}
+        model._apply(lambda tensor: tensor if id(tensor) in stay else torch.empty_like(tensor, device=device))
+    else:
+        model.to_empty(device=device)
     for name, buffer in model.named_buffers():
         if name in buffers:
             buffer.copy_(buffers[name])

@@ -38,7 +38,7 @@ from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.frozen.packed_weights import require_kernels
 from trainer.model.load_weights import load_text_encoders, load_vae
 from trainer.model.new_tokens import NewTokens
-from trainer.model.recompute import apply_recompute, embeddings, gathered_units
+from trainer.model.recompute import apply_recompute, embeddings, gathered_units, repeated_blocks
 from trainer.model.selection.weight_rates import Rate
 from trainer.model.text import TextEncoders
 from trainer.model.vae import ImageEncoder
@@ -46,6 +46,7 @@ from trainer.model_files.run_model import RunModel
 from trainer.optim.adamw import Rounding
 from trainer.optim.adamw_chunk import Update, compiled_update
 from trainer.optim.clipping import clip_units
+from trainer.optim.hosted.hosted_weights import HostedWeights
 from trainer.optim.optimizers import is_compiled, load_optimizer_tensors, make_optimizer
 from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, gather_objects
@@ -194,11 +195,13 @@ def build_parts(
         prefer_channels_last(model.unet)
     if config.train.compile == "blocks":
         _log.info("%d kinds of blocks are compiled in the first steps", compile_blocks(model))
+    weights = None
+    if choice.hosts_weights:
+        weights = HostedWeights(repeated_blocks(model), comm.device)
     apply_recompute(model, choice.recompute)
     fill = partial(fill_model, model_files, checkpoint)
-    strategy = make_strategy(
-        model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill, model.resting
-    )
+    units, elsewhere = gathered_units(model).values(), weights.parameters if weights else ()
+    strategy = make_strategy(model, sharing, units, embeddings(model).values(), comm, fill, model.resting, elsewhere)
     strategy = with_exchange(config.exchange, strategy, comm, config.run.seed)
     denoiser = make_denoiser(config, model_files, model.train(), data, comm.device, sharing)
     optimizer = optimizer_for(config, strategy, comm, model.rates)
@@ -209,7 +212,8 @@ def build_parts(
         clips = partial(clip_units, strategy.parameters.values(), config.train.adaptive_clip)
         parts = replace(parts, before_norm=clips)
     if config.memory.release_gradients:
-        parts = replace(parts, release=release_of(config, strategy, optimizer, choice, comm.device))
+        parts = replace(parts, hosted_weights=weights)
+        parts = replace(parts, release=release_of(config, strategy, optimizer, choice, comm.device, weights))
     if weighs_images(config.data.sources, config.objective.loss_weights):
         parts = replace(parts, weigh=by_loss_weight)
     if config.log.block_norms:

@@ -23,6 +23,7 @@ from trainer.diffusion.noise import draw
 from trainer.diffusion.prediction import Mixture
 from trainer.model.denoiser import Denoiser, Others, image_losses, text_arguments
 from trainer.optim.ema import Averages
+from trainer.optim.hosted.hosted_weights import HostedWeights
 from trainer.optim.optimizers import scale_lr, take_optimizer_step
 from trainer.parallel.comm import Comm, sum_floats
 from trainer.parallel.sharding import local_tensor
@@ -57,6 +58,7 @@ class StepParts:
         averages: of the weights, which follow the steps by `trainer.train.saved.averages.follow`; None: there are none.
         release: makes the updates within the backward pass, so that a step is judged before it by its loss alone; None:
             they are made after it.
+        hosted_weights: of blocks, which lie in the host's memory; None: all lie on the device.
     """
 
     comm: Comm
@@ -71,6 +73,7 @@ class StepParts:
     meet: Callable[[Iterable[Batch]], Iterable[tuple[Batch, Companions]]] = each_alone
     averages: Averages | None = None
     release: GradientRelease | None = None
+    hosted_weights: HostedWeights | None = None
 
 
 @dataclass(frozen=True)
