@@ -1,10 +1,11 @@
 """Planned against measured peak memory of an adapter: SDXL itself, at full size, trained for real on the CPU.
 
-    python benchmarks/adapter_memory.py [--kind lora] [--side 1024] [--budget 10GiB] [--precision bf16] [--frozen nf4]
+    python -m benchmarks.adapter_memory [--kind lora] [--side 1024] [--budget 10GiB] [--precision bf16] [--frozen nf4]
 
 The weights are made up, all else is as in a run of one worker: the frozen base, the adapter, AdamW, the frozen text
 encoders in bf16, and as many recomputed blocks as the plan chooses for the budget. The measured peak is PyTorch's own
-count of what it allocates in the second step. At 1024 px it takes 11 GB of memory and some minutes on two cores.
+count of what it allocates in the second step; the first is one of 64 px. At 1024 px it takes 11 GB of memory and some
+minutes of one core.
 """
 
 import argparse
@@ -46,8 +47,15 @@ ALONE = Comm(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
-def step_of(config: Config, shape: Shape, recomputed: Collection[str] = ()) -> Callable[[], Callable[[], None]]:
-    """What makes a real step of the run ready, on made up weights; `recomputed`: names of blocks."""
+def step_of(
+    config: Config, shape: Shape, recomputed: Collection[str] = (), first: Shape | None = None
+) -> Callable[[], Callable[[], None]]:
+    """What makes a real step of the run ready, on made up weights.
+
+    Args:
+        recomputed: names of blocks.
+        first: of the first step, where a smaller one will do to have the optimizer's state; None: `shape`.
+    """
 
     def prepare() -> Callable[[], None]:
         run, precision = planned_run(config, open_model(Path(str(config.model.path)))), _precision(config)
@@ -59,9 +67,11 @@ def step_of(config: Config, shape: Shape, recomputed: Collection[str] = ()) -> C
         rounding = precision.rounding
         optimizer = make_optimizer(strategy.parameters, config.optimizer, rounding=rounding)
         text, autocast = _text_of(run, model, shape.batch), precision.autocast
-        size = (shape.batch, 4, shape.bucket.height_px // 8, shape.bucket.width_px // 8)
+        shapes = [first or shape]
 
         def step() -> None:
+            now = shapes.pop() if shapes else shape
+            size = (shape.batch, 4, now.bucket.height_px // 8, now.bucket.width_px // 8)
             target, noisy = torch.zeros(size), torch.zeros(size, dtype=precision.weights)
             arguments = text()
             with torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -132,6 +142,7 @@ def main() -> None:
     parser.add_argument("--budget", default="10GiB")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--frozen", default="compute", help="model.frozen_weights")
+    parser.add_argument("--recompute", default="auto", help="memory.recompute")
     parser.add_argument("--cache-text", action="store_true", help="without the text encoders")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -143,7 +154,7 @@ def main() -> None:
             "data": {"sources": [{"path": "."}], "prepared": "prepared", "cache_text": arguments.cache_text},
             "train": {"steps": 10, "precision": arguments.precision},
             "optimizer": {"lr": 1e-4},
-            "memory": {"budget": arguments.budget},
+            "memory": {"budget": arguments.budget, "recompute": arguments.recompute},
             "adapter": {"kind": arguments.kind, "rank": arguments.rank},
         }
         config, bucket = Config.model_validate(fields), Bucket(arguments.side, arguments.side)
@@ -154,8 +165,9 @@ def main() -> None:
         )
         assert plan.chosen is not None, "nothing fits the budget"
         begin, cpu = time.perf_counter(), time.process_time()
-        measured = measured_peak(step_of(config, Shape(bucket, 1), plan.recompute))
-        took = f"{time.perf_counter() - begin:,.0f} s, {time.process_time() - cpu:,.0f} s of CPU time for two steps"
+        small = Shape(Bucket(64, 64), 1)
+        measured = measured_peak(step_of(config, Shape(bucket, 1), plan.recompute, small))
+        took = f"{time.perf_counter() - begin:,.0f} s, {time.process_time() - cpu:,.0f} s of CPU time for both steps"
     planned = sum(plan.chosen.split.values())
     what = f"{arguments.kind} {arguments.rank}, {arguments.precision} over {arguments.frozen}"
     numbers = f"{planned / GIB:.3f} | {measured / GIB:.3f} | {planned / measured - 1:+.2%}"

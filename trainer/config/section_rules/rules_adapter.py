@@ -9,6 +9,7 @@ from trainer.config.sections.adapter_config import only_additions_train, trains_
 
 _WITH_CONVOLUTIONS = ("locon", "loha", "lokr", "dora")
 _WITH_DROPOUT = ("lora", "locon", "dora")
+_COMPILED = ("lora", "locon", "dora")
 _NOT_IN_BF16 = {
     "dora": "magnitudes of `dora` that are held in bf16 would start up to 0.4 % off the model's own",
     "oft": "rotations of `oft` are solved for, which has no bf16",
@@ -69,7 +70,10 @@ def _beside(config: Config) -> Iterator[Problem]:
     if config.train.precision.startswith("bf16_") and config.adapter.kind in _NOT_IN_BF16:
         rule = f"must be bf16, fp16 or fp32; {_NOT_IN_BF16[config.adapter.kind]}"
         yield clash(config, ("train.precision", kind), rule)
-    if config.train.compile != "off" and config.adapter.dropout:
+    if config.train.compile != "off" and config.adapter.kind not in _COMPILED:
+        rule = "must be off; of adapters, lora, locon and dora are compiled, and layers of the others in small pieces"
+        yield clash(config, ("train.compile", kind), rule)
+    elif config.train.compile != "off" and config.adapter.dropout:
         rule = "must be off; blocks that are alike share compiled code, and would leave out the same elements"
         yield clash(config, ("train.compile", "adapter.dropout"), rule)
     if config.ema.snapshots.every_steps:
