@@ -1,6 +1,7 @@
 """The plan of a run with an adapter: against measured memory of a small model, and for SDXL itself."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,27 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """In bf16, the CPU's convolutions take scratch for each thread, which shows in so small a model."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     ("kind", "precision", "recompute"),
-    [("lora", "bf16", False), ("locon", "fp32", True), ("dora", "bf16", False), ("lokr", "bf16", False)],
+    [
+        ("lora", "bf16", False),
+        ("lora", "bf16", True),
+        ("locon", "fp32", True),
+        ("dora", "bf16", False),
+        ("lokr", "bf16", False),
+    ],
 )
 def test_planned_is_measured(mini: Path, kind: str, precision: str, recompute: bool) -> None:
-    """fp32 where blocks are recomputed: in bf16, 12 to 13 % more is measured than planned, 1.5 to 3 MiB of what this
-    small a model then holds, probably scratch within operations of the CPU.
-    """
     train = {"steps": 10, "precision": precision}
     sections: dict[str, Any] = {"adapter": KINDS[kind], "data": {"cache_text": True}, "train": train}
     config = make_config(mini, **sections)
@@ -66,7 +79,7 @@ def test_planned_is_measured(mini: Path, kind: str, precision: str, recompute: b
 @pytest.mark.parametrize(
     ("held", "kind", "precision", "recompute"),
     [
-        ("nf4", "lora", "fp32", False),
+        ("nf4", "lora", "bf16", False),
         ("int8", "lora", "fp32", True),
         ("int8", "dora", "bf16", False),
         ("nf4", "locon", "fp32", True),
@@ -76,7 +89,6 @@ def test_planned_is_measured(mini: Path, kind: str, precision: str, recompute: b
 def test_planned_is_measured_over_a_packed_base(
     mini: Path, held: str, kind: str, precision: str, recompute: bool
 ) -> None:
-    """Of LoRA in bf16, 5.4 % more is measured: the same tensors, but 2 MB of scratch within the CPU's kernels."""
     train = {"steps": 10, "precision": precision}
     model = {"path": str(mini), "frozen_weights": held}
     config = make_config(mini, adapter=KINDS[kind], data={"cache_text": True}, train=train, model=model)
