@@ -1,11 +1,12 @@
 """Planned against measured peak memory: real training of UNets of 16M to 654M weights on the CPU.
 
-    python benchmarks/memory_plan.py [--models tiny,m100] [--workers 1,4] [--alone]
+    python benchmarks/memory_plan.py [--models tiny,m100] [--workers 1,4] [--alone] [--adapters]
 
 Each row trains for real (gloo between the workers); the measured peak is PyTorch's own count of what it allocates,
 in an optimizer step in steady state. The planned one comes from a pass over the same model without memory
 (`trainer.memory.trace`). Takes an hour on 2 cores; a few minutes for `tiny` alone. With `--alone`, worker 0 of
-four trains without the others and its messages go nowhere: the same memory, but for the copies that gloo makes.
+four trains without the others and its messages go nowhere: the same memory, but for the copies that gloo makes. With
+`--adapters`, a LoRA of rank 16 trains beside frozen weights, in place of the other rows.
 """
 
 import argparse
@@ -30,11 +31,12 @@ from torch import Tensor, nn
 
 from trainer.config.sections.exchange_config import ExchangeConfig
 from trainer.memory.holdings import Holding, Peak
-from trainer.memory.hosted_holding import with_state_in_host
-from trainer.memory.strategy_peak import strategy_peak
+from trainer.memory.hosted_holding import with_state_in_host, with_weights_in_host
+from trainer.memory.strategy_peak import parameter_sizes, strategy_peak
 from trainer.memory.trace import trace_pass
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import apply_recompute, gathered_units, release_blocks, repeated_blocks
+from trainer.optim.hosted.hosted_weights import HostedWeights
 from trainer.parallel.comm import Comm
 from trainer.parallel.sharding import local_tensor
 from trainer.parallel.strategy import Sharing, StrategyKind, make_strategy, warm_up
@@ -72,7 +74,9 @@ class Case:
     side_px: int = 256
     release: bool = False
     hosts_state: bool = False
+    hosts_weights: bool = False
     exchange: str = "plain"
+    adapter: str = ""
 
     @property
     def gradients(self) -> ExchangeConfig:
@@ -105,15 +109,31 @@ def unet_config(model: str) -> dict[str, Any]:
     }
 
 
-def make_model(case: Case) -> TrainedModel:
-    """The model on "meta"."""
+def make_model(
+    case: Case, dtype: torch.dtype, before_recompute: Callable[[TrainedModel], None] = lambda _: None
+) -> TrainedModel:
+    """The model on "meta", its weights in `dtype`; below an adapter, they have the dtype that is computed in."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     with torch.device("meta"):
         model = TrainedModel(UNet2DConditionModel(**unet_config(case.model)).train())
+    model.to(DTYPES[case.compute] if case.adapter else dtype)
+    if case.adapter:
+        _add_adapter(model, case.adapter)
+    before_recompute(model)
     if case.recompute:
         apply_recompute(model, repeated_blocks(model))
     return model
+
+
+def _add_adapter(model: TrainedModel, kind: str) -> None:
+    from trainer.adapters.inject import inject
+    from trainer.adapters.targets import find_targets
+    from trainer.config.sections.adapter_config import AdapterConfig
+
+    config = AdapterConfig.model_validate({"kind": kind})
+    model.requires_grad_(False)
+    inject(model.unet, find_targets({"unet": model.unet}, config, {}, frozenset()), config)
 
 
 def make_loss(case: Case, model: nn.Module, dtype: torch.dtype, device: str) -> Callable[[], Tensor]:
@@ -135,14 +155,14 @@ def make_loss(case: Case, model: nn.Module, dtype: torch.dtype, device: str) -> 
 
 
 def input_dtype(case: Case) -> torch.dtype:
-    """Spread weights are gathered in the dtype that is computed in; others are cast by autocast."""
-    return DTYPES[case.compute if case.kind in ("zero2", "zero3") else case.weights]
+    """Spread weights are gathered in the dtype that is computed in; others are cast by autocast, as adapters are."""
+    return DTYPES[case.compute if case.kind in ("zero2", "zero3") and not case.adapter else case.weights]
 
 
 def plan(case: Case) -> Peak:
     """The peak of `case` from a pass without memory."""
     dtype = input_dtype(case)
-    model = make_model(case).to(dtype)
+    model = make_model(case, dtype)
     autocast = DTYPES[case.compute] if dtype != DTYPES[case.compute] else None
     trace = trace_pass(model, make_loss(case, model, dtype, "meta"), gathered_units(model), "cpu", autocast)
     size = DTYPES[case.weights].itemsize
@@ -150,6 +170,7 @@ def plan(case: Case) -> Peak:
         strategy=case.kind,
         world=case.workers,
         stored_bytes=size,
+        base_bytes=DTYPES[case.compute].itemsize if case.adapter else None,
         compute_bytes=dtype.itemsize,
         reduce_bytes=dtype.itemsize,
         optimizer_bytes=2 * size,
@@ -161,6 +182,9 @@ def plan(case: Case) -> Peak:
     if case.hosts_state:
         state = {name: 2 * size * math.prod(trace.shapes[name]) for name in trace.trains}
         holding = with_state_in_host(holding, state)
+    if case.hosts_weights:
+        hosted = repeated_blocks(model).keys()
+        holding = with_weights_in_host(holding, parameter_sizes(trace), trace.unit_of, hosted)
     return strategy_peak(trace, holding)
 
 
@@ -203,8 +227,15 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
     mixed = dtype if case.weights != case.compute and dtype != DTYPES[case.weights] else None
     alone = case.gradients.averages_weights
     sharing = Sharing(case.kind, mixed, mixed, case.exchange_every_pass, case.accumulation, steps_alone=alone)
-    model = make_model(case).to(DTYPES[case.weights])
-    strategy = make_strategy(model, sharing, gathered_units(model).values(), (), comm, _fill)
+    weights = list[HostedWeights]()
+
+    def host(model: TrainedModel) -> None:
+        if case.hosts_weights:
+            weights.append(HostedWeights(repeated_blocks(model), comm.device))
+
+    model = make_model(case, DTYPES[case.weights], host)
+    hosted, elsewhere = (weights[0], weights[0].parameters) if weights else (None, ())
+    strategy = make_strategy(model, sharing, gathered_units(model).values(), (), comm, _fill, elsewhere=elsewhere)
     strategy = (with_average if alone else with_exchange)(case.gradients, strategy, comm, seed=0)
     steps = itertools.count()
     # Workers but the first only keep it company: their optimizer's memory is another's.
@@ -213,7 +244,9 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
     if case.release and optimizer is not None:
         optimizer.param_groups[0] |= {"peak_lr": 1e-5, "name": "unet"}
         blocks = release_blocks(strategy.parameters, gathered_units(model))
-        release = GradientRelease(strategy.parameters, blocks, optimizer, max_norm=1.0, hosts_state=case.hosts_state)
+        release = GradientRelease(
+            strategy.parameters, blocks, optimizer, 1.0, hosts_state=case.hosts_state, weights=hosted
+        )
     loss = make_loss(case, strategy.model, dtype, "cpu")
     autocast = torch.autocast("cpu", DTYPES[case.compute], enabled=dtype != DTYPES[case.compute])
 
@@ -258,6 +291,16 @@ def cases(models: Sequence[str], worker_counts: Sequence[int]) -> list[Case]:
             found += [Case(model, "ddp", workers, 1, False, False, weights, weights, exchange=m) for m in METHODS]
         if model != "m600":
             found += [Case(model, kind, workers, 1, False, compute="bf16") for kind in kinds]
+    return found
+
+
+def adapter_cases(models: Sequence[str], worker_counts: Sequence[int]) -> list[Case]:
+    """Every row of `--adapters`."""
+    found = []
+    for model, workers in itertools.product(models, worker_counts):
+        kinds: list[StrategyKind] = ["single"] if workers == 1 else ["ddp", "zero2", "zero3"]
+        for kind, recompute, compute in itertools.product(kinds, (False, True), ("fp32", "bf16")):
+            found.append(Case(model, kind, workers, 1, recompute, compute=compute, adapter="lora"))
     return found
 
 
@@ -324,9 +367,10 @@ def row(case: Case, measured: int) -> tuple[str, float]:
     error = planned.total / measured - 1
     name = case.kind + (", gradients in each pass" if case.exchange_every_pass else "")
     name += f", {case.exchange}" * (case.exchange != "plain")
+    model = f"{case.model}, {case.adapter}" if case.adapter else case.model
     numbers = f"{planned.total / 2**20:,.1f} | {measured / 2**20:,.1f} | {error:+.2%}"
     kept = "recomputed" if case.recompute else "kept"
-    text = f"| {case.model} | {case.weights}/{case.compute} | {name} | {case.workers} | {case.accumulation} | {kept} |"
+    text = f"| {model} | {case.weights}/{case.compute} | {name} | {case.workers} | {case.accumulation} | {kept} |"
     return f"{text} {numbers} |", error
 
 
@@ -336,6 +380,7 @@ def main() -> None:
     parser.add_argument("--models", default="tiny,m100,m250,m600")
     parser.add_argument("--workers", default="1,4")
     parser.add_argument("--alone", action="store_true", help="worker 0 alone")
+    parser.add_argument("--adapters", action="store_true", help="a LoRA beside frozen weights")
     parser.add_argument("--cases", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cases:
@@ -343,7 +388,8 @@ def main() -> None:
         return
     print("| UNet | weights/compute | strategy | workers | passes | activations | planned MiB | measured MiB | error |")
     print("|---|---|---|---|---|---|---|---|---|")
-    rows = cases(arguments.models.split(","), [int(count) for count in arguments.workers.split(",")])
+    make_cases = adapter_cases if arguments.adapters else cases
+    rows = make_cases(arguments.models.split(","), [int(count) for count in arguments.workers.split(",")])
     worst = 0.0
     for _, group in itertools.groupby(rows, key=lambda case: (case.model, case.workers, case.kind)):
         members = list(group)

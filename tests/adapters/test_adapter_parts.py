@@ -115,9 +115,18 @@ def test_rules(model_folder: Path, tmp_path: Path) -> None:
     assert "convolutions are changed by" in problems({"kind": "lora", "conv_rank": 4})
     assert "a rotation has no scale" in problems({"kind": "oft", "alpha": 4.0})
     assert "is for lora, locon and dora" in problems({"kind": "loha", "dropout": 0.1})
-    assert "must be bf16, fp16 or fp32" in problems({"kind": "lora"}, train={"precision": "bf16_kahan"})
-    assert "must be off" in problems({"kind": "lora"}, train={"compile": "blocks"})
-    assert "must be auto or ddp" in problems({"kind": "lora"}, memory={"strategy": "zero2"})
+    for kind in ("lora", "locon", "loha", "lokr"):
+        assert problems({"kind": kind}, train={"precision": "bf16_kahan"}) == ""
+    for kind in ("lora", "locon", "dora"):
+        assert problems({"kind": kind}, train={"compile": "blocks"}) == ""
+    assert "layers of the others in small pieces" in problems({"kind": "loha"}, train={"compile": "blocks"})
+    assert "would start up to 0.4 % off" in problems({"kind": "dora"}, train={"precision": "bf16_kahan"})
+    assert "solved for, which has no bf16" in problems({"kind": "oft"}, train={"precision": "bf16_stochastic"})
+    assert "would leave out the same" in problems({"kind": "lora", "dropout": 0.1}, train={"compile": "blocks"})
+    for strategy in ("zero2", "zero3"):
+        assert problems({"kind": "dora"}, memory={"strategy": strategy}) == ""
+        packed = problems({"kind": "lora"}, memory={"strategy": strategy}, model={"frozen_weights": "nf4"})
+        assert "must be auto or ddp; packed weights are no parameters" in packed
     assert "with an adapter nothing else trains" in problems(
         {"kind": "lora"}, trainable={"text_encoder_1": {"train": True}}
     )

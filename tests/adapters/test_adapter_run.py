@@ -26,16 +26,26 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small_set(tmp_path_factory.mktemp("adapters") / "prepared", {Bucket(64, 64): 8})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        *((kind, "fp32") for kind in KINDS),
+        ("lora", "bf16_stochastic"),
+        ("locon", "bf16_kahan"),
+        ("loha", "bf16_stochastic"),
+        ("lokr", "bf16_kahan"),
+    ],
+)
 def test_only_the_adapter_trains_and_an_interruption_changes_no_bit(
-    model_folder: Path, prepared: Path, tmp_path: Path, kind: str
+    model_folder: Path, prepared: Path, tmp_path: Path, kind: str, precision: str
 ) -> None:
     seen: list[StepParts] = []
     ema = {"averages": [{"name": "ema", "decay": 0.9}]}
     settings: dict[str, Any] = KINDS[kind] | {"text_encoders": kind in ("lora", "lokr")}
     settings |= {"dropout": 0.2} if kind in ("lora", "dora") else {}
-    straight = adapted(model_folder, prepared, tmp_path / "straight", settings, ema=ema)
-    interrupted = adapted(model_folder, prepared, tmp_path / "interrupted", settings, ema=ema)
+    sections: dict[str, Any] = {"ema": ema, "train": {"precision": precision}}
+    straight = adapted(model_folder, prepared, tmp_path / "straight", settings, **sections)
+    interrupted = adapted(model_folder, prepared, tmp_path / "interrupted", settings, **sections)
     losses = [result.loss for result in watched_run(straight, before_parts=lambda _, parts: seen.append(parts)).results]
     watched_run(interrupted, stop_after=3)
     watched_run(interrupted)
@@ -43,14 +53,16 @@ def test_only_the_adapter_trains_and_an_interruption_changes_no_bit(
     trained, model = seen[-1].strategy.parameters, seen[-1].denoiser.model
     base = {name: p for name, p in model.named_parameters() if name not in trained}
     assert trained and all(".default" in name for name in trained) and not any(p.requires_grad for p in base.values())
+    held = torch.float32 if precision == "fp32" else torch.bfloat16
     original = load_file(model_folder / "unet" / "diffusion_pytorch_model.safetensors")
     for name, parameter in base.items():
         if name.startswith("unet."):
-            assert torch.equal(parameter, original[name.removeprefix("unet.").replace(".base_layer", "")]), name
+            weight = original[name.removeprefix("unet.").replace(".base_layer", "")]
+            assert torch.equal(parameter, weight.to(held)), name
     files = {path.name for path in (checkpoint_dir(straight.run.dir, 6)).iterdir()}
     assert files == {"adapter", "adapter_ema", "training_state", "manifest.json"}
     stored = load_file(checkpoint_dir(straight.run.dir, 6) / "adapter" / "adapter_model.safetensors")
-    assert len(stored) == len(trained) and all(tensor.dtype == torch.float32 for tensor in stored.values())
+    assert len(stored) == len(trained) and all(tensor.dtype == held for tensor in stored.values())
     changed = [name for name, tensor in stored.items() if tensor.abs().max() > 0]
     assert len(changed) == len(stored)
     assert losses[0] > 0

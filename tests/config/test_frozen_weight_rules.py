@@ -19,8 +19,8 @@ LORA = ["adapter.kind=lora", "train.precision=bf16"]
         (["model.frozen_weights=int4"], "model.frozen_weights = int4: must be one of compute, int8, nf4"),
         (["model.frozen_weights=int8", TOKENS[0]], "weights that train are not held in fewer bits"),
         (["model.frozen_weights=int8", *TOKENS, "train.compile=blocks"], "train.compile = blocks with model.frozen_w"),
-        (["model.frozen_weights=int8", *LORA, "memory.strategy=zero2"], "memory.strategy = zero2 with adapter.kind"),
-        (["model.frozen_weights=int8", *LORA, "train.compile=blocks"], "train.compile = blocks with adapter.kind"),
+        (["model.frozen_weights=int8", *LORA, "memory.strategy=zero2"], "memory.strategy = zero2 with model.frozen"),
+        (["model.frozen_weights=int8", *LORA, "train.compile=blocks"], "train.compile = blocks with model.frozen_we"),
     ],
 )
 def test_refused(overrides: list[str], said: str) -> None:

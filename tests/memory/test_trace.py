@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.memory_plan import Case, measure, plan
 from trainer.memory.trace import trace_pass, trace_peak
 from trainer.parallel.comm import keep_group_alive
+from trainer.parallel.strategy import StrategyKind
 
 MIB = 2**20
 SLOW = pytest.mark.slow
@@ -57,6 +59,16 @@ def test_state_in_the_host(recompute: bool) -> None:
 
 
 @pytest.mark.e2e
+def test_weights_in_the_host() -> None:
+    """Of the blocks, two slots' worth stays."""
+    hosted: dict[str, Any] = {"release": True, "hosts_state": True}
+    case = Case("mini", "single", 1, 1, True, side_px=64, batch=1, **hosted, hosts_weights=True)
+    planned, kept = plan(case), plan(replace(case, hosts_weights=False))
+    assert planned.total == pytest.approx(measure(case, 0), rel=0.05)
+    assert planned.split["weights"] < 0.6 * kept.split["weights"]
+
+
+@pytest.mark.e2e
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("accumulation", "recompute", "each_pass"),
@@ -85,6 +97,20 @@ def test_ddp_with_accumulation_holds_gradients_once() -> None:
 def test_zero3() -> None:
     case = Case("mini", "zero3", 4, 1, True, compute="bf16", side_px=128)
     assert plan(case).total == pytest.approx(measure(case, 0), rel=0.05)
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("kind", "recompute", "compute"),
+    [("zero3", True, "fp32"), ("zero2", False, "fp32"), ("zero3", False, "bf16"), ("zero3", True, "bf16")],
+)
+def test_an_adapter_beside_a_base_that_is_spread(kind: StrategyKind, recompute: bool, compute: str) -> None:
+    case = Case("mini", kind, 4, 1, recompute, compute=compute, side_px=128, adapter="lora")
+    planned, replicated = plan(case), plan(replace(case, kind="ddp"))
+    assert planned.total == pytest.approx(measure(case, 0), rel=0.05)
+    if kind == "zero3" and recompute:
+        assert planned.total < 0.75 * replicated.total
 
 
 @pytest.mark.slow

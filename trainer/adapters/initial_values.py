@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,29 @@ class AdapterStart:
         return self.config.initial
 
 
+def _copy(parameter: Tensor, whole: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(whole)
+
+
+class Access(NamedTuple):
+    """How values get into a model's parameters, which may be spread over workers, and out of them.
+
+    Attributes:
+        put: fills a parameter, or this worker's share of it, from the whole tensor.
+        whole: all of a parameter; where it is spread, all workers ask.
+    """
+
+    put: Callable[[Tensor, Tensor], None] = _copy
+    whole: Callable[[Tensor], Tensor] = torch.detach
+
+
+IN_ONE_PIECE = Access()
+"""Of a model that every worker has all of."""
+
+
 @torch.no_grad()
-def draw_initial(parameter: nn.Parameter, name: str, seed: int) -> None:
+def draw_initial(parameter: nn.Parameter, name: str, seed: int, access: Access = IN_ONE_PIECE) -> None:
     """Fill a parameter of an adapter; magnitudes of DoRA are left to `fill_magnitudes`.
 
     The values hang on the seed and the stored name alone, so that they are the same for any number of workers.
@@ -56,11 +77,11 @@ def draw_initial(parameter: nn.Parameter, name: str, seed: int) -> None:
     else:
         assert leaf in _ZEROS or leaf == "lora_magnitude_vector", name
         values = torch.zeros(size)
-    parameter.copy_(values)
+    access.put(parameter, values)
 
 
 @torch.no_grad()
-def fill_magnitudes(model: nn.Module, keep: Collection[str] = ()) -> None:
+def fill_magnitudes(model: nn.Module, keep: Collection[str] = (), access: Access = IN_ONE_PIECE) -> None:
     """DoRA's magnitudes as the norms of the base's rows with the change as it is; all else has its values.
 
     Args:
@@ -75,9 +96,9 @@ def fill_magnitudes(model: nn.Module, keep: Collection[str] = ()) -> None:
         if not len(getattr(module, "lora_magnitude_vector", ())) or own in keep:
             continue
         magnitude: Tensor = layer.lora_magnitude_vector[PEFT_NAME].weight
-        down, up = layer.lora_A[PEFT_NAME].weight, layer.lora_B[PEFT_NAME].weight
-        norms = weight_norms(layer.base_layer.weight, down, up, layer.scaling[PEFT_NAME])
-        magnitude.copy_(norms.view(magnitude.shape))
+        down, up = (access.whole(part[PEFT_NAME].weight) for part in (layer.lora_A, layer.lora_B))
+        norms = weight_norms(access.whole(layer.base_layer.weight), down, up, layer.scaling[PEFT_NAME])
+        access.put(magnitude, norms.view(magnitude.shape))
 
 
 def _leaf(name: str) -> str:

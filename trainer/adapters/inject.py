@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate.big_modeling import init_empty_weights
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,8 +21,10 @@ from trainer.errors import UserError
 _LORAS = ("lora", "locon", "dora")
 
 
-def inject(module: nn.Module, targets: Sequence[Target], config: AdapterConfig) -> None:
-    """Replace the target layers of one part of the model; in place. What is new lies on the meta device, in fp32.
+def inject(
+    module: nn.Module, targets: Sequence[Target], config: AdapterConfig, dtype: torch.dtype = torch.float32
+) -> None:
+    """Replace the target layers of one part of the model; in place. What is new lies on the meta device, in `dtype`.
 
     Everything but the new parameters is frozen.
 
@@ -41,7 +44,7 @@ def inject(module: nn.Module, targets: Sequence[Target], config: AdapterConfig) 
         _settle(layer, scale_of(config, is_conv=is_conv), config)
     for parameter in module.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(dtype)
 
 
 def peft_config(names: dict[str, bool], config: AdapterConfig) -> PeftConfig:

@@ -24,6 +24,7 @@ from trainer.config.section_rules.rules_new_tokens import new_token_rules
 from trainer.config.section_rules.rules_notify import notify_rules
 from trainer.config.section_rules.rules_objective import objective_problems
 from trainer.config.section_rules.rules_optimizer import optimizer_rules
+from trainer.config.section_rules.rules_release import release_rules
 from trainer.config.section_rules.rules_samples import PIXELS_PER_LATENT, sample_rules
 from trainer.config.section_rules.rules_sources import is_needed_to_train, paths_of, source_rules
 from trainer.config.sections.adapter_config import trains_adapter
@@ -53,7 +54,7 @@ def broken_rules(config: Config) -> list[Problem]:
         ema_rules,
         _validation,
         sample_rules,
-        _release,
+        release_rules,
         exchange_rules,
         objective_problems,
         loss_weight_rules,
@@ -252,31 +253,6 @@ def _validation(config: Config) -> Iterator[Problem]:
     for key in ("validation.timesteps", "validation.max_images", "validation.train_images"):
         if is_given(config, key):
             yield clash(config, (key, share), "has no effect, because no images are held out")
-
-
-def _release(config: Config) -> Iterator[Problem]:
-    """Of one worker and one pass, which are known at the start alone, if they are not said here."""
-    key, train = "memory.release_gradients", config.train
-    if not config.memory.release_gradients:
-        if config.memory.offload_optimizer is True:
-            rule = f"needs {key}: true, with which the optimizer takes its step block by block"
-            yield clash(config, ("memory.offload_optimizer", key), rule)
-        return
-    if (train.gradient_accumulation_steps or 1) > 1:
-        yield clash(
-            config, (key, "train.gradient_accumulation_steps"), "gradients are added up over the passes of a step"
-        )
-    if train.global_batch_size is not None and train.global_batch_size != train.batch_size_per_gpu:
-        keys = (key, "train.global_batch_size", "train.batch_size_per_gpu")
-        yield clash(config, keys, "a step must be one pass of one worker")
-    if isinstance(config.launch.workers, int) and config.launch.workers > 1:
-        yield clash(config, (key, "launch.workers"), "several workers exchange gradients before they use them")
-    if train.precision == "fp16":
-        yield clash(config, (key, "train.precision"), "fp16 has to see all gradients before it takes a step")
-    if config.memory.strategy != "auto":
-        yield clash(config, (key, "memory.strategy"), "must be auto; it is for one worker")
-    if config.optimizer.kind in ("prodigy", "dadapt_adam"):
-        yield clash(config, (key, "optimizer.kind"), "the learning rate is found from all gradients of a step")
 
 
 def _written_folders(config: Config) -> Iterator[Problem]:

@@ -230,6 +230,10 @@ class MemoryConfig(Section):
     offload_optimizer: Literal["auto"] | Flag = "auto"
     """The optimizer's state lies in the host's memory, and comes to the card block by block for its update. Needs
     `release_gradients`. `auto`: with it, where nothing else fits."""
+    offload_weights: Literal["auto"] | Flag = "auto"
+    """The weights of the transformer and residual blocks lie in the host's memory too, and come to the card block by
+    block to compute; all blocks are recomputed then. Needs `release_gradients`, and `offload_optimizer` not to be
+    `false`. `auto`: with it, where nothing else fits, and nothing forbids it."""
 
 
 class Config(Section):

@@ -67,7 +67,7 @@ class Ways:
 
     Attributes:
         holdings: by label, with the strategies and ways of accumulation that are allowed; `last`: those that are looked
-            at where none of them fits.
+            at where none of them fits; `final`: those where none of these does.
         num_blocks: that can be recomputed.
         fewest, most: recomputed blocks that are allowed; equal where nothing is left to choose.
         may_offload: the last rung is allowed.
@@ -81,6 +81,11 @@ class Ways:
     may_offload: bool = True
     must_offload: bool = False
     last: dict[str, Holding] = field(default_factory=dict)
+    final: dict[str, Holding] = field(default_factory=dict)
+
+    def fewest_of(self, holding: Holding) -> int:
+        """Recomputed blocks at least: all whose weights do not stay on the card."""
+        return self.most if holding.hosted_weight_bytes else self.fewest
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def choose(ways: Ways, measures: Measures, budget: Budget) -> Choice:
     if ways.may_offload and not ways.must_offload:
         offloading.append(True)
     hopeless: set[str] = set()  # without any activations
-    for holdings, offloads in itertools.product((ways.holdings, ways.last), offloading):
+    for holdings, offloads in itertools.product((ways.holdings, ways.last, ways.final), offloading):
         for label, holding in holdings.items():
             if label in hopeless:
                 continue
@@ -146,8 +151,9 @@ def _rungs_of(
     label: str, holding: Holding, ways: Ways, measures: Measures, budget: Budget, offloads: bool
 ) -> list[Rung]:
     """The rung with the fewest recomputed blocks and, if that does not fit, the one with the most."""
-    first = _rung(label, holding, ways.fewest, measures, budget, offloads)
-    if first.fits or ways.most == ways.fewest or _is_hopeless(first, budget):
+    fewest = ways.fewest_of(holding)
+    first = _rung(label, holding, fewest, measures, budget, offloads)
+    if first.fits or ways.most == fewest or _is_hopeless(first, budget):
         return [first]
     last = _rung(label, holding, ways.most, measures, budget, offloads)
     return [first, last]
@@ -171,11 +177,12 @@ def _least_cost(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> f
 
 def _fewest(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> int:
     """Blocks to recompute, by what the first ones save."""
-    if budget.total is None or rung.recomputed == ways.fewest or rung.offloads:
+    fewest = ways.fewest_of(rung.holding)
+    if budget.total is None or rung.recomputed == fewest or rung.offloads:
         return rung.recomputed
-    first = measures.peak(rung.holding, ways.fewest, rung.offloads)
+    first = measures.peak(rung.holding, fewest, rung.offloads)
     over = (budget.needed(first) - budget.total) / (1 + budget.margin_share)
-    return next((n for n in range(ways.fewest, rung.recomputed) if measures.saved_bytes(n) >= over), rung.recomputed)
+    return next((n for n in range(fewest, rung.recomputed) if measures.saved_bytes(n) >= over), rung.recomputed)
 
 
 def _least(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> Rung:

@@ -41,7 +41,8 @@ class Holding:
             each pass; `zero3`: gathered for each unit.
         world: workers that share the state.
         stored_bytes: of one weight as the optimizer sees it (its master, where `compute_bytes` is smaller).
-        base_bytes: of one weight below an adapter, which does not train; None: as `stored_bytes`.
+        base_bytes: of one weight below an adapter, which does not train, as it is held and gathered; None: as those
+            that train.
         compute_bytes: of one weight in the forward pass. Differs from `stored_bytes` with zero2 and zero3 only;
             autocast's copies are part of the trace.
         reduce_bytes: of one gradient on the wire.
@@ -65,6 +66,7 @@ class Holding:
             parameter, by name; empty where the update comes after all of them.
         hosted_bytes: of the optimizer's state in the host's memory; what is on the card at a time is then
             `optimizer_everywhere_bytes`.
+        hosted_weight_bytes: of the weights, there too; `weight_slot_bytes`: of the slots that serve them on the card.
         exchange: how the gradients of `ddp` travel.
     """
 
@@ -92,7 +94,17 @@ class Holding:
     between_steps_gathered: frozenset[str] = frozenset()
     released_with: Mapping[str, str] = field(default_factory=dict)
     hosted_bytes: int = 0
+    hosted_weight_bytes: int = 0
+    weight_slot_bytes: int = 0
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+
+    def held_width(self, *, trains: bool) -> int:
+        """Bytes of one weight as it is held."""
+        return self.stored_bytes if trains or self.base_bytes is None else self.base_bytes
+
+    def gathered_width(self, *, trains: bool) -> int:
+        """Bytes of one weight as `zero2` and `zero3` gather it."""
+        return self.compute_bytes if trains or self.base_bytes is None else self.base_bytes
 
     @property
     def keeps_views(self) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.config.sections.adapter_config import AdapterConfig, only_additions_train
+from trainer.config.sections.adapter_config import AdapterConfig, only_additions_train, trains_adapter
 from trainer.config.sections.exchange_config import ExchangeConfig
 from trainer.config.sections.new_tokens_config import NewTokenConfig
 from trainer.config.sections.optimizer_config import OptimizerKind
@@ -36,7 +36,7 @@ class PlannedRun:
         adapter: what trains in place of the weights, if it is of a kind.
         new_tokens: whose vectors train beside all else, or alone.
         releases_gradients: each block is updated when its gradients have arrived; `offload_optimizer`: and the state
-            for that lies in the host's memory, as wished in `memory`.
+            for that lies in the host's memory, as wished in `memory`; `offload_weights`: and the blocks' weights.
         frozen_weights: in how many bits a base is held that does not train.
         exchange: how gradients travel; all but the plain way is for `ddp`.
     """
@@ -71,6 +71,7 @@ class PlannedRun:
     new_tokens: tuple[NewTokenConfig, ...] = ()
     releases_gradients: bool = False
     offload_optimizer: Literal["auto"] | bool = "auto"
+    offload_weights: Literal["auto"] | bool = False
     frozen_weights: FrozenWeights = "compute"
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
 
@@ -84,6 +85,11 @@ class PlannedRun:
     def only_additions_train(self) -> bool:
         """Whether what trains is an adapter beside frozen weights, or new tokens alone."""
         return only_additions_train(self.trainable, self.adapter)
+
+    @property
+    def may_be_spread(self) -> bool:
+        """Whether workers may have shares of the weights: a base that is packed is no parameter, and each has it."""
+        return not self.only_additions_train or (trains_adapter(self.adapter) and self.frozen_weights == "compute")
 
     def values(self) -> dict[str, Any]:
         """All of it as plain values, the model by its components' configurations."""

@@ -34,6 +34,7 @@ class RungReport:
     fits: bool
     extra_s: float
     hosts_state: bool = False
+    hosts_weights: bool = False
 
     @staticmethod
     def of(rung: Rung, budget: Budget) -> "RungReport":
@@ -54,6 +55,7 @@ class RungReport:
             fits=rung.fits,
             extra_s=rung.extra_s,
             hosts_state=rung.holding.hosted_bytes > 0,
+            hosts_weights=rung.holding.hosted_weight_bytes > 0,
         )
 
 

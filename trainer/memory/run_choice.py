@@ -40,7 +40,7 @@ class MemoryChoice:
         kind, exchange_every_pass: see `Sharing`.
         recompute: names of blocks; empty for none.
         offloads: saved activations wait in the host's memory.
-        hosts_state: the optimizer's state lies there.
+        hosts_state: the optimizer's state lies there; `hosts_weights`: and the weights of all blocks.
         needed: bytes that the plan counts with for this worker, all in all; None where nothing was planned.
         tensors: of these, what PyTorch's tensors take.
         limit: what PyTorch's allocator may take, by the budget; None: no limit.
@@ -61,11 +61,18 @@ class MemoryChoice:
     passes: int = 1
     hosts_state: bool = False
     flops_per_px: float | None = None
+    hosts_weights: bool = False
 
-    def sharing(self, precision_name: str) -> Sharing:
-        """With the dtypes that follow from `train.precision`."""
+    def sharing(self, precision_name: str, *, only_additions: bool = False) -> Sharing:
+        """With the dtypes that follow from `train.precision`.
+
+        Args:
+            only_additions: what trains is small, beside frozen weights that are held in the passes' own dtype: all is
+                gathered as it is held, and autocast does what it does on one worker.
+        """
         precision = precision_of(precision_name)
-        narrow = precision.compute if self.kind in ("zero2", "zero3") and precision.autocast else None
+        casts = self.kind in ("zero2", "zero3") and precision.autocast and not only_additions
+        narrow = precision.compute if casts else None
         return Sharing(self.kind, narrow, narrow, self.exchange_every_pass, self.passes)
 
     def around_forward(self, model: TrainedModel) -> Callable[[], AbstractContextManager[None]]:
@@ -100,7 +107,8 @@ def choose_memory(run: PlannedRun, comm: Comm, setting: Setting) -> MemoryChoice
 def _unplanned(run: PlannedRun, setting: Setting) -> MemoryChoice:
     kind: StrategyKind = "ddp" if run.strategy == "auto" else run.strategy
     blocks: tuple[str, ...] = ()
-    if run.recompute == "all":
+    hosts_weights = run.offload_weights is True
+    if run.recompute == "all" or hosts_weights:
         precision = precision_of(run.precision)
         dtypes = precision.weights, precision.compute
         blocks = tuple(repeated_blocks(lay_out_planned(run, *dtypes)))
@@ -109,7 +117,8 @@ def _unplanned(run: PlannedRun, setting: Setting) -> MemoryChoice:
         recompute=blocks,
         offloads=run.offload_activations is True,
         passes=setting.accumulation,
-        hosts_state=run.offload_optimizer is True,
+        hosts_state=run.offload_optimizer is True or hosts_weights,
+        hosts_weights=hosts_weights,
     )
 
 
@@ -138,6 +147,7 @@ def _planned(run: PlannedRun, setting: Setting, attempt: int) -> MemoryChoice:
         passes=plan.accumulation,
         hosts_state=rung.hosts_state,
         flops_per_px=sum(plan.flops_per_image[:2]) / (plan.image[0] * plan.image[1]),
+        hosts_weights=rung.hosts_weights,
     )
 
 

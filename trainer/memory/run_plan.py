@@ -53,6 +53,7 @@ _SMALLER: dict[OptimizerKind, OptimizerKind] = {
     **dict.fromkeys(("adamw", "adamw_8bit", "stable_adamw", "adopt", "schedule_free_adamw", "muon"), "adamw_8bit"),
 }  # kinds that a learning rate can be kept with
 _HOSTED = "optimizer's state in the host's memory"
+_ALL_HOSTED = "optimizer's state and weights in the host's memory"
 _PINNED_SHARE = 1.5  # the host allocator rounds each tensor up to a power of two: between 1 and 2
 
 
@@ -183,7 +184,7 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
     Args:
         only_whether: something fits; then only what takes least is looked at, for each look is a pass of the model.
     """
-    from trainer.memory.hosted_holding import with_state_in_host
+    from trainer.memory.hosted_holding import with_state_in_host, with_weights_in_host
     from trainer.memory.traced_run import (
         Shape,
         TracedRun,
@@ -211,26 +212,34 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
         )
         for label, holding in holdings(run, trace, setting.workers, setting.accumulation, setting.kernels).items()
     }
-    last: dict[str, Holding] = {}
+    last, state = dict[str, Holding](), dict[str, int]()
     if run.releases_gradients and run.offload_optimizer is not False:
         state = {name: parameter_state(run, trace, name).total for name in trace.trains}
         last = {f"{label}, {_HOSTED}": with_state_in_host(each, state) for label, each in ways.items()}
-    if run.offload_optimizer is True:
+    final: dict[str, Holding] = {}
+    if last and run.offload_weights is not False:
+        sizes, hosted = parameter_sizes(trace), trace.blocks().keys()
+        for label, each in ways.items():
+            in_host = with_state_in_host(each, state)
+            final[f"{label}, {_ALL_HOSTED}"] = with_weights_in_host(in_host, sizes, trace.unit_of, hosted)
+    if run.offload_weights is True:
+        ways, last, final = final, {}, {}
+    elif run.offload_optimizer is True:
         ways, last = last, {}
     num_blocks, first_strategy = len(trace.blocks()), next(iter(ways.values())).strategy
     fewest = num_blocks if run.recompute == "all" else 0
     most = 0 if run.recompute == "none" else num_blocks
     offload = run.offload_activations
     if setting.budget.total is None:  # nothing is planned then, see `choose_memory`
-        ways, last = dict([*ways.items()][:1]), {}
+        ways, last, final = dict([*ways.items()][:1]), {}, {}
     if only_whether:
         fewest = most
-        ways, last = (
+        ways, last, final = (
             {label: holding for label, holding in each.items() if _may_fit(trace, holding, setting.budget)}
-            for each in (ways, last)
+            for each in (ways, last, final)
         )
     choice = choose(
-        Ways(ways, num_blocks, fewest, most, offload is not False, offload is True, last),
+        Ways(ways, num_blocks, fewest, most, offload is not False, offload is True, last, final),
         Measures(
             traced.peak,
             partial(traced.saved_bytes, first_strategy),
@@ -246,7 +255,7 @@ def _may_fit(trace: "Trace", holding: Holding, budget: Budget) -> bool:
     shared = holding.world if holding.strategy in ("zero2", "zero3") else 1
     trained = sum(p.numel for p in parameter_sizes(trace) if p.trains)
     kept = 1 if holding.released_with else 2  # weights and gradients
-    least = trained * (kept * holding.stored_bytes + holding.optimizer_bytes) / shared
+    least = trained * (kept * holding.stored_bytes + holding.optimizer_bytes) / shared - holding.hosted_weight_bytes
     return budget.total is None or least <= budget.total
 
 
@@ -262,7 +271,8 @@ def _extra_s(traced: "TracedRun", holding: Holding, recomputed: int, offloads: b
     wire = wire_bytes(traced.trace(holding.strategy), holding) / WIRE_BYTES_PER_S
     saved = traced.trace(holding.strategy).saved_bytes - traced.saved_bytes(holding.strategy, recomputed)
     moved = 2 * max(saved, 0) * holding.accumulation / WIRE_BYTES_PER_S if offloads else 0.0
-    return again + wire + moved + 2 * holding.hosted_bytes / WIRE_BYTES_PER_S
+    hosted = 2 * holding.hosted_bytes + 3 * holding.hosted_weight_bytes  # to compute, to compute again, and back
+    return again + wire + moved + hosted / WIRE_BYTES_PER_S
 
 
 def _advice(run: PlannedRun, setting: Setting) -> Iterator[str]:
@@ -289,7 +299,7 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
     if run.exchange.averages_weights and run.exchange.outer_place == "device" and setting.workers > 1:
         in_host = run.exchange.model_copy(update={"outer_place": "host"})
         yield "exchange.outer_place: host", replace(run, exchange=in_host)
-    if run.strategy != "auto" and setting.workers > 1 and not run.only_additions_train:
+    if run.strategy != "auto" and setting.workers > 1 and run.may_be_spread:
         plain = replace(run, strategy="auto", exchange=ExchangeConfig())
         also = "" if run.exchange.method == "plain" else "exchange.method: plain and "
         also += "exchange.average_every: 1 and " if run.exchange.averages_weights else ""
@@ -315,10 +325,13 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
             yield f"{more} and train.batch_size_per_gpu: 1", replace(stochastic, batch_size=1)
     if run.releases_gradients and run.offload_optimizer is False:
         yield "memory.offload_optimizer: auto", replace(run, offload_optimizer="auto")
+    if run.releases_gradients and run.offload_weights is False and run.offload_optimizer is not False:
+        yield "memory.offload_weights: auto", replace(run, offload_weights="auto")
     if setting.workers == setting.accumulation == 1 and run.precision != "fp16" and not run.releases_gradients:
         yield "memory.release_gradients: true", replace(run, releases_gradients=True)
     # Last: it is not the same model any more.
-    if run.only_additions_train and run.frozen_weights != "nf4" and is_installed("bitsandbytes"):
+    packs = run.only_additions_train and run.strategy in ("auto", "ddp")
+    if packs and run.frozen_weights != "nf4" and is_installed("bitsandbytes"):
         for held in ("int8", "nf4") if run.frozen_weights == "compute" else ("nf4",):
             yield f"model.frozen_weights: {held}", replace(run, frozen_weights=held)
 
@@ -379,7 +392,7 @@ def _host_bytes(run: PlannedRun, setting: Setting, chosen: Rung, trace: "Trace")
     shards = setting.workers if chosen.holding.strategy in ("zero2", "zero3") else 1
     averages = averages_memory(run, trace, shards, setting.kernels).host
     each = round(_WORKER_RAM[setting.kernels] + run.data_workers * _DATA_WORKER_RAM + pinned) + averages
-    each += chosen.holding.hosted_bytes
+    each += chosen.holding.hosted_bytes + chosen.holding.hosted_weight_bytes
     if run.exchange.averages_weights and run.exchange.outer_place == "host" and setting.workers > 1:
         each += outer_bytes(trace.shapes[name] for name in trace.trains)
     return setting.workers_here * (each + (chosen.peak.total if setting.kernels == "cpu" else 0))

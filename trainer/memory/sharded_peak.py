@@ -38,16 +38,18 @@ class Sharded:
     ) -> None:
         self._ledger, self._holding, self._embeddings = ledger, holding, embeddings
         self._unit_of = unit_of
-        self._padded: dict[str, int] = {}  # elements of each unit
-        self._trained: dict[str, int] = {}
+        self._whole_bytes: dict[str, int] = {}  # bytes of each unit's whole weights
+        self._trained: dict[str, int] = {}  # elements
         self._numel = {p.name: p.numel for p in parameters}
+        shards = 0
         for parameter in parameters:
             unit, numel = unit_of.get(parameter.name, ""), parameter.padded_numel(holding.world)
-            self._padded[unit] = self._padded.get(unit, 0) + numel
+            whole = numel * holding.gathered_width(trains=parameter.trains)
+            self._whole_bytes[unit] = self._whole_bytes.get(unit, 0) + whole
+            shards += numel // holding.world * holding.held_width(trains=parameter.trains)
             self._trained[unit] = self._trained.get(unit, 0) + (numel if parameter.trains else 0)
-        shards = sum(self._padded.values()) // holding.world
         mixed = holding.compute_bytes != holding.stored_bytes
-        ledger.held["masters" if mixed else "weights"] += shards * holding.stored_bytes
+        ledger.held["masters" if mixed else "weights"] += shards
         trained = sum(self._trained.values()) // holding.world
         ledger.held["optimizer"] = round(holding.optimizer_bytes * trained) + holding.optimizer_everywhere_bytes
         self._mixed = mixed
@@ -101,7 +103,7 @@ class Sharded:
         elif kind == "backward":
             self._end_unit(name)
         elif kind == "end of backward":
-            for unit in self._padded:
+            for unit in self._whole_bytes:
                 self._end_unit(unit)
             self._ledger.add("communication", -self._reduce_input)
             self._reduce_input = 0
@@ -115,14 +117,14 @@ class Sharded:
         """What changes between steps; where weights are gathered, the streams' unused memory is given back before."""
         if not gathers:
             return {}
-        whole = sum(self._padded.values()) * self._holding.compute_bytes
+        whole = sum(self._whole_bytes.values())
         return {"weights": whole, "gradients": -self._reductions.unused}
 
     def _gather(self, unit: str) -> None:
         """All-gather into one flat buffer, then copy out; the buffer lives until the next gather's."""
-        if unit in self._whole or unit not in self._padded:
+        if unit in self._whole or unit not in self._whole_bytes:
             return
-        flat = self._padded[unit] * self._holding.compute_bytes
+        flat = self._whole_bytes[unit]
         if self._holding.world > 1:
             shard = flat // self._holding.world if self._mixed else 0
             self._gathers.add(flat + shard)
@@ -135,7 +137,7 @@ class Sharded:
         for wanted in (unit, self._before(unit)):
             if wanted is None or wanted in self._whole or wanted in self._gathered_ahead:
                 continue
-            self._gathers.add(self._padded[wanted] * self._holding.compute_bytes)
+            self._gathers.add(self._whole_bytes[wanted])
             self._gathered_ahead.add(wanted)
             if wanted == unit:
                 self._copy_out(unit)
@@ -144,7 +146,7 @@ class Sharded:
     def _copy_out(self, unit: str) -> None:
         if unit in self._gathered_ahead:
             self._gathered_ahead.remove(unit)
-            flat = self._padded[unit] * self._holding.compute_bytes
+            flat = self._whole_bytes[unit]
             self._ledger.add("weights", flat)
             self._gathers.add(-flat)
             self._whole.add(unit)
@@ -156,17 +158,17 @@ class Sharded:
     def _release(self, unit: str) -> None:
         if unit in self._whole and unit != "":
             self._whole.remove(unit)
-            self._ledger.add("weights", -self._padded[unit] * self._holding.compute_bytes)
+            self._ledger.add("weights", -self._whole_bytes[unit])
 
     def _end_unit(self, unit: str) -> None:
         """After a unit's backward pass: let go of its whole weights, reduce its gradients to this worker's share."""
-        if unit in self._ended or unit not in self._padded:
+        if unit in self._ended or unit not in self._whole_bytes:
             return
         holding, ledger = self._holding, self._ledger
         self._ended.add(unit)
         if self._releases and unit in self._whole:
             self._whole.remove(unit)
-            ledger.add("weights", -self._padded[unit] * holding.compute_bytes)
+            ledger.add("weights", -self._whole_bytes[unit])
         gradients = self._unit_gradients.pop(unit, 0)
         same = holding.reduce_bytes == holding.compute_bytes
         if not self._reduces:

@@ -83,7 +83,7 @@ def wire_bytes(trace: "Trace", holding: Holding) -> int:
         return 0
     if holding.strategy == "ddp":
         return sent_bytes(holding.exchange, [p.shape for p in sizes if p.trains], world, holding.stored_bytes)
-    padded = {p.name: p.padded_numel(world) * holding.compute_bytes for p in sizes}
+    padded = {p.name: p.padded_numel(world) * holding.gathered_width(trains=p.trains) for p in sizes}
     embedded = sum(size for name, size in padded.items() if trace.unit_of.get(name) in trace.embeddings)
     weights = sum(padded.values()) - embedded
     gradients = sum(p.padded_numel(world) for p in sizes if p.trains) * holding.reduce_bytes
@@ -117,8 +117,8 @@ class _Replicated:
         size = holding.stored_bytes
         self._bytes = {p.name: p.numel * size for p in parameters if p.trains}
         total = sum(self._bytes.values())
-        base = size if holding.base_bytes is None else holding.base_bytes
-        ledger.held["weights"] = sum(p.numel * (size if p.trains else base) for p in parameters)
+        ledger.held["weights"] = sum(p.numel * holding.held_width(trains=p.trains) for p in parameters)
+        ledger.held["weights"] += holding.weight_slot_bytes - holding.hosted_weight_bytes
         ledger.held["optimizer"] = round(holding.optimizer_bytes * total / size) + holding.optimizer_everywhere_bytes
         self._wrapped = holding.is_wrapped
         if self._wrapped:

@@ -98,7 +98,7 @@ class TracedRun:
 
     def _way(self, strategy: StrategyName, recomputed: int, offloads: bool) -> _Way:
         precision = precision_of(self._run.precision)
-        gathers = strategy in ("zero2", "zero3")
+        gathers = strategy in ("zero2", "zero3") and not self._run.only_additions_train
         return _Way(
             dtype=precision.compute if gathers else precision.weights,
             autocast=None if gathers else precision.autocast,
@@ -204,7 +204,7 @@ def _loss(
 
 def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, kernels: Kernels) -> dict[str, Holding]:
     """The strategies that the configuration allows, by their description."""
-    precision, wish = precision_of(run.precision), run.strategy
+    precision, wish = precision_of(run.precision), run.strategy if run.may_be_spread else "ddp"
     state = optimizer_bytes(run, trace)
     trained = sum(math.prod(trace.shapes[name]) for name in trace.trains)
     swap = _swap_bytes(run, trace, kernels)
@@ -213,7 +213,8 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
 
     def holding(strategy: StrategyName, each_pass: bool = True) -> Holding:
         gathers = strategy in ("zero2", "zero3")
-        narrow = precision.compute.itemsize if gathers else precision.weights.itemsize
+        casts = gathers and not run.only_additions_train
+        narrow = precision.compute.itemsize if casts else precision.weights.itemsize
         average = averages[workers if gathers else 1]
         in_model = average.swap if run.scores_averages else 0
         if strategy == "ddp" and run.exchange.averages_weights and narrow < 4:  # own weights wait beside common ones

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trainer.adapters.adapter_names import base_name, original_unet_modules, stored_name
-from trainer.adapters.initial_values import AdapterStart, draw_initial, fill_magnitudes
+from trainer.adapters.initial_values import IN_ONE_PIECE, Access, AdapterStart, draw_initial, fill_magnitudes
 from trainer.adapters.keyed_dropout import add_dropout
 from trainer.adapters.parameters import adapter_parameters
 from trainer.adapters.start_from_file import values_of_file
@@ -56,18 +56,18 @@ def lay_out_run(
     new_tokens: NewTokens = NO_NEW_TOKENS,
     frozen_weights: FrozenWeights = "compute",
 ) -> TrainedModel:
-    """What trains, on the meta device: the model's weights in `weights`, or an adapter and the base in `compute`.
+    """What trains, on the meta device: the model's weights in `weights`, or an adapter in it and the base in `compute`.
 
     Args:
         resting: parts that train at another time of the run.
-        new_tokens: whose vectors train as well; where nothing else does, the base is in `compute`.
+        new_tokens: whose vectors train as well, in `weights`; where nothing else does, the base is in `compute`.
         frozen_weights: in how many bits the base is held, where no weight of it trains.
     Raises:
         UserError: as `lay_out_model`; or the adapter has nowhere to be; or what packs the base is not there.
     """
     with_text, only_added = bool(new_tokens.tokens), only_additions_train(parts, adapter.config)
     if trains_adapter(adapter.config):
-        model = _lay_out_adapted(model_files, adapter, compute, join, with_text=with_text)
+        model = _lay_out_adapted(model_files, adapter, weights, compute, join, with_text=with_text)
     else:
         dtype = compute if only_added else weights
         model = lay_out_model(model_files, parts, dtype, join, resting, with_text=with_text)
@@ -75,12 +75,18 @@ def lay_out_run(
         pack_frozen(model, frozen_weights)
     if new_tokens.tokens:
         assert model.text_encoders is not None
-        model.new_tokens = add_new_tokens(model.text_encoders, new_tokens, torch.float32 if only_added else weights)
+        model.new_tokens = add_new_tokens(model.text_encoders, new_tokens, weights)
     return model
 
 
 def _lay_out_adapted(
-    model_files: RunModel, adapter: AdapterStart, compute: torch.dtype, join: ChunkJoin, *, with_text: bool
+    model_files: RunModel,
+    adapter: AdapterStart,
+    weights: torch.dtype,
+    compute: torch.dtype,
+    join: ChunkJoin,
+    *,
+    with_text: bool,
 ) -> TrainedModel:
     from trainer.adapters.inject import inject  # and with it PEFT
 
@@ -95,7 +101,7 @@ def _lay_out_adapted(
         raise UserError("adapter.targets: the model has no layer of a kind that can be changed")
     for part, module in within.items():
         if of_part := [target for target in targets if target.place.part == part]:
-            inject(module, of_part, config)
+            inject(module, of_part, config, weights)
     if config.dropout:
         model.dropout = add_dropout(model, config.dropout)
     return model
@@ -115,34 +121,36 @@ def _unused(model: TrainedModel) -> frozenset[str]:
     return frozenset(name.rpartition(".")[0] for name in unused)
 
 
-def fill_adapted(model_files: RunModel, stored: Path | None, model: TrainedModel) -> None:
+def fill_adapted(
+    model_files: RunModel, stored: Path | None, model: TrainedModel, access: Access = IN_ONE_PIECE
+) -> None:
     """Give an adapted model, which has memory, its values.
 
     Args:
         stored: folder of a checkpoint that holds the adapter, or an average of it; None: it starts here.
+        access: to its parameters; where they are spread over workers, all of them call this.
     Raises:
         UserError: the files do not fit the configuration.
     """
     assert model.adapter is not None
-    _fill_base(model_files, model)
+    _fill_base(model_files, model, access)
     own = adapter_parameters(model)
     if stored is not None:
         require_same_settings(stored, model.adapter.config)
-        _fill_stored(stored, own)
+        _fill_stored(stored, own, access)
         return
     for name, parameter in own.items():
-        draw_initial(parameter, name, model.adapter.seed)
+        draw_initial(parameter, name, model.adapter.seed, access)
     found: Mapping[str, torch.Tensor] = {}
     if model.adapter.initial is not None:
         found = values_of_file(model.adapter.initial, own, model, dict(model.unet.config))
-    with torch.no_grad():
-        for name, values in found.items():
-            own[name].copy_(values)
-    fill_magnitudes(model, keep=found)
+    for name, values in found.items():
+        access.put(own[name], values)
+    fill_magnitudes(model, found, access)
 
 
 @torch.no_grad()
-def _fill_base(model_files: RunModel, model: TrainedModel) -> None:
+def _fill_base(model_files: RunModel, model: TrainedModel, access: Access) -> None:
     names = {"unet": "unet", "text_encoder": "text_encoder_1", "text_encoder_2": "text_encoder_2"}
     adapters = adapter_parameters(model).keys()
     for component, part in names.items():
@@ -157,22 +165,17 @@ def _fill_base(model_files: RunModel, model: TrainedModel) -> None:
             if name in packed:
                 packed[name].fill(values)
             else:
-                _put(base[name], values)
+                access.put(base[name], values)
 
         read_weights(wanted, model_files.part(component), place)
 
 
-def _put(parameter: torch.Tensor, values: torch.Tensor) -> None:
-    with torch.no_grad():
-        parameter.copy_(values)
-
-
-def _fill_stored(stored: Path, own: Mapping[str, nn.Parameter]) -> None:
+def _fill_stored(stored: Path, own: Mapping[str, nn.Parameter], access: Access) -> None:
     from trainer.model_files.model_source import open_tensors
 
     wanted = {stored_name(name): parameter for name, parameter in own.items()}
     part = Component("adapter", stored, {}, open_tensors(stored / "adapter_model.safetensors"))
-    read_weights(wanted, part, lambda name, values: _put(wanted[name], values))
+    read_weights(wanted, part, lambda name, values: access.put(wanted[name], values))
 
 
 def settings_text(config: AdapterConfig) -> str:

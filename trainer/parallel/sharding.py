@@ -43,13 +43,20 @@ def shard_model(
             sharded.set_unshard_in_backward(False)
 
 
-def materialize(model: nn.Module, device: torch.device) -> None:
+def materialize(model: nn.Module, device: torch.device, elsewhere: Collection[nn.Parameter] = ()) -> None:
     """Give a model's parameters, or this worker's shares of them, memory on `device`.
 
     Buffers keep their values; those that have none get memory as well.
+
+    Args:
+        elsewhere: parameters that have memory, wherever it is.
     """
     buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
-    model.to_empty(device=device)
+    if elsewhere:  # sets compare by identity
+        stay = {id(parameter) for parameter in elsewhere}
+        model._apply(lambda tensor: tensor if id(tensor) in stay else torch.empty_like(tensor, device=device))
+    else:
+        model.to_empty(device=device)
     for name, buffer in model.named_buffers():
         if name in buffers:
             buffer.copy_(buffers[name])
@@ -65,6 +72,12 @@ def copy_share(parameter: Tensor, whole: Tensor) -> None:
     rank = parameter.device_mesh.get_local_rank()
     if rank < len(shares):
         parameter.to_local().copy_(shares[rank])
+
+
+@torch.no_grad()
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which workers may have shares; then all of them must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def prepare_pass(model: nn.Module, *, exchanges_gradients: bool, keeps_gathered: bool) -> None:

@@ -258,6 +258,7 @@ def make_strategy(
     comm: Comm,
     fill: Callable[[nn.Module], None],
     resting: Collection[str] = (),
+    elsewhere: Collection[nn.Parameter] = (),
 ) -> Strategy:
     """Give a model that lies on the meta device its memory, fill it, and wrap it for `comm.world` workers.
 
@@ -266,6 +267,7 @@ def make_strategy(
         embeddings: those of them whose backward pass needs no weights.
         fill: puts the weights in place, of a spread model into this worker's shares (`copy_share`).
         resting: names of parameters that train at another time of the run.
+        elsewhere: parameters of a model of one worker that have memory already.
     """
     embeddings = tuple(embeddings)
     if sharing.is_sharded:
@@ -278,7 +280,7 @@ def make_strategy(
             reduce_dtype=sharing.reduce_dtype,
             keep_gathered=sharing.kind == "zero2",
         )
-    materialize(model, comm.device)
+    materialize(model, comm.device, elsewhere)
     fill(model)
     named = dict(model.named_parameters())
     parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}

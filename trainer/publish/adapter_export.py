@@ -35,7 +35,7 @@ from trainer.publish.write_model import PlannedTensor, replace_folder, total_byt
 
 __all__ = ["adapter_in", "planned_file", "prepare_adapter"]
 
-_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32", "same": "F32"}
+_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 _ALGORITHMS = {"loha": "loha", "lokr": "lokr", "dora": "locon", "oft": "diag-oft"}
 _SDXL = "sdxl_base_v1-0"
 
@@ -66,7 +66,7 @@ def prepare_adapter(checkpoint: Path, wish: Wish, config: Config | None = None) 
         )
     source = Source(model_parts(base), find_source(base), checkpoint, config)
     adapter = stored_adapter(checkpoint, wish.weights, source.parts)
-    dtype = torch_dtype(_DTYPES[wish.dtype])
+    dtype = torch_dtype(_stored_dtype(adapter.layers) if wish.dtype == "same" else _DTYPES[wish.dtype])
     if wish.layout == "peft":
         return _prepare_peft(adapter, source, wish, dtype)
     planned = planned_file(adapter.layers, source, dtype)
@@ -80,6 +80,12 @@ def prepare_adapter(checkpoint: Path, wish: Wish, config: Config | None = None) 
     if adapter.config.kind == "oft":
         notes = ("oft: other programs turn outputs where this turns inputs; with diffusers use --layout peft",)
     return PreparedExport(total_bytes(planned), notes, write)
+
+
+def _stored_dtype(layers: dict[Place, AdapterLayer]) -> str:
+    """The one in which a file holds what the checkpoint holds, bit for bit."""
+    stored = {tensor.dtype for layer in layers.values() for tensor in layer.tensors.values()}
+    return stored.pop() if len(stored) == 1 else "F32"
 
 
 def planned_file(layers: dict[Place, AdapterLayer], source: Source, dtype: torch.dtype) -> list[PlannedTensor]:
@@ -151,7 +157,7 @@ def _metadata(adapter: AdapterConfig, source: Source, wish: Wish) -> dict[str, s
         "ss_seed": str(config.run.seed),
         "ss_resolution": f"({side}, {side})",
         "ss_batch_size_per_device": str(config.train.batch_size_per_gpu),
-        "ss_mixed_precision": {"fp32": "no"}.get(config.train.precision, config.train.precision),
+        "ss_mixed_precision": {"fp32": "no"}.get(config.train.precision, config.train.precision.split("_")[0]),
         "ss_optimizer": config.optimizer.kind,
         "ss_lr_scheduler": config.lr_schedule.kind,
     }

@@ -88,8 +88,11 @@ def _layer(
 
 
 def _made(stored: ComponentTensor, shape: tuple[int, ...], factor: float = 1.0) -> ComponentTensor:
+    if factor != 1.0:  # which bf16 would round
+        meta = torch.empty(shape, device="meta")
+        return ComponentTensor("F32", meta, lambda: (stored.read().float() * factor).reshape(shape))
     meta = torch.empty(shape, dtype=stored.meta.dtype, device="meta")
-    return ComponentTensor(stored.dtype, meta, lambda: (stored.read() * factor).reshape(shape))
+    return ComponentTensor(stored.dtype, meta, lambda: stored.read().reshape(shape))
 
 
 def _number(value: float) -> ComponentTensor:

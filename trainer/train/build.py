@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from trainer.adapters.initial_values import AdapterStart
 from trainer.checkpoint.run_dir import read_state
-from trainer.checkpoint.write import OPTIMIZER, read_tensors
 from trainer.config.schema import Config
+from trainer.config.sections.adapter_config import only_additions_train
 from trainer.data.buckets import Bucket
 from trainer.data.left_out import Stretch
 from trainer.data.mixture import Mixture
@@ -38,7 +38,7 @@ from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.frozen.packed_weights import require_kernels
 from trainer.model.load_weights import load_text_encoders, load_vae
 from trainer.model.new_tokens import NewTokens
-from trainer.model.recompute import apply_recompute, embeddings, gathered_units
+from trainer.model.recompute import apply_recompute, embeddings, gathered_units, repeated_blocks
 from trainer.model.selection.weight_rates import Rate
 from trainer.model.text import TextEncoders
 from trainer.model.vae import ImageEncoder
@@ -46,6 +46,7 @@ from trainer.model_files.run_model import RunModel
 from trainer.optim.adamw import Rounding
 from trainer.optim.adamw_chunk import Update, compiled_update
 from trainer.optim.clipping import clip_units
+from trainer.optim.hosted.hosted_weights import HostedWeights
 from trainer.optim.optimizers import is_compiled, load_optimizer_tensors, make_optimizer
 from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
 from trainer.parallel.comm import Comm, gather_objects
@@ -69,7 +70,7 @@ from trainer.train.saved.model_weights import fill_model
 from trainer.train.saved.objective_state import take_up_objective
 from trainer.train.saved.part_times import PartTimes, has_times, part_times, recorded_times, resting_parts
 from trainer.train.saved.state import TrainState
-from trainer.train.saved.worker_state import own_moments, take_up_workers
+from trainer.train.saved.worker_state import stored_moments, take_up_workers
 from trainer.train.step import StepParts, by_loss_weight
 from trainer.train.step_companions import meeting_of
 from trainer.train.trained_parts import what_trains
@@ -197,12 +198,14 @@ def build_parts(
         prefer_channels_last(model.unet)
     if config.train.compile == "blocks":
         _log.info("%d kinds of blocks are compiled in the first steps", compile_blocks(model))
+    weights = None
+    if choice.hosts_weights:
+        weights = HostedWeights(repeated_blocks(model), comm.device)
     apply_recompute(model, choice.recompute)
     fill = partial(fill_model, model_files, checkpoint)
-    strategy = make_strategy(
-        model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill, model.resting
-    )
-    clock = StepClock(comm.device)
+    clock, units = StepClock(comm.device), gathered_units(model).values()
+    elsewhere = weights.parameters if weights else ()
+    strategy = make_strategy(model, sharing, units, embeddings(model).values(), comm, fill, model.resting, elsewhere)
     joined = with_average if config.exchange.averages_weights else with_exchange
     strategy, is_timed = timed(joined(config.exchange, strategy, comm, config.run.seed), clock, comm.device)
     denoiser = make_denoiser(config, model_files, model.train(), data, comm.device, sharing)
@@ -215,7 +218,8 @@ def build_parts(
         clips = partial(clip_units, strategy.parameters.values(), config.train.adaptive_clip)
         parts = replace(parts, before_norm=clips)
     if config.memory.release_gradients:
-        parts = replace(parts, release=release_of(config, strategy, optimizer, choice, comm.device))
+        parts = replace(parts, hosted_weights=weights)
+        parts = replace(parts, release=release_of(config, strategy, optimizer, choice, comm.device, weights))
     if weighs_images(config.data.sources, config.objective.loss_weights):
         parts = replace(parts, weigh=by_loss_weight)
     if config.log.block_norms:
@@ -226,7 +230,7 @@ def build_parts(
     dry_run(config, parts, choice)
     if checkpoint is not None:
         hosted = parts.release.hosted if parts.release else None
-        moments, place = _moments(checkpoint, strategy, comm), torch.device("cpu") if hosted else None
+        moments, place = stored_moments(checkpoint, strategy, comm), torch.device("cpu") if hosted else None
         load_optimizer_tensors(optimizer, strategy.parameters, moments, place)
         if hosted:
             hosted.adopt()
@@ -238,16 +242,9 @@ def build_parts(
 
 
 def _sharing(config: Config, choice: MemoryChoice) -> Sharing:
-    sharing = choice.sharing(config.train.precision)
+    only_added = only_additions_train(config.trainable, config.adapter)
+    sharing = choice.sharing(config.train.precision, only_additions=only_added)
     return replace(sharing, steps_alone=sharing.kind == "ddp" and config.exchange.averages_weights)
-
-
-def _moments(checkpoint: Path, strategy: Strategy, comm: Comm) -> Iterator[tuple[str, Tensor]]:
-    """The optimizer's state of what trains now: of what rests, it is given up."""
-    own = own_moments(strategy, comm, checkpoint)
-    for name, tensor in read_tensors(checkpoint / OPTIMIZER) if own is None else own:
-        if name.rpartition(".")[0] not in strategy.resting:
-            yield name, tensor
 
 
 def optimizer_for(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from trainer.config.schema import Config
-from trainer.config.sections.adapter_config import only_additions_train
+from trainer.config.section_rules.rules_release import hosted_weight_rules
 from trainer.config.sections.ema_config import LIVE
 from trainer.data.buckets import Bucket, make_buckets
 from trainer.memory.holdings import Kernels
@@ -52,6 +52,7 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
         snapshot_averages=sum(each.kind == "power" for each in ema.averages) if ema.snapshots.every_steps else 0,
         releases_gradients=config.memory.release_gradients,
         offload_optimizer=config.memory.offload_optimizer,
+        offload_weights=_offload_weights(config),
         frozen_weights=config.model.frozen_weights,
         exchange=config.exchange,
         snapshot_bytes=4 if ema.snapshots.dtype == "fp32" else 2,
@@ -68,11 +69,18 @@ def _largest_sample(config: Config) -> tuple[int, int]:
     return max(sizes, key=math.prod)
 
 
+def _offload_weights(config: Config) -> Literal["auto"] | bool:
+    """The wish; False where something forbids what `auto` leaves open."""
+    wish = config.memory.offload_weights
+    is_open = config.memory.release_gradients and not any(hosted_weight_rules(config))
+    return wish if is_open else False
+
+
 def _strategy(config: Config) -> Literal["auto", "ddp", "zero2", "zero3"]:
     """The wish; where `auto` leaves no choice, what it comes to."""
     wish = config.memory.strategy
     is_ddp = wish == "auto" and (config.exchange.method != "plain" or config.exchange.averages_weights)
-    return "ddp" if is_ddp or only_additions_train(what_trains(config), config.adapter) else wish
+    return "ddp" if is_ddp else wish
 
 
 def make_setting(

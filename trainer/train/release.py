@@ -20,6 +20,7 @@ from trainer.memory.run_choice import MemoryChoice
 from trainer.model.recompute import gathered_units, release_blocks
 from trainer.optim.clipping import clip_units
 from trainer.optim.hosted.hosted_state import HostedState
+from trainer.optim.hosted.hosted_weights import HostedWeights
 from trainer.optim.optimizers import scale_lr, take_optimizer_step
 from trainer.parallel.strategy import Strategy
 from trainer.train.gradient_blocks import GradientBlocks
@@ -34,6 +35,7 @@ class GradientRelease:
         max_norm: of a block's gradients; 0: they are not clipped.
         clip_share: adaptive clipping of rows and filters before that; 0: none.
         hosts_state: the optimizer's state lies in the host's memory, and comes to `device` with its block.
+        weights: those of blocks of the same names that lie there as well; None: none do.
     """
 
     def __init__(
@@ -45,11 +47,15 @@ class GradientRelease:
         clip_share: float = 0.0,
         hosts_state: bool = False,
         device: torch.device | None = None,
+        weights: HostedWeights | None = None,
     ) -> None:
         self._parameters, self._optimizer = parameters, optimizer
         self._max_norm, self._clip_share = max_norm, clip_share
         self._block_of = {name: block_of[name] for name in parameters}
         self._places = {name: place for place, name in enumerate(parameters)}
+        self._weights = weights
+        if weights:
+            weights.finish_block = self._finish
         self._factor = 1.0
         self._awaited: dict[str, set[str]] = {}
         self._held: dict[str, dict[str, Tensor]] = {}
@@ -74,6 +80,8 @@ class GradientRelease:
             self._awaited.setdefault(block, set()).add(name)
         if self.hosted:
             self.hosted.begin()
+        if self._weights:
+            self._weights.begin()
 
     def finish(self, device: torch.device, blocks: GradientBlocks | None) -> tuple[Tensor, Tensor]:
         """After it: update what lacks a gradient of its block, and tell the norms, before clipping.
@@ -93,6 +101,8 @@ class GradientRelease:
             of_blocks.index_add_(0, blocks.index, each.double().square())
         if self.hosted:
             self.hosted.settle()
+        if self._weights:
+            self._weights.settle()
         return torch.linalg.vector_norm(each), of_blocks.sqrt()
 
     def _arrive(self, name: str, parameter: Tensor) -> None:
@@ -105,9 +115,18 @@ class GradientRelease:
         if not self._awaited[block]:
             self._update(block)
 
+    def _finish(self, block: str) -> None:
+        """Update a block that the backward pass has left, with the gradients that are there."""
+        if block in self._held:
+            self._update(block)
+
     @torch.no_grad()
     def _update(self, block: str) -> None:
         """Of a block all of whose gradients are there; one with a number that is not finite stays as it is."""
+        with self._weights.changing(block) if self._weights else nullcontext():
+            self._update_here(block)
+
+    def _update_here(self, block: str) -> None:
         held = self._held.pop(block)
         for name, gradient in held.items():
             self._parameters[name].grad = gradient
@@ -135,11 +154,13 @@ def release_of(
     optimizer: torch.optim.Optimizer,
     choice: MemoryChoice,
     device: torch.device,
+    weights: HostedWeights | None = None,
 ) -> GradientRelease:
     """As `memory.release_gradients` wants it.
 
     Args:
         choice: how many passes a step has, and where the optimizer's state lies.
+        weights: those that lie in the host's memory.
     Raises:
         UserError: the run has several workers or passes, and gradients are not done when they arrive.
     """
@@ -151,4 +172,4 @@ def release_of(
     block_of = release_blocks(strategy.parameters, gathered_units(strategy.model))
     train = config.train
     clip = train.max_grad_norm, train.adaptive_clip
-    return GradientRelease(strategy.parameters, block_of, optimizer, *clip, choice.hosts_state, device)
+    return GradientRelease(strategy.parameters, block_of, optimizer, *clip, choice.hosts_state, device, weights)

@@ -23,6 +23,7 @@ from trainer.diffusion.prediction import Mixture
 from trainer.measure.step_clock import STOPPED, StepClock
 from trainer.model.denoiser import Denoiser, Others, image_losses, text_arguments
 from trainer.optim.ema import Averages
+from trainer.optim.hosted.hosted_weights import HostedWeights
 from trainer.optim.optimizers import scale_lr, take_optimizer_step
 from trainer.parallel.comm import Comm, sum_floats
 from trainer.parallel.sharding import local_tensor
@@ -59,6 +60,7 @@ class StepParts:
             they are made after it.
         clock: marks the phases of a step, if it was started.
         exchange_is_timed: and, of a model that is spread over the workers, its waits within the passes.
+        hosted_weights: of blocks, which lie in the host's memory; None: all lie on the device.
     """
 
     comm: Comm
@@ -75,6 +77,7 @@ class StepParts:
     release: GradientRelease | None = None
     clock: StepClock = STOPPED
     exchange_is_timed: bool = True
+    hosted_weights: HostedWeights | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,11 @@ from trainer.config.sections.adapter_config import only_additions_train, trains_
 
 _WITH_CONVOLUTIONS = ("locon", "loha", "lokr", "dora")
 _WITH_DROPOUT = ("lora", "locon", "dora")
+_COMPILED = ("lora", "locon", "dora")
+_NOT_IN_BF16 = {
+    "dora": "magnitudes of `dora` that are held in bf16 would start up to 0.4 % off the model's own",
+    "oft": "rotations of `oft` are solved for, which has no bf16",
+}
 
 
 def adapter_rules(config: Config) -> Iterator[Problem]:
@@ -45,8 +50,12 @@ def frozen_weight_rules(config: Config) -> Iterator[Problem]:
     if not only_additions_train(config.trainable, config.adapter):
         rule = "must be compute; weights that train are not held in fewer bits. Name a kind of adapter, such as `lora`"
         yield clash(config, (held, "adapter.kind"), rule)
-    elif config.train.compile != "off" and not trains_adapter(config.adapter):
+        return
+    if config.train.compile != "off":
         yield clash(config, ("train.compile", held), "must be off; compiled blocks have not been tried with it")
+    if config.memory.strategy in ("zero2", "zero3") and trains_adapter(config.adapter):
+        rule = "must be auto or ddp; packed weights are no parameters that workers could share, so each has all of them"
+        yield clash(config, ("memory.strategy", held), rule)
 
 
 def _beside(config: Config) -> Iterator[Problem]:
@@ -58,14 +67,15 @@ def _beside(config: Config) -> Iterator[Problem]:
             if is_given(config, f"trainable.{part}.{name}") and (part, name) != ("unet", "lr"):
                 rule = "has no effect; with an adapter nothing else trains, and `adapter.targets` says where it is"
                 yield clash(config, (f"trainable.{part}.{name}", kind), rule)
-    if config.train.precision.startswith("bf16_"):
-        rule = "must be bf16, fp16 or fp32; an adapter's weights are fp32, the frozen ones are bf16 with `bf16`"
+    if config.train.precision.startswith("bf16_") and config.adapter.kind in _NOT_IN_BF16:
+        rule = f"must be bf16, fp16 or fp32; {_NOT_IN_BF16[config.adapter.kind]}"
         yield clash(config, ("train.precision", kind), rule)
-    if config.train.compile != "off":
-        yield clash(config, ("train.compile", kind), "must be off; compiled blocks have not been tried with adapters")
-    if config.memory.strategy in ("zero2", "zero3"):
-        rule = "must be auto or ddp; an adapter is too small to be spread over workers, the frozen weights are not"
-        yield clash(config, ("memory.strategy", kind), rule)
+    if config.train.compile != "off" and config.adapter.kind not in _COMPILED:
+        rule = "must be off; of adapters, lora, locon and dora are compiled, and layers of the others in small pieces"
+        yield clash(config, ("train.compile", kind), rule)
+    elif config.train.compile != "off" and config.adapter.dropout:
+        rule = "must be off; blocks that are alike share compiled code, and would leave out the same elements"
+        yield clash(config, ("train.compile", "adapter.dropout"), rule)
     if config.ema.snapshots.every_steps:
         yield clash(
             config, ("ema.snapshots.every_steps", kind), "must be 0; only checkpoints hold averages of adapters"

@@ -13,8 +13,8 @@ AdapterKind = Literal["none", "lora", "locon", "loha", "lokr", "dora", "oft"]
 class AdapterConfig(Section):
     kind: AdapterKind = "none"
     """`none`: the weights of `trainable` themselves train. Otherwise they are held once, frozen, in the precision of
-    the passes, and an adapter trains beside them in fp32: `lora`; `locon`, which is LoRA on the convolutions as well;
-    `loha`; `lokr`; `dora`; `oft`. See `docs/adapters.md`."""
+    the passes, and an adapter trains beside them, in fp32 or as `train.precision: bf16_*` says: `lora`; `locon`, which
+    is LoRA on the convolutions as well; `loha`; `lokr`; `dora`; `oft`. See `docs/adapters.md`."""
     rank: PositiveInt = 16
     """Rank of the change of each layer; of `oft`, the side of the blocks that are turned, in channels."""
     alpha: Annotated[float, Field(gt=0)] | None = None

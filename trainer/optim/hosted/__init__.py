@@ -1,1 +1,1 @@
-"""State of the optimizer that lies in the host's memory."""
+"""Weights and the optimizer's state that lie in the host's memory."""

@@ -89,8 +89,10 @@ class HostMemory:
         memory: uint8 [num_bytes].
     """
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
+    def __init__(self, num_bytes: int, device: torch.device, key: str = "memory.offload_optimizer") -> None:
         """
+        Args:
+            key: of the configuration, which asks for it.
         Raises:
             UserError: the pages cannot be locked.
         """
@@ -103,7 +105,7 @@ class HostMemory:
             failed = int(cuda.cudaHostRegister(self.memory.data_ptr(), len(self.memory), 0))
         if failed:
             raise UserError(
-                f"memory.offload_optimizer: {len(self.memory) / 2**30:.2f} GiB of the host's memory could not be "
+                f"{key}: {len(self.memory) / 2**30:.2f} GiB of the host's memory could not be "
                 f"locked for the card (CUDA error {failed}); free some RAM, or set it to false"
             )
         # It holds the memory until the pages are unlocked; at the process's end CUDA does so by itself.

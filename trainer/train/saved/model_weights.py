@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from trainer.adapters.initial_values import Access
 from trainer.checkpoint.ema_folders import average_folder
 from trainer.config.sections.ema_config import LIVE
 from trainer.model.adapted import fill_adapted
@@ -14,7 +15,7 @@ from trainer.model.new_tokens import FOLDER, fill_new_tokens
 from trainer.model_files.components import Component
 from trainer.model_files.model_source import open_folder_component
 from trainer.model_files.run_model import RunModel
-from trainer.parallel.sharding import copy_share
+from trainer.parallel.sharding import copy_share, whole_tensor
 
 
 def fill_model(model_files: RunModel, checkpoint: Path | None, model: nn.Module, average: str = LIVE) -> None:
@@ -31,7 +32,7 @@ def fill_model(model_files: RunModel, checkpoint: Path | None, model: nn.Module,
         fill_new_tokens(model_files, checkpoint and checkpoint / folder, model.new_tokens, copy_share)
     if model.adapter is not None:
         folder = "adapter" if average == LIVE else average_folder("adapter", average)
-        fill_adapted(model_files, checkpoint and checkpoint / folder, model)
+        fill_adapted(model_files, checkpoint and checkpoint / folder, model, Access(copy_share, whole_tensor))
         return
     modules: dict[str, nn.Module] = {"unet": model.unet}
     if model.text_encoders:

@@ -65,7 +65,15 @@ def worker_files(
     return [TensorFile(OPTIMIZER, firsts, {}), TensorFile(WORKERS, tensors, {})]
 
 
-def own_moments(strategy: Strategy, comm: Comm, checkpoint: Path) -> Iterator[tuple[str, Tensor]] | None:
+def stored_moments(checkpoint: Path, strategy: Strategy, comm: Comm) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's state of what trains now, for this worker: of what rests, it is given up."""
+    own = _own_moments(strategy, comm, checkpoint)
+    for name, tensor in read_tensors(checkpoint / OPTIMIZER) if own is None else own:
+        if name.rpartition(".")[0] not in strategy.resting:
+            yield name, tensor
+
+
+def _own_moments(strategy: Strategy, comm: Comm, checkpoint: Path) -> Iterator[tuple[str, Tensor]] | None:
     """The optimizer's state that a worker goes on with, where each has its own; None: the first one's.
 
     Where there are more workers than there were, they go on with the states of the same ones once more.
