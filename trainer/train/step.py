@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from trainer.data.store.rows import RowProblem
 from trainer.diffusion.learner import Learner, seen_by
 from trainer.diffusion.noise import draw
 from trainer.diffusion.prediction import Mixture
+from trainer.measure.timestep_losses import sums_by_timestep
 from trainer.model.denoiser import Denoiser, Others, image_losses, text_arguments
 from trainer.optim.ema import Averages
 from trainer.optim.optimizers import scale_lr, take_optimizer_step
@@ -88,6 +90,7 @@ class StepResult:
         block_norms: of the gradients by block, before clipping, where they are wanted.
         verdict: why the step was skipped, if it was.
         keys: of this worker's images with weight.
+        by_timestep: as `trainer.measure.timestep_losses` adds them up.
     """
 
     loss: float
@@ -100,6 +103,7 @@ class StepResult:
     block_norms: Mapping[str, float] = field(default_factory=dict)
     verdict: Verdict = TAKEN
     keys: tuple[str, ...] = ()
+    by_timestep: tuple[float, ...] = ()
 
     @property
     def took_effect(self) -> bool:
@@ -191,16 +195,15 @@ def train_step(
         weight_sum += float(batch.weights.sum())
         problems += batch.problems
         keys += [key for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True) if weight]
-        seen.note(losses, mixture, weights)
+        seen.note(losses, mixture, batch.weights, weights)
     # All of this is given to the device before the step's only wait for it, or it would stand idle in between.
     names, (norm, of_blocks) = parts.blocks.names if parts.blocks else (), _norms(parts, loss_scale)
     read = torch.cat([torch.stack([loss_sum, norm.double()]), of_blocks, *seen.losses]).tolist()
     (own_loss, scaled_norm), block_norms, factored = read[:2], read[2 : 2 + len(names)], read[2 + len(names) :]
-    own_loss, lessons = seen.lessons(own_loss, factored)
-    total_loss, num_images, total_bad, stop, norms, *sums = sum_floats(
-        comm, [own_loss, weight_sum, float(len(problems)), float(stop_asked), scaled_norm, *tell, *lessons]
-    )
-    told, lessons = sums[: len(tell)], sums[len(tell) :]
+    own_loss, lessons, by_timestep = seen.sums(own_loss, factored)
+    own = [own_loss, weight_sum, float(len(problems)), float(stop_asked), scaled_norm]
+    summed = sum_floats(comm, [*own, *tell, *lessons, *by_timestep])
+    (total_loss, num_images, total_bad, stop, norms), told, lessons, by_timestep = _cut(summed, own, tell, lessons)
     before_update()
     # All workers have the same norm, and this mean of it to the bit; if one of them has not, they still decide alike.
     factor = planned_images / num_images / loss_scale if num_images else 0.0  # not as planned with unreadable rows
@@ -225,7 +228,14 @@ def train_step(
         block_norms={name: norm / loss_scale for name, norm in zip(names, block_norms, strict=True)},
         verdict=verdict,
         keys=tuple(keys),
+        by_timestep=tuple(by_timestep),
     )
+
+
+def _cut(sums: list[float], *parts: Sequence[float]) -> list[list[float]]:
+    """The sums of as many numbers as each part has, and of the rest."""
+    ends = [0, *accumulate(map(len, parts))]
+    return [sums[begin:end] for begin, end in pairwise([*ends, len(sums)])]
 
 
 def _backward(
@@ -250,29 +260,34 @@ def _backward(
 
 
 class _SeenLosses:
-    """A step's losses, image by image, for the objective's learner; without one, nothing is kept."""
+    """A step's losses, image by image, for the record by timestep and for the objective's learner."""
 
     def __init__(self, learner: Learner | None) -> None:
         self._learner = learner
         self.losses: list[Tensor] = []
         """[B] float64 on the device, of each micro-batch."""
         self._mixtures: list[Mixture] = []
+        self._counts: list[Tensor] = []
         self._weights: list[Tensor] = []
 
-    def note(self, losses: Tensor, mixture: Mixture, weights: Tensor) -> None:
-        """A micro-batch's; weights on the CPU."""
-        if self._learner:
-            self.losses.append(losses.detach().double())
-            self._mixtures.append(mixture)
-            self._weights.append(weights)
+    def note(self, losses: Tensor, mixture: Mixture, counts: Tensor, weights: Tensor) -> None:
+        """A micro-batch's; on the CPU which rows count, and what their losses are multiplied by."""
+        self.losses.append(losses.detach().double())
+        self._mixtures.append(mixture)
+        self._counts.append(counts)
+        self._weights.append(weights)
 
-    def lessons(self, own_loss: float, factored: list[float]) -> tuple[float, list[float]]:
-        """The loss sum to tell, and what the learner adds up; `factored` are the values of `losses`."""
-        if not self._learner:
-            return own_loss, []
-        seen = seen_by(self._mixtures, self._weights, factored, self._learner)
-        plain = own_loss if self._learner.corrects else float((seen.weights * seen.losses).sum())
-        return plain, self._learner.sums(seen)
+    def sums(self, own_loss: float, factored: list[float]) -> tuple[float, list[float], list[float]]:
+        """The loss sum to tell, what the learner adds up, and the sums by timestep; `factored` are the values of
+        `losses`."""
+        told, lessons = torch.tensor(factored, dtype=torch.float64), []
+        if self._learner:
+            seen = seen_by(self._mixtures, self._weights, factored, self._learner)
+            lessons = self._learner.sums(seen)
+            if not self._learner.corrects:
+                told, own_loss = seen.losses, float((seen.weights * seen.losses).sum())
+        positions = [mixture.positions for mixture in self._mixtures]
+        return own_loss, lessons, sums_by_timestep(positions, told, torch.cat(self._weights), torch.cat(self._counts))
 
     def learn(self, lessons: list[float]) -> None:
         """From the sums over all workers."""
