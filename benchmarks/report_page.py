@@ -31,6 +31,7 @@ BEGUN, STEP_S = 1_790_000_000.0, 2.0
 SAMPLED, IMAGES, PX = 24, 8, 512
 LIVE_STEPS, OPENED = 100, 5
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PAINTED = "new Promise((done) => new PerformanceObserver(() => done()).observe({ type: 'paint', buffered: true }))"
 CONFIG = "run: {dir: runs/long}\ntrain: {steps: %d, batch_size_per_gpu: 4}\noptimizer: {lr: 1.0e-5}\n"
 
 
@@ -119,7 +120,7 @@ def opening(page: Path) -> list[tuple[float, float]]:
             session = shown.context.new_cdp_session(shown)
             session.send("Performance.enable", {"timeDomain": "threadTicks"})
             shown.goto(page.absolute().as_uri())
-            shown.wait_for_function("performance.getEntriesByName('first-contentful-paint').length > 0")
+            shown.evaluate(PAINTED)
             loaded = shown.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
             painted = shown.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
             metrics = {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}

@@ -52,10 +52,9 @@ function smoothed(values, keep) {
 
 function ticks(low, high, count) {
   const raw = (high - low) / count || 1, power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= raw) || raw;
-  const found = [];
-  for (let at = Math.ceil(low / step) * step; at <= high + step / 1e6; at += step) found.push(Number(at.toPrecision(12)));
-  return found;
+  const step = [1, 2, 2.5, 5, 10].map((each) => each * power).find((each) => each >= raw) || raw;
+  const first = Math.ceil(low / step - 1e-6), last = Math.min(Math.floor(high / step + 1e-6), first + 2 * count);
+  return Array.from({ length: Math.max(0, last - first + 1) }, (_, i) => Number(((first + i) * step).toPrecision(12)));
 }
 
 // The place of the last value at or before `at`, or the first one.
@@ -70,7 +69,7 @@ function placeOf(x, at) {
 
 const least = (values) => values.reduce((a, b) => Math.min(a, b), Infinity);
 const greatest = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
-const WIDTH = 560, HEIGHT = 240, LEFT = 56, RIGHT = 12, TOP = 8, BOTTOM = 24, MOST_TOLD = 12;
+const WIDTH = 560, HEIGHT = 240, LEFT = 56, RIGHT = 12, TOP = 8, BOTTOM = 24, MOST_TOLD = 12, MOST_BANDS = 4;
 
 // What a chart shows, in words.
 function inWords(title, curves, unit) {
@@ -90,15 +89,17 @@ function rangeOf(curves, options, scaled, isLog) {
   const ys = Float64Array.from(curves.flatMap((line) => [...line.y, ...line.smooth, ...bands(line)]).map(scaled)).sort();
   let low = ys[Math.floor((ys.length - 1) * 0.003)], high = ys[Math.ceil((ys.length - 1) * 0.997)];
   if (options.zero) low = Math.min(low, 0), high = Math.max(high, 0);
-  const air = (high - low) * 0.05 || Math.abs(high) * 0.1 || 1;
+  const size = Math.max(Math.abs(low), Math.abs(high)), isFlat = high - low <= size * 1e-6;
+  const air = isFlat ? size * 0.1 || 1 : (high - low) * 0.05;
   return [options.zero && low === 0 ? 0 : low - air, options.zero && high === 0 && low < 0 ? 0 : high + air];
 }
 
 // lines: [{name, x, y, low?, high?}]; options: smoothing (0: none), log, zero, bands (which the range holds as well),
 // unit (of x). Null where there is nothing to draw.
 function chart(title, lines, options = {}) {
-  const shown = lines.filter((line) => line.x.length);
-  if (!shown.length) return null;
+  const there = lines.filter((line) => line.x.length);
+  if (!there.length) return null;
+  const shown = there.length <= MOST_BANDS ? there : there.map(({ low, high, ...line }) => line); // bands of many would hide one another
   const unit = options.unit || "step", count = shown.length, keep = options.smoothing || 0;
   const isLog = options.log && shown.every((line) => line.y.every((value) => value > 0));
   const scaled = (value) => (isLog ? Math.log10(Math.max(value, Number.MIN_VALUE)) : value);
@@ -115,9 +116,11 @@ function chart(title, lines, options = {}) {
     svg.append(drawing("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y, y2: y }));
     svg.append(drawing("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, isLog ? short(10 ** at) : onAxis(at)));
   }
-  const below = ticks(x0, x1, 4);
-  for (const at of below)
-    svg.append(drawing("text", { x: Math.min(X(at), WIDTH - RIGHT - 4), y: HEIGHT - 6, "text-anchor": X(at) > WIDTH - 40 ? "end" : "middle" }, onAxis(at)));
+  for (const at of ticks(x0, x1, 5).filter((each) => unit !== "step" || Number.isInteger(each))) {
+    const isAtEnd = X(at) > WIDTH - 40;
+    const place = { x: isAtEnd ? WIDTH - RIGHT : X(at), y: HEIGHT - 6, "text-anchor": isAtEnd ? "end" : "middle" };
+    svg.append(drawing("text", place, Number.isInteger(at) ? whole(at) : onAxis(at)));
+  }
   const path = (x, y) => y.map((value, i) => `${i ? "L" : "M"}${X(x[i]).toFixed(1)} ${Y(value).toFixed(1)}`).join("");
   curves.forEach((line, i) => {
     const ink = colour(i, count);

@@ -46,9 +46,12 @@ function estimates(found) {
   });
 }
 
-// Of each curve, percent of its first value: losses at timesteps differ in size by orders of magnitude.
+// Of each curve, percent of its beginning: losses at timesteps differ in size by orders of magnitude.
 function relative(curves) {
-  return curves.map(({ low, high, ...line }) => ({ ...line, y: line.y.map((value) => 100 * value / (line.y[0] || 1)) }));
+  return curves.map(({ low, high, ...line }) => {
+    const begin = line.y.slice(0, Math.ceil(line.y.length / 50)), first = begin.reduce((a, b) => a + b) / begin.length;
+    return { ...line, y: line.y.map((value) => 100 * value / (first || 1)) };
+  });
 }
 
 function hostLines(pattern, name, factor) {
@@ -69,19 +72,21 @@ function validationByTimestep(log) {
     const of = kind === "validation" ? "" : `, ${kind.slice("validation_".length)}`;
     const found = atTimesteps(new RegExp(`^${kind.replace(/[^\w]/g, "\\$&")}/loss_t(\\d+)$`));
     const title = `Validation loss by timestep${of}`;
-    return [chart(title, found.length > 5 ? found : estimates(found), { log, bands: true }), chart(`${title}, % of the first`, relative(found))];
+    return [chart(title, estimates(found), { log, bands: true }), chart(`${title}, % of the first`, relative(found))];
   });
 }
 
 function charts() {
   const log = byId("log").checked, smoothing = Number(byId("smoothing").value), hours = { unit: "hour" };
   const plain = { ...hours, zero: true };
+  const byTimestep = atTimesteps(/^train_by_timestep\/loss_t(\d+)$/).map(({ low, high, ...line }) => line);
+  const calm = byTimestep.length && byTimestep[0].x.length > 40 ? smoothing : 0; // a few records are means of many images as they are
   const groups = {
     loss: [
       chart("Training loss", lines(/^train\/(loss)$/), { smoothing, log }),
       chart("Validation loss", estimates(lines(new RegExp(`${VALIDATION}/loss$`), told)), { log, bands: true }),
-      chart("Training loss by timestep", atTimesteps(/^train_by_timestep\/loss_t(\d+)$/).map(({ low, high, ...line }) => line), { log }),
-      chart("Training loss by timestep, % of the first", relative(atTimesteps(/^train_by_timestep\/loss_t(\d+)$/))),
+      chart("Training loss by timestep", byTimestep, { smoothing: calm, log }),
+      chart("Training loss by timestep, % of the first", relative(byTimestep), { smoothing: calm }),
       ...validationByTimestep(log),
       chart("Generalization gap: held-out loss less that of training images", estimates(lines(new RegExp(`${VALIDATION}/gap$`), told)), { zero: true, bands: true }),
       chart("Generalization gap by timestep", atTimesteps(/^validation\/gap\/t(\d+)$/), { zero: true }),

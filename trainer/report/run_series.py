@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class RunSeries:
         is_anew, lines = self._file.news()
         if is_anew:
             self._forget()
-        for record in _records(lines):
+        for record in json_records(lines):
             self._take(record)
 
     def _take(self, record: Mapping[str, Any]) -> None:
@@ -94,7 +94,7 @@ class HostSeries:
             is_anew, lines = True, iter(())
         if is_anew:
             self.by_name, self._begun = {}, None
-        for record in _records(lines):
+        for record in json_records(lines):
             when = record.get("time")
             if not is_number(when):
                 continue
@@ -125,7 +125,8 @@ def _flattened(at: object, key: str = "") -> Iterator[tuple[str, float]]:
         yield key, at
 
 
-def _records(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+def json_records(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The lines that are JSON objects; others are left out."""
     for line in lines:
         try:
             record = json.loads(line)

@@ -10,12 +10,12 @@ from pathlib import Path
 from trainer.config.yaml_source import YamlError, parse
 from trainer.errors import printable
 from trainer.guards import Refused, open_regular
-from trainer.report.run_series import METRICS
+from trainer.report.run_series import METRICS, is_number, json_records
 
 CONFIG = "config.resolved.yaml"
 _LONGEST = 300  # characters of a value
 _MOST_BYTES = 4 << 20
-_FIRST_LINE_BYTES = 1 << 16
+_HEAD_BYTES = 1 << 16
 _MOST_RUNS = 500  # of a folder, that are looked at
 _OWN = {"run.dir"}  # no two runs have the same
 
@@ -76,10 +76,11 @@ def previous_run(run_dir: Path) -> Path | None:
 
 
 def _begun(run_dir: Path) -> float | None:
-    """When its first record was written."""
+    """When the first of its records was written that tells."""
     try:
         with open_regular(run_dir / METRICS) as file:
-            when = json.loads(file.readline(_FIRST_LINE_BYTES)).get("time")
-    except (OSError, Refused, ValueError, RecursionError, AttributeError):
+            head = file.read(_HEAD_BYTES).decode("utf-8", "replace").split("\n")[:-1]
+    except (OSError, Refused):
         return None
-    return float(when) if isinstance(when, int | float) and not isinstance(when, bool) else None
+    times = (record.get("time") for record in json_records(head))
+    return next((float(when) for when in times if is_number(when)), None)
