@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from trainer.guards import Refused
 from trainer.report.followed_file import FollowedFile
@@ -40,7 +40,7 @@ class RunSeries:
         self.last: Mapping[str, Any] = {}
         self.begun: float | None = None
         self.ended: float | None = None
-        self._newest_step: dict[str, int] = {}  # by kind
+        self._newest_step: dict[str, float] = {}  # by kind
 
     def update(self) -> None:
         """Take up what was written since. A line that is no record is left out.
@@ -136,7 +136,7 @@ def json_records(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether it can be drawn: a finite number, and no truth value."""
     kind = type(value)
     if kind is float:
