@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": {"host", "parallel"},
     "importing": {"config"},
     "notify": {"config"},
-    "report": {"config"},
+    "report": {"config", "data"},
     "tiny": {"model_files"},
     "checkpoint": {"model_files", "parallel"},
     "optim": {"config", "parallel"},

@@ -152,6 +152,31 @@ def test_a_learner_looks_at_plain_losses_and_the_told_loss_is_weighted(
     assert apart.record() == alike.record() != learner().record()
 
 
+@pytest.mark.parametrize("cut", [(6,), (2, 2, 2), (1, 5)])
+@pytest.mark.parametrize("learner", [None, LearnedWeights, LossHistory])
+def test_the_sums_by_timestep_are_those_of_each_image_alone(
+    denoiser: Denoiser, cut: tuple[int, ...], learner: Callable[[], Learner] | None
+) -> None:
+    """Each image's loss is put where its own timestep is; row 5 could not be read. All parts together are the loss."""
+    if learner:
+        denoiser = replace(denoiser, objective=taught(denoiser.objective, learner()))
+    readable, expected = [1.0, 1.0, 1.0, 1.0, 1.0, 0.0], [0.0] * 16
+    for row in range(5):
+        parts = make_parts(denoiser)
+        (timestep,) = batch_losses(parts, make_batch(range(row, row + 1)), 0, 1.0).mixture.timesteps.tolist()
+        loss = train_step(parts, [make_batch(range(row, row + 1))], 1, 1.0, 0.0, False).loss
+        expected[timestep // 125] += loss
+        expected[8 + timestep // 125] += 1
+    assert sum(value > 0 for value in expected[8:]) > 1, "of several parts"
+    ends = [sum(cut[: i + 1]) for i in range(len(cut))]
+    batches = [
+        make_batch(range(end - size, end), readable[end - size : end]) for size, end in zip(cut, ends, strict=True)
+    ]
+    result = train_step(make_parts(denoiser), batches, len(cut), 6.0, 0.0, False)
+    assert result.by_timestep == pytest.approx(expected, rel=1e-5)
+    assert sum(result.by_timestep[:8]) == pytest.approx(result.loss * result.num_images, rel=1e-6)
+
+
 def test_a_step_without_any_image_changes_nothing(denoiser: Denoiser) -> None:
     parts = make_parts(denoiser)
     before = copy.deepcopy(parts.denoiser.unet.state_dict())

@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from trainer.cli.run_target import add_prepared_target
-from trainer.cli.text_lengths import text_measure
+from trainer.cli.text_lengths import text_measure, text_measure_or_characters
 from trainer.config.load import load_config
 from trainer.data.captions import PLAIN
 from trainer.data.catalog.settings import replace_file
@@ -16,7 +16,7 @@ from trainer.data.images import pillow_rules
 from trainer.data.loss_weights import TagSeparators
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.browse.browse_page import page_html
-from trainer.data.survey.browse.page_facts import TextMeasure, page_facts
+from trainer.data.survey.browse.page_facts import page_facts
 from trainer.errors import UserError, printable
 from trainer.train.caption_rules import caption_rules, tag_separators
 
@@ -52,12 +52,11 @@ def browse(argv: Sequence[str]) -> int:
     else:
         config = load_config(target, arguments.overrides, check_paths=False)
         path, rules, separators = config.data.prepared, caption_rules(config), tag_separators(config)
-        measure = _measure_of(
-            arguments.model or config.model.path,
-            None if arguments.model else config.model.tokenizer,
-            config.captions.max_tokens,
-            is_asked_for=arguments.model is not None,
-        )
+        used = config.captions.max_tokens
+        if arguments.model:
+            measure = text_measure(arguments.model, None, used)
+        else:
+            measure = text_measure_or_characters(config.model.path, config.model.tokenizer, used)
     prepared = PreparedSet.open(path)
     out: Path = arguments.out or prepared.path / PAGE
     if out.is_dir() or not out.absolute().parent.is_dir():
@@ -68,16 +67,6 @@ def browse(argv: Sequence[str]) -> int:
     replace_file(out, page_html(facts))
     print(f"{printable(str(out), 4096)} ({out.stat().st_size / 1e6:.1f} MB, {len(facts.gallery)} pictures)")
     return 0
-
-
-def _measure_of(model: Path | str, tokenizer: Path | None, used: int, is_asked_for: bool) -> TextMeasure:
-    """In characters where the config's model is not here: the page can be looked at on any machine."""
-    try:
-        return text_measure(model, tokenizer, used)
-    except UserError:
-        if is_asked_for:
-            raise
-        return text_measure(None, None)
 
 
 class _Bars:

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from trainer.measure.timestep_losses import KIND as BY_TIMESTEP
+from trainer.measure.timestep_losses import TimestepLosses
 from trainer.measure.trackers.beside import TrackerBeside, end_all
 from trainer.measure.trackers.tracked_run import TrackedRun
 
@@ -82,6 +84,7 @@ class MetricsWriter:
         self._events: SummaryWriter | None = self._open_events(last_step + 1) if tensorboard else None
         self._beside = [TrackerBeside(run, METRICS_FILE, last_step) for run in trackers]
         self._lost, self._pause = Counter[str](), Counter[str]()
+        self._by_timestep = TimestepLosses()
 
     def _open_events(self, first_step: int) -> "SummaryWriter":
         # Imported here since it takes 0.15 s and only rank 0 writes.
@@ -110,6 +113,13 @@ class MetricsWriter:
             | _rates(metrics)
             | {f"grad_norm/{block}": norm for block, norm in metrics.block_norms.items()},
         )
+        if by_timestep := self._by_timestep.take():
+            self.write(BY_TIMESTEP, metrics.step, by_timestep)
+
+    def seen(self, by_timestep: Sequence[float]) -> None:
+        """Takes in a step's sums by timestep; call it for each step. `step` writes a record of kind `train_by_timestep`
+        of them whenever there are enough images."""
+        self._by_timestep.add(by_timestep)
 
     def validation(
         self,

@@ -5,30 +5,30 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.report.report_page import as_json, report_data, report_html
+from trainer.report.report_page import RunReport, as_json, report_html, without_samples
 
 HOST = "127.0.0.1"
 _SHARE = 0.1  # of a core's time that reading the records of a long run may take beside its training
 
 
 class _Newest:
-    """What the page shows, read anew when it is asked for, but not so often that the run would feel it."""
+    """What the page shows, brought up to date when it is asked for, but not so often that the run would feel it."""
 
-    def __init__(self, runs: Sequence[Path]) -> None:
-        self._runs, self._lock, self._data, self._until = runs, threading.Lock(), dict[str, Any](), 0.0
+    def __init__(self, report: RunReport) -> None:
+        self._report, self._lock, self._data, self._until = report, threading.Lock(), report.data(), 0.0
 
     def data(self) -> dict[str, Any]:
-        """Of now, or of as long ago as nine readings take."""
+        """Of now, or of as long ago as nine readings take; of before, while the run's files are not there."""
         with self._lock:
             begin = time.monotonic()
-            if not self._data or begin >= self._until:
-                self._data = report_data(self._runs)
+            if begin >= self._until:
+                with suppress(UserError):
+                    self._data = self._report.data()
                 end = time.monotonic()
                 self._until = end + (end - begin) * (1 / _SHARE - 1)
             return self._data
@@ -41,24 +41,24 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def make_server(runs: Sequence[Path], port: int) -> ThreadingHTTPServer:
+def make_server(report: RunReport, port: int) -> ThreadingHTTPServer:
     """A server of the page at `/` and of its data at `/data.json`; 0: any free port.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the port is taken, or a run has no records yet.
     """
-
-    newest = _Newest(runs)
+    newest = _Newest(report)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            path, _, key = self.path.partition("?")
             # A page of elsewhere whose name leads here must not read it.
             if self.headers.get("Host", "").partition(":")[0] not in (HOST, "localhost"):
                 self.send_error(403)
-            elif self.path == "/":
+            elif path == "/":
                 self._answer("text/html", report_html(newest.data(), live=True))
-            elif self.path == "/data.json":
-                self._answer("application/json", as_json(newest.data()))
+            elif path == "/data.json":
+                self._answer("application/json", as_json(without_samples(newest.data(), key.removeprefix("samples="))))
             else:
                 self.send_error(404)
 

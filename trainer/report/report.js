@@ -1,35 +1,16 @@
-"use strict";
 
-// Draws the page of a run from the data beside it. Texts of the run are only ever set as text.
+// The page of a run, drawn from the data beside it.
 
-const byId = (id) => document.getElementById(id);
-const colours = ["--one", "--two", "--three", "--four", "--five"];
-const colour = (i) => `var(${colours[i % colours.length]})`;
-let data = JSON.parse(byId("data").textContent);
+let data = unpacked(JSON.parse(byId("data").textContent));
 
-function element(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-}
-
-function drawing(name, attributes = {}, text) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
-function short(value) {
-  if (value === null || value === undefined || !Number.isFinite(value)) return "";
-  const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
-  return value.toLocaleString("en", { maximumFractionDigits: size >= 100 ? 0 : size >= 1 ? 2 : 4 });
-}
-
-function whole(value) {
-  return value === null || value === undefined ? "" : Math.round(value).toLocaleString("en");
+// Curves as the charts want them: of each, x is a number among those that several share.
+function unpacked(packed) {
+  const whole = (found) => Object.entries(found.curves).map(([name, curve]) => [name, { ...curve, x: found.xs[curve.x] }]);
+  for (const run of packed.runs) {
+    run.series = new Map(whole(run.series));
+    if (run.host) run.host = new Map(whole(run.host));
+  }
+  return packed;
 }
 
 function span(seconds) {
@@ -38,152 +19,105 @@ function span(seconds) {
   return days ? `${days} d ${hours} h` : hours ? `${hours} h ${minutes} min` : minutes ? `${minutes} min` : `${Math.round(seconds)} s`;
 }
 
-// A mean that forgets, without the pull of its start.
-function smoothed(values, keep) {
-  let sum = 0, weight = 0;
-  return values.map((value) => {
-    sum = keep * sum + (1 - keep) * value;
-    weight = keep * weight + (1 - keep);
-    return sum / weight;
-  });
-}
-
-function ticks(low, high, count) {
-  const raw = (high - low) / count || 1, power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= raw) || raw;
-  const found = [];
-  for (let at = Math.ceil(low / step) * step; at <= high + step / 1e6; at += step) found.push(at);
-  return found;
-}
-
-const WIDTH = 560, HEIGHT = 240, LEFT = 56, RIGHT = 10, TOP = 8, BOTTOM = 24;
-
-// lines: [{name, x, y, low?, high?}]; options: smooth, log, zero, bands (which the range holds as well)
-function chart(title, lines, options = {}) {
-  const box = element("div", { class: "chart" }, element("h3", {}, title));
-  const shown = lines.filter((line) => line.x.length);
-  if (!shown.length) return null;
-  const keep = options.smooth ? Number(byId("smoothing").value) : 0;
-  const isLog = options.log && byId("log").checked && shown.every((line) => line.y.every((value) => value > 0));
-  const scaled = (value) => (isLog ? Math.log10(Math.max(value, Number.MIN_VALUE)) : value);
-  const curves = shown.map((line) => ({ ...line, smooth: options.smooth ? smoothed(line.y, keep) : line.y }));
-  const xs = shown.flatMap((line) => [line.x[0], line.x[line.x.length - 1]]);
-  // The range of nearly all of it: a spike must not hide the rest.
-  const bands = (line) => (options.bands && line.low ? [...line.low, ...line.high].filter((value) => !isLog || value > 0) : []);
-  const ys = curves.flatMap((line) => [...line.y, ...line.smooth, ...bands(line)]).map(scaled).sort((a, b) => a - b);
-  const x0 = Math.min(...xs), x1 = Math.max(...xs, x0 + 1);
-  let y0 = ys[Math.floor((ys.length - 1) * 0.003)], y1 = ys[Math.ceil((ys.length - 1) * 0.997)];
-  if (options.zero) y0 = Math.min(y0, 0);
-  const air = (y1 - y0) * 0.05 || Math.abs(y1) * 0.1 || 1;
-  y0 -= options.zero && y0 === 0 ? 0 : air;
-  y1 += air;
-  const X = (x) => LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT);
-  const Y = (y) => TOP + (1 - (Math.min(Math.max(scaled(y), y0), y1) - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM);
-  const svg = drawing("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": title });
-  for (const at of ticks(y0, y1, 4)) {
-    const y = TOP + (1 - (at - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM);
-    svg.append(drawing("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y, y2: y }));
-    svg.append(drawing("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, short(isLog ? 10 ** at : at)));
-  }
-  for (const at of ticks(x0, x1, 5))
-    svg.append(drawing("text", { x: X(at), y: HEIGHT - 6, "text-anchor": "middle" }, whole(at)));
-  const path = (x, y) => y.map((value, i) => `${i ? "L" : "M"}${X(x[i]).toFixed(1)} ${Y(value).toFixed(1)}`).join("");
-  curves.forEach((line, i) => {
-    if (line.low) {
-      const back = line.high.map((_, k) => k).reverse();
-      const band = path(line.x, line.low) + back.map((k) => `L${X(line.x[k]).toFixed(1)} ${Y(line.high[k]).toFixed(1)}`).join("") + "Z";
-      svg.append(drawing("path", { class: "band", d: band, fill: colour(i) }));
-    }
-    if (options.smooth && line.x.length > 2) svg.append(drawing("path", { class: "raw", d: path(line.x, line.y), stroke: colour(i) }));
-    svg.append(drawing("path", { class: "smooth", d: path(line.x, line.smooth), stroke: colour(i) }));
-    if (line.x.length === 1) svg.append(drawing("circle", { cx: X(line.x[0]), cy: Y(line.smooth[0]), r: 3, fill: colour(i) }));
-  });
-  const cursor = drawing("line", { class: "cursor", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden" });
-  svg.append(cursor);
-  const legend = element("div", { class: "legend" });
-  const tell = (at) => legend.replaceChildren(...curves.map((line, i) => {
-    let k = line.x.length - 1;
-    if (at !== undefined) while (k > 0 && line.x[k] > at) k--;
-    const swatch = element("i", { style: `background:${colour(i)}` });
-    return element("span", {}, swatch, `${line.name} ${short(line.smooth[k])}${at === undefined ? "" : ` at ${whole(line.x[k])}`}`);
-  }));
-  svg.addEventListener("pointermove", (event) => {
-    const place = svg.getBoundingClientRect();
-    const at = x0 + ((event.clientX - place.left) / place.width * WIDTH - LEFT) / (WIDTH - LEFT - RIGHT) * (x1 - x0);
-    if (at < x0 || at > x1) return;
-    cursor.setAttribute("x1", X(at));
-    cursor.setAttribute("x2", X(at));
-    cursor.setAttribute("visibility", "visible");
-    tell(at);
-  });
-  svg.addEventListener("pointerleave", () => { cursor.setAttribute("visibility", "hidden"); tell(); });
-  tell();
-  box.append(svg, legend);
-  return box;
-}
-
-function lines(pattern, named = (match) => match[1] || match[0]) {
-  const many = data.runs.length > 1;
-  return data.runs.flatMap((run) => Object.entries(run.series).flatMap(([key, series]) => {
+// Curves of all runs, or of the first one alone, whose names match.
+function lines(pattern, named = (match) => match[1] || match[0], runs = data.runs) {
+  const many = runs.length > 1;
+  return runs.flatMap((run) => [...run.series].flatMap(([key, series]) => {
     const match = key.match(pattern);
-    return match ? [{ name: (many ? `${run.name}: ` : "") + named(match), ...series }] : [];
+    return match ? [{ name: (many ? `${run.name}: ` : "") + named(match), key, run, ...series }] : [];
   }));
+}
+
+// Those at timesteps, of the first run; one run has as many of them as can be told apart.
+function atTimesteps(pattern) {
+  const found = lines(pattern, (match) => match[0].match(/t\d.*$/)[0].replace(/^t/, "t "), data.runs.slice(0, 1));
+  return found.sort((a, b) => Number(a.name.match(/\d+/)[0]) - Number(b.name.match(/\d+/)[0]));
 }
 
 // Curves of a validation with the 95 % intervals of their means, where records have them.
-function estimates(pattern, named) {
-  const many = data.runs.length > 1;
-  return data.runs.flatMap((run) => Object.entries(run.series).flatMap(([key, series]) => {
-    const match = key.match(pattern);
-    if (!match) return [];
-    const cut = key.indexOf("/"), what = key.slice(cut + 1);
+function estimates(found) {
+  return found.map((line) => {
+    const cut = line.key.indexOf("/"), what = line.key.slice(cut + 1);
     const of = what === "loss" ? "" : `/${what.startsWith("loss_t") ? what.slice(5) : what}`;
-    const half = run.series[`${key.slice(0, cut)}/ci95${of}`];
-    const line = { name: (many ? `${run.name}: ` : "") + named(match), ...series };
-    if (!half) return [line];
+    const half = line.run.series.get(`${line.key.slice(0, cut)}/ci95${of}`);
+    if (!half) return line;
     const at = new Map(half.x.map((step, i) => [step, half.y[i]])), width = line.x.map((step) => at.get(step) || 0);
-    return [{ ...line, low: line.y.map((value, i) => value - width[i]), high: line.y.map((value, i) => value + width[i]) }];
-  }));
+    return { ...line, low: line.y.map((value, i) => value - width[i]), high: line.y.map((value, i) => value + width[i]) };
+  });
 }
 
-// Of each curve, percent of its first value: losses at timesteps differ in size by orders of magnitude.
+// Of each curve, percent of its beginning: losses at timesteps differ in size by orders of magnitude.
 function relative(curves) {
-  return curves.map((line) => ({ ...line, y: line.y.map((value) => 100 * value / (line.y[0] || 1)) }));
+  return curves.map(({ low, high, ...line }) => {
+    const begin = line.y.slice(0, Math.ceil(line.y.length / 50)), first = begin.reduce((a, b) => a + b) / begin.length;
+    return { ...line, y: line.y.map((value) => 100 * value / (first || 1)) };
+  });
 }
 
 function hostLines(pattern, name, factor) {
-  const rows = data.runs[0].host, keys = [...new Set(rows.flatMap((row) => Object.keys(row)))].filter((key) => pattern.test(key));
-  const begin = rows.length ? rows[0].time : 0;
-  return keys.map((key) => {
-    const own = rows.filter((row) => row[key] !== undefined);
-    const number = key.match(pattern)[1];
-    return { name: number === undefined ? name : `${name} ${number}`, x: own.map((row) => (row.time - begin) / 3600), y: own.map((row) => row[key] * factor) };
+  return [...data.runs[0].host].flatMap(([key, series]) => {
+    const match = key.match(pattern);
+    if (!match) return [];
+    const scaled = (values) => values && values.map((value) => value * factor);
+    return [{ ...series, name: match[1] === undefined ? name : `${name} ${match[1]}`, y: scaled(series.y), low: scaled(series.low), high: scaled(series.high) }];
+  });
+}
+
+const VALIDATION = "^validation(?:_([^/]+))?";
+const told = (match) => match[1] || "live";
+
+function validationByTimestep(log) {
+  const kinds = [...new Set([...data.runs[0].series.keys()].flatMap((key) => key.match(/^(validation[^/]*)\/loss_t\d+$/)?.[1] ?? []))];
+  return kinds.flatMap((kind) => {
+    const of = kind === "validation" ? "" : `, ${kind.slice("validation_".length)}`;
+    const found = atTimesteps(new RegExp(`^${kind.replace(/[^\w]/g, "\\$&")}/loss_t(\\d+)$`));
+    const title = `Validation loss by timestep${of}`;
+    return [chart(title, estimates(found), { log, bands: true }), chart(`${title}, % of the first`, relative(found))];
   });
 }
 
 function charts() {
-  const made = [
-    chart("Training loss", lines(/^train\/(loss)$/), { smooth: true, log: true }),
-    chart("Validation loss", estimates(/^validation(?:_([^/]+))?\/loss$/, (match) => match[1] || "live"), { log: true, bands: true }),
-    chart("Validation loss by timestep", estimates(/^validation(?:_([^/]+))?\/loss_t(\d+)$/, (match) => `${match[1] ? `${match[1]} ` : ""}t ${match[2]}`), { log: true, bands: true }),
-    chart("Validation loss by timestep, % of the first", relative(lines(/^validation(?:_[\w-]+)?\/loss_t(\d+)$/, (match) => `t ${match[1]}`))),
-    chart("Generalization gap: held-out loss less that of training images", estimates(/^validation(?:_([^/]+))?\/gap$/, (match) => match[1] || "live"), { zero: true, bands: true }),
-    chart("Generalization gap by timestep", lines(/^validation\/gap\/t(\d+)$/, (match) => `t ${match[1]}`), { zero: true }),
-    chart("Validation loss by source", estimates(/^validation\/source\/(.+)$/, (match) => match[1]), { log: true, bands: true }),
-    chart("Learning rate", lines(/^train\/(lr.*)$/), { zero: true }),
-    chart("What the optimizer found", lines(/^train\/(d|effective_lr)$/), { log: true }),
-    chart("Gradient norm", lines(/^train\/(grad_norm)$/), { smooth: true, log: true }),
-    chart("Images per second", lines(/^train\/(images_per_s)$/), { smooth: true, zero: true }),
-    chart("Seconds of a step", lines(/^train\/(step_s|data_wait_s)$/), { smooth: true, zero: true }),
-    chart("Where the time goes, shares of a step", lines(/^phases\/(data|forward|backward|exchange|optimizer)$/), { zero: true }),
-    chart("Workers' memory, GiB, by hours", hostLines(/^workers_mib\.(\d+)$/, "worker", 1 / 1024), { zero: true }),
-    chart("Free memory of the host, GiB, by hours", hostLines(/^memory_available_mib$/, "free", 1 / 1024), { zero: true }),
-    chart("Cards, degrees Celsius, by hours", hostLines(/^cards\.(\d+)\.temperature_c$/, "card", 1)),
-    chart("Cards, watts, by hours", hostLines(/^cards\.(\d+)\.power_w$/, "card", 1), { zero: true }),
-    chart("Cards' clocks, MHz, by hours", hostLines(/^cards\.(\d+)\.clock_mhz$/, "card", 1), { zero: true }),
-  ];
-  byId("charts").replaceChildren(...made.filter(Boolean));
+  const log = byId("log").checked, smoothing = Number(byId("smoothing").value), hours = { unit: "hour" };
+  const plain = { ...hours, zero: true };
+  const byTimestep = atTimesteps(/^train_by_timestep\/loss_t(\d+)$/).map(({ low, high, ...line }) => line);
+  const calm = byTimestep.length && byTimestep[0].x.length > 40 ? smoothing : 0; // a few records are means of many images as they are
+  const groups = {
+    loss: [
+      chart("Training loss", lines(/^train\/(loss)$/), { smoothing, log }),
+      chart("Validation loss", estimates(lines(new RegExp(`${VALIDATION}/loss$`), told)), { log, bands: true }),
+      chart("Training loss by timestep", byTimestep, { smoothing: calm, log }),
+      chart("Training loss by timestep, % of the first", relative(byTimestep), { smoothing: calm }),
+      ...validationByTimestep(log),
+      chart("Generalization gap: held-out loss less that of training images", estimates(lines(new RegExp(`${VALIDATION}/gap$`), told)), { zero: true, bands: true }),
+      chart("Generalization gap by timestep", atTimesteps(/^validation\/gap\/t(\d+)$/), { zero: true }),
+      chart("Validation loss by source", estimates(lines(/^validation\/source\/(.+)$/)), { log, bands: true }),
+    ],
+    learning: [
+      chart("Learning rate", lines(/^train\/(lr.*)$/), { zero: true }),
+      chart("What the optimizer found", lines(/^train\/(d|effective_lr)$/), { log }),
+      chart("Gradient norm", lines(/^train\/(grad_norm)$/), { smoothing, log }),
+    ],
+    speed: [
+      chart("Images per second", lines(/^train\/(images_per_s)$/), { smoothing, zero: true }),
+      chart("Seconds of a step", lines(/^train\/((?!images_per_).*_s)$/), { smoothing, zero: true }),
+      chart("Where the time goes, shares of a step", lines(/^phases\/(data|forward|backward|exchange|optimizer)$/), { zero: true }),
+    ],
+    machine: [
+      chart("Workers' memory, GiB, by hours", hostLines(/^workers_mib\.(\d+)$/, "worker", 1 / 1024), plain),
+      chart("Free memory of the host, GiB, by hours", hostLines(/^memory_available_mib$/, "free", 1 / 1024), plain),
+      chart("Free disk, GiB, by hours", hostLines(/^disk_free_mib$/, "free", 1 / 1024), plain),
+      chart("Cards, degrees Celsius, by hours", hostLines(/^cards\.(\d+)\.temperature_c$/, "card", 1), hours),
+      chart("Cards, watts, by hours", hostLines(/^cards\.(\d+)\.power_w$/, "card", 1), plain),
+      chart("Cards' clocks, MHz, by hours", hostLines(/^cards\.(\d+)\.clock_mhz$/, "card", 1), plain),
+    ],
+  };
+  const focused = document.activeElement?.dataset.title;
+  for (const [name, made] of Object.entries(groups)) {
+    byId(`${name}-charts`).replaceChildren(...made.filter(Boolean));
+    byId(name).hidden = !made.some(Boolean);
+  }
   byId("smoothing-told").textContent = byId("smoothing").value;
+  if (focused) [...document.querySelectorAll("svg")].find((svg) => svg.dataset.title === focused)?.focus({ preventScroll: true });
 }
 
 function fact(value, told) {
@@ -213,26 +147,69 @@ function samples() {
   const wasLast = slider.value === slider.max;
   slider.max = drawn.length - 1;
   if (wasLast || !samples.shown) slider.value = slider.max;
+  slider.disabled = drawn.length < 2;
   samples.shown = true;
-  const chosen = drawn[Number(slider.value)];
-  byId("sample-told").textContent = `${whole(chosen.step)}${chosen.of ? ` (${chosen.of})` : ""}`;
+  const chosen = drawn[Number(slider.value)], step = `${whole(chosen.step)}${chosen.of ? ` (${chosen.of})` : ""}`;
+  byId("sample-told").textContent = step;
+  slider.setAttribute("aria-valuetext", `step ${step}`);
   byId("samples").replaceChildren(...chosen.images.map((source, i) => element("img", { src: source, alt: `sample ${i + 1} of step ${chosen.step}` })));
 }
 
-function table(id, rows, head) {
-  const made = rows.map((row) => element("tr", {}, ...row.map((cell) => element("td", {}, String(cell)))));
-  if (head) made.unshift(element("tr", {}, ...head.map((cell) => element("th", {}, cell))));
-  byId(id).replaceChildren(...made);
+function rows(id, cells, head) {
+  const isNumber = (i) => typeof (cells[0] || [])[i] === "number";
+  const row = (kind, values) => element("tr", {}, ...values.map((cell, i) => {
+    const made = element(kind, isNumber(i) ? { class: "number" } : {}, typeof cell === "number" ? whole(cell) : String(cell));
+    if (kind === "th") made.setAttribute("scope", "col");
+    return made;
+  }));
+  byId(id).replaceChildren(...(head ? [element("thead", {}, row("th", head))] : []), element("tbody", {}, ...cells.map((values) => row("td", values))));
+  byId(id).closest(".wide").hidden = !cells.length;
+}
+
+function lengths(texts) {
+  if (!texts.bars) return [];
+  const cut = texts.used ? `; ${whole(texts.cut)} have more than the ${texts.used} that are used` : "";
+  const words = `Of ${whole(texts.sampled)} sampled images: median ${short(texts.median)}, 95 % up to ${short(texts.high)}, longest ${whole(texts.most)}; ${whole(texts.empty)} without text${cut}`;
+  return [bars(`Caption lengths, ${texts.unit}`, texts.bars, texts.width, words, texts.used)];
+}
+
+function dataSet() {
+  const found = data.data;
+  byId("dataset").hidden = !found;
+  if (!found) return;
+  const problem = found.problem || "";
+  byId("dataset-problem").textContent = problem && `Nothing to look at: ${problem}`;
+  byId("dataset-problem").hidden = !problem;
+  byId("dataset-place").textContent = problem ? "" : `${found.prepared}, snapshot ${found.snapshot}`;
+  const [trained, held] = found.images || [];
+  byId("dataset-facts").replaceChildren(
+    ...fact(whole(trained), "images to train on"), ...fact(whole(found.per_epoch), "an epoch, with repeats"),
+    ...fact(whole(held), "images of validation"), ...fact(whole(found.num_buckets), "buckets"),
+    ...fact(problem ? "" : whole(found.num_left_out), "left out by prepare"));
+  byId("lengths").replaceChildren(...(problem ? [] : lengths(found.texts)));
+  rows("sources", found.sources || [], ["source", "images", "with repeats"]);
+  const resolution = (each) => (each ? `, at ${each} px` : "");
+  rows("buckets", (found.buckets || []).map(([w, h, images, all, at]) => [`${w} x ${h}${resolution(at)}`, images, all]), ["bucket", "images", "with repeats"]);
+  rows("left-out", found.left_out || [], ["left out, why", "images"]);
 }
 
 function tables() {
-  const run = data.runs[0];
-  const events = [...run.events].reverse();
+  const run = data.runs[0], events = [...run.events].reverse();
   byId("events").replaceChildren(...(events.length ? events.map((line) => element("li", {}, line)) : [element("li", { class: "none" }, "nothing happened")]));
-  table("checkpoints", run.checkpoints.map((each) => [each.name, `${each.gib} GiB`]));
-  table("settings", Object.entries(run.settings));
-  byId("differing-section").hidden = data.runs.length < 2;
-  table("differing", data.differing, ["key", ...data.runs.map((each) => each.name)]);
+  rows("checkpoints", run.checkpoints.map((each) => [each.name, `${each.gib} GiB`]));
+  byId("checkpoints-section").hidden = !run.checkpoints.length;
+  rows("settings", Object.entries(run.settings));
+  const many = data.runs.length > 1, before = data.previous;
+  const differ = many ? data.differing : before ? before.rows : [];
+  rows("differing", differ, ["key", ...(many ? data.runs.map((each) => each.name) : [run.name, before?.name])]);
+  byId("differing-told").textContent = differ.length ? (many ? "" : `Settings of ${before.name}, the run before this one in the same folder, that were others.`)
+    : many ? "All settings are the same." : before ? `All settings are those of ${before.name}, the run before this one in the same folder.`
+    : "There is no earlier run in the same folder to compare with.";
+}
+
+function places() {
+  const shown = [...document.querySelectorAll("section[id] > h2")].filter((head) => !head.parentElement.hidden);
+  byId("places").replaceChildren(...shown.map((head) => element("a", { href: `#${head.parentElement.id}` }, head.textContent)));
 }
 
 function draw() {
@@ -242,7 +219,9 @@ function draw() {
   stands();
   charts();
   samples();
+  dataSet();
   tables();
+  places();
 }
 
 function kept(name, value) {
@@ -255,7 +234,18 @@ function kept(name, value) {
 
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
-  byId("theme").textContent = theme === "dark" ? "Light" : "Dark";
+  byId("theme").textContent = theme === "dark" ? "Light theme" : "Dark theme";
+}
+
+async function refresh() {
+  try {
+    const answer = await fetch(`data.json?samples=${data.samples_key}`, { cache: "no-store" });
+    if (!answer.ok) return;
+    const newer = unpacked(await answer.json());
+    newer.runs[0].samples ??= data.runs[0].samples;
+    data = newer;
+    draw();
+  } catch { /* the next one may come */ }
 }
 
 setTheme(kept("sdxl-train theme") || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
@@ -266,11 +256,4 @@ byId("theme").addEventListener("click", () => {
 for (const id of ["smoothing", "log"]) byId(id).addEventListener("input", charts);
 byId("sample").addEventListener("input", samples);
 draw();
-if (LIVE) setInterval(async () => {
-  try {
-    const answer = await fetch("data.json", { cache: "no-store" });
-    if (!answer.ok) return;
-    data = await answer.json();
-    draw();
-  } catch { /* the next one may come */ }
-}, 10000);
+if (LIVE) setInterval(refresh, 10000);

@@ -1,115 +1,144 @@
-"""The numbers of a run over its steps, thinned out to what a screen can show."""
+"""The numbers of a run, taken up from its records as they are written, and thinned out to what a screen can show."""
 
 from __future__ import annotations
 
 import json
 import math
-from array import array
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
+
+from trainer.guards import Refused
+from trainer.report.followed_file import FollowedFile
+from trainer.report.series import Series
 
 METRICS = "metrics.jsonl"
 HOST = "host.jsonl"
-POINTS = 1500
-"""Of a curve: more cannot be told apart."""
-_SKIPPED = {"kind", "step", "time", "epoch", "images_seen"}
+_NO_SERIES = {"kind", "step", "time", "epoch", "images_seen"}
+_NOT_SHOWN = "grad_norm/"  # of each block, a hundred of them
+_MOST_SERIES = 500
+_HUGE = 10**300  # of integers, which JSON does not bound
+_HOUR = 3600
+_DIGITS = 4  # of hours
 
 
-@dataclass
-class Series:
-    """One number over the steps.
-
-    Attributes:
-        steps, values: as recorded; values that were not finite are left out.
-    """
-
-    steps: array[float] = field(default_factory=lambda: array("d"))
-    values: array[float] = field(default_factory=lambda: array("d"))
-
-    def thinned(self, points: int = POINTS) -> dict[str, list[float]]:
-        """Means, least and greatest of stretches of equal numbers of records, at their last steps."""
-        count = len(self.steps)
-        if count <= points:
-            values = [_short(value) for value in self.values]
-            return {"x": [*self.steps], "y": values}
-        cuts = [count * i // points for i in range(points + 1)]
-        found: dict[str, list[float]] = {"x": [], "y": [], "low": [], "high": []}
-        for begin, end in pairwise(cuts):
-            part = self.values[begin:end]
-            found["x"].append(self.steps[end - 1])
-            found["y"].append(_short(math.fsum(part) / len(part)))
-            found["low"].append(_short(min(part)))
-            found["high"].append(_short(max(part)))
-        return found
-
-
-@dataclass
 class RunSeries:
-    """All numbers of a run.
+    """All numbers of `metrics.jsonl`, one curve over all starts of the run, in bounded memory.
 
     Attributes:
-        by_name: `train/loss`, `validation/loss`, `validation_ema/loss_t100`, `host/ram`, ...
+        by_name: `train/loss`, `validation/loss`, `validation_ema/loss_t100`, ...
         last: the newest record of training.
         begun, ended: times of the first and the newest record, in seconds since 1970.
     """
 
-    by_name: dict[str, Series] = field(default_factory=lambda: defaultdict(Series))
-    last: dict[str, Any] = field(default_factory=dict)
-    begun: float | None = None
-    ended: float | None = None
+    def __init__(self, run_dir: Path) -> None:
+        self._file = FollowedFile(run_dir / METRICS)
+        self._forget()
 
+    def _forget(self) -> None:
+        self.by_name: dict[str, Series] = {}
+        self.last: Mapping[str, Any] = {}
+        self.begun: float | None = None
+        self.ended: float | None = None
+        self._newest_step: dict[str, float] = {}  # by kind
 
-def read_series(run_dir: Path) -> RunSeries:
-    """Of `metrics.jsonl`, one curve over all starts of the run; a line that is cut short is left out.
+    def update(self) -> None:
+        """Take up what was written since. A line that is no record is left out.
 
-    Raises:
-        OSError: there is no such file.
-    """
-    found = RunSeries()
-    for record in _records(run_dir / METRICS):
+        Raises:
+            OSError: there is no such file.
+        """
+        is_anew, lines = self._file.news()
+        if is_anew:
+            self._forget()
+        for record in json_records(lines):
+            self._take(record)
+
+    def _take(self, record: Mapping[str, Any]) -> None:
         kind, step, when = record.get("kind"), record.get("step"), record.get("time")
-        if not isinstance(kind, str) or not isinstance(step, int):
-            continue
-        if _is_number(when):
-            found.begun, found.ended = found.begun or when, when
+        if not isinstance(kind, str) or not is_number(step):
+            return
+        if step <= self._newest_step.get(kind, -1):
+            self._forget_from(kind, step)
+        self._newest_step[kind] = step
+        if is_number(when):
+            self.begun, self.ended = self.begun or when, when
         if kind == "train":
-            found.last = record
+            self.last = record
         for name, value in record.items():
-            if name not in _SKIPPED and _is_number(value):
-                series = found.by_name[f"{kind}/{name}"]
-                series.steps.append(step)
-                series.values.append(value)
-    return found
+            if name not in _NO_SERIES and is_number(value) and not name.startswith(_NOT_SHOWN):
+                series = _series(self.by_name, f"{kind}/{name}")
+                if series is not None:
+                    series.add(step, value)
+
+    def _forget_from(self, kind: str, step: float) -> None:
+        """What is done anew; where steps are trained again, nothing that came after them counts."""
+        for name, series in self.by_name.items():
+            if kind == "train" or name.startswith(f"{kind}/"):
+                series.forget_from(step)
 
 
-def read_host(run_dir: Path) -> list[dict[str, Any]]:
-    """The newest records of `host.jsonl`, at most a thousand; [] where there are none."""
-    try:
-        records = [*_records(run_dir / HOST)]
-    except OSError:
-        return []
-    stride = max(1, len(records) // 1000)
-    return records[::stride]
+class HostSeries:
+    """All numbers of `host.jsonl` over hours: `workers_mib.0`, `cards.0.temperature_c`, ..."""
 
+    def __init__(self, run_dir: Path) -> None:
+        self._file = FollowedFile(run_dir / HOST)
+        self.by_name: dict[str, Series] = {}
+        self._begun: float | None = None
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
+    def update(self) -> None:
+        """Take up what was written since; without the file there is nothing."""
+        try:
+            is_anew, lines = self._file.news()
+        except (OSError, Refused):
+            is_anew, lines = True, iter(())
+        if is_anew:
+            self.by_name, self._begun = {}, None
+        for record in json_records(lines):
+            when = record.get("time")
+            if not is_number(when):
                 continue
-            if isinstance(record, dict):
-                yield record
+            self._begun = when if self._begun is None else self._begun
+            hours = round((when - self._begun) / _HOUR, _DIGITS)
+            for name, value in _flattened(record):
+                series = None if name == "time" else _series(self.by_name, name)
+                if series is not None:
+                    series.add(hours, value)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _series(by_name: dict[str, Series], name: str) -> Series | None:
+    """The series of a name; None of one too many."""
+    series = by_name.get(name)
+    if series is None and len(by_name) < _MOST_SERIES:
+        series = by_name[name] = Series()
+    return series
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
+def _flattened(at: object, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(at, dict):
+        for name, inner in at.items():
+            yield from _flattened(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(at, list):
+        for number, inner in enumerate(at):
+            yield from _flattened(inner, f"{key}.{number}")
+    elif is_number(at):
+        yield key, at
+
+
+def json_records(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The lines that are JSON objects; others are left out."""
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it can be drawn: a finite number, and no truth value."""
+    kind = type(value)
+    if kind is float:
+        return math.isfinite(value)
+    return kind is int and -_HUGE < value < _HUGE

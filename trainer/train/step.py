@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from trainer.diffusion.learner import Learner, seen_by
 from trainer.diffusion.noise import draw
 from trainer.diffusion.prediction import Mixture
 from trainer.measure.step_clock import STOPPED, StepClock
+from trainer.measure.timestep_losses import sums_by_timestep
 from trainer.model.denoiser import Denoiser, Others, image_losses, text_arguments
 from trainer.optim.ema import Averages
 from trainer.optim.hosted.hosted_weights import HostedWeights
@@ -96,6 +98,7 @@ class StepResult:
             by itself, this one's.
         verdict: why the step was skipped, if it was.
         keys: of this worker's images with weight.
+        by_timestep: as `trainer.measure.timestep_losses` adds them up.
     """
 
     loss: float
@@ -108,6 +111,7 @@ class StepResult:
     block_norms: Mapping[str, float] = field(default_factory=dict)
     verdict: Verdict = TAKEN
     keys: tuple[str, ...] = ()
+    by_timestep: tuple[float, ...] = ()
 
     @property
     def took_effect(self) -> bool:
@@ -206,10 +210,10 @@ def train_step(
     clock.mark("exchange" if comm.world > 1 else "other")
     read = torch.cat([torch.stack([loss_sum, norm.double()]), of_blocks, *seen.losses]).tolist()
     (own_loss, scaled_norm), block_norms, factored = read[:2], read[2 : 2 + len(names)], read[2 + len(names) :]
-    own_loss, lessons = seen.lessons(own_loss, factored)
+    own_loss, lessons, by_timestep = seen.sums(own_loss, factored)
     own, tells = [own_loss, seen.images, float(len(seen.problems)), float(stop_asked), scaled_norm], tell()
-    total_loss, num_images, total_bad, stop, norms, *sums = sum_floats(comm, [*own, *tells, *lessons])
-    told, lessons = sums[: len(tells)], sums[len(tells) :]
+    summed = sum_floats(comm, [*own, *tells, *lessons, *by_timestep])
+    (total_loss, num_images, total_bad, stop, norms), told, lessons, by_timestep = _cut(summed, own, tells, lessons)
     _settle_saves(clock, before_update)
     clock.mark("optimizer")
     # Workers have the same norm, and this mean of it; each by itself, they clip by their own. By the mean all decide.
@@ -235,6 +239,7 @@ def train_step(
         block_norms={name: norm / loss_scale for name, norm in zip(names, block_norms, strict=True)},
         verdict=verdict,
         keys=tuple(seen.keys),
+        by_timestep=tuple(by_timestep),
     )
 
 
@@ -242,6 +247,12 @@ def _settle_saves(clock: StepClock, before_update: Callable[[], None]) -> None:
     """Until what a checkpoint copies may change."""
     clock.mark("save")
     before_update()
+
+
+def _cut(sums: list[float], *parts: Sequence[float]) -> list[list[float]]:
+    """The sums of as many numbers as each part has, and of the rest."""
+    ends = [0, *accumulate(map(len, parts))]
+    return [sums[begin:end] for begin, end in pairwise([*ends, len(sums)])]
 
 
 def _backward(
@@ -266,7 +277,7 @@ def _backward(
 
 
 class _Seen:
-    """What a step has seen; with an objective that learns, also its losses, image by image.
+    """What a step has seen, and its losses, image by image, for the record by timestep and for the objective's learner.
 
     Attributes:
         images: sum of their weights: padding and unreadable rows have none.
@@ -281,25 +292,30 @@ class _Seen:
         self.losses: list[Tensor] = []
         """[B] float64 on the device, of each micro-batch."""
         self._mixtures: list[Mixture] = []
+        self._counts: list[Tensor] = []
         self._weights: list[Tensor] = []
 
     def note(self, batch: Batch, losses: Tensor, mixture: Mixture, weights: Tensor) -> None:
-        """A micro-batch; `weights` are those of its losses, on the CPU."""
+        """A micro-batch; `weights` are what its losses are multiplied by, on the CPU."""
         self.images += float(batch.weights.sum())
         self.problems += batch.problems
         self.keys += [key for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True) if weight]
-        if self._learner:
-            self.losses.append(losses.detach().double())
-            self._mixtures.append(mixture)
-            self._weights.append(weights)
+        self.losses.append(losses.detach().double())
+        self._mixtures.append(mixture)
+        self._counts.append(batch.weights)
+        self._weights.append(weights)
 
-    def lessons(self, own_loss: float, factored: list[float]) -> tuple[float, list[float]]:
-        """The loss sum to tell, and what the learner adds up; `factored` are the values of `losses`."""
-        if not self._learner:
-            return own_loss, []
-        seen = seen_by(self._mixtures, self._weights, factored, self._learner)
-        plain = own_loss if self._learner.corrects else float((seen.weights * seen.losses).sum())
-        return plain, self._learner.sums(seen)
+    def sums(self, own_loss: float, factored: list[float]) -> tuple[float, list[float], list[float]]:
+        """The loss sum to tell, what the learner adds up, and the sums by timestep; `factored` are the values of
+        `losses`."""
+        told, lessons = torch.tensor(factored, dtype=torch.float64), []
+        if self._learner:
+            seen = seen_by(self._mixtures, self._weights, factored, self._learner)
+            lessons = self._learner.sums(seen)
+            if not self._learner.corrects:
+                told, own_loss = seen.losses, float((seen.weights * seen.losses).sum())
+        positions = [mixture.positions for mixture in self._mixtures]
+        return own_loss, lessons, sums_by_timestep(positions, told, torch.cat(self._weights), torch.cat(self._counts))
 
     def learn(self, lessons: list[float]) -> None:
         """From the sums over all workers."""

@@ -164,6 +164,7 @@ class RunOutputs:
         )
         self.progress.update(metrics)
         self.messages.after_step(state.step, result, bad_rows)
+        self.metrics.seen(result.by_timestep)
         if state.step % self.log_every == 0:
             self.metrics.step(metrics)
 

@@ -102,8 +102,8 @@ def page_facts(
         holds_images=prepared.holds_images,
         images=(prepared.images("train"), prepared.images("validation")),
         buckets=bucket_counts(prepared),
-        sources=_sources(prepared),
-        texts=_texts(prepared, rules, measure.of, report),
+        sources=source_counts(prepared),
+        texts=text_facts(prepared, rules, measure.of, report),
         measure=measure,
         tags=tag_facts(prepared, separators, report),
         left_out=left_out_by_reason(prepared.path),
@@ -113,8 +113,8 @@ def page_facts(
     )
 
 
-def _sources(prepared: PreparedSet) -> list[SourceCounts] | None:
-    """Most images first; exact, from the snapshot."""
+def source_counts(prepared: PreparedSet) -> list[SourceCounts] | None:
+    """Most images first; exact, from the snapshot. None where it does not tell."""
     shards = [
         shard
         for shard in read_snapshot(prepared.path, prepared.snapshot_name).shards
@@ -130,10 +130,17 @@ def _sources(prepared: PreparedSet) -> list[SourceCounts] | None:
     return sorted(found, key=lambda source: (-source.images, source.name))
 
 
-def _texts(prepared: PreparedSet, rules: CaptionRules, lengths: Lengths, report: Report) -> TextFacts:
+def text_facts(
+    prepared: PreparedSet,
+    rules: CaptionRules,
+    lengths: Lengths,
+    report: Report = lambda what, done, total: None,
+    count: int = SAMPLED_TEXTS,
+) -> TextFacts:
+    """Read at most `count` texts, spread evenly over the training images."""
     rows_per_bucket = prepared.rows_per_bucket("train")
     settled, found, unreadable, texts = rules.as_settled(), [], 0, []
-    picked = pick_rows(rows_per_bucket, SAMPLED_TEXTS)
+    picked = pick_rows(rows_per_bucket, count)
     for number, (bucket, row) in enumerate(picked, start=1):
         record = prepared.read_record("train", bucket, row)
         unreadable += record is None
