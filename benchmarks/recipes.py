@@ -28,11 +28,16 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A configuration, the cards that it is for, and values that its header says replace those of the file."""
+    """A configuration, what it is for, and values that its header says replace those of the file.
+
+    Attributes:
+        cards: of each host.
+    """
 
     name: str
     cards: int = 1
     overrides: tuple[str, ...] = ()
+    hosts: int = 1
 
 
 RECIPES = (
@@ -58,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="such as 1x24g (default: all)")
     names = parser.parse_args(argv).names
-    print("| configuration | cards | planned GiB | recomputed | way | RAM GiB | checkpoint GiB |")
+    print("| configuration | cards of a host | planned GiB | recomputed | way | RAM GiB | checkpoint GiB |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         write_shapes(Path(folder))
@@ -83,7 +88,7 @@ def plan_of(recipe: Recipe, shapes: Path) -> MemoryPlan:
     config = load_config(
         CONFIGS / f"{recipe.name}.yaml", [*recipe.overrides, f"model.path={shapes}"], check_paths=False
     )
-    setting = make_setting(config, "cuda", None, recipe.cards, recipe.cards)
+    setting = make_setting(config, "cuda", None, recipe.hosts * recipe.cards, recipe.cards)
     return memory_plan(planned_run(config, open_model(shapes)), setting)
 
 
