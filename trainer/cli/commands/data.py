@@ -34,6 +34,10 @@ Look at a prepared data set; each action has its own --help.
   stats   print buckets and what was left out, draw histograms
   browse  write one page with all of it and a gallery, as the model sees the images
   show    say of one image: file, crop, latents, captions and tokens in the next epochs
+
+examples:
+  sdxl-train data stats configs/4x3090.yaml
+  sdxl-train data browse configs/4x3090.yaml --images 1000
 """
 
 

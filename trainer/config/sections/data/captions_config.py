@@ -18,7 +18,7 @@ class TagGroupConfig(Section):
     dropout: Fraction = 0.0
     """Chance of all of them to be left out together; `tag_dropout_rate` is not for them."""
     take: PositiveInt | None = None
-    """Use at most so many of them, others at each draw. Default: all."""
+    """Use at most so many of its tags, others at each draw. Default: all."""
 
 
 class CaptionsConfig(Section):
