@@ -32,7 +32,9 @@ def test_a_configuration_is_accepted_and_introduced(file: Path) -> None:
     config = load_config(file, check_paths=False)
     text = file.read_text(encoding="utf-8")
     assert text.startswith("# yaml-language-server: $schema=sdxl-train.schema.json\n# ")
-    assert re.search(rf"^#   .*(?:sdxl-train|-m trainer|hosts\.sh 0 2 10\.0\.0\.1) configs/{re.escape(file.name)}\b", text, re.M)
+    assert re.search(
+        rf"^#   .*(?:sdxl-train|-m trainer|hosts\.sh 0 2 10\.0\.0\.1) configs/{re.escape(file.name)}\b", text, re.M
+    )
     assert "# Hardware: " in text and "# Numbers:  " in text
     assert config.run.dir == Path("runs") / file.stem
     if file in ON_CARDS:

@@ -18,7 +18,7 @@ from trainer.host.card_readings import Card
 from trainer.host.cards import CardReader, read_cards
 from trainer.host.memory_growth import RecycleRule
 from trainer.host.watch import RECORD, HostWatch, HostWish, WatchSettings
-from trainer.report.run_facts import run_facts
+from trainer.report.followed_run import FollowedRun
 from trainer.report.run_series import METRICS
 
 UUIDS = ("GPU-a", "GPU-b")
@@ -105,9 +105,9 @@ def test_power_clock_temperature_and_link_of_each_card_are_recorded(tmp_path: Pa
         while not (tmp_path / RECORD).exists():
             time.sleep(0.01)
     (tmp_path / METRICS).write_text("")
-    (shown,) = run_facts(tmp_path)["host"]
+    shown = FollowedRun(tmp_path).facts()["host"]["curves"]
     for n, numbers in enumerate(each):
-        assert {key: shown[f"cards.{n}.{key}"] for key in numbers} == numbers
+        assert {key: shown[f"cards.{n}.{key}"]["y"] for key in numbers} == {key: [n] for key, n in numbers.items()}
 
 
 def test_an_xid_is_told_and_kept_for_the_choice_of_cards(tmp_path: Path, cards_file: Path) -> None:
