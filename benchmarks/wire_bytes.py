@@ -31,6 +31,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from trainer.measure.telemetry import read_metrics
 
+_PAPER = {"outer_lr": 0.7, "outer_momentum": 0.9}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bf16": {"method": "bf16"},
@@ -42,11 +43,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "powersgd 16": {"method": "powersgd", "rank": 16},
     "powersgd 4 warm": {"method": "powersgd", "plain_steps": 50},
     "every 8": {"average_every": 8},
-    "every 32": {"average_every": 32},
     "every 8 int8": {"average_every": 8, "method": "int8"},
-    "every 8 by 4": {"average_every": 8, "fragments": 4},
-    "every 8 by 4 late 2": {"average_every": 8, "fragments": 4, "overlap_steps": 2},
-    "every 8 a plain mean": {"average_every": 8, "outer_lr": 1.0, "outer_momentum": 0.0},
+    "every 8 momentum": {"average_every": 8, **_PAPER},
+    "every 32 momentum": {"average_every": 32, **_PAPER},
+    "every 8 by 4 late 2 momentum": {"average_every": 8, "fragments": 4, "overlap_steps": 2, **_PAPER},
 }
 _SETTLED = 5  # steps after which bytes are counted
 

@@ -22,7 +22,7 @@ def test_averages_of_weights(load: Callable[..., Config]) -> None:
     assert not load().exchange.averages_weights
     config = load(RIGHT, ["exchange.average_every=8"])
     assert config.exchange.averages_weights and load(to_yaml(config)).exchange == config.exchange
-    assert (config.exchange.outer_lr, config.exchange.outer_momentum, config.exchange.kept_share) == (0.7, 0.9, 0.0)
+    assert (config.exchange.outer_lr, config.exchange.outer_momentum, config.exchange.kept_share) == (1.0, 0.0, 0.0)
     streamed = load(RIGHT + "exchange: {average_every: 32, fragments: 8, overlap_steps: 4}").exchange
     assert streamed.kept_share == 0.5 and streamed.model_copy(update={"own_share": 0.0}).kept_share == 0.0
     assert load(RIGHT + "exchange: {average_every: 8, method: int4, error_feedback: no}\nmemory: {strategy: ddp}")

@@ -38,6 +38,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "streamed int8": {"average_every": 4, "fragments": 2, "overlap_steps": 2, "method": "int8"},
     "mixed": {"average_every": 4, "own_share": 0.25},
 }
+PAPER = {"outer_lr": 0.7, "outer_momentum": 0.9}
+WAYS = {name: PAPER | way for name, way in WAYS.items()}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

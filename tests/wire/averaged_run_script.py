@@ -17,7 +17,8 @@ from trainer.faults import FAULT
 from trainer.parallel.comm import Comm, barrier, close, init_comm
 from trainer.parallel.worker import end_process
 
-EVERY_4 = {"average_every": 4}
+PAPER = {"outer_lr": 0.7, "outer_momentum": 0.9}
+EVERY_4 = {"average_every": 4, **PAPER}
 LINEAR = {
     "optimizer": {"lr": 1e3, "eps": 1e4, "weight_decay": 0.0},  # AdamW's first update is then 0.1 times the gradient
     "train": {"steps": 2, "max_grad_norm": 0.0},
@@ -25,7 +26,10 @@ LINEAR = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {"exchange": EVERY_4},
-    "at_the_stop": {"exchange": {"average_every": STOP}, "ema": {"averages": [{"warm_up": False, "decay": 0.9}]}},
+    "at_the_stop": {
+        "exchange": {"average_every": STOP, **PAPER},
+        "ema": {"averages": [{"warm_up": False, "decay": 0.9}]},
+    },
     "narrow": {
         "exchange": EVERY_4 | {"method": "int8", "outer_place": "host"},
         "train": {"precision": "bf16_stochastic", "global_batch_size": 12},

@@ -54,7 +54,7 @@ class Reference:
         self.kept = settings.get("own_share", 0.5 if self.late else 0.0)
         self.dtype = dtype
         self.common = {name: torch.nn.Parameter(tensor.double()) for name, tensor in start.items()}
-        lr, momentum = settings.get("outer_lr", 0.7), settings.get("outer_momentum", 0.9)
+        lr, momentum = settings["outer_lr"], settings["outer_momentum"]
         self.optimizers = [
             torch.optim.SGD([self.common[n] for n in names], lr=lr, momentum=momentum, nesterov=momentum > 0)
             for names in self.fragments
@@ -129,7 +129,7 @@ def test_it_is_the_papers_algorithm(workers: list[dict[str, Tensor]], way: str, 
                 name,
             )
             momentum = workers[0][f"{at}:momentum:{name}"].double()
-            if WAYS[way].get("outer_momentum", 0.9):
+            if WAYS[way]["outer_momentum"]:
                 assert torch.allclose(momentum, reference.momentum(name), rtol=0, atol=3e-6), (step, name)
             for worker, before in zip(workers, own[name], strict=True):
                 after = worker[f"{at}:after:{name}"].double()

@@ -30,11 +30,11 @@ class ExchangeConfig(Section):
     come (DiLoCo, arXiv 2311.08105): a step sends 1/H. `1`: gradients are averaged in each step. The weights that all
     have in common are those of the latest average; they are validated, drawn from and published. Needs
     `memory.strategy: ddp`, or `auto`, which then means it. `method` says how the differences travel."""
-    outer_lr: Annotated[float, Field(gt=0, le=10)] = 0.7
+    outer_lr: Annotated[float, Field(gt=0, le=10)] = 1.0
     """`average_every`: the mean difference is a gradient to the common weights; they take a step of this learning rate
-    along it. `1` without momentum is a plain average."""
-    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """`average_every`: Nesterov momentum of that step."""
+    along it. `1` without momentum is a plain average; the paper's, for some hundred steps between averages, is 0.7."""
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """`average_every`: Nesterov momentum of that step; the paper's is 0.9, which is too much for few steps between."""
     outer_place: Literal["device", "host"] = "device"
     """`average_every`: where each worker keeps the common weights and their momentum, 8 bytes for each weight that
     trains: beside its weights, or in the host's memory."""
