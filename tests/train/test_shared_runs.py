@@ -25,6 +25,8 @@ ALONE = (
 )
 LONG = (*QUICK, "zero2+:fp32:3", "ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
 QUICK_STEPS, STEPS = 3, 50
+# Numbers that a step adds up: of the loss, the images and the norm; loss and images of eight parts of the process.
+SUMS = 5 + 2 * 8
 
 
 def run(folder: Path, world: int, steps: int, *names: str) -> Path:
@@ -131,7 +133,7 @@ def test_nothing_but_weights_and_gradients_is_sent(
     sent = told_of(four, name, "traffic")
     assert sent["all_gather"] in (expected, expected - idle)
     assert sent["reduce_scatter"] == reductions * trained
-    assert sent["all_reduce"] == 5 + 1  # the step's sums, and the norm
+    assert sent["all_reduce"] == SUMS + 1  # and the norm
 
 
 @pytest.mark.e2e
@@ -141,7 +143,7 @@ def test_ddp_sends_each_gradient_once(four: Path, name: str) -> None:
     unused = ("text_encoder_1.encoder.layers.1.", "text_encoder_1.final_layer_norm.")
     trained = sum(t.numel() for n, t in weights.items() if not n.replace("text_model.", "").startswith(unused))
     sent = told_of(four, name, "traffic")
-    assert sent == {"all_reduce": trained + 5, "all_gather": 0, "reduce_scatter": 0}
+    assert sent == {"all_reduce": trained + SUMS, "all_gather": 0, "reduce_scatter": 0}
 
 
 @pytest.mark.e2e
@@ -155,6 +157,6 @@ def test_what_is_frozen_is_not_sent(two: Path, name: str) -> None:
     sent = told_of(two, name, "traffic")
     sizes = {n: -(-len(weights[n]) // 2) * 2 * weights[n][0].numel() for n in trained}  # in whole rows for each worker
     if name.startswith("ddp"):
-        assert sent["all_reduce"] == sum(weights[n].numel() for n in trained) + 5
+        assert sent["all_reduce"] == sum(weights[n].numel() for n in trained) + SUMS
     else:
         assert sent["reduce_scatter"] == sum(sizes.values())

@@ -82,13 +82,6 @@ class _FusedAdamW(torch.optim.AdamW):
     on all would be spread: 19 s in the first step of the tiny SDXL, and again after every restart. It is elementwise.
     """
 
-    def take_step(self, factor: float) -> None:
-        """Update by the gradients times `factor`, which the kernel multiplies as it reads them, if it is not 1."""
-        device = self.param_groups[0]["params"][0].device
-        # The kernel divides by what it knows as the scale of a loss; a number there is a constant of the device's.
-        self.grad_scale = None if factor == 1.0 else torch.full((), 1.0 / factor, dtype=torch.float32, device=device)
-        self.step()
-
     def _init_group(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, group: Any, params_with_grad: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor], *rest: Any,
@@ -111,12 +104,19 @@ def is_compiled(config: OptimizerConfig, rounding: Rounding | None) -> bool:
 
 
 def take_optimizer_step(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Update the weights by the gradients times `factor`."""
-    if isinstance(optimizer, _FusedAdamW):
-        optimizer.take_step(factor)
-    else:
-        assert isinstance(optimizer, BlockAdamW | RuleOptimizer)
+    """Update the weights by the gradients times `factor`.
+
+    Args:
+        optimizer: one of ours, or PyTorch's AdamW with `fused`.
+    """
+    if isinstance(optimizer, BlockAdamW | RuleOptimizer):
         optimizer.step(gradient_factor=factor)
+        return
+    device = optimizer.param_groups[0]["params"][0].device
+    # The kernel divides gradients, as it reads them, by what it knows as the scale of a loss: no pass of its own.
+    scale = None if factor == 1.0 else torch.full((), 1.0 / factor, dtype=torch.float32, device=device)
+    optimizer.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
 
 
 def _grouped(parameters: NamedParameters | Mapping[str, NamedParameters]) -> Mapping[str, NamedParameters]:
