@@ -143,7 +143,9 @@ def draw(path: Path) -> None:
         panel.grid(alpha=0.3)
     last = panels.flat[len(shown)]
     last.axis("off")
-    last.legend(*panels.flat[0].get_legend_handles_labels(), loc="center", title="dashed: not built here; dotted: other steps")
+    last.legend(
+        *panels.flat[0].get_legend_handles_labels(), loc="center", title="dashed: not built here; dotted: other steps"
+    )
     figure.supxlabel("GPUs")
     figure.supylabel("images a second of each GPU, % of one alone")
     figure.savefig(path, dpi=80)
