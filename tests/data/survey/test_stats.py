@@ -18,7 +18,7 @@ from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards
 from trainer.data.prepare.stages import plan_prepare
 from trainer.data.store.snapshot import PreparedSet
-from trainer.data.survey.stats import Sample, bucket_counts, left_out, sample
+from trainer.data.survey.stats import Sample, bucket_counts, sample
 from trainer.evaluate.data_chart import DataChart, data_chart_png
 
 SQUARE, TALL = Bucket(64, 64), Bucket(128, 64)
@@ -35,12 +35,15 @@ def test_buckets_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     counts = bucket_counts(PreparedSet.open(root))
     assert [(c.bucket, c.images, c.per_epoch, c.shards) for c in counts] == [(SQUARE, 11, 33, 3), (TALL, 1, 3, 1)]
     reasons = [*(f"is {n}x{n} px, but was 1x1" for n in range(4)), "is empty"]
-    (root / "bad.jsonl").write_text("".join(json.dumps({"reason": reason}) + "\n" for reason in reasons))
+    lines = [json.dumps({"path": "a.png", "key": "a", "reason": reason}) + "\n" for reason in reasons]
+    (root / "bad.jsonl").write_text("".join(lines))
+    (root / "left-out.jsonl").write_text(lines[-1].replace("is empty", "least side 32 px"))
     assert main(["data", "stats", str(root)]) == 0
     out = capsys.readouterr().out
     assert "  64 x 64                           11            33  91.67 %       3\n" in out
     assert "  all 2                             12            36 100.00 %       4\n" in out
     assert "left out: 5 images" in out and "           4  is NxN px, but was NxN\n" in out
+    assert "left out by filters: 1 images" in out and "           1  least side N px\n" in out
     assert f"histograms of all 36 training images: {root / 'stats.png'}\n" in out
     with Image.open(root / "stats.png") as image:
         assert image.size[0] > 1000
@@ -101,8 +104,8 @@ def test_lengths_are_tokens_where_a_config_names_the_model(
 
 def test_what_cannot_be_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_small_set(tmp_path / "prepared", {SQUARE: 3})
-    assert left_out(root) == {}
     assert main(["data", "stats", str(root), "--out", str(tmp_path / "no/stats.png")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "left out: none\n" in said.out and "there is no folder" in said.err
     assert main(["data", "stats", str(root), "--model", str(tmp_path)]) == 2
     assert "has no tokenizer" in capsys.readouterr().err

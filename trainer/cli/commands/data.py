@@ -16,8 +16,10 @@ from trainer.config.load import load_config
 from trainer.config.spelling import nearest
 from trainer.data.captions import PLAIN, CaptionRules
 from trainer.data.loss_weights import LossWeights
+from trainer.data.prepare.working_folder import LEFT_OUT
 from trainer.data.store.snapshot import PreparedSet
-from trainer.data.survey.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, left_out, mask_counts, sample
+from trainer.data.survey.browse.left_out_list import left_out_by_reason
+from trainer.data.survey.stats import BAD_FILE, BucketCounts, Sample, bucket_counts, mask_counts, sample
 from trainer.errors import UserError
 from trainer.evaluate.data_chart import DataChart, data_chart_png
 from trainer.model_files.model_source import ModelPath
@@ -152,13 +154,16 @@ def _row(name: str, images: int, per_epoch: int, share: float, shards: int) -> s
 
 
 def _left_out(prepared: Path) -> list[str]:
-    reasons = left_out(prepared)
-    if not reasons:
-        return ["left out: none"]
-    lines = [f"left out: {reasons.total():,} images, listed in {prepared / BAD_FILE}"]
-    lines += [f"  {count:>12,}  {reason}" for reason, count in reasons.most_common(_SHOWN_REASONS)]
-    rest = len(reasons) - _SHOWN_REASONS
-    return [*lines, f"  and {rest} more reasons"] if rest > 0 else lines
+    """What cannot be used, and what filters leave out: how many images for which reasons."""
+    lines, found = list[str](), left_out_by_reason(prepared)
+    for file, why in ((BAD_FILE, "left out"), (LEFT_OUT, "left out by filters")):
+        reasons = [each for each in found if each.file == file]
+        if reasons:
+            lines.append(f"{why}: {sum(each.images for each in reasons):,} images, listed in {prepared / file}")
+            lines += [f"  {each.images:>12,}  {each.reason}" for each in reasons[:_SHOWN_REASONS]]
+        if len(reasons) > _SHOWN_REASONS:
+            lines.append(f"  and {len(reasons) - _SHOWN_REASONS} more reasons")
+    return lines or ["left out: none"]
 
 
 ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"stats": stats, "browse": browse, "show": show}

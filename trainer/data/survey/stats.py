@@ -1,24 +1,19 @@
 """What a prepared data set consists of: buckets, what was left out, and a sample of its images' sizes and texts."""
 
-import json
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from trainer.data.buckets import Bucket
 from trainer.data.captions import CaptionRules, compose
-from trainer.data.catalog.reasons import without_numbers
 from trainer.data.loss_weights import LossWeights
 from trainer.data.sampler import pick_rows
 from trainer.data.store.mask_counts import MaskCounts
 from trainer.data.store.shard_reader import RowRecord
 from trainer.data.store.shards import ShardError, count_masks, read_info
 from trainer.data.store.snapshot import SPLITS, PreparedSet
-from trainer.errors import printable
 
 BAD_FILE = "bad.jsonl"
 """In the prepared folder: the images that `prepare` left out."""
@@ -83,17 +78,6 @@ def mask_counts(prepared: PreparedSet) -> MaskCounts | None:
     return count_masks(infos)
 
 
-def left_out(prepared: Path) -> Counter[str]:
-    """How many images `prepare` left out, by reason; numbers within a reason are not told apart."""
-    reasons: Counter[str] = Counter()
-    try:
-        with (prepared / BAD_FILE).open(encoding="utf-8") as file:
-            reasons.update(map(_reason, file))
-    except FileNotFoundError:
-        pass
-    return reasons
-
-
 def sample(
     prepared: PreparedSet, count: int, rules: CaptionRules, weights: LossWeights | None = None
 ) -> Iterator[Sample | None]:
@@ -126,10 +110,3 @@ def _known(record: RowRecord) -> np.ndarray:
     if is_latents and (record.sizes[:2] == record.sizes[4:]).all():
         return record.sizes * np.array([0, 0, 1, 1, 1, 1])
     return record.sizes
-
-
-def _reason(line: str) -> str:
-    try:
-        return without_numbers(printable(json.loads(line)["reason"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return "(a line that cannot be read)"
