@@ -64,7 +64,7 @@ def test_limits_disk_and_software(told: dict[str, Any]) -> None:
 
     facts = told["facts"]
     assert facts["limits"]["open_files"] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    assert facts["software"]["torch"] == torch.__version__
+    assert facts["software"]["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
     assert facts["software"]["torch_cuda"] == torch.version.cuda
     assert os.uname().release.startswith(facts["software"]["kernel"])
     assert facts["flush"]["flushes"] >= 5 and 0 < facts["flush"]["median_s"] <= facts["flush"]["slowest_s"]

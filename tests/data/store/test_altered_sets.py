@@ -17,7 +17,7 @@ from trainer.data.buckets import Bucket
 from trainer.data.catalog.settings import stored_settings
 from trainer.data.store.shards import HEADER_BYTES, ShardError, read_info
 from trainer.data.store.snapshot import PreparedSet
-from trainer.data.survey.stats import left_out
+from trainer.data.survey.browse.left_out_list import left_out_by_reason
 from trainer.errors import UserError
 
 BUCKET = Bucket(64, 64)
@@ -206,4 +206,5 @@ def test_altered_settings_are_one_line(tmp_path: Path, place: tuple[Any, ...]) -
 def test_a_list_of_bad_images_that_holds_anything(tmp_path: Path) -> None:
     lines = ['{"reason": "is empty"}', "no JSON", "[]", DEEP, '{"reason": 5}', '{"reason": "\\u001b[31m 12"}']
     (tmp_path / "bad.jsonl").write_text("\n".join(lines) + "\n")
-    assert left_out(tmp_path) == {"is empty": 1, "(a line that cannot be read)": 4, "\\xNb[Nm N": 1}
+    found = {each.reason: each.images for each in left_out_by_reason(tmp_path)}
+    assert found == {"is empty": 1, "(a line that cannot be read)": 4, "\\xNb[Nm N": 1}

@@ -165,14 +165,16 @@ def recognize(connection: sqlite3.Connection, with_captions: bool) -> Counter[st
 
 def _recognize_one(connection: sqlite3.Connection, key: str, content: int | None, caption: str | None) -> Counter[str]:
     """Of one new row; its caption only where the stored one must have the same."""
-    query = """SELECT old_rowid, vanished, '' FROM candidates WHERE content = ?1 AND IFNULL(?2, caption) = caption
-        UNION ALL SELECT rowid, 0, key FROM removed WHERE content = ?1 AND IFNULL(?2, caption) = caption
+    new = {"key": key, "content": content, "caption": caption}
+    query = """SELECT old_rowid, vanished, '' FROM candidates
+            WHERE content = :content AND IFNULL(:caption, caption) = caption
+        UNION ALL SELECT rowid, 0, key FROM removed WHERE content = :content AND IFNULL(:caption, caption) = caption
         ORDER BY 2 DESC, 1 LIMIT 1"""
-    found = connection.execute(query, (content, caption)).fetchone()
+    found = connection.execute(query, new).fetchone()
     if found is None:
         query = f"""SELECT r.rowid, 0, r.key FROM rows JOIN removed r ON {_SAME_PLACE}
-            WHERE rows.key = ?1 AND IFNULL(?2, r.caption) = r.caption ORDER BY 1 LIMIT 1"""
-        found = connection.execute(query, (key, caption)).fetchone()
+            WHERE rows.key = :key AND IFNULL(:caption, r.caption) = r.caption ORDER BY 1 LIMIT 1"""
+        found = connection.execute(query, new).fetchone()
     counts: Counter[str] = Counter()
     if found is None:
         return counts
@@ -196,13 +198,13 @@ def _take_place(connection: sqlite3.Connection, twin: _Twin) -> None:
         connection.execute("DELETE FROM vanished WHERE key = ?", (old_key,))
         connection.execute("DELETE FROM candidates WHERE old_rowid = ?", (twin.old_rowid,))
         connection.execute(
-            "UPDATE rows SET stored_key = NULLIF(IFNULL(stored_key, key), ?1), key = ?1 WHERE rowid = ?2",
-            (twin.new_key, twin.old_rowid),
+            "UPDATE rows SET stored_key = NULLIF(IFNULL(stored_key, key), :key), key = :key WHERE rowid = :row",
+            {"key": twin.new_key, "row": twin.old_rowid},
         )
     else:
         connection.execute(
-            f"""INSERT INTO rows SELECT ?1, {COLUMNS}, NULLIF(stored_key, ?1) FROM removed WHERE rowid = ?2""",
-            (twin.new_key, twin.old_rowid),
+            f"INSERT INTO rows SELECT :key, {COLUMNS}, NULLIF(stored_key, :key) FROM removed WHERE rowid = :row",
+            {"key": twin.new_key, "row": twin.old_rowid},
         )
         connection.execute("DELETE FROM removed WHERE rowid = ?", (twin.old_rowid,))
     connection.execute(f"UPDATE rows SET {assignments} WHERE key = ?", (*values, twin.new_key))

@@ -32,7 +32,7 @@ def find_near_pairs(connection: sqlite3.Connection, distance: int) -> None:
         return
     (count,) = connection.execute("SELECT COUNT(*) FROM listing.hashes").fetchone()
     for mask in choices_of_bits(distance, count):
-        query = "SELECT hash & ?1 AS part, hash, first FROM listing.hashes ORDER BY part"
+        query = "SELECT hash & ? AS part, hash, first FROM listing.hashes ORDER BY part"
         for group in _groups(connection.execute(query, (mask,))):
             for pairs in _close(group[:, 1], group[:, 2], distance):
                 with transaction(connection):

@@ -170,7 +170,8 @@ class _WaitingEntries:
         for (folder,) in folders.fetchall():
             self._connection.execute("BEGIN")
             self._connection.executemany(
-                "UPDATE waiting SET file = ?2 WHERE stem = ?1 AND (file = '' OR file > ?2)", _sized_files(folder)
+                "UPDATE waiting SET file = :file WHERE stem = :stem AND (file = '' OR file > :file)",
+                _sized_files(folder),
             )
             self._connection.execute("COMMIT")
         query = "SELECT stem, key, caption, original_h, original_w, bucket_h, bucket_w, file FROM waiting"
@@ -185,8 +186,8 @@ class _WaitingEntries:
         self._connection.close()
 
 
-def _sized_files(folder: str) -> Iterator[tuple[str, str]]:
-    """(stem, file) of all latents in the folder whose names end with a size."""
+def _sized_files(folder: str) -> Iterator[dict[str, str]]:
+    """`stem` and `file` of all latents in the folder whose names end with a size."""
     try:
         entries = os.scandir(folder)
     except OSError:
@@ -195,4 +196,4 @@ def _sized_files(folder: str) -> Iterator[tuple[str, str]]:
         for entry in entries:
             # Names that are not UTF-8 cannot be those of keys.
             if (match := _SIZED.fullmatch(entry.name)) and not _HALF_CHARACTER.search(entry.name):
-                yield folder + match["stem"], folder + entry.name
+                yield {"stem": folder + match["stem"], "file": folder + entry.name}

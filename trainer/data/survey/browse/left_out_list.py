@@ -61,7 +61,7 @@ def _entries(path: Path) -> Iterator[tuple[str, str]]:
 def _entry(line: bytes) -> tuple[str, str]:
     try:
         entry = json.loads(line)
-        return without_numbers(printable(entry["reason"])), printable(str(entry.get("key") or entry["path"]))
+        return without_numbers(printable(entry["reason"])), printable(str(entry.get("key") or entry.get("path") or ""))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return _UNREADABLE, ""
 
