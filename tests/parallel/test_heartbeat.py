@@ -154,8 +154,12 @@ def test_loading_is_watched_and_counts_no_step(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_does_not_end_the_worker() -> None:
-    beat = Heartbeat(Path("/dev/full"), 1.0, 1.0)
+    full = Path("/dev/full")
+    with pytest.raises(OSError, match="No space left"), full.open("wb", buffering=0) as file:
+        file.write(b"record")
+    beat = Heartbeat(full, 1.0, 1.0)
     beat.begin("a step", 1)
+    assert beat.part == "a step"
     beat.rest()
 
 
