@@ -65,7 +65,7 @@ def test_imports_go_one_way_and_sizes_are_kept(file: Path) -> None:
     package = file.relative_to(ROOT / "trainer").parts[0]
     if package in ALLOWED:
         ours = {name.split(".")[1] for name in imported_modules(tree) if name.startswith("trainer.")}
-        beside = {"errors", "faults", "guards", "keyed", "package_files", "raster", "zip_guard"}
+        beside = {"errors", "faults", "freed_memory", "guards", "keyed", "package_files", "raster", "zip_guard"}
         assert ours - {package, *beside} <= ALLOWED[package]
         if package not in WHOLE_CONFIG:
             assert "Config" not in {alias.name for node in ast.walk(tree) for alias in getattr(node, "names", ())

@@ -12,7 +12,7 @@ from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.model_files.run_model import RunModel, open_model
 from trainer.package_files import hold_back
-from trainer.parallel.worker import run_worker
+from trainer.parallel.worker import be_its_reader_server, run_worker
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +37,10 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
 
         encode_share(config, _model_of(config), options.get("part"))
         return
+    if config.data.workers:
+        from trainer.data.reader_processes import fork_reader_server
+
+        fork_reader_server(be_its_reader_server)  # before there are threads, or a device
     from trainer.measure.progress import open_log
     from trainer.optim.precision import set_fp32_arithmetic
     from trainer.parallel.comm import close, init_comm

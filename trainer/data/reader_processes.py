@@ -13,6 +13,7 @@ import mmap
 import os
 import queue
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
@@ -27,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.data.fork_server import fork_server, hold_signals
+from trainer.data.fork_server import fork_into_server, fork_server, hold_signals
+from trainer.freed_memory import give_back
 
 Fill = Callable[[Tensor, Any], Any]
 """(buffer uint8 [slot_bytes], request) -> a small value that tells what was put into the buffer."""
@@ -38,11 +40,17 @@ _PRELOAD = ["trainer.data.loader", "trainer.data.images", "trainer.model.text"]
 
 
 def start_reader_server() -> None:
-    """Start the fork server, which goes on importing what readers need beside the caller; once per process.
-
-    Calling it before the model is loaded hides the server's imports.
-    """
+    """Start the fork server, which goes on importing what readers need beside the caller; once per process."""
     fork_server(_PRELOAD)
+
+
+def fork_reader_server(begin: Callable[[], None]) -> None:
+    """The same at once and in this process's memory, where it has imported all that; else nothing.
+
+    See `fork_into_server` for when, and for `begin`.
+    """
+    if all(name in sys.modules for name in _PRELOAD):
+        fork_into_server(begin)
 
 
 class _Slots:
@@ -188,6 +196,7 @@ def _read(fill: Fill, slots: _Slots, connection: Connection) -> None:
     torch.set_num_threads(1)
     buffers = slots.tensor()
     os.close(slots.fd)
+    give_back()  # `fill` brought tokenizers along, in parsing which a multiple of their memory was taken
     requests: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, requests), daemon=True).start()
     while True:

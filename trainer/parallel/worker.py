@@ -75,6 +75,13 @@ def note_ending(word: Literal["refused", "stopped"]) -> None:
             (Path(folder) / word).touch()
 
 
+def be_its_reader_server() -> None:
+    """For a fork of a worker from which the processes come that read for it."""
+    if STORE_FD in os.environ:
+        os.close(int(os.environ[STORE_FD]))  # the workers' meeting point ends with rank 0
+    set_process_attribute(_PR_SET_NAME, b"sdxl-readers")
+
+
 def end_process() -> NoReturn:
     """End this process, whose work is done, without the interpreter's teardown; for whoever was in a process group.
 

@@ -25,6 +25,7 @@ from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.image_weights import weighs_images
 from trainer.evaluate.pictures import loss_curve_png
 from trainer.evaluate.scoring import Scorer
+from trainer.freed_memory import give_back
 from trainer.measure.run_arithmetic import RunArithmetic
 from trainer.measure.step_clock import arriving
 from trainer.measure.telemetry import read_metrics
@@ -305,6 +306,7 @@ def open_training_loader(
     tokenizers = None if config.data.cache_text else caption_tokenizer(config, model)
     augmentation = Augmentation(config.data.augment.flip_probability, config.data.augment.random_crop)
     loss = config.objective.loss
+    give_back()  # what loading the model and the tokenizers took besides
     return open_loader(
         BatchReader(
             run.prepared,
