@@ -1,4 +1,5 @@
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -67,6 +68,20 @@ def test_token_ids_equal_the_pipelines(tokenize: CaptionTokenizer, pipeline: Sta
     assert ids.dtype == np.int64
     for caption, row, expected in zip(ODD_CAPTIONS, ids[:, :, 0], _pipeline_ids(pipeline, ODD_CAPTIONS), strict=True):
         np.testing.assert_array_equal(row, expected, err_msg=repr(caption))
+
+
+def test_tokenizers_hold_one_vocabulary_if_it_is_one(
+    model_folder: Path, tmp_path: Path, tokenize: CaptionTokenizer
+) -> None:
+    assert tokenize.one_vocabulary and pickle.loads(pickle.dumps(tokenize)).one_vocabulary
+    other = shutil.copytree(model_folder / "tokenizer_2", tmp_path / "other")
+    merges = (other / "merges.txt").read_text().splitlines()
+    (other / "merges.txt").write_text("\n".join(merges[:-1]) + "\n")
+    two = load_tokenizers((model_folder / "tokenizer", other))
+    assert not two.one_vocabulary
+    word = merges[-1].replace(" ", "").removesuffix("</w>")
+    assert not np.array_equal(two.two.encode(word).ids, tokenize.two.encode(word).ids)
+    assert two.one.encode(word).ids == tokenize.one.encode(word).ids
 
 
 def test_padding_and_truncation(tokenize: CaptionTokenizer) -> None:
