@@ -94,6 +94,17 @@ def test_a_transaction_is_all_or_nothing(tmp_path: Path) -> None:
         assert not catalog.count_rows(connection)
 
 
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    with catalog.open_catalog(tmp_path) as connection, catalog.transaction(connection):
+        catalog.add_rows(connection, 1, [_row("a", BUCKETS[0])])
+    with pytest.raises(UserError, match="full; .*Make room"), catalog.open_catalog(tmp_path) as connection:
+        connection.execute("PRAGMA max_page_count = 40")  # SQLite then fails as on a full disk
+        with catalog.transaction(connection):
+            catalog.add_rows(connection, 1, [_row(f"p/{i:05d}", BUCKETS[0]) for i in range(5000)])
+    with catalog.open_catalog(tmp_path) as connection:
+        assert sum(catalog.count_rows(connection).values()) == 1
+
+
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "catalog.sqlite").write_text("this is no database, but long enough to be looked at\n" * 100)
     with pytest.raises(UserError, match=r"catalog\.sqlite: cannot be read"), catalog.open_catalog(tmp_path):

@@ -27,6 +27,7 @@ CATALOG_FORMAT = 5
 _CACHE_KIB = 32 * 1024
 _DAMAGE = (1, 11, 20, 26)
 """SQLite's codes ERROR (no such table or column), CORRUPT, MISMATCH, NOTADB; a full disk is no fault of the file."""
+_OF_THE_DISK = ("database or disk is full", "disk I/O error")  # by its words: Python 3.10 does not tell the code
 
 Payload = Literal["encode", "npz", "image", "repack", "copy"]
 """What a row's shard is to hold: latents that the VAE gives for an image (`encode`), that lie in an `.npz` (`repack`)
@@ -140,6 +141,11 @@ def open_catalog(prepared: Path, read_only: bool = False) -> Iterator[sqlite3.Co
             _check_format(connection, path, read_only)
             yield connection
         except sqlite3.DatabaseError as error:
+            if str(error) in _OF_THE_DISK:
+                raise UserError(
+                    f"{path}: {error}; for a while it takes three times its size on that disk. Make room and give the "
+                    "same command again: it goes on from what is there"
+                ) from error
             if getattr(error, "sqlite_errorcode", _DAMAGE[0]) & 0xFF not in _DAMAGE:
                 raise
             raise UserError(f"{path}: cannot be read ({error}); delete the folder to prepare it anew") from error
@@ -170,7 +176,8 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # a full disk has ended it already
+            connection.execute("ROLLBACK")
         raise
     connection.execute("COMMIT")
 
