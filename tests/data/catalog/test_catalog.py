@@ -97,7 +97,7 @@ def test_a_transaction_is_all_or_nothing(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     with catalog.open_catalog(tmp_path) as connection, catalog.transaction(connection):
         catalog.add_rows(connection, 1, [_row("a", BUCKETS[0])])
-    with pytest.raises(UserError, match="full; .*Make room"), catalog.open_catalog(tmp_path) as connection:
+    with pytest.raises(UserError, match=r"full; .*Make room"), catalog.open_catalog(tmp_path) as connection:
         connection.execute("PRAGMA max_page_count = 40")  # SQLite then fails as on a full disk
         with catalog.transaction(connection):
             catalog.add_rows(connection, 1, [_row(f"p/{i:05d}", BUCKETS[0]) for i in range(5000)])
