@@ -85,12 +85,12 @@ class PrepareMessages(Messenger):
         if self._begun:
             found = f"{counts.scan.listed:,} images found, {counts.pending_rows:,} to be encoded"
             self.tell(("start",), f"preparing {self._prepared} begins: {found}")
-            self._judge(counts.reasons.total, counts.reasons.total + sum(counts.rows.values()), "unusable")
+            self._judge(counts.reasons.total, counts.reasons.total + sum(counts.rows.values()))
 
     def finished(self, done: Committed) -> None:
         """All of it is a new snapshot."""
         if self._begun:
-            self._judge(done.left_out, done.left_out + done.images, "unusable")
+            self._judge(done.left_out, done.left_out + done.images)
             took = format_duration(time.monotonic() - self._begin_s)
             left_out = f", {done.left_out:,} unusable" if done.left_out else ""
             self.tell(("finish",), f"prepared {done.images:,} images{left_out} in {took}; {self._prepared}")
@@ -138,14 +138,17 @@ class PrepareMessages(Messenger):
             with suppress(OSError, sqlite3.Error, ShardError, UserError):  # looked at again in a minute
                 unusable, tried = unusable_so_far(self._prepared, known)
                 if tried >= _JUDGED_FROM:
-                    self._judge(unusable, tried, "that were to be encoded so far unusable")
+                    self._judge(unusable, tried, " tried so far")
 
-    def _judge(self, bad: int, images: int, what: str) -> None:
+    def _judge(self, bad: int, images: int, which: str = "") -> None:
         """Once in a command."""
         if bad > self._most_bad * images and not self._told_bad:
             self._told_bad = True
             limit = f"more than data.max_bad_fraction = {self._most_bad:g}"
-            self.tell(("bad_data",), f"{bad:,} of {images:,} images {what}, {limit}; see {self._prepared / BAD_FILE}")
+            self.tell(
+                ("bad_data",),
+                f"{bad:,} of {images:,} images{which} cannot be used, {limit}; see {self._prepared / BAD_FILE}",
+            )
 
     def _at(self) -> str:
         with suppress(OSError, sqlite3.Error, UserError):
