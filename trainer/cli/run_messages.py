@@ -138,17 +138,15 @@ class PrepareMessages(Messenger):
             with suppress(OSError, sqlite3.Error, ShardError, UserError):  # looked at again in a minute
                 unusable, tried = unusable_so_far(self._prepared, known)
                 if tried >= _JUDGED_FROM:
-                    self._judge(unusable, tried, " tried so far")
+                    self._judge(unusable, tried, encoding=True)
 
-    def _judge(self, bad: int, images: int, which: str = "") -> None:
-        """Once in a command."""
+    def _judge(self, bad: int, images: int, *, encoding: bool = False) -> None:
+        """Once in a command; while images are encoded, the list of them is not written yet."""
         if bad > self._most_bad * images and not self._told_bad:
             self._told_bad = True
-            limit = f"more than data.max_bad_fraction = {self._most_bad:g}"
-            self.tell(
-                ("bad_data",),
-                f"{bad:,} of {images:,} images{which} cannot be used, {limit}; see {self._prepared / BAD_FILE}",
-            )
+            which, listed = (" tried so far", "at the end they are in") if encoding else ("", "see")
+            limit = f"more than data.max_bad_fraction = {self._most_bad:g}; {listed} {self._prepared / BAD_FILE}"
+            self.tell(("bad_data",), f"{bad:,} of {images:,} images{which} cannot be used, {limit}")
 
     def _at(self) -> str:
         with suppress(OSError, sqlite3.Error, UserError):
