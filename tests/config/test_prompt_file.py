@@ -1,5 +1,6 @@
 """A file of prompts with kohya's flags: what it means, and what of it is refused, by line."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -50,11 +51,36 @@ a fox --ss DPM++ 2M Karras
     }
 
 
+def test_flags_in_any_order_mean_what_kohyas_rules_say() -> None:
+    """sd-scripts' rules, as its documentation gives them: parts begin with " --", a part is letters in either case, a
+    space and a value, and every flag sets what its letters stand for."""
+    meaning = {"n": "negative_prompt", "w": "width_px", "h": "height_px", "d": "seed", "s": "steps",
+               "l": "guidance_scale", "g": "guidance_scale", "ss": "sampler"}  # fmt: skip
+    values = {"n": "low quality, (worst:1.2)", "w": "832", "h": "1216", "d": "42", "s": "28", "l": "6.5", "g": "4",
+              "ss": "ddim"}  # fmt: skip
+    for guidance in "lg":
+        for order in itertools.permutations([*"nwhds", "ss", guidance]):
+            parts = [f"{flag.upper() if place % 2 else flag} {values[flag]}" for place, flag in enumerate(order)]
+            line = " --".join(["a fox, 1girl -- no flag", *parts])
+            expected: dict[str, str] = {}
+            for part in parts:
+                letters, value = part.split(" ", 1)
+                expected[meaning[letters.lower()]] = value
+            read = prompt_of_line(line).model_dump(exclude_unset=True)
+            assert read.pop("prompt") == "a fox, 1girl -- no flag"
+            said = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in read.items()}
+            assert said == expected
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("a cat --widht 512", "--widht: unknown flag; did you mean `--w`?"),
-        ("a cat --cn image.png", "--cn: unknown flag; "),
+        ("a cat --cn image.png", "--cn: has no effect, for it is an image for a ControlNet"),
+        (
+            "a cat --d 3 --AM 0.5",
+            "--AM: has no effect, for it is weights of networks, which only sd-scripts' generator",
+        ),
         ("a cat --zzzzzz 1", "--zzzzzz: unknown flag; there are --n, --w, --h, --d, --s, --l, --g, --ss"),
         ("a cat --w 500", "--w 500: must be a multiple of 8"),
         ("a cat --w 512 px", "--w 512 px: must be a whole number from 8 to 2147483647"),

@@ -21,7 +21,8 @@ from trainer.errors import UserError
 from trainer.evaluate.quality.clip_features import ClipFeatures, model_pixels
 from trainer.evaluate.quality.clip_folder import read_clip_folder
 from trainer.evaluate.quality.drawn_quality import QualityWish
-from trainer.evaluate.quality.quality_scores import clip_scores, cmmd, kid, quality_scores
+from trainer.evaluate.quality.quality_scores import clip_scores, scores_by_clip
+from trainer.evaluate.quality.set_distances import cmmd
 from trainer.train.workers.eval_worker import evaluate_weights
 
 
@@ -60,31 +61,12 @@ def test_cmmd_is_the_mean_over_pairs_written_out() -> None:
     assert cmmd(one, one) == pytest.approx(0.0, abs=1e-12) and cmmd(one, 3 * one) == pytest.approx(0.0, abs=1e-9)
 
 
-def test_kid_is_the_unbiased_sum_written_out() -> None:
-    one, other = features(6), features(8, 0.3)
-
-    def kernel(a: np.ndarray, b: np.ndarray) -> float:
-        return (math.fsum(float(p) * float(q) for p, q in zip(a, b, strict=True)) / 12 + 1) ** 3
-
-    def among(z: np.ndarray) -> float:
-        pairs = itertools.permutations(range(len(z)), 2)
-        return math.fsum(kernel(z[i], z[j]) for i, j in pairs) / (len(z) * (len(z) - 1))
-
-    between = math.fsum(kernel(a, b) for a, b in itertools.product(one, other)) / 48
-    assert kid(one, other) == pytest.approx(among(one) + among(other) - 2 * between, rel=1e-10)
-    # Without bias: over many draws of one distribution its mean is 0, where cmmd's is above.
-    draws = [(features(1000 + i)[:20], features(3000 + i)[:20]) for i in range(300)]
-    values = [kid(*pair) for pair in draws]
-    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(300) and min(values) < 0
-    assert min(cmmd(*pair) for pair in draws) > 0
-
-
 def test_clip_score_is_a_cosine_of_at_least_nothing() -> None:
     one = np.array([[3.0, 4.0], [1.0, 0.0], [2.0, 0.0]], dtype=np.float32)
     texts = np.array([[4.0, 3.0], [-1.0, 0.0], [1.0, 1.0]], dtype=np.float32)
     assert clip_scores(one, texts) == pytest.approx([96.0, 0.0, 100 / math.sqrt(2)], rel=1e-12)
-    scores = quality_scores(one, texts, texts)
-    assert scores.images == 3 and scores.clip_score_of_data.mean == pytest.approx(100.0)
+    scores = scores_by_clip(one, texts, texts)
+    assert scores.clip_score_of_data.images == 3 and scores.clip_score_of_data.mean == pytest.approx(100.0)
 
 
 def test_pixels_and_features_are_transformers_own(clip_folder: Path, images: list[Image.Image]) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -52,20 +52,28 @@ _LITTLE_MIB = 512
 
 
 def keep_running(
-    task: str, config: Config, crew: Crew, out_dir: Path, options: Mapping[str, object], **launch: str
+    task: str,
+    config: Config,
+    crew: Crew,
+    out_dir: Path,
+    options: Mapping[str, object],
+    on_end: Callable[[WorkersResult], None] | None = None,
+    **launch: str,
 ) -> int:
     """Run a task of `trainer.cli.tasks` on these workers; returns the command's exit code.
 
     Args:
         out_dir: where the resolved configuration and the workers' logs go.
         options: JSON-able arguments of the task.
+        on_end: is told how the last attempt ended; `train` has messages of its own.
         launch: passed on to `run_workers`.
     """
     if not crew.workers:
         _tell(out_dir, "the run began on cards, and there is none now; CUDA_VISIBLE_DEVICES= goes on without")
         return 1
     with messenger_of(config, lambda line: _tell(out_dir, line)) as messenger:
-        return _keep_running(task, config, crew, out_dir, options, messenger if task == "train" else None, **launch)
+        trains = messenger if task == "train" else None
+        return _keep_running(task, config, crew, out_dir, options, trains, on_end, **launch)
 
 
 def _keep_running(
@@ -75,6 +83,7 @@ def _keep_running(
     out_dir: Path,
     options: Mapping[str, object],
     messenger: Messenger | None,
+    on_end: Callable[[WorkersResult], None] | None,
     **launch: str,
 ) -> int:
     trains = task == "train"
@@ -109,6 +118,8 @@ def _keep_running(
     _tell_end(result, verdict, attempts, crew, out_dir, trains)
     if messenger:
         tell_end(messenger, result, _newest_name(config))
+    if on_end:
+        on_end(result)
     return result.exit_code
 
 

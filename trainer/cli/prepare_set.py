@@ -6,13 +6,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from trainer.cli.prepare_messages import describe_plan, describe_pruned
+from trainer.cli.run_messages import PrepareMessages, telling_of_prepare
 from trainer.cli.start_workers import start_workers, worker_count
 from trainer.config.schema import Config
 from trainer.config.section_rules.rules_sources import is_needed_to_train
@@ -64,7 +65,7 @@ def ensure_prepared(config: Config, model: RunModel) -> int:
     """Prepare the data set if it is not there yet, or changes are to be looked for; returns an exit code."""
     looks = config.data.look_at_start and joined_environment(os.environ) is None
     if not is_current(prepare_settings(config, model)) or looks:
-        return prepare(config, model)
+        return prepare(config, model, alone=False)
     for source in config.data.sources:
         place = main_path(source)
         if not is_needed_to_train(config, source) and not isinstance(source, HfSource) and not is_there(place):
@@ -86,14 +87,20 @@ def await_prepared(config: Config, model: RunModel) -> None:
         time.sleep(_POLL_S)
 
 
-def prepare(config: Config, model: RunModel, wish: PrepareWish = PrepareWish()) -> int:
+def prepare(config: Config, model: RunModel, wish: PrepareWish = PrepareWish(), *, alone: bool = True) -> int:
     """Find what is new or has changed, encode new images on all workers, and make all that a new snapshot.
 
     Returns an exit code.
+
+    Args:
+        alone: nothing else follows; else messages tell of it only if something is encoded.
     """
-    for _ in _stages(config, model, wish):
-        if code := _write_shards(config, wish):
-            return code
+    with telling_of_prepare(config, alone=alone) as messages:
+        for _ in _stages(config, model, wish, messages):
+            with messages.watching():
+                code = _write_shards(config, wish, messages)
+            if code:
+                return code
     return 0
 
 
@@ -113,16 +120,20 @@ def _join(config: Config, model: RunModel, wish: PrepareWish) -> None:
     from trainer.train.workers.prepare_worker import encode_share
 
     comm = init_comm(_PATIENCE_S)
-    stages = _stages(config, model, wish) if comm.rank == 0 else iter(())
-    while True:
-        said = broadcast_object(comm, _next_stage(stages) if comm.rank == 0 else None)
-        if isinstance(said, list):
-            raise UserError(*said)
-        if said == "done":
-            break
-        with _bar(config, quiet=comm.rank != 0):
-            encode_share(config, model, wish.part)
-            barrier(comm)
+    with ExitStack() as stack:
+        messages, stages = None, iter(())
+        if comm.rank == 0:
+            messages = stack.enter_context(telling_of_prepare(config, alone=True, catches_sigterm=False))
+            stages = _stages(config, model, wish, messages)
+        while True:
+            said = broadcast_object(comm, _next_stage(stages) if comm.rank == 0 else None)
+            if isinstance(said, list):
+                raise UserError(*said)
+            if said == "done":
+                break
+            with _bar(config, quiet=comm.rank != 0), messages.watching() if messages else nullcontext():
+                encode_share(config, model, wish.part)
+                barrier(comm)
     close(comm)
 
 
@@ -137,7 +148,7 @@ def _next_stage(stages: Iterator[None]) -> "str | list[str]":
         return list(error.lines)
 
 
-def _stages(config: Config, model: RunModel, wish: PrepareWish) -> Iterator[None]:
+def _stages(config: Config, model: RunModel, wish: PrepareWish, messages: PrepareMessages) -> Iterator[None]:
     """Plans, and what follows on it; the caller writes what is planned whenever it is given the turn."""
     prepared = config.data.prepared
     print(f"preparing {prepared}")
@@ -146,6 +157,7 @@ def _stages(config: Config, model: RunModel, wish: PrepareWish) -> Iterator[None
     )
     for line in describe_plan(counts, prepared):
         print(line)
+    messages.planned(counts)
     captions = survey_of(config, planned_records(prepared))
     for line in describe_captions(config, model, captions):
         print(line)
@@ -160,7 +172,9 @@ def _stages(config: Config, model: RunModel, wish: PrepareWish) -> Iterator[None
         else:
             yield
     if wish.part is not None:
-        print(_part_done(prepared, *wish.part))
+        line = _part_done(prepared, *wish.part)
+        print(line)
+        messages.part_finished(line)
         return
     done = commit(prepared)
     if wish.repack and plan_repack(prepared)[0]:
@@ -176,6 +190,7 @@ def _stages(config: Config, model: RunModel, wish: PrepareWish) -> Iterator[None
         print(describe_pruned(delete_unused(prepared)))
     for line in _describe_done(prepared, counts, done):
         print(line)
+    messages.finished(done)
 
 
 def _part_done(prepared: Path, part: int, parts: int) -> str:
@@ -195,14 +210,15 @@ def _describe_done(prepared: Path, counts: PrepareCounts, done: Committed) -> li
     return [*([str(done.masks)] if done.masks else []), f"prepared {done.images:,} images{left_out}"]
 
 
-def _write_shards(config: Config, wish: PrepareWish) -> int:
+def _write_shards(config: Config, wish: PrepareWish, messages: PrepareMessages) -> int:
     """Write what is planned, on all workers if it takes a model or the reading of much; returns an exit code."""
     with _bar(config):
         if not needs_workers(config):
             note_references(config)
             return 0
         notice = "ending; the same command goes on with what is missing"
-        return start_workers("prepare", config, config.data.prepared, {"part": wish.part}, stop_notice=notice)
+        options, ended = {"part": wish.part}, messages.workers_ended
+        return start_workers("prepare", config, config.data.prepared, options, ended, stop_notice=notice)
 
 
 @contextmanager

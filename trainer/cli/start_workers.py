@@ -1,7 +1,7 @@
 """From a checked configuration to running workers: launched here, or joined where torchrun or SLURM did it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,20 +12,29 @@ from trainer.config.schema import Config
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.image_weights import counted, describe_tags
 from trainer.parallel.environment import choose_workers, detect_gpus, joined_environment
+from trainer.parallel.launch import WorkersResult
 from trainer.train.caption_rules import tag_separators
 
 _POLL_S = 1.0
 
 
-def start_workers(task: str, config: Config, out_dir: Path, options: Mapping[str, object], **launch: str) -> int:
+def start_workers(
+    task: str,
+    config: Config,
+    out_dir: Path,
+    options: Mapping[str, object],
+    on_end: Callable[[WorkersResult], None] | None = None,
+    **launch: str,
+) -> int:
     """Run a task of `trainer.cli.tasks` on this host's workers; returns the command's exit code.
 
     Args:
         out_dir: where the resolved configuration and the workers' logs go.
         options: JSON-able arguments of the task.
+        on_end: is told how the workers ended.
         launch: passed on to `run_workers`.
     """
-    return keep_running(task, config, first_crew(config, task), out_dir, options, **launch)
+    return keep_running(task, config, first_crew(config, task), out_dir, options, on_end, **launch)
 
 
 def worker_count(config: Config) -> int:

@@ -46,6 +46,12 @@ _IN_FULL = {  # what somebody may type in place of kohya's letters
     "guidance": "l",
     "sampler": "ss",
 }
+_NOT_HERE = {  # flags of sd-scripts that a run of SDXL cannot obey
+    "am": "weights of networks, which only sd-scripts' generator reads; its trainers pass over it",
+    "cn": "an image for a ControlNet, and none draws here",
+    "f": "frames of a video",
+    "fs": "the flow shift of other models",
+}
 
 
 def with_prompts_read(config: Config) -> Config:
@@ -144,6 +150,8 @@ def sampler_of(word: str) -> tuple[SamplerName, ScheduleName | None]:
 
 
 def _unknown(name: str) -> str:
+    if name.lower() in _NOT_HERE:
+        return f"--{name}: has no effect, for it is {_NOT_HERE[name.lower()]}; leave it out"
     like = nearest(name, [*_READ, *_IN_FULL])
     if like:
         return f"--{name}: unknown flag; did you mean `--{_IN_FULL.get(like, like)}`?"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from trainer.errors import UserError
 from trainer.guards import DEFAULT_LIMITS, Limits, Refused, open_regular, printable
 from trainer.model_files.header import Header, TensorEntry
-from trainer.model_files.pickle_program import BadProgram, NotTensors, StoredView, read_program
+from trainer.model_files.pickle_program import BadProgram, NotTensors, StoredView, read_old_programs, read_program
 from trainer.zip_guard import open_zip, read_member
 
 if TYPE_CHECKING:
@@ -28,9 +30,47 @@ def read_pickle(path: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, Tensor
     Raises:
         UserError: it holds other things than tensors, or is of torch's old format, or is damaged.
     """
+    views, places = _described(path, limits)
+    return _tensors(path, views, places)
+
+
+def read_old_pickle(path: Path, limits: Limits = DEFAULT_LIMITS) -> dict[str, Tensor]:
+    """As `read_pickle`, of a file that torch before 1.6 wrote, or later versions where they were asked to.
+
+    Models of SDXL are younger, so `read_pickle` refuses such files.
+
+    Raises:
+        UserError: it is none, holds other things than tensors, or is damaged.
+    """
+    with _told(path), open_regular(path) as stream:
+        content, keys, begin = read_old_programs(stream.read(limits.pickle_bytes))
+        views = _named(path, content)
+        places = _old_places(path, stream, keys, begin, views)
+    return _tensors(path, views, places)
+
+
+def _old_places(
+    path: Path, stream: BinaryIO, keys: list[str], begin: int, views: Mapping[str, StoredView]
+) -> dict[str, tuple[int, int]]:
+    """Each key's data follow in the order of the keys: the number of elements in 8 bytes, and the elements."""
     import torch
 
-    views, places = _described(path, limits)
+    stored, places = {view.stored.key: view.stored for view in views.values()}, {}
+    for key in keys:
+        stream.seek(begin)
+        count = int.from_bytes(stream.read(8), "little")
+        if key not in stored or count != stored[key].count:
+            raise BadProgram("data of another size than its tensors say")
+        places[key] = (begin + 8, count * getattr(torch, stored[key].dtype).itemsize)
+        begin = sum(places[key])
+    if begin != path.stat().st_size:
+        raise BadProgram(f"{path.stat().st_size:,} bytes where its tensors take {begin:,}")
+    return places
+
+
+def _tensors(path: Path, views: Mapping[str, StoredView], places: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    import torch
+
     if not views:
         return {}
     mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
@@ -54,7 +94,7 @@ def pickle_header(path: Path, limits: Limits = DEFAULT_LIMITS) -> Header:
 
 def _described(path: Path, limits: Limits) -> tuple[dict[str, StoredView], dict[str, tuple[int, int]]]:
     """The named tensors, and where in the file each key's bytes are: (place, number)."""
-    try:
+    with _told(path):
         with open_regular(path) as stream:
             start = stream.read(4)
         if start[:4] != b"PK\x03\x04":
@@ -66,10 +106,17 @@ def _described(path: Path, limits: Limits) -> tuple[dict[str, StoredView], dict[
             folder, members = _members(path, archive)
             program = read_member(archive, folder + _PROGRAM, limits.pickle_bytes, str(path))
             places = _places(path, archive, folder + "data/", members)
+        content = read_program(program)
+    return _named(path, content), places
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What is wrong with a file, as a user's mistake."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a checkpoint: {error.strerror or error}") from None
-    try:
-        content = read_program(program)
     except NotTensors as wanted:
         raise UserError(
             f"{path}: holds more than tensors ({printable(str(wanted), 100)}); such a pickle can run any program, so "
@@ -77,12 +124,15 @@ def _described(path: Path, limits: Limits) -> tuple[dict[str, StoredView], dict[
         ) from None
     except BadProgram as fault:
         raise UserError(f"{path}: cannot be read as a checkpoint: {printable(str(fault))}") from None
+
+
+def _named(path: Path, content: object) -> dict[str, StoredView]:
+    """The tensors of what was saved, by their names."""
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise UserError(f"{path}: is a pickle of a {type(content).__name__}, not of named tensors")
-    named = content.items()
-    return {name: view for name, view in named if isinstance(name, str) and isinstance(view, StoredView)}, places
+    return {name: view for name, view in content.items() if isinstance(name, str) and isinstance(view, StoredView)}
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> tuple[str, list[zipfile.ZipInfo]]:

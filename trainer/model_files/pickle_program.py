@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 MOST_OPERATIONS = 1_000_000  # SDXL takes 90,000; each costs some 1 us and 100 bytes
 _MOST_AXES, _MOST_ARGUMENTS = 8, 16  # one tuple may stand for the arguments of many calls
+_OLD_MAGIC, _OLD_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _Unpickler: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssue] - the one in Python, made for this
 
 
@@ -117,8 +118,33 @@ def read_program(data: bytes) -> object:
         NotTensors: it wants a class or function that no tensor needs.
         BadProgram: it is damaged, or longer than a model's.
     """
+    return _value_of(io.BytesIO(data))
+
+
+def read_old_programs(data: bytes) -> tuple[object, list[str], int]:
+    """As `read_program`, of a file of torch before 1.6: five pickles one after another, then the tensors' data.
+
+    Returns:
+        What was saved, the keys of the data in their order, and where the data begin.
+
+    Raises:
+        NotTensors, BadProgram: as `read_program`; or the format is another.
+    """
+    stream = io.BytesIO(data)
+    magic, version = _value_of(stream), _value_of(stream)
+    if (magic, version) != (_OLD_MAGIC, _OLD_VERSION):
+        raise BadProgram("a pickle that torch did not write")
+    system, content, keys = _value_of(stream), _value_of(stream), _value_of(stream)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise BadProgram("its numbers are not in the byte order little")
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
+        raise BadProgram("no list of the tensors' data")
+    return content, keys, stream.tell()
+
+
+def _value_of(stream: io.BytesIO) -> object:
     try:
-        return _Described(data).load()
+        return _Described(stream).load()
     except _BAD as error:
         raise BadProgram(str(error) or type(error).__name__) from None
 
@@ -138,8 +164,8 @@ class _Counted(dict[int, Any]):
 
 
 class _Described(_Unpickler):
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data), encoding="latin1")
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, encoding="latin1")
         self.dispatch = _Counted({ord(getattr(pickle, name)): _Unpickler.dispatch[ord(getattr(pickle, name))]
                                   for name in _OPERATIONS.split()} | self._own)  # fmt: skip
 
@@ -150,8 +176,9 @@ class _Described(_Unpickler):
         return found
 
     def persistent_load(self, pid: object) -> Stored:
-        if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage":
-            _, kind, key, _, count = pid
+        # The old format has a sixth entry, None: a view of another's data, which torch has not written since 0.4.
+        if isinstance(pid, tuple) and pid[5:] in ((), (None,)) and len(pid) > 4 and pid[0] == "storage":
+            _, kind, key, _, count = pid[:5]
             if isinstance(kind, _Named) and kind.dtype and isinstance(key, str) and _are_counts((count,)):
                 return Stored(key, kind.dtype, count)
         raise BadProgram("a reference that is none to a tensor's data")

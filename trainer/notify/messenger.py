@@ -40,6 +40,11 @@ class Messenger:
         self._lost = Counter[str]()
         self._thread: threading.Thread | None = None
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything can be sent."""
+        return bool(self._ways and self._on)
+
     def tell(self, events: Sequence[Event], text: str, step: int | None = None) -> None:
         """Send a message if one of these events is wished; under the first of them that is. Returns at once."""
         event = next((each for each in events if each in self._on), None)

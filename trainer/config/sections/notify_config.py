@@ -21,4 +21,5 @@ class NotifyConfig(Section):
     on: list[Event] = ["finish", "fault", "restart", "stall", "nan", "bad_data"]
     """What messages are sent for: `start`; `finish` (done, stopped, or given up); `fault` (a worker died, a card is
     gone, ...); `restart`; `stall` (a worker does not move); `nan` (skipped steps, and going back); `bad_data` (images
-    that could not be read); `samples` (they are drawn)."""
+    that could not be read); `samples` (they are drawn). `prepare` sends `start`, `finish`, `fault`, and `bad_data`
+    (more than `data.max_bad_fraction` cannot be used)."""

@@ -39,7 +39,7 @@ from trainer.data.prepare.near_duplicates import leave_near_duplicates_out
 from trainer.data.prepare.working_folder import LEFT_OUT, alone, write_bad, write_left_out
 from trainer.data.sources.listing import main_path
 from trainer.data.store.moves import moves_file, note_moves
-from trainer.data.store.shards import HEADER_BYTES
+from trainer.data.store.shards import HEADER_BYTES, read_info
 from trainer.data.store.snapshot_file import current_snapshot, read_snapshot
 from trainer.errors import UserError
 
@@ -206,6 +206,21 @@ def progress(prepared: Path) -> tuple[int, int]:
             row_bytes = 8 * (shard.bucket.height_px // 8) * (shard.bucket.width_px // 8)
             done += max(0, min(shard.rows, written // row_bytes))
     return done, sum(shard.rows for shard in shards)
+
+
+def unusable_so_far(prepared: Path, known: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """(images that could not be encoded, images tried) of the pending shards that are whole by now.
+
+    Args:
+        known: what was found before, by shard; is added to, so that each shard's header is read once.
+    """
+    with catalog.open_catalog(prepared, read_only=True) as connection:
+        shards = pending_shards(connection)
+    for shard in shards:
+        if shard.name not in known and (prepared / shard.name).exists():
+            known[shard.name] = len(read_info(prepared / shard.name).excluded), shard.rows
+    found = [known[shard.name] for shard in shards if shard.name in known]
+    return sum(excluded for excluded, _ in found), sum(rows for _, rows in found)
 
 
 def _size(file: "os.DirEntry[str]") -> int:

@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers.models.clip.configuration_clip import CLIPConfig
 from transformers.models.clip.modeling_clip import CLIPModel
 
-from trainer.errors import UserError, printable
 from trainer.evaluate.quality.clip_folder import ClipFolder
+from trainer.evaluate.quality.fill_network import fill_network
 from trainer.guards import DEFAULT_LIMITS, Limits
-from trainer.model.load_weights import read_weights
 from trainer.model.text import load_tokenizers
 from trainer.model_files.components import Component, require_unscaled
 from trainer.model_files.model_source import open_tensors
@@ -22,7 +21,7 @@ _BATCH = 16
 
 
 class ClipFeatures:
-    """Features [n, projection] float32 on the CPU, before any scaling."""
+    """Features [n, size] float32 on the CPU, before any scaling."""
 
     def __init__(self, folder: ClipFolder, device: torch.device | str, limits: Limits = DEFAULT_LIMITS) -> None:
         """Read the weights, in fp32.
@@ -31,12 +30,13 @@ class ClipFeatures:
             UserError: they do not fit the configuration, or the tokenizer cannot be read.
         """
         self._folder, self._device = folder, device
+        self.size: int = folder.config["projection_dim"]
         self._tokenizer = load_tokenizers((folder.path, None))
         self._model = _load_model(folder, device, limits)
 
     @torch.inference_mode()
     def of_images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """[n, projection]; the shorter side is resized to the model's, and the middle is taken."""
+        """[n, size]; the shorter side is resized to the model's, and the middle is taken."""
         found = []
         for begin in range(0, len(images), _BATCH):
             pixels = torch.stack([model_pixels(image, self._folder) for image in images[begin : begin + _BATCH]])
@@ -45,7 +45,7 @@ class ClipFeatures:
 
     @torch.inference_mode()
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """[n, projection]; what a text has beyond 75 tokens is left out."""
+        """[n, size]; what a text has beyond 75 tokens is left out."""
         found = []
         for begin in range(0, len(texts), _BATCH):
             ids = torch.from_numpy(self._tokenizer(texts[begin : begin + _BATCH])[:, 0, 0])
@@ -71,26 +71,10 @@ def model_pixels(image: Image.Image, folder: ClipFolder) -> Tensor:
 
 
 def _load_model(folder: ClipFolder, device: torch.device | str, limits: Limits) -> CLIPModel:
-    from accelerate.big_modeling import init_empty_weights
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        with init_empty_weights():
-            model = CLIPModel(CLIPConfig(**folder.config))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
-        said = printable(" ".join(str(error).split()) or type(error).__name__)
-        raise UserError(f"{folder.path / 'config.json'}: no CLIP model can be built by it: {said}") from None
     tensors = {}
     for file in folder.weights:
         stored = open_tensors(file, limits)
         require_unscaled(file, stored)
         tensors |= {name: tensor for name, tensor in stored.items() if not name.endswith("position_ids")}
-    weights: dict[str, Tensor] = {}
-
-    def place(name: str, stored: Tensor) -> None:
-        weights[name] = torch.empty(stored.shape, dtype=torch.float32, device=device).copy_(stored)
-
-    read_weights(model, Component("CLIP model", folder.path, folder.config, tensors), place)
-    model.load_state_dict(weights, assign=True)
-    model.to(device)  # type: ignore[arg-type]
-    return model.requires_grad_(False).eval()
+    part = Component("CLIP model", folder.path, folder.config, tensors)
+    return fill_network(lambda: CLIPModel(CLIPConfig(**folder.config)), part, device)

@@ -69,7 +69,7 @@ def read_clip_folder(folder: Path, limits: Limits = DEFAULT_LIMITS) -> ClipFolde
         raise UserError(f"{folder}: holds no tokenizer; wanted vocab.json and merges.txt")
     require_sound(folder, limits, text.get("vocab_size", 49408))
     seen = object_or_nothing(folder / "preprocessor_config.json", limits)
-    mean, std = _three(seen.get("image_mean"), _MEAN), _three(seen.get("image_std"), _STD)
+    mean, std = of_channels(seen.get("image_mean"), _MEAN), of_channels(seen.get("image_std"), _STD)
     plain = {"text_config": text, "vision_config": vision, "projection_dim": projection}
     return ClipFolder(folder, plain, weights, side, mean, std)
 
@@ -86,8 +86,8 @@ def _checked(folder: Path, config: dict[str, Any], name: str, component: str, kn
     return kept
 
 
-def _three(values: object, default: tuple[float, ...]) -> tuple[float, ...]:
-    """Numbers of the three channels, as far as they make sense."""
+def of_channels(values: object, default: tuple[float, ...]) -> tuple[float, ...]:
+    """Numbers of the three channels as a `preprocessor_config.json` has them, as far as they make sense."""
     if isinstance(values, list) and len(values) == 3 and all(type(v) is float and 0 < v < 1 for v in values):
         return tuple(values)
     return default

@@ -9,35 +9,51 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from trainer.data.captions import compose
 from trainer.data.sampler import pick_rows
 from trainer.evaluate.drawing.draw import image_name
 from trainer.evaluate.quality.clip_features import ClipFeatures
 from trainer.evaluate.quality.clip_folder import read_clip_folder
-from trainer.evaluate.quality.quality_scores import QualityScores, quality_scores
+from trainer.evaluate.quality.feature_model import FeatureModel, read_feature_model
+from trainer.evaluate.quality.image_features import ImageFeatures
+from trainer.evaluate.quality.quality_scores import scores_by_clip, scores_by_features
+from trainer.evaluate.quality.told_quality import clip_lines, clip_record, distance_lines, distance_record
 from trainer.evaluate.sampling import decoded_images
 from trainer.evaluate.scoring import Scorer
-from trainer.evaluate.validating.intervals import Estimate
 from trainer.guards import DEFAULT_LIMITS, Limits
-from trainer.parallel.comm import broadcast_object, failing_together, gather_objects
+from trainer.parallel.comm import broadcast_object, done_by_first, failing_together, gather_tensors
 from trainer.raster import open_image
 
 _SEEDS = 1 << 32
+_MOST_ON_A_SHEET = 256  # images, and in one folder
+_BATCH = 16
 
 
 @dataclass(frozen=True)
 class QualityWish:
-    """What `eval --quality` asks for: the folder of a CLIP model, and how many images are drawn, at least 2."""
+    """What `eval --quality --fid` asks for; one of the two models at least.
 
-    clip_folder: Path
+    Attributes:
+        clip_folder: of a CLIP model, for CLIP score, CMMD and KID of its features.
+        feature_model: Inception's weights or a DINOv2 folder, for Fréchet's distance and KID.
+        num_images: how many are drawn, at least 2.
+    """
+
+    clip_folder: Path | None
+    feature_model: Path | None
     num_images: int
 
     @staticmethod
     def from_json(options: dict[str, Any] | None) -> "QualityWish | None":
         """As the command hands it to the workers."""
-        return QualityWish(Path(options["clip_folder"]), options["num_images"]) if options else None
+        if not options:
+            return None
+        clip, model = options.get("clip_folder"), options.get("feature_model")
+        return QualityWish(Path(clip) if clip else None, Path(model) if model else None, options["num_images"])
 
 
 class _Reference(NamedTuple):
@@ -72,17 +88,37 @@ def score_quality(
     drawing = replace(scorer, **loads)
     files = _draw(drawing, split, references, out_dir / "quality", weights)
     with failing_together(scorer.comm):
-        clip = ClipFeatures(read_clip_folder(wish.clip_folder, limits), scorer.comm.device, limits)
-        share = _features(drawing, clip, split, references, files)
-    rows = sorted((row for part in gather_objects(scorer.comm, share) for row in part), key=lambda row: row[0])
-    if len(rows) < 2:
-        return [f"quality: {len(rows)} images with captions could be read; two are needed"]
-    drawn, data, texts = (np.array([row[column] for row in rows]) for column in (1, 2, 3))
-    scores = quality_scores(drawn, data, texts)
-    if scorer.comm.rank == 0:
-        record = _record(scores, wish, split)
-        (out_dir / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
-    return _told(scores, split)
+        device, folder = scorer.comm.device, wish.clip_folder
+        clip = ClipFeatures(read_clip_folder(folder, limits), device, limits) if folder else None
+        model = read_feature_model(wish.feature_model, limits) if wish.feature_model else None
+        images = ImageFeatures(model, device, limits) if model else None
+        own = _share_of_features(drawing, clip, images, split, references, files)
+    gathered = {name: gather_tensors(scorer.comm, torch.from_numpy(part)) for name, part in own.items()}
+    return done_by_first(scorer.comm, lambda: _told_and_written(gathered, wish, model, split, out_dir))
+
+
+def _told_and_written(
+    gathered: dict[str, Tensor], wish: QualityWish, model: FeatureModel | None, split: str, out_dir: Path
+) -> list[str]:
+    """On rank 0: scores of all images, written down."""
+    rows = gathered["row"]
+    order = torch.argsort(rows)[int((rows < 0).sum()) :]  # the same for any number of workers
+    found = {name: part[order].numpy() for name, part in gathered.items()}
+    if len(order) < 2:
+        return [f"quality: {len(order)} images with captions could be read; two are needed"]
+    whose = "held-out images" if split == "validation" else "images that are trained on"
+    record: dict[str, Any] = {"captions_of": whose, "images": len(order)}
+    told = [f"quality, {len(order):,} images drawn for captions of {whose}, beside those images:"]
+    if wish.clip_folder:
+        scores = scores_by_clip(found["clip_drawn"], found["clip_data"], found["clip_text"])
+        record |= clip_record(scores, wish.clip_folder)
+        told += clip_lines(scores)
+    if model:
+        distances = scores_by_features(found["drawn"], found["data"])
+        record |= distance_record(distances, model)
+        told += distance_lines(distances, model, len(order))
+    (out_dir / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
+    return told
 
 
 def _references(scorer: Scorer, split: str, count: int) -> list[_Reference]:
@@ -103,38 +139,57 @@ def _draw(scorer: Scorer, split: str, references: Sequence[_Reference], folder: 
     for bucket_index, group in groupby(references, key=lambda reference: reference.bucket):
         prompts, bucket = [reference.prompt for reference in group], buckets[bucket_index]
         size = {"width_px": bucket.width_px, "height_px": bucket.height_px}
-        own = {"prompts": prompts, "images": [], "unconditional": way, "seed": (settings.seed + len(files)) % _SEEDS}
-        place = folder / f"{bucket.width_px}x{bucket.height_px}"
-        replace(scorer, samples=settings.model_copy(update=own | size)).draw(place, weights)
-        files += [place / image_name(index, len(prompts), way, [way]) for index in range(len(prompts))]
+        for begin in range(0, len(prompts), _MOST_ON_A_SHEET):
+            some, number = prompts[begin : begin + _MOST_ON_A_SHEET], begin // _MOST_ON_A_SHEET + 1
+            own = {"prompts": some, "images": [], "unconditional": way, "seed": (settings.seed + len(files)) % _SEEDS}
+            place = folder / (f"{bucket.width_px}x{bucket.height_px}" + (f"-{number}" if number > 1 else ""))
+            replace(scorer, samples=settings.model_copy(update=own | size)).draw(place, weights)
+            files += [place / image_name(index, len(some), way, [way]) for index in range(len(some))]
     return files
 
 
-def _features(
-    scorer: Scorer, clip: ClipFeatures, split: str, references: Sequence[_Reference], files: Sequence[Path]
-) -> list[list[Any]]:
-    """Of this worker's share: number, and features of the drawing, of the data's image and of the caption."""
-    rows, batch = [], 8
-    share = [*range(scorer.comm.rank, len(references), scorer.comm.world)]
-    for begin in range(0, len(share), batch):
-        numbers, drawn, data = [], [], []
-        for number in share[begin : begin + batch]:
-            image = _image_of(scorer, split, references[number])
-            if image is not None:
-                numbers.append(number)
-                data.append(image)
-                drawn.append(_read(files[number]))
-        if numbers:
-            texts = clip.of_texts([references[number].prompt for number in numbers])
-            parts = clip.of_images(drawn).tolist(), clip.of_images(data).tolist(), texts.tolist()
-            rows += [list(row) for row in zip(numbers, *parts, strict=True)]
-    return rows
+def _share_of_features(
+    scorer: Scorer,
+    clip: ClipFeatures | None,
+    images: ImageFeatures | None,
+    split: str,
+    references: Sequence[_Reference],
+    files: Sequence[Path],
+) -> dict[str, np.ndarray]:
+    """Of this worker's share: `row`, the number of the reference, -1 where there is none, and features of the drawing,
+    of the data's image and of the caption; as many rows on each worker."""
+    world, count = scorer.comm.world, len(references)
+    found: dict[str, np.ndarray] = {"row": np.full(-(-count // world), -1)}
+    for name, size in _sizes(clip, images).items():
+        found[name] = np.zeros((len(found["row"]), size), dtype=np.float32)
+    share, place = [*range(scorer.comm.rank, count, world)], 0
+    for begin in range(0, len(share), _BATCH):
+        read = [(number, _image_of(scorer, split, references[number])) for number in share[begin : begin + _BATCH]]
+        numbers, data = [number for number, image in read if image], [image for _, image in read if image]
+        if not numbers:
+            continue
+        drawn, rows = [_read(files[number]) for number in numbers], slice(place, place + len(numbers))
+        found["row"][rows], place = numbers, rows.stop
+        if clip:
+            found["clip_drawn"][rows], found["clip_data"][rows] = clip.of_images(drawn), clip.of_images(data)
+            found["clip_text"][rows] = clip.of_texts([references[number].prompt for number in numbers])
+        if images:
+            found["drawn"][rows], found["data"][rows] = images.of_images(drawn), images.of_images(data)
+    return found
+
+
+def _sizes(clip: ClipFeatures | None, images: ImageFeatures | None) -> dict[str, int]:
+    """Of the features of one image or text, by what they are of."""
+    sizes: dict[str, int] = {}
+    if clip:
+        sizes |= {"clip_drawn": clip.size, "clip_data": clip.size, "clip_text": clip.size}
+    if images:
+        sizes |= {"drawn": images.size, "data": images.size}
+    return sizes
 
 
 def _image_of(scorer: Scorer, split: str, reference: _Reference) -> Image.Image | None:
     """As it is trained on: its pixels, or its latents through the VAE; None of one that cannot be read."""
-    import torch
-
     rows = scorer.prepared.read(split, reference.bucket, np.array([reference.row]))
     if not rows.ok[0]:
         return None
@@ -147,30 +202,3 @@ def _image_of(scorer: Scorer, split: str, reference: _Reference) -> Image.Image 
 def _read(path: Path) -> Image.Image:
     with open_image(path) as image:
         return image.convert("RGB")
-
-
-def _record(scores: QualityScores, wish: QualityWish, split: str) -> dict[str, Any]:
-    def plain(estimate: Estimate) -> dict[str, float | None]:
-        return {"mean": estimate.mean, "plus_minus": estimate.half_width}
-
-    return {
-        "clip_model": str(wish.clip_folder),
-        "captions_of": "held-out images" if split == "validation" else "images that are trained on",
-        "images": scores.images,
-        "clip_score": plain(scores.clip_score),
-        "clip_score_of_data": plain(scores.clip_score_of_data),
-        "cmmd": scores.cmmd,
-        "kid_of_clip_features": scores.kid,
-    }
-
-
-def _told(scores: QualityScores, split: str) -> list[str]:
-    def told(estimate: Estimate) -> str:
-        return f"{estimate.mean:.2f}" + ("" if estimate.half_width is None else f" ± {estimate.half_width:.2f}")
-
-    whose = "held-out images" if split == "validation" else "images that are trained on"
-    return [
-        f"quality, {scores.images} images drawn for captions of {whose}:",
-        f"  CLIP score {told(scores.clip_score)}; of the data's own images {told(scores.clip_score_of_data)}",
-        f"  CMMD {scores.cmmd:.3f}, KID of CLIP features {scores.kid:.5f}; 0: drawn as the data",
-    ]
