@@ -262,7 +262,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     )
     assert main(["import-kohya", "--", "python", "train_db.py"]) == 2
     assert (
-        "has no sdxl_train.py, sdxl_train_network.py or train_text_to_image_(lora_)sdxl.py in it"
+        "the command has no sdxl_train.py, sdxl_train_network.py, train_text_to_image_(lora_)sdxl.py or train_dreambooth"
         in capsys.readouterr().err
     )
     accelerate = tmp_path / "accelerate.yaml"

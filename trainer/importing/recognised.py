@@ -39,5 +39,5 @@ def import_of(command: Command, place: str, accelerate: Path | None = None) -> D
     Raises:
         UserError: with the option that cannot be understood.
     """
-    known = import_diffusers if command.script.startswith("train_text_to_image") else import_command
+    known = import_diffusers if command.script.startswith("train_") else import_command
     return known(command, place, accelerate)
