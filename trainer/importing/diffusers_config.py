@@ -226,7 +226,10 @@ def _adapter(draft: Draft, script: str) -> None:
 
 
 def _optimizer(draft: Draft, lr: float) -> None:
-    draft.put("optimizer.kind", "adamw_8bit" if draft.take("use_8bit_adam") else "adamw", "use_8bit_adam")
+    if draft.take("optimizer", "AdamW").lower() == "prodigy":
+        draft.leave("use_8bit_adam", "is of AdamW")
+    else:
+        draft.put("optimizer.kind", "adamw_8bit" if draft.take("use_8bit_adam") else "adamw", "use_8bit_adam")
     draft.put("optimizer.lr", lr)
     betas = [draft.take("adam_beta1", 0.9), draft.take("adam_beta2", 0.999)]
     if betas != [0.9, 0.999]:
@@ -247,7 +250,6 @@ def _dreambooth_optimizer(draft: Draft) -> None:
         draft.leave("optimizer", "AdamW is the default")
         return
     draft.put("optimizer.kind", "prodigy", "optimizer")
-    draft.leave("use_8bit_adam", "is of AdamW")
     for option, key in (("prodigy_use_bias_correction", "bias_correction"),
                         ("prodigy_safeguard_warmup", "safeguard_warmup")):  # fmt: skip
         # Their parser takes any word, also `False`, as true.

@@ -99,17 +99,16 @@ def _drop_what_does_nothing(draft: Draft) -> None:
         if not problems:
             return
         problem = problems[0]
-        clashes = _CLASH in problem.text
-        drops = clashes or any(rule in problem.text for rule in _IDLE)
-        idle = next((key for key in problem.keys if drops and _remove(draft, key)), None)
-        if idle is None:
+        rule = next((rule for rule in (*_IDLE, _CLASH) if rule in problem.text), None)
+        idle = next((key for key in problem.keys if rule and _remove(draft, key)), None)
+        if idle is None or rule is None:
             raise UserError(f"{_options_of(draft, '.'.join(map(str, problem.keys[0])))}: {problem.text}")
-        name, rule = ".".join(map(str, idle)), problem.text.partition(": ")[2]
-        if clashes:
+        name = ".".join(map(str, idle))
+        if rule == _CLASH:
             draft.notes.insert(0, f"{_options_of(draft, name)}: {problem.text}. {name} is left out")
         for option, text in draft.became.items():
             if name in text:
-                draft.became[option] = f"- {rule}"
+                draft.became[option] = f"- {problem.text[problem.text.rindex(rule) :]}"
 
 
 def _options_of(draft: Draft, key: str) -> str:

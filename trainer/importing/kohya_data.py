@@ -39,6 +39,11 @@ _IDLE_FILE_KEYS = {
 } | {"custom_attributes": "is of other programs"}  # fmt: skip
 
 
+def known_dataset_keys() -> set[str]:
+    """All that a dataset file may hold, at any of its levels."""
+    return {*_FILE_KEYS, *_IDLE_FILE_KEYS}
+
+
 def check_dataset_keys(draft: Draft, dataset: Mapping[str, Any], place: str) -> None:
     """Note keys of a dataset file that become nothing.
 
@@ -52,7 +57,7 @@ def check_dataset_keys(draft: Draft, dataset: Mapping[str, Any], place: str) -> 
         if name in _IDLE_FILE_KEYS:
             idle += [name] if value and name not in idle else []
         elif name not in _FILE_KEYS:
-            near = nearest(name, [*_FILE_KEYS, *_IDLE_FILE_KEYS])
+            near = nearest(name, known_dataset_keys())
             raise UserError(f"{place}: {name}: is no key of a dataset file{f'; did you mean {near}?' if near else ''}")
     draft.notes += [f"{place}: {name}: {_IDLE_FILE_KEYS[name]}" for name in idle]
 

@@ -26,7 +26,7 @@ _ASSIGNED = (
 )
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?:\[[@*]\]|:?-([^}]*))?\}|\$(?:env:)?([A-Za-z_]\w*)|%([A-Za-z_]\w*)%", re.I)
 _TYPOGRAPHIC = str.maketrans({"“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "\xa0": " ", "\ufeff": ""})
-_DASH = re.compile(r"(?<!\S)[–—](?=[A-Za-z])")
+_DASH = re.compile(r"(?<!\S)[–—]-?(?=[A-Za-z])")
 _LOG_BEGINS = re.compile(r"\s*(?:\[?\d[\d:.\-/ T]*\]?\s+)?(?:INFO|DEBUG|WARNING)\s")
 _LOG_PLACE = re.compile(r"\s+\w+\.py:\d+\s*$")
 _ENDS = {"|", "||", "&&", ";", "&", "|&"}
