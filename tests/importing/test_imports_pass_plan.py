@@ -40,14 +40,14 @@ SOME = ("kohya, ZeRO-2", "diffusers, dreambooth", "OneTrainer, embedding")  # on
     "name", [pytest.param(name, marks=pytest.mark.e2e if name in SOME else pytest.mark.slow) for name in FILES]
 )
 def test_an_import_passes_plan(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of SDXL at its size, on cards of 48 GiB, so that what is told hangs on no machine."""
+    """Of SDXL at its size, on cards where all fits: what is told hangs on no machine, and takes seconds."""
     text, ending = FILES[name]
     file, out = tmp_path / f"train.{ending}", tmp_path / "mine.yaml"
     file.write_text(text)
     assert main(["import-kohya", str(file), "-o", str(out)]) == 0, capsys.readouterr().err
-    assert main(["plan", str(out), "--sdxl", "memory.budget=48GiB", "launch.workers=4"]) == 0, capsys.readouterr().err
+    assert main(["plan", str(out), "--sdxl", "memory.budget=80GiB", "launch.workers=4"]) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
-    assert "\ntrains: " in told and "\nchosen: " in told and " of 48.00 GiB" in told
+    assert "\ntrains: " in told and "\nchosen: " in told and " of 80.00 GiB" in told
 
 
 def test_there_are_enough_of_each() -> None:

@@ -19,8 +19,9 @@ from trainer.importing.given import Draft
 
 _VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?|%[A-Za-z_]\w*%")
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]")
-_IDLE = ("has no effect", "has next to no effect", "must be left out")
-_CLASH = "must not go together"  # of two that both have an effect, the first is left out, which is told
+_IDLE = ("has no effect", "has next to no effect", "must be left out", "is no average")
+# Of two that both have an effect, the first is left out, which is told.
+_CLASHES = ("must not go together", "the last timestep, which zero terminal SNR is for")
 _ORDER = (
     "run", "launch", "model", "data", "captions", "trainable", "adapter", "new_tokens", "train", "objective",
     "optimizer", "lr_schedule", "ema", "checkpoint", "validation", "samples", "memory", "log",
@@ -99,12 +100,12 @@ def _drop_what_does_nothing(draft: Draft) -> None:
         if not problems:
             return
         problem = problems[0]
-        rule = next((rule for rule in (*_IDLE, _CLASH) if rule in problem.text), None)
+        rule = next((rule for rule in (*_IDLE, *_CLASHES) if rule in problem.text), None)
         idle = next((key for key in problem.keys if rule and _remove(draft, key)), None)
         if idle is None or rule is None:
             raise UserError(f"{_options_of(draft, '.'.join(map(str, problem.keys[0])))}: {problem.text}")
         name = ".".join(map(str, idle))
-        if rule == _CLASH:
+        if rule in _CLASHES:
             draft.notes.insert(0, f"{_options_of(draft, name)}: {problem.text}. {name} is left out")
         for option, text in draft.became.items():
             if name in text:
