@@ -5,12 +5,15 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +139,73 @@ def test_wandb_offline_holds_one_run_with_one_curve(
     assert mark.records == len(read_metrics(tmp_path)) == 10
 
 
+def test_a_tracker_that_is_ended_while_it_opens_leaves_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at the end of a short run on a slow machine: the next start goes on with the run that was begun."""
+    pytest.importorskip("wandb")
+    from trainer.measure.trackers import wandb_run
+
+    def ended(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run = TrackedRun("wandb", tmp_path, "fox", {"project": "foxes", "mode": "offline"}, {})
+    (tmp_path / "trackers").mkdir()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(wandb_run, "WandbRun", ended)  # behind wandb.init
+        wandb_run.open_wandb(run, read_mark(tmp_path, "wandb"))
+    import wandb
+
+    assert wandb.run is not None
+    begun = wandb.run.id
+    wandb.finish()
+    assert read_mark(tmp_path, "wandb").id == begun
+    three_starts(tmp_path, "wandb", monkeypatch, project="foxes", mode="offline")
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert folder.name.endswith(begun) and read_mark(tmp_path, "wandb").id == begun
+
+
+def test_a_server_of_mlflow_has_one_run_with_one_curve(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one over SQLite; of the run whose steps were done again, what is left lies in its bin."""
+    for package in ("mlflow", "flask", "sqlalchemy"):  # the server needs all of `mlflow`
+        pytest.importorskip(package)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/store.db",
+        "--artifacts-destination",
+        str(tmp_path / "art"),
+    ]
+    with (tmp_path / "server.log").open("wb") as log, subprocess.Popen(
+        command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
+    ) as server:  # fmt: skip
+        try:
+            wait_until(lambda: answers(port), tries=6000)
+            uri = f"http://127.0.0.1:{port}"
+            three_starts(tmp_path, "mlflow", monkeypatch, experiment="foxes", uri=uri)
+            assert not caplog.records, (tmp_path / "logs/tracker-mlflow.log").read_text()
+            from mlflow.tracking import MlflowClient
+
+            client = MlflowClient(uri)
+            experiment = client.get_experiment_by_name("foxes")
+            assert experiment is not None
+            (run,) = client.search_runs([experiment.experiment_id])
+            assert run.data.params == {"train.steps": "9", "optimizer.lr": "0.0001"}
+            history = client.get_metric_history(run.info.run_id, "train/loss")
+            assert sorted((metric.step, metric.value) for metric in history) == curve(tmp_path)
+            assert (run.info.run_name, run.info.status) == ("fox", "FINISHED")
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+
+
+def answers(port: int) -> bool:
+    with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as response:
+        return response.status == 200
+    return False
+
+
 def test_wandb_that_cannot_be_reached_is_a_warning_without_the_key(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,8 +282,8 @@ def silent_server() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def wait_until(holds: Any) -> None:
-    for _ in range(1200):
+def wait_until(holds: Any, tries: int = 1200) -> None:
+    for _ in range(tries):
         if holds():
             return
         time.sleep(0.05)
