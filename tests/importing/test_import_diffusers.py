@@ -1,6 +1,7 @@
 """Commands of diffusers' SDXL scripts become configurations that `plan` accepts, and nothing is lost without a word."""
 
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,15 @@ import pytest
 from trainer.cli.main import main
 from trainer.config.load import load_config
 from trainer.config.schema import Config
+from trainer.data.captions import compose
+from trainer.data.sources.folder import list_folder
 from trainer.errors import UserError
 from trainer.importing.command_text import command_of_words
-from trainer.importing.diffusers_options import NOTHING_HERE, READ, TABLE
+from trainer.importing.diffusers_options import DREAMBOOTH_TABLE, NOTHING_HERE, READ, TABLE
 from trainer.importing.given import Draft
 from trainer.importing.kohya_options import FLAG, WHOLE
 from trainer.importing.recognised import import_of
+from trainer.train.caption_rules import caption_rules
 
 FULL, LORA = "train_text_to_image_sdxl.py", "train_text_to_image_lora_sdxl.py"
 RUNS = {
@@ -34,6 +38,25 @@ RUNS = {
     "--gradient_accumulation_steps=2 --train_batch_size=2 --checkpoints_total_limit=1 --timestep_bias_strategy=later",
     "little said": f"{LORA} --pretrained_model_name_or_path=m --dataset_name=d",
 }
+
+
+DREAMBOOTH = {
+    "dreambooth": "train_dreambooth_lora_sdxl.py --pretrained_model_name_or_path=base --instance_data_dir=dog "
+    "--pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --output_dir=lora-trained-xl "
+    '--mixed_precision=fp16 --instance_prompt="a photo of sks dog" --resolution=1024 --train_batch_size=1 '
+    "--gradient_accumulation_steps=4 --learning_rate=1e-4 --report_to=wandb --lr_scheduler=constant "
+    '--lr_warmup_steps=0 --max_train_steps=500 --validation_prompt="A photo of sks dog in a bucket" '
+    "--validation_epochs=25 --seed=0 --push_to_hub",
+    "dreambooth with prior": "train_dreambooth_lora_sdxl.py --pretrained_model_name_or_path=base "
+    "--instance_data_dir=dog --instance_prompt='a sks dog' --with_prior_preservation --class_data_dir=dogs "
+    "--class_prompt='a dog' --num_class_images=200 --prior_loss_weight=0.5 --train_text_encoder --use_dora --rank 32 "
+    "--text_encoder_lr=1e-6 --lora_dropout=0.1 --repeats 3 --center_crop --snr_gamma 5 --max_train_steps=900",
+    "dreambooth with Prodigy": "train_dreambooth_lora_sdxl.py --pretrained_model_name_or_path=base --dataset_name=set "
+    "--caption_column=prompt --instance_prompt=x --optimizer=prodigy --learning_rate=1.0 --use_8bit_adam "
+    "--prodigy_safeguard_warmup=True --prodigy_beta3=0.9 --adam_beta2=0.99 --train_text_encoder "
+    "--do_edm_style_training --output_kohya_format --lr_scheduler=cosine --lr_warmup_steps=10 --max_train_steps=500",
+}
+RUNS |= DREAMBOOTH
 
 
 def imported(words: str, launch: str = "") -> Draft:
@@ -92,6 +115,38 @@ def test_the_rest_of_the_numbers() -> None:
     assert any("ticks once per process" in note for note in draft.notes)
 
 
+def test_dreambooth(tmp_path: Path) -> None:
+    draft = imported(RUNS["dreambooth"])
+    config = config_of(draft)
+    source = config.data.sources[0]
+    assert source.type == "folder" and str(source.path) == "dog" and config.captions.prefix == "a photo of sks dog"
+    # Images without any file beside them are used, with the prompt as their caption.
+    (tmp_path / "a.png").write_bytes(b"")
+    (item,) = list_folder(source.model_copy(update={"path": tmp_path}), "dog", Counter())
+    assert item.caption is not None and not item.problem
+    assert compose(item.caption, caption_rules(config), seed=0, epoch=0) == "a photo of sks dog"
+    assert (config.adapter.rank, config.adapter.text_encoders, config.optimizer.weight_decay) == (4, False, 1e-4)
+    assert config.train.steps == 500 and config.train.gradient_accumulation_steps == 4
+
+    draft = imported(RUNS["dreambooth with prior"])
+    config = config_of(draft)
+    assert [source.prior for source in config.data.sources] == [False, True] and config.data.sources[0].repeats == 3
+    assert config.objective.loss_weights.prior == 0.5 and config.captions.prefix == ""
+    assert "write `a sks dog` into a .txt file beside each image of dog, and `a dog` beside each" in draft.notes[0]
+    adapter = config.adapter
+    assert (adapter.kind, adapter.rank, adapter.dropout, adapter.text_encoder_lr) == ("dora", 32, 0.1, 1e-6)
+    assert config.train.batch_size_per_gpu == 4
+    assert draft.became["num_class_images"].startswith("- class images are not drawn")
+
+    draft = imported(RUNS["dreambooth with Prodigy"])
+    config = config_of(draft)
+    source = config.data.sources[0]
+    assert source.type == "hf" and source.caption_column == "prompt"
+    assert (config.optimizer.kind, config.optimizer.lr, config.optimizer.beta3) == ("prodigy", 1.0, 0.9)
+    assert config.optimizer.safeguard_warmup and config.optimizer.bias_correction
+    assert config.adapter.text_encoder_lr is None and draft.became["use_8bit_adam"] == "- is of AdamW"
+
+
 def test_every_option_alone_is_known_and_told() -> None:
     assert not READ.keys() & NOTHING_HERE.keys()
     own = {"resolution": "512", "mixed_precision": "bf16", "prediction_type": "epsilon", "report_to": "all",
@@ -104,6 +159,15 @@ def test_every_option_alone_is_known_and_told() -> None:
             draft = imported(f"{script} {rest} --max_train_steps 100 --{name} {value}")
             config_of(draft)
             assert draft.became.get(name), name
+    own |= {"optimizer": "AdamW", "with_prior_preservation": "--class_data_dir c"}
+    needful = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt")
+    for name, kind in DREAMBOOTH_TABLE.types.items():
+        value = own.get(name, "" if kind == FLAG else values[kind])
+        others = [n for n in needful if n != name and not (n == "instance_data_dir" and name == "dataset_name")]
+        rest = " ".join(f"--{n} x" for n in others)
+        draft = imported(f"train_dreambooth_lora_sdxl.py {rest} --max_train_steps 100 --{name} {value}")
+        config_of(draft)
+        assert draft.became.get(name), name
 
 
 @pytest.mark.parametrize(

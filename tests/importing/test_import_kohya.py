@@ -1,5 +1,6 @@
 """Commands as people type them become configurations that `plan` accepts, and nothing is lost without a word."""
 
+import random
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from trainer.importing.command_text import command_of_words, read_command
 from trainer.importing.given import Draft
 from trainer.importing.kohya_config import import_command, import_file
 from trainer.importing.kohya_options import FLAG, NOTHING_HERE, READ, TYPES, WHOLE
+from trainer.importing.recognised import import_any
 
 COMMON = (
     "--pretrained_model_name_or_path=base.safetensors --in_json meta.json --train_data_dir=images --output_dir=out "
@@ -262,7 +264,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     )
     assert main(["import-kohya", "--", "python", "train_db.py"]) == 2
     assert (
-        "has no sdxl_train.py, sdxl_train_network.py or train_text_to_image_(lora_)sdxl.py in it"
+        "sdxl_train_network.py, train_text_to_image_(lora_)sdxl.py or train_dreambooth_lora_sdxl.py in it"
         in capsys.readouterr().err
     )
     accelerate = tmp_path / "accelerate.yaml"
@@ -286,3 +288,117 @@ def test_prompt_files_come_over_as_they_are(tmp_path: Path) -> None:
     draft = imported(options)
     assert config_of(draft).samples.prompt_file is None
     assert any(f"{file}:1: --cn: unknown flag" in note for note in draft.notes)
+
+
+def test_a_toml_file_of_a_window_holds_what_is_no_option(tmp_path: Path) -> None:
+    """sd-scripts passes over such names; and files that a script names lie beside it."""
+    (tmp_path / "arguments.toml").write_text("""
+sdxl = true
+epoch = 8
+lora_rank = 3
+vae = ""
+max_train_steps = 100.0
+learing_rate = 1e-4
+pretrained_model_name_or_path = "base.safetensors"
+dataset_config = "data.toml"
+console_log_level = "INFO"
+""")
+    (tmp_path / "data.toml").write_text("""
+[general]
+color_aug = true
+[[datasets]]
+  [[datasets.subsets]]
+  image_dir = "cats"
+  token_warmup_step = 3
+""")
+    (tmp_path / "train.sh").write_text("accelerate launch sdxl_train.py --config_file arguments.toml\n")
+    draft = import_any(tmp_path / "train.sh")
+    config = config_of(draft)
+    assert config.train.steps == 100 and config.optimizer.lr == 2e-6 and "vae" not in draft.given
+    assert draft.became["sdxl"].startswith("- is no option of sd-scripts")
+    assert draft.became["learing_rate"].endswith("; learning_rate is")
+    assert draft.became["console_log_level"].startswith("- metrics.jsonl")
+    assert any(note.endswith("color_aug: colours are not changed: it trains wrong ones") for note in draft.notes)
+    assert any("token_warmup_step: captions do not grow" in note for note in draft.notes)
+    (tmp_path / "data.toml").write_text("[general]\nshufle_caption = true\n[[datasets]]\n")
+    with pytest.raises(UserError, match=r"data.toml: shufle_caption: is no key .*did you mean shuffle_caption\?"):
+        import_any(tmp_path / "train.sh")
+
+
+def test_settings_of_a_window_are_not_guessed_at(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text('{"LoRA_type": "Standard", "pretrained_model_name_or_path": "base.safetensors"}')
+    with pytest.raises(UserError, match=r"settings of a window for kohya's scripts; give the \.toml that it writes"):
+        import_any(file)
+
+
+def test_accelerates_file_that_the_command_names(tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    options = f"{COMMON} {RUNS['first']}"
+    draft = imported(options, launch=f"--config_file {file}")
+    said = f"accelerate's {file} is not here: give it by --accelerate-config"
+    assert any(note.startswith(said) for note in draft.notes)
+    assert config_of(draft).launch.workers is None
+    file.write_text("num_processes: 4\ndeepspeed_config:\n  zero_stage: 3\n")
+    config = config_of(imported(options, launch=f"--config_file={file}"))
+    assert config.launch.workers == 4 and config.memory.strategy == "zero3"
+    assert config_of(imported(options, launch=f"--config_file {file} --num_processes 2")).launch.workers == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out", "said"),
+    [
+        (
+            "--v_parameterization --zero_terminal_snr --noise_offset 0.03",
+            "noise_offset",
+            "what zero terminal SNR mends",
+        ),
+        ("--cache_text_encoder_outputs --shuffle_caption", "cache_text_encoder_outputs", "the same at each draw"),
+    ],
+)
+def test_what_clashes_here_and_not_there_is_left_out_and_told_first(options: str, left_out: str, said: str) -> None:
+    draft = imported(f"--pretrained_model_name_or_path m --train_data_dir d --max_train_steps 100 {options}")
+    config_of(draft)
+    assert draft.notes[0].startswith(f"--{left_out}: ") and said in draft.notes[0]
+    assert draft.notes[0].endswith(" is left out") and draft.became[left_out].startswith("- must not go together")
+
+
+def test_one_of_two_offsets_and_no_word_of_what_holds_anyway() -> None:
+    noise = "--noise_offset 0.1 --adaptive_noise_scale 0.01 --multires_noise_iterations 6 --multires_noise_discount 0.3"
+    arguments = (
+        "--optimizer_type adafactor --optimizer_args relative_step=False scale_parameter=False warmup_init=False"
+    )
+    draft = imported(f"--pretrained_model_name_or_path m --train_data_dir d --max_train_steps 9 {noise} {arguments}")
+    config = config_of(draft)
+    assert (config.objective.noise.pyramid_levels, config.objective.noise.offset) == (6, 0)
+    assert "coarsest level" in draft.became["noise_offset"] and "coarsest level" in draft.became["adaptive_noise_scale"]
+    assert not [note for note in draft.notes if "optimizer_args" in note]
+
+
+def test_any_choice_of_options_becomes_a_configuration() -> None:
+    """Two to twenty at once, drawn by seeds: what this program refuses to combine is left out, not handed on."""
+    values = {
+        "resolution": "1024,1536", "bucket_reso_steps": "32", "caption_dropout_rate": "0.1", "keep_tokens": "1",
+        "max_token_length": "225", "gradient_accumulation_steps": "4", "max_train_epochs": "3", "learning_rate": "1e-4",
+        "mixed_precision": "fp16", "learning_rate_te1": "0", "unet_lr": "1e-4", "text_encoder_lr": "1e-5 2e-5",
+        "network_module": "lycoris.kohya", "network_args": "algo=lokr factor=4 conv_dim=8 dropout=0.1",
+        "network_dropout": "0.1", "optimizer_type": "Prodigy", "lr_scheduler": "cosine_with_restarts",
+        "lr_warmup_steps": "0.05", "lr_scheduler_min_lr_ratio": "0.1", "min_snr_gamma": "5", "loss_type": "huber",
+        "noise_offset": "0.03", "adaptive_noise_scale": "0.003", "multires_noise_iterations": "6",
+        "ip_noise_gamma": "0.05", "save_every_n_steps": "500", "save_last_n_steps": "1000", "save_precision": "fp16",
+        "sample_every_n_steps": "100", "validation_split": "0.1", "in_json": "meta.json", "reg_data_dir": "reg",
+        "conditioning_data_dir": "masks", "block_lr": ",".join(["1e-6"] * 23), "network_weights": "w.safetensors",
+        "secondary_separator": "';;;'", "caption_separator": "';'", "min_timestep": "100", "prior_loss_weight": "0.5",
+    }  # fmt: skip
+    flags = [name for name, kind in READ.items() if kind == FLAG and name != "network_train_text_encoder_only"]
+    for seed in range(150):
+        draw = random.Random(seed)
+        names = draw.sample([*values, *flags], draw.choice([2, 5, 12, 20]))
+        words = " ".join(f"--{name} {values.get(name, '')}" for name in names)
+        draft = imported(
+            f"--pretrained_model_name_or_path m --train_data_dir d {words}",
+            draw.choice(["sdxl_train.py", "sdxl_train_network.py"]),
+            draw.choice(["", "--num_processes 1", "--num_processes 4"]),
+        )
+        config_of(draft)
+        assert draft.became.keys() == draft.given.keys(), words

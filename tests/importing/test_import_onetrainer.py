@@ -197,3 +197,40 @@ def test_the_command_knows_the_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     file.write_text('{"training_method": ')
     assert main(["import", str(file)]) == 2
     assert "not valid JSON" in capsys.readouterr().err
+
+
+def test_concepts_of_one_name_become_sources_of_two(tmp_path: Path) -> None:
+    again = [{**CONCEPTS[0], "path": "/data/more"}, {**CONCEPTS[0], "path": "/data/most", "name": "foxes~2"}]
+    config = config_of(imported(tmp_path, FINE_TUNE | {"concepts": [*CONCEPTS, *again]}))
+    assert [source.name for source in config.data.sources] == ["foxes", "all", "foxes~2", "foxes~2~2"]
+
+
+def test_settings_of_optimizers_that_are_off_or_without_a_like(tmp_path: Path) -> None:
+    optimizer = {**FINE_TUNE["optimizer"], "cautious": True, "amsgrad": False}
+    draft = imported(tmp_path, FINE_TUNE | {"optimizer": optimizer})
+    assert draft.became["optimizer.amsgrad"] == "- is off, as here"
+    assert draft.became["optimizer.cautious"].startswith("- this program's optimizer has nothing like it")
+
+
+@pytest.mark.parametrize(
+    ("changed", "left_out", "said"),
+    [
+        ({"offset_noise_weight": 0.1}, "offset_noise_weight", "it makes up for what zero terminal SNR mends"),
+        ({"max_noising_strength": 0.9}, "max_noising_strength", "the last timestep, which zero terminal SNR is for"),
+    ],
+)
+def test_what_clashes_with_zero_terminal_snr_is_left_out_and_told_first(
+    tmp_path: Path, changed: dict[str, Any], left_out: str, said: str
+) -> None:
+    settings = FINE_TUNE | {"rescale_noise_scheduler_to_zero_terminal_snr": True, "offset_noise_weight": 0.0}
+    draft = imported(tmp_path, settings | changed)
+    assert config_of(draft).objective.zero_terminal_snr is True
+    assert draft.notes[0].startswith(f"{left_out}: ") and said in draft.notes[0]
+
+
+def test_a_reason_is_not_cut_where_a_value_holds_a_colon(tmp_path: Path) -> None:
+    """New tokens hold both text encoders in the precision of the passes, so that their own has no effect."""
+    text = {"text_encoder": HALF, "text_encoder_2": HALF}
+    draft = imported(tmp_path, EMBEDDING | text)
+    config_of(draft)
+    assert draft.became["text_encoder.weight_dtype"].startswith("- has no effect; with new tokens, both are held in")

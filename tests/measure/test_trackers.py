@@ -5,12 +5,15 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,15 +45,20 @@ def curve(run_dir: Path, kind: str = "train") -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in read_metrics(run_dir) if record["kind"] == kind]
 
 
-def three_starts(run_dir: Path, kind: str, **options: Any) -> None:
-    """A start, one that does steps again, and one that goes on where the last ended."""
+def three_starts(run_dir: Path, kind: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """A start, one that does steps again, and one that goes on where the last ended; each with time for a busy machine,
+    on which to import a library alone may take longer than the end of a run waits."""
+    monkeypatch.setattr(TrackerBeside, "END_S", 300.0)
+    monkeypatch.setattr(TrackerBeside, "ANSWER_S", 300.0)
     write_steps(run_dir, kind, None, 6, 1.0, **options)
     write_steps(run_dir, kind, 4, 7, 2.0, **options)
     write_steps(run_dir, kind, 7, 9, 3.0, **options)
 
 
-def test_a_table_has_the_rows_of_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    three_starts(tmp_path, "csv")
+def test_a_table_has_the_rows_of_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three_starts(tmp_path, "csv", monkeypatch)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(int(row["step"]), float(row["loss"])) for row in rows if row["kind"] == "train"] == curve(tmp_path)
@@ -63,7 +71,7 @@ def test_mlflow_has_one_run_with_one_curve(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("mlflow")
-    three_starts(tmp_path, "mlflow", experiment="foxes")
+    three_starts(tmp_path, "mlflow", monkeypatch, experiment="foxes")
     assert not caplog.records, (tmp_path / "logs/tracker-mlflow.log").read_text()
     from mlflow.tracking import MlflowClient
 
@@ -92,6 +100,8 @@ def wandb_history(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         record = records.Record.FromString(data)
         if record.HasField("run"):
             run = {"id": record.run.run_id, "name": record.run.display_name, "project": record.run.project}
+            run["settings"] = {item.key: json.loads(item.value_json) for item in record.run.config.update
+                               if item.key in ("train", "optimizer")}  # fmt: skip
         if record.HasField("history"):
             rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json)
                          for item in record.history.item})  # fmt: skip
@@ -113,17 +123,87 @@ def log_records(data: bytes) -> Iterator[bytes]:
             yield begun
 
 
-def test_wandb_offline_holds_one_run_with_one_curve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_wandb_offline_holds_one_run_with_one_curve(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("wandb")
-    three_starts(tmp_path, "wandb", project="foxes", mode="offline")
+    three_starts(tmp_path, "wandb", monkeypatch, project="foxes", mode="offline")
     assert not caplog.records, (tmp_path / "logs/tracker-wandb.log").read_text()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     run, rows = wandb_history(folder)
     mark = read_mark(tmp_path, "wandb")
+    assert run.pop("settings") == {"train": {"steps": 9}, "optimizer": {"lr": 1e-4}}
     assert run == {"id": mark.id, "name": "fox", "project": "foxes"} and folder.name.endswith(mark.id)
     assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == curve(tmp_path)
     assert [row["validation/loss"] for row in rows if "validation/loss" in row] == [1.0]
     assert mark.records == len(read_metrics(tmp_path)) == 10
+
+
+def test_a_tracker_that_is_ended_while_it_opens_leaves_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at the end of a short run on a slow machine: the next start goes on with the run that was begun."""
+    pytest.importorskip("wandb")
+    from trainer.measure.trackers import wandb_run
+
+    def ended(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run = TrackedRun("wandb", tmp_path, "fox", {"project": "foxes", "mode": "offline"}, {})
+    (tmp_path / "trackers").mkdir()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(wandb_run, "WandbRun", ended)  # behind wandb.init
+        wandb_run.open_wandb(run, read_mark(tmp_path, "wandb"))
+    import wandb
+
+    assert wandb.run is not None
+    begun = wandb.run.id
+    wandb.finish()
+    assert read_mark(tmp_path, "wandb").id == begun
+    three_starts(tmp_path, "wandb", monkeypatch, project="foxes", mode="offline")
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert folder.name.endswith(begun) and read_mark(tmp_path, "wandb").id == begun
+
+
+def test_a_server_of_mlflow_has_one_run_with_one_curve(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real one over SQLite; of the run whose steps were done again, what is left lies in its bin."""
+    for package in ("mlflow", "flask", "sqlalchemy"):  # the server needs all of `mlflow`
+        pytest.importorskip(package)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/store.db",
+        "--artifacts-destination",
+        str(tmp_path / "art"),
+    ]
+    with (tmp_path / "server.log").open("wb") as log, subprocess.Popen(
+        command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
+    ) as server:  # fmt: skip
+        try:
+            wait_until(lambda: answers(port), tries=6000)
+            uri = f"http://127.0.0.1:{port}"
+            three_starts(tmp_path, "mlflow", monkeypatch, experiment="foxes", uri=uri)
+            assert not caplog.records, (tmp_path / "logs/tracker-mlflow.log").read_text()
+            from mlflow.tracking import MlflowClient
+
+            client = MlflowClient(uri)
+            experiment = client.get_experiment_by_name("foxes")
+            assert experiment is not None
+            (run,) = client.search_runs([experiment.experiment_id])
+            assert run.data.params == {"train.steps": "9", "optimizer.lr": "0.0001"}
+            history = client.get_metric_history(run.info.run_id, "train/loss")
+            assert sorted((metric.step, metric.value) for metric in history) == curve(tmp_path)
+            assert (run.info.run_name, run.info.status) == ("fox", "FINISHED")
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+
+
+def answers(port: int) -> bool:
+    with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as response:
+        return response.status == 200
+    return False
 
 
 def test_wandb_that_cannot_be_reached_is_a_warning_without_the_key(
@@ -202,8 +282,8 @@ def silent_server() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def wait_until(holds: Any) -> None:
-    for _ in range(1200):
+def wait_until(holds: Any, tries: int = 1200) -> None:
+    for _ in range(tries):
         if holds():
             return
         time.sleep(0.05)

@@ -1,21 +1,20 @@
-"""The command of a training as somebody keeps it: one line, a shell script, or TOML; as words, not yet understood."""
+"""The command of a training as somebody keeps it: one line, a script, or TOML; as words, not yet understood."""
 
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.importing.shell_lines import read_script, split_command, until_operator
 
 _SCRIPT = re.compile(
-    r"(?:.*/)?(?:(sdxl_train_network|sdxl_train)(?:_[\w-]+)?|(train_text_to_image_(?:lora_)?sdxl))\.py$"
+    r"(?:.*[/\\])?(?:(sdxl_train_network|sdxl_train)(?!_textual_inversion|_control_net|_leco)(?:_[\w-]+)?"
+    r"|(train_text_to_image_(?:lora_)?sdxl|train_dreambooth_lora_sdxl))\.py$"
 )
-SCRIPTS = "sdxl_train.py, sdxl_train_network.py or train_text_to_image_(lora_)sdxl.py"
-_ASSIGNED = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(\S.*|)$")
-_VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
+SCRIPTS = "sdxl_train.py, sdxl_train_network.py, train_text_to_image_(lora_)sdxl.py or train_dreambooth_lora_sdxl.py"
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,7 @@ class Command:
     """A command of kohya's scripts, or of diffusers'.
 
     Attributes:
-        script: `sdxl_train`, `sdxl_train_network`, `train_text_to_image_sdxl` or `train_text_to_image_lora_sdxl`; ""
-            where it is not told.
+        script: its name without `.py` and without what a fork has added, such as `sdxl_train`; "" where it is not told.
         launch: the words between `accelerate launch` and the script.
         words: those after the script.
     """
@@ -32,44 +30,27 @@ class Command:
     script: str = ""
     launch: Sequence[str] = ()
     words: Sequence[str] = ()
-    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_command(text: str, place: str) -> Command:
-    """The one command of a shell script that starts one of these scripts.
+    """The one command of a script, or of a log, that starts one of these scripts.
 
-    Options may stand on lines of their own without a backslash, as people paste them; comments are left out, and
-    variables that the script sets are put in.
+    Options may stand on lines of their own without a mark at their ends, as people paste them; comments are left out,
+    and variables that the script sets are put in.
 
     Args:
         place: where the text is from, for messages.
     Raises:
         UserError: there is no such command, several, or a quote that is not closed.
     """
-    variables: dict[str, str] = {}
-    commands: list[str] = []
-    goes_on, is_ours = False, False
-    for raw in text.splitlines():
-        line = raw.strip()
-        if line.startswith("#"):
-            continue
-        assigned = None if goes_on else _ASSIGNED.fullmatch(line)
-        continues = line.endswith("\\")
-        body = line.removesuffix("\\").strip()
-        if assigned and not continues:
-            variables[assigned[1]] = _unquoted(assigned[2])
-        elif goes_on or (is_ours and body.startswith("-")):
-            commands[-1] += f" {body}"
-        elif body:
-            commands.append(body)
-            is_ours = False
-        is_ours = is_ours or bool(commands and _names_script(commands[-1]))
-        goes_on = continues
-    found = [command for command in map(_split(place, variables), commands) if command is not None]
+    script = read_script(text, _names_script)
+    commands = [command for command in script.commands if _names_script(command)]
+    found = [command_of_words(split_command(script, command, place)) for command in commands]
+    found = [each for each in found if each is not None]
     if len(found) != 1:
         rule = "no command" if not found else f"{len(found)} commands"
         raise UserError(f"{place}: holds {rule} with {SCRIPTS}; give one")
-    return found[0]
+    return replace(found[0], words=until_operator([*found[0].words]))
 
 
 def command_of_words(words: Sequence[str]) -> Command | None:
@@ -98,24 +79,3 @@ def read_toml(text: str, place: str) -> dict[str, Any]:
 
 def _names_script(text: str) -> bool:
     return any(_SCRIPT.fullmatch(word.strip("\"'")) for word in text.split())
-
-
-def _split(place: str, variables: Mapping[str, str]) -> Any:
-    def split(text: str) -> Command | None:
-        if not _names_script(text):
-            return None
-        filled = _VARIABLE.sub(lambda found: variables.get(found[1] or found[2], found[0]), text)
-        try:
-            return command_of_words(shlex.split(filled, comments=True))
-        except ValueError as error:
-            raise UserError(f"{place}: the command cannot be split into words: {error}") from None
-
-    return split
-
-
-def _unquoted(text: str) -> str:
-    try:
-        words = shlex.split(text, comments=True)
-    except ValueError:
-        return text
-    return words[0] if words else ""

@@ -6,13 +6,17 @@ from pathlib import Path
 
 from trainer.errors import UserError
 from trainer.importing.command_text import Command
-from trainer.importing.diffusers_options import NOTHING_HERE, TABLE
+from trainer.importing.diffusers_options import DREAMBOOTH_NOTHING, DREAMBOOTH_TABLE, NOTHING_HERE, TABLE
 from trainer.importing.draft_end import settled
 from trainer.importing.given import Draft, parse_options
 from trainer.importing.launched_by import launched, launched_precision
 
-_LORA = "train_text_to_image_lora_sdxl"
-_BATCH, _EPOCHS, _SAVE_EVERY, _WARMUP, _LR, _RANK = 16, 100, 500, 500, 1e-4, 4  # where the command says nothing
+_FULL, _LORA, _DREAMBOOTH = "train_text_to_image_sdxl", "train_text_to_image_lora_sdxl", "train_dreambooth_lora_sdxl"
+# Where the command says nothing:
+_BATCH = {_FULL: 16, _LORA: 16, _DREAMBOOTH: 4}
+_EPOCHS = {_FULL: 100, _LORA: 100, _DREAMBOOTH: 1}
+_OUTPUT = {_FULL: "runs/diffusers", _LORA: "runs/diffusers", _DREAMBOOTH: "lora-dreambooth-model"}
+_SAVE_EVERY, _WARMUP, _LR, _RANK, _TEXT_LR, _DREAMBOOTH_DECAY = 500, 500, 1e-4, 4, 5e-6, 1e-4
 _UNET_TARGETS = ["*to_q", "*to_k", "*to_v", "*to_out.0"]
 _TEXT_TARGETS = ["*q_proj", "*k_proj", "*v_proj", "*out_proj"]
 
@@ -25,19 +29,25 @@ def import_diffusers(command: Command, place: str, accelerate: Path | None = Non
     Raises:
         UserError: with the option that cannot be understood.
     """
-    draft = Draft(parse_options(command.words, place, TABLE), reasons=NOTHING_HERE)
-    has_adapter = command.script == _LORA
-    workers, stage = launched(command, accelerate)
-    _run_and_model(draft, workers)
-    _data(draft, has_adapter=has_adapter)
-    steps = _length(draft)
+    script, is_dreambooth = command.script, command.script == _DREAMBOOTH
+    given = parse_options(command.words, place, DREAMBOOTH_TABLE if is_dreambooth else TABLE)
+    draft = Draft(given, reasons=NOTHING_HERE | (DREAMBOOTH_NOTHING if is_dreambooth else {}))
+    has_adapter = script != _FULL
+    workers, stage = launched(draft, command, accelerate)
+    _run_and_model(draft, workers, script)
+    (_dreambooth_data if is_dreambooth else _data)(draft)
+    _squares(draft)
+    _crops(draft, in_each_step=script == _LORA)
+    steps = _length(draft, script)
     _precision(draft, launched_precision(command, accelerate))
     lr = _learning_rate(draft, workers)
     if has_adapter:
-        _adapter(draft)
+        _adapter(draft, script)
     draft.leave("rank", "is of the LoRA script")
     draft.leave("train_text_encoder", "is of the LoRA script; trainable.text_encoder_1 and 2 train the whole encoders")
     _optimizer(draft, lr)
+    if is_dreambooth:
+        _dreambooth_optimizer(draft)
     _schedule(draft, steps, workers)
     _objective(draft)
     _saving(draft, has_adapter=has_adapter)
@@ -47,8 +57,8 @@ def import_diffusers(command: Command, place: str, accelerate: Path | None = Non
     return settled(draft)
 
 
-def _run_and_model(draft: Draft, workers: int | None) -> None:
-    run_dir = draft.take("output_dir", "runs/diffusers")
+def _run_and_model(draft: Draft, workers: int | None, script: str) -> None:
+    run_dir = draft.take("output_dir", _OUTPUT[script])
     draft.put("run.dir", run_dir, "output_dir")
     draft.put("data.prepared", f"{run_dir.rstrip('/')}-prepared")
     if (seed := draft.take("seed")) is not None:
@@ -70,7 +80,7 @@ def _run_and_model(draft: Draft, workers: int | None) -> None:
                            "overflow; for another one download it and set model.vae")  # fmt: skip
 
 
-def _data(draft: Draft, *, has_adapter: bool) -> None:
+def _data(draft: Draft) -> None:
     name, folder = draft.take("dataset_name"), draft.take("train_data_dir")
     if name is None and folder is None:
         raise UserError("--dataset_name: missing, and there is no --train_data_dir; without one there are no images")
@@ -84,6 +94,53 @@ def _data(draft: Draft, *, has_adapter: bool) -> None:
     options = ("dataset_name", "train_data_dir", "dataset_config_name", "image_column", "caption_column")
     left = [option for option in options if option in draft.became]
     draft.put("data.sources", [source], *(option for option in options if option not in left))
+    if share := draft.take("proportion_empty_prompts"):
+        draft.put("captions.dropout_rate", share, "proportion_empty_prompts")
+
+
+def _dreambooth_data(draft: Draft) -> None:
+    """One prompt for all images, or a column; and images of the class, which count apart."""
+    name, folder = draft.take("dataset_name"), draft.take("instance_data_dir")
+    if (name is None) == (folder is None):
+        raise UserError("--dataset_name, --instance_data_dir: give one of them; it says where the images are")
+    if draft.take("instance_prompt") is None:
+        raise UserError("--instance_prompt: missing; it is the caption of the images")
+    prior = bool(draft.take("with_prior_preservation"))
+    column = draft.take("caption_column")
+    repeats = {"repeats": draft.take("repeats")} if draft.take("repeats", 1) > 1 else {}
+    if name is not None:
+        source = {"type": "hf", "path": name} | repeats
+        for option, key in (("dataset_config_name", "subset"), ("image_column", "image_column"),
+                            ("caption_column", "caption_column")):  # fmt: skip
+            if draft.take(option):
+                source[key] = draft.take(option)
+    else:
+        # Images without a file of tags are used, those without a caption are not.
+        source = {"type": "folder", "path": folder} | ({} if prior else {"caption_files_hold": "tags"}) | repeats
+    sources = [source]
+    if prior:
+        if draft.take("class_data_dir") is None:
+            raise UserError("--with_prior_preservation: needs --class_data_dir, a folder of images of the class")
+        sources.append({"type": "folder", "path": draft.take("class_data_dir"), "prior": True})
+        draft.put("objective.loss_weights.prior", draft.take("prior_loss_weight", 1.0), "prior_loss_weight")
+    options = ("dataset_name", "instance_data_dir", "dataset_config_name", "image_column", "caption_column", "repeats")
+    draft.put("data.sources", sources, *options, "class_data_dir", "with_prior_preservation")
+    prompt, of_class = draft.take("instance_prompt"), draft.take("class_prompt", "")
+    if column is not None and name is not None:
+        draft.leave("instance_prompt", "the captions of caption_column count")
+    elif prior or name is not None:
+        draft.leave("instance_prompt", "captions are read from files or a column")
+        draft.notes.insert(0, f"captions: write `{prompt}` into a .txt file beside each image of {folder or name}"
+                           + (f", and `{of_class}` beside each of class_data_dir" if prior else ""))  # fmt: skip
+    else:
+        draft.put("captions.prefix", prompt, "instance_prompt")
+        draft.put("captions.use", "tags")
+        draft.notes.append("instance_prompt stands before whatever .txt files beside the images hold; their script "
+                           "reads no such files")  # fmt: skip
+    draft.leave("class_prompt", "captions are read from .txt files" if prior else "no images of the class are used")
+
+
+def _squares(draft: Draft) -> None:
     side = draft.take("resolution", 1024)
     if side % 8:
         raise UserError(f"--resolution {side}: must be a multiple of 8")
@@ -94,17 +151,14 @@ def _data(draft: Draft, *, has_adapter: bool) -> None:
         draft.put("data.buckets.step_px", 8)
     draft.notes.append("diffusers' scripts cut all images to squares, and so does this; wider data.buckets.min_px and "
                        "max_px keep their shapes")  # fmt: skip
-    _crops(draft, has_adapter=has_adapter)
-    if share := draft.take("proportion_empty_prompts"):
-        draft.put("captions.dropout_rate", share, "proportion_empty_prompts")
 
 
-def _crops(draft: Draft, *, has_adapter: bool) -> None:
-    """The LoRA script encodes images in each step; the other one once, so that crops and flips are drawn once."""
+def _crops(draft: Draft, *, in_each_step: bool) -> None:
+    """The LoRA script draws crops and flips in each step; the others once, when they encode or read the images."""
     flips, centered = draft.take("random_flip"), draft.take("center_crop")
     draft.leave("center_crop", "images are cropped in the middle where nothing else is said")
-    if not has_adapter:
-        draft.leave("random_flip", "their script mirrors half of the images once, when it encodes them; "
+    if not in_each_step:
+        draft.leave("random_flip", "their script mirrors half of the images once, when it reads them; "
                                    "data.mode: images with data.augment does at each visit")  # fmt: skip
         if not centered:
             draft.notes.append("without center_crop, their script cuts each image at a random place once; here in the "
@@ -121,8 +175,8 @@ def _crops(draft: Draft, *, has_adapter: bool) -> None:
                            "faster")  # fmt: skip
 
 
-def _length(draft: Draft) -> int | None:
-    draft.put("train.batch_size_per_gpu", draft.take("train_batch_size", _BATCH), "train_batch_size")
+def _length(draft: Draft, script: str) -> int | None:
+    draft.put("train.batch_size_per_gpu", draft.take("train_batch_size", _BATCH[script]), "train_batch_size")
     if (passes := draft.take("gradient_accumulation_steps", 1)) != 1:
         draft.put("train.gradient_accumulation_steps", passes, "gradient_accumulation_steps")
     draft.put("train.max_grad_norm", draft.take("max_grad_norm", 1.0), "max_grad_norm")
@@ -130,7 +184,7 @@ def _length(draft: Draft) -> int | None:
         draft.put("train.steps", steps, "max_train_steps")
         draft.leave("num_train_epochs", "max_train_steps counts")
         return steps
-    draft.put("train.epochs", draft.take("num_train_epochs", _EPOCHS), "num_train_epochs")
+    draft.put("train.epochs", draft.take("num_train_epochs", _EPOCHS[script]), "num_train_epochs")
     return None
 
 
@@ -155,19 +209,27 @@ def _learning_rate(draft: Draft, workers: int | None) -> float:
     return lr
 
 
-def _adapter(draft: Draft) -> None:
-    draft.put("adapter.kind", "lora")
+def _adapter(draft: Draft, script: str) -> None:
+    draft.put("adapter.kind", "dora" if draft.take("use_dora") else "lora", "use_dora")
+    if dropout := draft.take("lora_dropout"):
+        draft.put("adapter.dropout", dropout, "lora_dropout")
     draft.put("adapter.rank", draft.take("rank", _RANK), "rank")
     text = bool(draft.take("train_text_encoder"))
     draft.put("adapter.targets", _UNET_TARGETS + (_TEXT_TARGETS if text else []))
     if text:
         draft.put("adapter.text_encoders", True, "train_text_encoder")
+        if script == _DREAMBOOTH and draft.take("optimizer", "AdamW").lower() != "prodigy":
+            draft.put("adapter.text_encoder_lr", draft.take("text_encoder_lr", _TEXT_LR), "text_encoder_lr")
+    draft.leave("text_encoder_lr", "has no effect without train_text_encoder, or with Prodigy")
     draft.notes.append("adapter.targets are the four matrices of each attention, as in their script; without them all "
                        "linear layers of the transformers train, as with kohya's scripts")  # fmt: skip
 
 
 def _optimizer(draft: Draft, lr: float) -> None:
-    draft.put("optimizer.kind", "adamw_8bit" if draft.take("use_8bit_adam") else "adamw", "use_8bit_adam")
+    if draft.take("optimizer", "AdamW").lower() == "prodigy":
+        draft.leave("use_8bit_adam", "is of AdamW")
+    else:
+        draft.put("optimizer.kind", "adamw_8bit" if draft.take("use_8bit_adam") else "adamw", "use_8bit_adam")
     draft.put("optimizer.lr", lr)
     betas = [draft.take("adam_beta1", 0.9), draft.take("adam_beta2", 0.999)]
     if betas != [0.9, 0.999]:
@@ -175,6 +237,28 @@ def _optimizer(draft: Draft, lr: float) -> None:
     for option, key in (("adam_weight_decay", "weight_decay"), ("adam_epsilon", "eps")):
         if draft.take(option) is not None:
             draft.put(f"optimizer.{key}", draft.take(option), option)
+
+
+def _dreambooth_optimizer(draft: Draft) -> None:
+    """Its own defaults, and Prodigy."""
+    decay = draft.take("adam_weight_decay", _DREAMBOOTH_DECAY)
+    draft.put("optimizer.weight_decay", decay, "adam_weight_decay")
+    named = draft.take("optimizer", "AdamW").lower()
+    if named not in ("adamw", "prodigy"):
+        raise UserError(f"--optimizer {draft.take('optimizer')}: must be AdamW or prodigy")
+    if named == "adamw":
+        draft.leave("optimizer", "AdamW is the default")
+        return
+    draft.put("optimizer.kind", "prodigy", "optimizer")
+    for option, key in (("prodigy_use_bias_correction", "bias_correction"),
+                        ("prodigy_safeguard_warmup", "safeguard_warmup")):  # fmt: skip
+        # Their parser takes any word, also `False`, as true.
+        draft.put(f"optimizer.{key}", draft.take(option, "True") != "", option)
+    if (beta := draft.take("prodigy_beta3")) is not None:
+        draft.put("optimizer.beta3", beta, "prodigy_beta3")
+    if not 0.1 <= draft.sections["optimizer"]["lr"] <= 10:
+        draft.notes.append("learning_rate: Prodigy finds it itself, and a factor of about 1 is expected; 1 is taken")
+        draft.put("optimizer.lr", 1.0, "learning_rate")
 
 
 def _schedule(draft: Draft, steps: int | None, workers: int | None) -> None:

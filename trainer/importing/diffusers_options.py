@@ -1,4 +1,6 @@
-"""The options of diffusers' `train_text_to_image_sdxl.py` and its LoRA twin, and why some become nothing here.
+"""The options of diffusers' `train_text_to_image_sdxl.py`, its LoRA twin and `train_dreambooth_lora_sdxl.py`.
+
+Types, and why some become nothing here.
 
 Names, types and defaults are those of diffusers in August 2026.
 """
@@ -57,3 +59,35 @@ TABLE = OptionTable(
     "train_text_to_image_sdxl.py or train_text_to_image_lora_sdxl.py",
 )
 """Of all options."""
+
+DREAMBOOTH_NOTHING: dict[str, str] = {
+    "num_class_images": "class images are not drawn by this program: fill class_data_dir before",
+    "sample_batch_size": "see num_class_images",
+    "prior_generation_precision": "see num_class_images",
+    "output_kohya_format": "what is exported has kohya's names",
+    "lr_num_cycles": "see lr_scheduler",
+    "lr_power": "see lr_scheduler",
+    "prodigy_decouple": "decay is always decoupled",
+    "do_edm_style_training": "objective.prediction: edm is the like of it, with noise levels of its own",
+    "adam_weight_decay_text_encoder": "an adapter has one decay, optimizer.weight_decay",
+}
+"""Of the dreambooth script's own options, those that become nothing."""
+DREAMBOOTH_READ: dict[str, str] = {
+    "instance_data_dir": TEXT, "repeats": WHOLE, "class_data_dir": TEXT, "instance_prompt": TEXT, "class_prompt": TEXT,
+    "with_prior_preservation": FLAG, "prior_loss_weight": NUMBER, "text_encoder_lr": NUMBER, "optimizer": TEXT,
+    "prodigy_beta3": NUMBER, "prodigy_use_bias_correction": TEXT, "prodigy_safeguard_warmup": TEXT,
+    "lora_dropout": NUMBER, "use_dora": FLAG,
+}  # fmt: skip
+"""Those that are read."""
+_NOT_OF_DREAMBOOTH = {
+    "train_data_dir", "proportion_empty_prompts", "max_train_samples", "use_ema", "prediction_type", "noise_offset",
+    "debug_loss", "enable_npu_flash_attention", "timestep_bias_strategy", "timestep_bias_multiplier",
+    "timestep_bias_begin", "timestep_bias_end", "timestep_bias_portion",
+}  # fmt: skip
+DREAMBOOTH_TABLE = OptionTable(
+    {name: kind for name, kind in TABLE.types.items() if name not in _NOT_OF_DREAMBOOTH}
+    | {name: FLAG if name in ("output_kohya_format", "do_edm_style_training") else TEXT for name in DREAMBOOTH_NOTHING}
+    | DREAMBOOTH_READ,
+    "train_dreambooth_lora_sdxl.py",
+)
+"""Of all options of the dreambooth script."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from trainer.errors import UserError
 from trainer.guards import DEFAULT_LIMITS, read_bytes
 from trainer.importing.given import Draft
 
-_VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?")
-_IDLE = ("has no effect", "has next to no effect", "must be left out")
+_VARIABLE = re.compile(r"\$\{?[A-Za-z_]\w*\}?|%[A-Za-z_]\w*%")
+_WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]")
+_IDLE = ("has no effect", "has next to no effect", "must be left out", "is no average")
+# Of two that both have an effect, the first is left out, which is told.
+_CLASHES = ("must not go together", "the last timestep, which zero terminal SNR is for")
 _ORDER = (
     "run", "launch", "model", "data", "captions", "trainable", "adapter", "new_tokens", "train", "objective",
     "optimizer", "lr_schedule", "ema", "checkpoint", "validation", "samples", "memory", "log",
@@ -39,17 +42,29 @@ def settled(draft: Draft) -> Draft:
                 0, f"{draft.mark}{option} {value}: {found[0]} is set nowhere in the script; put in what it stands for"
             )
     draft.sections = {name: draft.sections[name] for name in _ORDER if name in draft.sections}
+    if places := [key for key, text in _texts(draft.sections) if _WINDOWS_PATH.match(text)]:
+        draft.notes.insert(0, f"{', '.join(places)}: paths of Windows; put in where these lie on this machine")
     return draft
 
 
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Each text of nested sections, with its key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(each, f"{key}.{name}" if key else str(name))
+
+
 def read_text(path: Path) -> str:
-    """A small text file from outside.
+    """A small text file from outside, in UTF-8, or in UTF-16 as PowerShell writes it.
 
     Raises:
         UserError: it cannot be read, or is none.
     """
     try:
-        return read_bytes(path, DEFAULT_LIMITS.config_bytes).decode("utf-8")
+        data = read_bytes(path, DEFAULT_LIMITS.config_bytes)
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -85,15 +100,16 @@ def _drop_what_does_nothing(draft: Draft) -> None:
         if not problems:
             return
         problem = problems[0]
-        idle = next(
-            (key for key in problem.keys if any(rule in problem.text for rule in _IDLE) and _remove(draft, key)), None
-        )
-        if idle is None:
+        rule = next((rule for rule in (*_IDLE, *_CLASHES) if rule in problem.text), None)
+        idle = next((key for key in problem.keys if rule and _remove(draft, key)), None)
+        if idle is None or rule is None:
             raise UserError(f"{_options_of(draft, '.'.join(map(str, problem.keys[0])))}: {problem.text}")
-        name, rule = ".".join(map(str, idle)), problem.text.partition(": ")[2]
+        name = ".".join(map(str, idle))
+        if rule in _CLASHES:
+            draft.notes.insert(0, f"{_options_of(draft, name)}: {problem.text}. {name} is left out")
         for option, text in draft.became.items():
             if name in text:
-                draft.became[option] = f"- {rule}"
+                draft.became[option] = f"- {problem.text[problem.text.rindex(rule) :]}"
 
 
 def _options_of(draft: Draft, key: str) -> str:

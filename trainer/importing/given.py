@@ -29,6 +29,7 @@ class Draft:
     notes: list[str] = field(default_factory=list)
     reasons: Mapping[str, str] = field(default_factory=lambda: NOTHING_HERE)
     mark: str = "--"
+    _keys: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def take(self, name: str, default: Any = None) -> Any:
         """An option's value."""
@@ -43,8 +44,9 @@ class Draft:
         at[last] = value
         for option in options:
             if option in self.given:
-                before = f"{self.became[option]}, " if option in self.became else ""
-                self.became[option] = f"{before}{key}: {_shown(value)}"
+                keys = self._keys.setdefault(option, {})
+                keys[key] = f"{key}: {_shown(value)}"
+                self.became[option] = ", ".join(keys.values())
 
     def leave(self, option: str, reason: str) -> None:
         """An option goes nowhere, and why."""
@@ -85,7 +87,8 @@ def parse_options(words: Sequence[str], place: str, table: OptionTable = _OF_KOH
         word = words[i]
         i += 1
         if not word.startswith("--"):
-            raise UserError(f"{place}: `{word}` stands alone; options are `--name value`")
+            unset = "is set nowhere in the script; put in what it stands for" if word[:1] in "$%{" else ""
+            raise UserError(f"{place}: `{word}` {unset or 'stands alone; options are `--name value`'}")
         name, has_value, value = word[2:].partition("=")
         name = _whole_name(name, place, table)
         values = [value] if has_value else []
@@ -99,20 +102,36 @@ def parse_options(words: Sequence[str], place: str, table: OptionTable = _OF_KOH
 def typed_options(table: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Options of a TOML file, whose tables are only headings.
 
+    Names that are no options are kept as they are: sd-scripts passes over them without a word, and the files that its
+    windows write are full of them.
+
     Raises:
-        UserError: as `parse_options`.
+        UserError: an option's value is none of its type.
     """
     given: dict[str, Any] = {}
     for name, value in table.items():
         if isinstance(value, dict):
             given |= typed_options(value, place)
-        elif value is not None and value is not False:
-            whole = _whole_name(name, place, _OF_KOHYA)
+        elif name not in TYPES:
+            given[name] = value
+        elif value is not False and value != "":
             values = [str(each) for each in value] if isinstance(value, list) else [str(value)]
-            if whole == "resolution" and isinstance(value, list):
+            if name == "resolution" and isinstance(value, list):
                 values = [",".join(values)]
-            given[whole] = _value_of(whole, [] if value is True else values, place, _OF_KOHYA)
+            if isinstance(value, float) and value.is_integer() and TYPES[name] == WHOLE:
+                values = [str(int(value))]
+            given[name] = _value_of(name, [] if value is True else values, place, _OF_KOHYA)
     return given
+
+
+def passed_over(given: Mapping[str, Any]) -> dict[str, str]:
+    """Why names of a TOML file that are no options become nothing."""
+    reasons = {}
+    for name in given:
+        if name not in TYPES:
+            near = nearest(name, TYPES)
+            reasons[name] = f"is no option of sd-scripts, and has no effect there{f'; {near} is' if near else ''}"
+    return reasons
 
 
 def _whole_name(name: str, place: str, table: OptionTable) -> str:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.config.sections.optimizer_config import FINDS_LR
 from trainer.errors import UserError
 from trainer.importing.command_text import Command, read_command, read_toml
 from trainer.importing.draft_end import read_text, settled
-from trainer.importing.given import Draft, parse_options, typed_options
-from trainer.importing.kohya_data import data_of
+from trainer.importing.given import Draft, parse_options, passed_over, typed_options
+from trainer.importing.kohya_data import check_dataset_keys, data_of
+from trainer.importing.kohya_options import NOTHING_HERE
 from trainer.importing.kohya_training import (
     objective_of_options,
     optimizer_of_options,
@@ -40,7 +42,7 @@ def import_file(place: Path, accelerate: Path | None = None) -> Draft:
         if "datasets" in table:
             rule = "is a dataset file; give the command or the arguments' file that names it by dataset_config"
             raise UserError(f"{place}: {rule}")
-        return import_options(typed_options(table, str(place)), Command(), accelerate)
+        return import_options(typed_options(table, str(place)), Command(), accelerate, place.parent)
     return import_command(read_command(text, str(place)), str(place), accelerate)
 
 
@@ -52,21 +54,34 @@ def import_command(command: Command, place: str, accelerate: Path | None = None)
     """
     given = parse_options(command.words, place)
     if file := given.get("config_file"):
-        path = Path(file if str(file).endswith(".toml") else f"{file}.toml").expanduser()
+        path = _found(file if str(file).endswith(".toml") else f"{file}.toml", Path(place).parent)
         given = typed_options(read_toml(read_text(path), str(path)), str(path)) | given
-    return import_options(given, command, accelerate)
+    return import_options(given, command, accelerate, Path(place).parent)
 
 
-def import_options(given: Mapping[str, Any], command: Command, accelerate: Path | None = None) -> Draft:
-    """The configuration of options by name."""
-    draft = Draft(given)
-    workers, stage = launched(command, accelerate)
+def _found(name: str, folder: Path) -> Path:
+    """A file that a command names: from here, or else beside the command's own file."""
+    path = Path(name).expanduser()
+    return path if path.exists() or not (folder / path).exists() else folder / path
+
+
+def import_options(
+    given: Mapping[str, Any], command: Command, accelerate: Path | None = None, folder: Path = Path()
+) -> Draft:
+    """The configuration of options by name.
+
+    Args:
+        folder: where files that are named lie, if not here.
+    """
+    draft = Draft(given, reasons=NOTHING_HERE | passed_over(given))
+    workers, stage = launched(draft, command, accelerate)
     has_adapter = command.script == "sdxl_train_network" or (not command.script and "network_module" in given)
     _run_and_model(draft, workers)
     dataset = None
     if file := given.get("dataset_config"):
-        path = Path(file).expanduser()
+        path = _found(file, folder)
         dataset = read_toml(read_text(path), str(path))
+        check_dataset_keys(draft, dataset, str(path))
     steps = _length(draft, has_adapter=has_adapter)
     precision_of_options(draft, has_adapter=has_adapter)
     (rates_of_adapter if has_adapter else rates_of_full_training)(draft)
@@ -123,7 +138,8 @@ def _memory(draft: Draft, workers: int | None, stage: int | None, *, has_adapter
     draft.leave("deepspeed", "one worker, or an adapter, has nothing to spread")
     fused = [name for name in ("fused_backward_pass", "fused_optimizer_groups") if draft.take(name)]
     alone = workers == 1 and "gradient_accumulation_steps" not in draft.sections["train"]
+    alone = alone and draft.sections["optimizer"]["kind"] not in FINDS_LR
     for name in fused:
         if alone and not has_adapter and draft.sections["train"]["precision"] != "fp16":
             draft.put("memory.release_gradients", True, name)
-        draft.leave(name, "needs one worker and one pass a step (memory.release_gradients)")
+        draft.leave(name, "needs one worker, one pass a step and given learning rates (memory.release_gradients)")

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.config.spelling import nearest
 from trainer.errors import UserError
 from trainer.importing.given import Draft
+from trainer.importing.kohya_options import NOTHING_HERE
 
 _CAPTIONS = {
     "keep_tokens": "keep_tokens", "keep_tokens_separator": "keep_tokens_separator",
@@ -25,6 +27,39 @@ _SUBSET_KEYS = {
     "image_dir", "metadata_file", "num_repeats", "is_reg", "class_tokens", "caption_extension", "alpha_mask",
     "conditioning_data_dir",
 }  # fmt: skip
+_FILE_KEYS = {
+    *_SUBSET_KEYS, *_CAPTIONS, "subsets", "shuffle_caption", "caption_separator", "flip_aug", "random_crop",
+    "batch_size", "bucket_no_upscale", "bucket_reso_steps", "enable_bucket", "max_bucket_reso", "min_bucket_reso",
+    "resolution", "validation_split",
+}  # fmt: skip
+_IDLE_FILE_KEYS = {
+    name: NOTHING_HERE[name]
+    for name in ("color_aug", "face_crop_aug_range", "token_warmup_min", "token_warmup_step", "cache_info",
+                 "validation_seed", "network_multiplier", "resize_interpolation")
+} | {"custom_attributes": "is of other programs"}  # fmt: skip
+
+
+def known_dataset_keys() -> set[str]:
+    """All that a dataset file may hold, at any of its levels."""
+    return {*_FILE_KEYS, *_IDLE_FILE_KEYS}
+
+
+def check_dataset_keys(draft: Draft, dataset: Mapping[str, Any], place: str) -> None:
+    """Note keys of a dataset file that become nothing.
+
+    Raises:
+        UserError: a key that sd-scripts does not know, and would refuse as well.
+    """
+    idle: list[str] = []
+    tables = [table for table in (dataset.get("general"), *dataset.get("datasets", [])) if isinstance(table, dict)]
+    tables += [subset for table in tables for subset in table.get("subsets", [])]
+    for name, value in ((name, value) for table in tables for name, value in table.items()):
+        if name in _IDLE_FILE_KEYS:
+            idle += [name] if value and name not in idle else []
+        elif name not in _FILE_KEYS:
+            near = nearest(name, known_dataset_keys())
+            raise UserError(f"{place}: {name}: is no key of a dataset file{f'; did you mean {near}?' if near else ''}")
+    draft.notes += [f"{place}: {name}: {_IDLE_FILE_KEYS[name]}" for name in idle]
 
 
 def data_of(draft: Draft, dataset: Mapping[str, Any] | None) -> None:
@@ -212,4 +247,8 @@ def _modes(draft: Draft, merged: Mapping[str, Any], *, of_latents: bool) -> None
             draft.leave(name, "latents are always stored once, on disk (data.mode)")
     if merged.get("cache_text_encoder_outputs") or draft.take("cache_text_encoder_outputs_to_disk"):
         names = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
-        draft.put("data.cache_text", True, *names)
+        if wanted:
+            for name in names:
+                draft.leave(name, f"nothing that a model has computed is stored with {', '.join(wanted)}")
+        else:
+            draft.put("data.cache_text", True, *names)

@@ -10,7 +10,7 @@ FLAG, TEXT, WHOLE, NUMBER, WORDS = "flag", "text", "whole number", "number", "wo
 _ATTENTION = "attention is always PyTorch's fused one, which takes as little memory"
 _AUTO_MEMORY = "the memory plan chooses this by itself (`memory`); see `sdxl-train plan`"
 _STATE = "every checkpoint holds the whole state, and the same command goes on"
-_LOGS = "metrics.jsonl and TensorBoard's files always lie in run.dir"
+_LOGS = "metrics.jsonl, TensorBoard's files and log.txt always lie in run.dir"
 _HUB = "nothing is uploaded; `sdxl-train export` writes the file"
 _SD3 = "belongs to SD3, and has no effect in sdxl_train.py either"
 _LOADER = "readers need two processes a worker at most; `data.workers` changes it"
@@ -29,6 +29,7 @@ NOTHING_HERE: dict[str, str] = {
     "initial_epoch": "start from the saved weights; the data of an interrupted run of kohya's begin anew",
     "skip_until_initial_step": "a run of this program goes on at the exact image by itself",
     "logging_dir": _LOGS, "log_prefix": _LOGS, "log_tracker_name": _LOGS, "log_tracker_config": _LOGS,
+    "console_log_level": _LOGS, "console_log_file": _LOGS, "console_log_simple": _LOGS,
     "log_config": "config.resolved.yaml in run.dir is the configuration",
     "wandb_run_name": "see log_with; log.name is what trackers call the run",
     "wandb_api_key": "keys belong into the environment (WANDB_API_KEY), or `wandb login`",
@@ -108,8 +109,8 @@ _FLAGS_OF_NOTHING = {
     "skip_until_initial_step", "log_config", "async_upload", "persistent_data_loader_workers", "pin_memory",
     "skip_cache_check", "cache_info", "ddp_gradient_as_bucket_view", "ddp_static_graph", "v2", "weighted_captions",
     "color_aug", "no_half_vae", "use_safetensors", "no_metadata", "output_config", "debug_dataset", "sample_at_first",
-    "disable_mmap_load_safetensors", "dim_from_weights", "fp8_base_unet", "ip_noise_gamma_random_strength",
-    "noise_offset_random_strength",
+    "console_log_simple", "disable_mmap_load_safetensors", "dim_from_weights", "fp8_base_unet",
+    "ip_noise_gamma_random_strength", "noise_offset_random_strength",
 }  # fmt: skip
 TYPES: dict[str, str] = {
     **{name: FLAG if name in _FLAGS_OF_NOTHING else TEXT for name in NOTHING_HERE},

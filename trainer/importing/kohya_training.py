@@ -23,6 +23,9 @@ _ARGUMENTS = {
     "clip_threshold": "clip_threshold", "scale_parameter": "scale_by_weights", "momentum": "momentum",
     "nesterov": "nesterov", "ns_steps": "ns_steps",
 }  # fmt: skip
+# What holds here, so that nothing has to be said.
+_HOLDS = {"relative_step": "false", "warmup_init": "false", "decouple": "true", "amsgrad": "false", "foreach": "false",
+          "fixed_decay": "false", "cautious": "false"}  # fmt: skip
 _FINDS_LR = ("prodigy", "dadapt_adam")
 _USUAL_LR = 2e-6  # of sd-scripts
 
@@ -105,10 +108,14 @@ def rates_of_adapter(draft: Draft) -> None:
         draft.put("adapter.alpha", draft.take("network_alpha", 1.0), "network_alpha")
     if draft.take("network_alpha") is None and kind != "oft":
         draft.notes.append(f"network_alpha is 1 where it is not given: the adapter counts 1/{rank} times")
-    if dropout := draft.take("network_dropout"):
+    takes_dropout = kind in ("lora", "locon", "dora")
+    if (dropout := draft.take("network_dropout")) and takes_dropout:
         draft.put("adapter.dropout", dropout, "network_dropout")
+    draft.leave("network_dropout", f"{kind} has no dropout here")
     for name, key, read in (("conv_dim", "conv_rank", int), ("conv_alpha", "conv_alpha", float),
                             ("factor", "lokr_factor", int), ("dropout", "dropout", float)):  # fmt: skip
+        if name == "dropout" and not takes_dropout:
+            continue
         if name in arguments and (key != "lokr_factor" or int(arguments[name]) >= 2):
             draft.put(f"adapter.{key}", read(arguments.pop(name)), "network_args")
     if arguments:
@@ -153,6 +160,8 @@ def optimizer_of_options(draft: Draft) -> str:
     if kind == "lion" and "weight_decay" not in arguments:
         draft.put("optimizer.weight_decay", 0.0)  # as the library behind kohya's Lion has it
     for name, text in arguments.items():
+        if _HOLDS.get(name) == text.lower():
+            continue
         if (key := _ARGUMENTS.get(name)) is None:
             why = "relative steps ignored the learning rates that were given; here they count" if (
                 name == "relative_step" and str(text) == "True") else "nothing like it here"  # fmt: skip
@@ -231,10 +240,14 @@ def objective_of_options(draft: Draft) -> None:
         if loss in ("huber", "smooth_l1"):
             draft.put("objective.loss.delta", draft.take("huber_c", 0.1), "huber_c")
             draft.put("objective.loss.delta_schedule", draft.take("huber_schedule", "snr"), "huber_schedule")
-    for name, key in (
-        ("noise_offset", "offset"), ("adaptive_noise_scale", "offset_adaptive"),
-        ("multires_noise_iterations", "pyramid_levels"), ("ip_noise_gamma", "perturbation"),
-    ):  # fmt: skip
+    offsets = {"noise_offset": "offset", "adaptive_noise_scale": "offset_adaptive"}
+    others = {"multires_noise_iterations": "pyramid_levels", "ip_noise_gamma": "perturbation"}
+    if draft.take("multires_noise_iterations"):
+        for name in offsets:
+            draft.leave(name, "the coarsest level of multires_noise_iterations is an offset, and is taken")
+    elif draft.take("noise_offset"):
+        others = offsets | others
+    for name, key in others.items():
         if draft.take(name):
             draft.put(f"objective.noise.{key}", draft.take(name), name)
     if draft.take("multires_noise_iterations") and draft.take("multires_noise_discount"):

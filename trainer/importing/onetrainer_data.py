@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ def data_of_settings(draft: Draft, folder: Path) -> None:
     texts = [each.get("text") or {} for each in used]
     of_tags = any(text.get("enable_tag_shuffling") or text.get("tag_dropout_enable") for text in texts)
     sources = [_source(draft, each, masked=masked, of_tags=of_tags) for each in used]
+    _name_apart(sources)
     draft.put("data.sources", sources, "concepts", "concept_file_name")
     _masks(draft, masked=masked)
     _resolutions(draft)
@@ -89,6 +91,18 @@ def _source(draft: Draft, concept: Mapping[str, Any], *, masked: bool, of_tags: 
     if not concept.get("include_subdirectories") and _has_folders(str(concept["path"])):
         draft.notes.append(f"concept {_name(concept)}: folders within it are searched too; move out what is not meant")
     return source
+
+
+def _name_apart(sources: Sequence[dict[str, Any]]) -> None:
+    """Concepts may share a name, sources may not."""
+    taken: set[str] = set()
+    for source in sources:
+        if name := source.get("name"):
+            further = (f"{name}~{number}" for number in itertools.count(2))
+            source["name"] = next(
+                each for each in (name, *itertools.islice(further, len(sources))) if each not in taken
+            )
+            taken.add(source["name"])
 
 
 def _has_folders(path: str) -> bool:

@@ -37,8 +37,7 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(
         ("gradient_checkpointing", "async_offloading", "layer_offload_fraction", "enable_activation_offloading",
          "enable_async_offloading", "train_device", "temp_device", "enable_autocast_cache",
-         "unet.gradient_checkpointing",
-         "unet.offload_fraction", "unet.activation_offloading"), _AUTO_MEMORY),
+         "offload_fraction", "activation_offloading"), _AUTO_MEMORY),
     **dict.fromkeys(("gradient_reduce_precision", "fused_gradient_reduce", "async_gradient_reduce",
                      "async_gradient_reduce_buffer"), _CARDS),
     **dict.fromkeys(("cache_dir", "clear_cache_before_training", "only_cache"), _CACHE),
@@ -70,6 +69,11 @@ REASONS: dict[str, str] = {
     "validate_after_unit": "validation goes by steps (validation.every_steps)", "weight_dtype": "see unet.weight_dtype",
     "rolling_backup": "see rolling_backup_count", "vae.train": "the VAE is always frozen",
     "optimizer.stochastic_rounding": "bf16 weights are never rounded to the nearest (`train.precision`)",
+    "include": _OTHER_MODELS, "attention_mask": _OTHER_MODELS, "guidance_scale": _OTHER_MODELS,
+    "train_embedding": "see additional_embeddings", "embedding.uuid": "is of the window",
+    "embedding.is_output_embedding": "new tokens are looked up before the text encoders",
+    "embedding.stop_training_after": "new tokens train to the end",
+    "embedding.stop_training_after_unit": "new tokens train to the end",
     "optimizer.fused": "updates are fused where that pays", "optimizer.foreach": "updates are fused where that pays",
     "optimizer.relative_step": "learning rates are those that are given",
     "optimizer.warmup_init": "learning rates are those that are given", "__version": "of the file",
@@ -101,8 +105,15 @@ def draft_of(settings: Mapping[str, Any]) -> Draft:
             given |= {f"{name}.{inner}": each for inner, each in value.items() if each is not None}
         elif value is not None:
             given[name] = value
-    reasons = {name: REASONS.get(name, REASONS.get(name.rpartition(".")[2], _UNKNOWN)) for name in given}
+    reasons = {name: _reason(name, value) for name, value in given.items()}
     return Draft(given, reasons=reasons, mark="")
+
+
+def _reason(name: str, value: Any) -> str:
+    known = REASONS.get(name, REASONS.get(name.rpartition(".")[2]))
+    if known is not None or not name.startswith("optimizer."):
+        return known or _UNKNOWN
+    return "is off, as here" if value is False else "this program's optimizer has nothing like it, or does so anyway"
 
 
 def _modern(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,6 +145,8 @@ def _adapter(draft: Draft, base: float) -> None:
             draft.put("adapter.text_encoder_lr", rate, *(f"{part}.learning_rate" for part in trained))
         if len(trained) == 1:
             draft.notes.append("one text encoder trains: here both have an adapter, or none")
+    for part in ("text_encoder", "text_encoder_2"):
+        draft.leave(f"{part}.train", "text encoders have no adapter by default (adapter.text_encoders)")
     if not draft.take("unet.train", True):
         draft.notes.append("unet.train = false: an adapter is always on the UNet as well")
 

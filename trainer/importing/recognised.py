@@ -27,6 +27,11 @@ def import_any(place: Path, accelerate: Path | None = None) -> Draft:
         return import_file(place, accelerate)
     if text.lstrip("\ufeff \t\r\n").startswith(("{", "[")):
         settings = read_json_text(text, str(place))
+        if isinstance(settings, dict) and "pretrained_model_name_or_path" in settings:
+            rule = (
+                "settings of a window for kohya's scripts; give the .toml that it writes when it starts a training, or"
+            )
+            raise UserError(f"{place}: {rule} the command that it prints")
         if not isinstance(settings, dict) or not is_onetrainer(settings):
             raise UserError(f"{place}: JSON, but not OneTrainer's settings, which have training_method and model_type")
         return import_onetrainer(settings, place)
@@ -39,5 +44,5 @@ def import_of(command: Command, place: str, accelerate: Path | None = None) -> D
     Raises:
         UserError: with the option that cannot be understood.
     """
-    known = import_diffusers if command.script.startswith("train_text_to_image") else import_command
+    known = import_diffusers if command.script.startswith("train_") else import_command
     return known(command, place, accelerate)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trainer.evaluate.drawing.infotext import infotext, png_text, read_infotext, sampler_title
+from trainer.evaluate.drawing.infotext import infotext, png_text, read_infotext, sampler_title, schedule_title
 
 SETTINGS: dict[str, object] = {
     "Steps": 28,
@@ -121,7 +121,39 @@ def test_any_text_is_read(text: str) -> None:
     assert isinstance(told.settings, dict)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "negative", "read"),
+    [
+        ("a\nNegative prompt: b", "c\nNegative prompt: d", ("a Negative prompt: b", "c Negative prompt: d")),
+        ("Negative prompt: alone", "", (", Negative prompt: alone", "")),
+        ("  spaced \n\t line\t", " neg ", ("spaced\nline", "neg")),
+        ("tab\there", "", ("tab here", "")),
+        ("", "only this", ("", "only this")),
+        ("", "", ("", "")),
+        ("Steps: 20, Sampler: Euler a, Seed: 1", "Steps: 1, Seed: 2, Size: 3x4", None),
+        ("a\n\n\nb", 'say "this", \\(so\\)', None),
+        ("<lora:x:1> [a:b:0.5] {c|d}", '"begins and ends"', None),
+    ],
+)
+def test_what_a1111s_parser_would_take_for_something_else(
+    prompt: str, negative: str, read: tuple[str, str] | None
+) -> None:
+    """By the steps of its `parse_generation_parameters`: the last line is pairs; each line is stripped; one that begins
+    with `Negative prompt:` begins that one, and what follows up to the last line belongs to it."""
+    *lines, last = infotext(prompt, negative, SETTINGS).strip().split("\n")
+    found, side = {"prompt": [], "negative": []}, "prompt"
+    for line in (line.strip() for line in lines):
+        side = "negative" if line.startswith("Negative prompt:") else side
+        found[side].append(line[16:].strip() if line.startswith("Negative prompt:") else line)
+    assert ("\n".join(found["prompt"]), "\n".join(found["negative"])) == (read or (prompt, negative))
+    assert last.startswith("Steps: 28, Sampler: ") and last.endswith(", RNG: CPU")
+    told = read_infotext(infotext(prompt, negative, SETTINGS))
+    assert (told.prompt, told.negative_prompt) == (read or (prompt, negative))
+
+
 def test_samplers_have_a1111s_names() -> None:
     names = [sampler_title(name, "normal") for name in ("euler", "euler_a", "ddim", "dpmpp_2m")]
     assert names == ["Euler", "Euler a", "DDIM", "DPM++ 2M"]
-    assert sampler_title("dpmpp_2m", "karras") == "DPM++ 2M Karras"
+    assert sampler_title("dpmpp_2m", "karras") == "DPM++ 2M Karras" and schedule_title("dpmpp_2m", "karras") is None
+    # Alone, A1111 takes Karras's steps with DPM++ 2M, and even ones with the others.
+    assert schedule_title("dpmpp_2m", "normal") == "Uniform" and schedule_title("euler", "normal") is None

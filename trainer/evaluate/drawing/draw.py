@@ -12,7 +12,7 @@ from PIL import Image
 from trainer.config.sections.samples_config import SamplesConfig
 from trainer.data.captions import CaptionRules
 from trainer.data.store.snapshot import PreparedSet
-from trainer.evaluate.drawing.infotext import infotext, png_text, sampler_title
+from trainer.evaluate.drawing.infotext import infotext, png_text, sampler_title, schedule_title
 from trainer.evaluate.drawing.places import begin_drawing, fresh_folder, partial_of, publish_drawing, sheet_of
 from trainer.evaluate.drawing.wanted_pictures import Picture, dealt_out, wanted_pictures
 from trainer.evaluate.pictures import GridRow, image_grid, read_small
@@ -137,6 +137,7 @@ class Drawer:
         settings: dict[str, object] = {
             "Steps": picture.steps,
             "Sampler": sampler_title(picture.sampler, picture.schedule),
+            "Schedule type": schedule_title(picture.sampler, picture.schedule),
             "CFG scale": picture.guidance_scale if guided else 1.0,
             "Seed": picture.seed,
             "Size": f"{picture.bucket.width_px}x{picture.bucket.height_px}",

@@ -41,11 +41,21 @@ def infotext(prompt: str, negative_prompt: str, settings: dict[str, object]) -> 
     Args:
         settings: by A1111's names, such as `Steps`, in its order; those that are None are left out.
     """
-    lines = [_plain(prompt)]
-    if negative_prompt:
-        lines.append(_NEGATIVE + _plain(negative_prompt))
+    text, negative = _unmarked(_plain(prompt)), _unmarked(_plain(negative_prompt))
+    # A prompt that begins so cannot be told from a negative one.
+    lines = [f", {text}" if text.startswith(_NEGATIVE.strip()) else text]
+    if negative:
+        lines.append(_NEGATIVE + negative)
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None))
     return "\n".join(lines)
+
+
+def schedule_title(sampler: SamplerName, schedule: ScheduleName) -> str | None:
+    """What A1111 calls the places of the steps, where it would take others if nothing was said.
+
+    Since its version 1.9 `DPM++ 2M` alone is drawn with Karras's.
+    """
+    return "Uniform" if (sampler, schedule) == ("dpmpp_2m", "normal") else None
 
 
 def read_infotext(text: str) -> Told:
@@ -66,9 +76,19 @@ def png_text(text: str) -> PngInfo:
     return info
 
 
+def _unmarked(text: str) -> str:
+    """With lines that begin as the negative prompt does joined to those before; tokenizers take either as a blank."""
+    return text.replace(f"\n{_NEGATIVE.strip()}", f" {_NEGATIVE.strip()}")
+
+
 def _plain(text: str) -> str:
-    """Without characters that a chunk cannot hold, or that would end the text; line breaks stay."""
-    kept = (c for c in text.replace("\r\n", "\n").replace("\r", "\n") if c == "\n" or unicodedata.category(c) != "Cc")
+    """Without characters that a chunk cannot hold, or that would end the text; line breaks stay, tabs become blanks.
+
+    A1111 strips each line, and so does this.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\t", " ")
+    text = "\n".join(line.strip() for line in text.split("\n"))
+    kept = (c for c in text if c == "\n" or unicodedata.category(c) != "Cc")
     return "".join(kept).encode("utf-8", "replace").decode().strip()
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainer.measure.trackers.tracked_run import Mark, Record, TrackedRun, Tracker, values_of
+from trainer.measure.trackers.tracked_run import Mark, Record, TrackedRun, Tracker, values_of, write_mark
 
 MLFLOW_FOLDER = "mlflow"
 _MOST_METRICS, _MOST_PARAMS, _LONGEST_PARAM = 1000, 100, 500  # of one call; all servers take so many
@@ -58,6 +58,9 @@ def open_mlflow(run: TrackedRun, mark: Mark) -> tuple[Tracker, Mark]:
         old = ""
     if not old:
         mark = Mark(id=_new_run(client, run))
+        write_mark(run.run_dir, run.kind, mark)  # at once: who is ended now leaves no run that nobody knows
+    if not client.get_run(mark.id).data.params:
+        _send_settings(client, mark.id, run)
     client.update_run(mark.id, status="RUNNING")
     return MlflowRun(client, mark.id), replace(mark, replaces=False)
 
@@ -80,19 +83,21 @@ def _is_there(client: Any, run_id: str) -> bool:
 
 
 def _new_run(client: Any, run: TrackedRun) -> str:
-    from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
-
     name = str(run.options.get("experiment") or "sdxl-train")
     found = client.get_experiment_by_name(name)
-    created = client.create_run(
+    return client.create_run(
         found.experiment_id if found else client.create_experiment(name),
         run_name=run.name,
         tags={"mlflow.source.name": "sdxl-train"},
-    )
+    ).info.run_id
+
+
+def _send_settings(client: Any, run_id: str, run: TrackedRun) -> None:
+    from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
+
     params = [Param(key, text[:_LONGEST_PARAM]) for key, text in _flat(run.settings)]
     for start in range(0, len(params), _MOST_PARAMS):
-        client.log_batch(created.info.run_id, params=params[start : start + _MOST_PARAMS])
-    return created.info.run_id
+        client.log_batch(run_id, params=params[start : start + _MOST_PARAMS])
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

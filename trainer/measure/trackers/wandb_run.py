@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainer.measure.trackers.tracked_run import Mark, Record, TrackedRun, Tracker, values_of
+from trainer.measure.trackers.tracked_run import Mark, Record, TrackedRun, Tracker, values_of, write_mark
 
 WANDB_FOLDER = "wandb"
 
@@ -46,6 +46,8 @@ def open_wandb(run: TrackedRun, mark: Mark) -> tuple[Tracker, Mark]:
     mode = os.environ.get("WANDB_MODE", "online") if mode == "auto" else mode
     mark = replace(mark, id=mark.id or secrets.token_hex(4))
     goes_on = mode == "online" and mark.records > 0 and not mark.replaces
+    if not goes_on:  # known before there is a run of it: who is ended meanwhile leaves none that nobody knows
+        write_mark(run.run_dir, run.kind, Mark(id=mark.id))
     if mode == "offline":
         _remove_earlier(run.run_dir / WANDB_FOLDER, mark.id)
     opened = wandb.init(
