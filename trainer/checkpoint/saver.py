@@ -6,8 +6,8 @@ A save runs through these phases on every worker alike:
                        other, as soon as all is copied or there is no room for more, checks that it is finite, writes
                        it to its place in the files, and flushes them. The loop goes on at once, and waits for the
                        copies only before weights change: at the next update.
-    publishing         when all have written: a thread of rank 0 reads the files back for the manifest, flushes, renames;
-                       where each host has a disk of its own, one on each
+    publishing         when all have written: a thread of rank 0, or on each host's own disk of one worker there, reads
+                       the files back for the manifest, flushes, renames
 
 Workers tell each other whether they are busy or have failed in the sums that a training step exchanges anyhow. So a
 disk that is gone is noticed by all of them, and a slow one delays nothing but the next save.

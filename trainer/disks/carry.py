@@ -4,7 +4,7 @@ import errno
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -90,6 +90,34 @@ def receive_files(disks: Disks, folder: Path, rank: int) -> int:
     if failure is not None:
         raise failure
     return sum(sizes.values())
+
+
+def collect_files(disks: Disks, folder: Path, names: Sequence[str]) -> None:
+    """Bring files that workers have written on other disks to the first one, into `folder`, which each disk has.
+
+    All workers call it; `names`: of those that this worker has written there.
+
+    Raises:
+        OSError: one cannot be read or written; nobody waits for this worker then.
+    """
+    if disks.mine:
+        send_files(disks, folder, names, 0)
+    elif disks.comm.rank == 0:
+        reasons = [
+            _reason(lambda sender=rank: receive_files(disks, folder, sender))
+            for rank in range(disks.workers_each, disks.comm.world)
+        ]
+        if failures := [reason for reason in reasons if reason is not None]:
+            raise failures[0]
+
+
+def _reason(work: Callable[[], object]) -> OSError | None:
+    """Why it could not be done, if it could not."""
+    try:
+        work()
+    except OSError as error:
+        return error
+    return None
 
 
 def _blocks(size: int) -> Iterator[int]:

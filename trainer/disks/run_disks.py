@@ -1,8 +1,8 @@
 """Which workers of a run share a disk: all of them, or those of each host where run directories are on local disks.
 
-What every worker writes to its own disk is the same everywhere in the end: each disk gets whole checkpoints, so that
-each host could go on alone. What none of a host's workers holds comes over the wire, through a group of its own, so that
-saves beside the training and the training's exchanges do not wait for each other.
+In the end all disks have the same: each gets whole checkpoints, so that each host could go on alone. What none of a
+host's workers holds comes over the wire, through a group of its own, so that saves beside the training and the
+training's exchanges do not wait for each other.
 """
 
 import ctypes
