@@ -13,7 +13,8 @@ from benchmarks.two_hosts import CannotHaveHosts, TwoHosts, environment_of_hosts
 from tests.hosts.hosted_run import Job, tensor_hashes, wait_until, write_run
 from trainer.checkpoint.manifest import MANIFEST, find_damage
 from trainer.checkpoint.roll_back import order_roll_back
-from trainer.checkpoint.run_dir import RESOLVED_CONFIG, checkpoint_dir, list_checkpoints
+from trainer.checkpoint.run_dir import RESOLVED_CONFIG, checkpoint_dir, fallback_run_dir, list_checkpoints
+from trainer.faults import FAULT
 
 pytestmark = pytest.mark.e2e
 
@@ -170,6 +171,24 @@ def test_a_roll_back_is_one_on_both(hosts: TwoHosts, config: Path, straight: Pat
         assert [path.name for path in disk.glob("checkpoints/rolled-back-*/*")] == [f"step-{STEPS:08d}"]
         assert tensor_hashes(disk, STEPS) == tensor_hashes(straight, STEPS)
     disks.require_alike()
+
+
+def test_a_full_disk_of_one_sends_both_elsewhere(
+    hosts: TwoHosts, config: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of the second host finds it full after step 6; each host's other disk gets step 7, its own the rest."""
+    monkeypatch.setenv(FAULT, "disk_full@2:6")
+    disks = Disks(tmp_path)
+    elsewhere = disks.first / "elsewhere"
+    job = disks.job(hosts, config, f"checkpoint.fallback_dir={elsewhere}")
+    assert job.exit_codes() == [0, 0], job.said()
+    stand_in = fallback_run_dir(elsewhere, disks.first)
+    assert f"trying again in {elsewhere}" in job.said() and f"saved {checkpoint_dir(stand_in, 7)}" in job.said()
+    disks.require_alike()
+    assert [path.name for path in list_checkpoints(disks.second)][-1] == f"step-{STEPS:08d}"
+    second = disks.second / "elsewhere" / stand_in.name
+    assert (second / RESOLVED_CONFIG).is_file() and not list_checkpoints(second) and not list_checkpoints(stand_in)
+    assert tensor_hashes(disks.second, STEPS) == tensor_hashes(straight, STEPS)
 
 
 def test_a_host_goes_on_alone(config: Path, straight: Path, done: Disks, tmp_path: Path) -> None:
