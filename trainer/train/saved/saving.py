@@ -125,7 +125,8 @@ class Saving:
             return
         self._heartbeat.begin("a checkpoint", step)
         begin = time.perf_counter()
-        self._ended(self._finish())
+        if self._saver.phase != "idle":  # else what was said of the last one stands: where this one goes
+            self._ended(self._finish())
         checkpoint = done or due_by_step or due_by_clock > 0 or self._again
         if folders := self._folders(state, checkpoint=checkpoint, snapshot=snapshot):
             self._begin(folders, step)
