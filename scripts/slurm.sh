@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train under SLURM, one task for each GPU. From the repository's folder, which all nodes see:
 #
-#   sbatch scripts/slurm.sh configs/2x4x3090.yaml [section.key=value ...]
+#   sbatch scripts/slurm.sh configs/2x4x3090.yaml run.on_local_disks=false [section.key=value ...]
 #   sbatch --nodes 4 --time 12:00:00 scripts/slurm.sh ...        what is written below, otherwise
 #   scancel --signal=USR1 --batch JOB                            save now, and queue the job again
 #   scancel --signal=TERM JOB                                    save and end

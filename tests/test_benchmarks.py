@@ -63,6 +63,20 @@ def test_optimizer_speed() -> None:
 
 
 @pytest.mark.slow
+def test_hosts_saves() -> None:
+    """With ddp nothing but a few messages leaves a host; with zero2 the half that the other lacks, and headers."""
+    command = [sys.executable, "-W", "error", "benchmarks/hosts_saves.py", "--megabytes", "8"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
+    if "CannotHaveHosts" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    rows = [row.strip("| ").split(" | ") for row in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["ddp", "zero2"]
+    assert float(rows[0][2]) < 0.1 and 4.0 <= float(rows[1][2]) < 4.8
+
+
+@pytest.mark.slow
 def test_hosts_exchange() -> None:
     """Both ways over one link, neither faster than the link: 1.5 and 1.75 MB at 25 MB/s."""
     command = [sys.executable, "-W", "error", "benchmarks/hosts_exchange.py", "--mbit", "200", "--megabytes", "1"]

@@ -28,13 +28,14 @@ ALLOWED: dict[str, set[str]] = {
     "notify": {"config"},
     "report": {"config", "data"},
     "tiny": {"model_files"},
-    "checkpoint": {"model_files", "parallel"},
+    "disks": {"parallel"},
+    "checkpoint": {"disks", "model_files", "parallel"},
     "optim": {"config", "parallel"},
     "adapters": {"config", "model_files"},
     "model": {"adapters", "config", "data", "diffusion", "model_files"},
     "wire": {"config", "optim", "parallel"},
     "memory": {"adapters", "config", "data", "measure", "model", "model_files", "optim", "parallel", "wire"},
-    "evaluate": {"config", "data", "diffusion", "measure", "model", "model_files", "parallel"},
+    "evaluate": {"config", "data", "diffusion", "disks", "measure", "model", "model_files", "parallel"},
     "publish": {"adapters", "checkpoint", "config", "model", "model_files", "optim"},
 }
 ALLOWED["train"] = {*ALLOWED} - {"doctor", "tiny"}

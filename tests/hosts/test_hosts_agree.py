@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -34,13 +34,14 @@ def config(tmp_path: Path, model_folder: Path) -> Path:
 
 
 def start_both(
-    hosts: TwoHosts, config: Path, second: str = "", own: tuple[Path, Path] | None = None
+    hosts: TwoHosts, config: Path, second: str = "", own: tuple[Path, Path] | None = None, both: Sequence[str] = ()
 ) -> list[tuple[int, str]]:
     """One worker on each host, as SLURM would start them; exit codes and what is said.
 
     Args:
         second: an override on the second host alone.
         own: a folder of the second host's own, and where it sees that in place of what the first sees there.
+        both: overrides on both.
     """
     running = []
     for host in (0, 1):
@@ -51,7 +52,7 @@ def start_both(
             "LOCAL_WORLD_SIZE": "1",
         }
         env |= {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29512", "SDXL_TRAIN_ENDINGS": str(config.parent)}
-        command = [sys.executable, "-m", "trainer", str(config), "train.steps=2"]
+        command = [sys.executable, "-m", "trainer", str(config), "train.steps=2", *both]
         command += [second] if host and second else []
         if host and own:
             mount = f'mount --bind {own[0]} {own[1]} && exec "$@"'
@@ -87,7 +88,7 @@ def test_a_run_directory_of_each_hosts_own_is_refused(hosts: TwoHosts, config: P
     lines = refusals(start_both(hosts, config, own=(own, seen)))
     told = (
         f"run.dir = {seen}: host-b does not see what host-a writes there; all hosts need one directory on a file "
-        "system that they share, at one path (docs/hosts.md)"
+        "system that they share, at one path, or each its own: run.on_local_disks=true (docs/hosts.md)"
     )
     assert lines == [told, told]
     assert (config.parent / "refused").exists() and not list_checkpoints(seen) and not list(own.iterdir())
@@ -122,3 +123,40 @@ def test_copies_of_the_model_must_be_the_same(hosts: TwoHosts, config: Path) -> 
     lines = refusals(start_both(hosts, config, own=(own, seen)))
     told = f"model.path = {seen}: the text_encoder on host-b has other weights than that on host-a: "
     assert lines == [told + "copy the model from one host to the others"] * 2
+
+
+def test_a_directory_that_both_see_is_no_local_disk(hosts: TwoHosts, config: Path) -> None:
+    lines = refusals(start_both(hosts, config, both=["run.on_local_disks=true"]))
+    told = (
+        f"run.on_local_disks = true, run.dir = {config.parent / 'run'}: host-a sees what host-b writes there; either "
+        "each host has one of its own, or all share one and it is false (docs/hosts.md)"
+    )
+    assert lines == [told, told]
+    assert not list((config.parent / "run").glob("*/*")) and not list((config.parent / "run").glob(".seen-*"))
+
+
+def test_a_checkpoint_by_its_path_must_be_on_both_disks(hosts: TwoHosts, config: Path) -> None:
+    """The line has the command that brings it there."""
+    own, seen = config.parent / "disk-of-b", config.parent / "run"
+    seen.mkdir()
+    own.mkdir()
+    local = ["run.on_local_disks=true"]
+    assert [code for code, _ in start_both(hosts, config, own=(own, seen), both=local)] == [0, 0]
+    shutil.rmtree(own / "checkpoints")
+    wish = seen / "checkpoints" / "step-00000002"
+    lines = refusals(start_both(hosts, config, own=(own, seen), both=[*local, f"run.resume={wish}", "train.steps=3"]))
+    told = f"run.resume = {wish}: on host-b, it is not there; copy it from host-a: rsync -a --delete --mkpath {wish}/ "
+    assert lines == [f"{told}host-b:{wish}/"] * 2
+    shutil.copytree(wish, own / "checkpoints" / "step-00000002")
+    for code, said in start_both(hosts, config, own=(own, seen), both=[*local, f"run.resume={wish}", "train.steps=3"]):
+        assert code == 0, said
+    assert [path.name for path in list_checkpoints(own)] == ["step-00000002", "step-00000003"]
+
+
+def test_true_wants_a_checkpoint_on_one_of_the_disks(hosts: TwoHosts, config: Path) -> None:
+    own, seen = config.parent / "disk-of-b", config.parent / "run"
+    own.mkdir()
+    seen.mkdir()
+    results = start_both(hosts, config, own=(own, seen), both=["run.on_local_disks=true", "run.resume=true"])
+    told = f"run.resume = true: no checkpoint in {seen}; auto starts fresh without one"
+    assert [(code, said.count(told)) for code, said in results] == [(2, 1), (2, 1)], results

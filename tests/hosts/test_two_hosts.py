@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.two_hosts import ADDRESSES, CannotHaveHosts, TwoHosts, environment_of_hosts, processes_of, sent_bytes
-from tests.hosts.hosted_run import PATIENCE_S, steps_of, tensor_hashes, wait_until, weight_count, write_run
+from benchmarks.two_hosts import CannotHaveHosts, TwoHosts, environment_of_hosts, processes_of, sent_bytes
+from tests.hosts.hosted_run import Job, steps_of, tensor_hashes, wait_until, weight_count, write_run
 from trainer.checkpoint.run_dir import list_checkpoints
 
 pytestmark = pytest.mark.e2e
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "hosts.sh"
 MBIT, STEPS = 100, 12
 
 
@@ -30,34 +29,6 @@ def hosts() -> Iterator[TwoHosts]:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
     return write_run(tmp_path_factory.mktemp("shared"), model_folder)
-
-
-class Job:
-    """The script on both hosts."""
-
-    def __init__(self, hosts: TwoHosts, config: Path, run_dir: Path, *overrides: str) -> None:
-        self._hosts, self._config, self.run_dir = hosts, config, run_dir
-        self._overrides = [f"run.dir={run_dir}", *overrides]
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._logs = [run_dir.parent / f"{run_dir.name}-host-{host}.log" for host in (0, 1)]
-        self.running = [self.start(host) for host in (0, 1)]
-
-    def start(self, host: int) -> "subprocess.Popen[bytes]":
-        command = [str(SCRIPT), str(host), "2", ADDRESSES[0], str(self._config), *self._overrides]
-        with self._logs[host].open("ab") as output:
-            return self._hosts.start(host, command, output, environment_of_hosts() | {"WORKERS": "2"})
-
-    def wait_for_step(self, step: int) -> None:
-        wait_until(lambda: steps_of(self.run_dir) >= step, self.both_run, f"step {step} ({self.said()})")
-
-    def both_run(self) -> bool:
-        return all(host.poll() is None for host in self.running)
-
-    def exit_codes(self) -> list[int]:
-        return [host.wait(PATIENCE_S) for host in self.running]
-
-    def said(self) -> str:
-        return "\n".join(log.read_text() for log in self._logs)
 
 
 def bytes_of_steps(job: Job, first: int, last: int) -> list[float]:

@@ -4,7 +4,7 @@ The layout of a file follows from its tensors' names, shapes and dtypes alone. R
 by that one; what all have is cut into as many equal stretches as there are workers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -56,22 +56,24 @@ class FileLayout:
         header: its first bytes, which the first worker writes.
         num_bytes: of the whole file.
         pieces: this worker's.
+        offsets: where each tensor begins, in bytes, in their order in the file.
     """
 
     header: bytes
     num_bytes: int
     pieces: tuple[Piece, ...]
+    offsets: Mapping[str, int]
 
 
 def lay_out(file: TensorFile, rank: int, world: int) -> FileLayout:
-    """The layout of `file`, with the pieces that worker `rank` of `world` writes."""
+    """The layout of `file`, with the pieces that worker `rank` writes, of the `world` that share a disk."""
     specs = aligned([TensorSpec(name, held.dtype, held.shape) for name, held in file.tensors.items()])
     header = header_of(specs, {"format": "pt"})
     shared_bytes = sum(spec.num_bytes for spec in specs if not file.tensors[spec.name].is_share)
     mine = (shared_bytes * rank // world, shared_bytes * (rank + 1) // world)
-    offset, shared_before, pieces = len(header), 0, []
+    offset, shared_before, pieces, offsets = len(header), 0, [], dict[str, int]()
     for spec in specs:
-        held = file.tensors[spec.name]
+        held, offsets[spec.name] = file.tensors[spec.name], offset
         if held.is_share:
             first = held.first_row * prod(held.shape[1:])
             pieces += _cut(spec.name, held, 0, held.part.numel(), offset + first * held.dtype.itemsize)
@@ -80,7 +82,7 @@ def lay_out(file: TensorFile, rank: int, world: int) -> FileLayout:
             pieces += _cut(spec.name, held, begin, end, offset + begin * held.dtype.itemsize)
             shared_before += spec.num_bytes
         offset += spec.num_bytes
-    return FileLayout(header, offset, tuple(pieces))
+    return FileLayout(header, offset, tuple(pieces), offsets)
 
 
 def _elements_before(num_bytes: int, spec: TensorSpec) -> int:
@@ -90,10 +92,15 @@ def _elements_before(num_bytes: int, spec: TensorSpec) -> int:
 
 def _cut(name: str, held: Held, begin: int, end: int, offset: int) -> Iterator[Piece]:
     """Elements `begin` to `end` of what is held, of which the first goes to `offset`, in pieces of a bounded size."""
-    size = held.dtype.itemsize
-    step = PIECE_BYTES // size
+    for first, last, place in stretches(begin, end, offset, held.dtype.itemsize):
+        yield Piece(name, held, first, last, place)
+
+
+def stretches(begin: int, end: int, offset: int, item_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Elements `begin` to `end` in pieces of a bounded size: first, last, and where the first goes, in bytes."""
+    step = PIECE_BYTES // item_bytes
     for first in range(begin, end, step):
-        yield Piece(name, held, first, min(first + step, end), offset + (first - begin) * size)
+        yield first, min(first + step, end), offset + (first - begin) * item_bytes
 
 
 def bytes_of(layouts: Sequence[FileLayout]) -> int:

@@ -32,26 +32,53 @@ def resume_newest(
         UserError: there are checkpoints, and all of them are damaged.
     """
     after = written_after.stat().st_mtime_ns if written_after else 0
-    listed = list_checkpoints(run_dir) + (list_checkpoints(stand_in) if stand_in else [])
-    candidates = [path for path in listed if (path / MANIFEST).stat().st_mtime_ns > after]
+    path, damaged = newest_whole((run_dir, stand_in) if stand_in else (run_dir,), after)
+    if path is not None:
+        for wrong in damaged:
+            set_aside(*wrong, f"its steps are done anew from {path.name}", log)
+        if path.parent.parent == stand_in:
+            log(f"{path}: the newest checkpoint, written there because {run_dir} could not be written to")
+        return path
+    if damaged and written_after is None:
+        raise none_is_whole(run_dir, damaged)
+    return None
+
+
+Damaged = Sequence[tuple[Path, str]]
+"""Checkpoints, each with what is wrong with it."""
+
+
+def newest_whole(places: Sequence[Path], after_ns: int = 0) -> tuple[Path | None, Damaged]:
+    """The newest checkpoint whose files agree with its manifest, and the damaged ones that are newer.
+
+    Args:
+        places: the run directory, and its stand-in if there may be one.
+        after_ns: only what was written later counts.
+    """
+    listed = [path for place in places for path in list_checkpoints(place)]
+    candidates = [path for path in listed if (path / MANIFEST).stat().st_mtime_ns > after_ns]
     candidates.sort(key=checkpoint_step)
     damaged: list[tuple[Path, str]] = []
     for path in reversed(candidates):
         damage = find_damage(path)
         if damage is None:
-            for wrong, reason in damaged:
-                aside = _free_name(wrong.with_name(wrong.name + DAMAGED))
-                wrong.rename(aside)
-                log(f"{wrong}: {reason}; set aside as {aside.name}, its steps are done anew from {path.name}")
-            if path.parent.parent == stand_in:
-                log(f"{path}: the newest checkpoint, written there because {run_dir} could not be written to")
-            return path
+            return path, damaged
         damaged.append((path, damage))
-    if damaged and written_after is None:
-        lines = [f"{path}: {reason}" for path, reason in damaged[:5]]
-        mend = "give another run.dir, or delete them to start afresh"
-        raise UserError(*lines, f"{run_dir}: no checkpoint is whole; {mend}")
-    return None
+    return None, damaged
+
+
+def set_aside(path: Path, reason: str, then: str, log: Log) -> None:
+    """Give a damaged checkpoint another name; `then`: what is done without it."""
+    aside = _free_name(path.with_name(path.name + DAMAGED))
+    path.rename(aside)
+    log(f"{path}: {reason}; set aside as {aside.name}, {then}")
+
+
+def none_is_whole(run_dir: Path, damaged: Damaged) -> UserError:
+    """What ends a start that has damaged checkpoints alone to go on from."""
+    lines = [f"{path}: {reason}" for path, reason in damaged[:5]]
+    mend = "give another run.dir, or delete them to start afresh"
+    return UserError(*lines, f"{run_dir}: no checkpoint is whole; {mend}")
 
 
 def resume_from(run_dir: Path, wish: Path, log: Log) -> Path:
@@ -64,26 +91,50 @@ def resume_from(run_dir: Path, wish: Path, log: Log) -> Path:
     """
     if (damage := find_damage(wish)) is not None:
         raise UserError(f"run.resume = {wish}: {damage}")
-    record, before = {"from": str(wish.resolve()), "manifest": manifest_entry(wish / MANIFEST)}, run_dir / RECORD
-    step, is_own = checkpoint_step(wish), wish.resolve().parent == (run_dir / CHECKPOINTS).resolve()
-    if _read(before) == record:
+    if has_begun_at(run_dir, wish):
         own = resume_newest(run_dir, log) if list_checkpoints(run_dir) else None
-        if own is None or checkpoint_step(own) <= step:
-            return wish
-        log(
-            f"run.resume = {wish}: the run went on from there before, and goes on from its own {own.name}; to start "
-            f"there once more, delete {before}"
-        )
-        return own
+        return own_or_wished(run_dir, own, wish, log)
+    leave_other_ways(run_dir, wish, log)
+    note_beginning(run_dir, wish)
+    return wish
+
+
+def has_begun_at(run_dir: Path, wish: Path) -> bool:
+    """Whether the run has gone on from this checkpoint before."""
+    return _read(run_dir / RECORD) == _record(wish)
+
+
+def own_or_wished(run_dir: Path, own: Path | None, wish: Path, log: Log) -> Path:
+    """What a run has made of the checkpoint `wish`, if it has; `own`: its newest."""
+    if own is None or checkpoint_step(own) <= checkpoint_step(wish):
+        return wish
+    log(
+        f"run.resume = {wish}: the run went on from there before, and goes on from its own {own.name}; to start "
+        f"there once more, delete {run_dir / RECORD}"
+    )
+    return own
+
+
+def leave_other_ways(run_dir: Path, wish: Path, log: Log) -> None:
+    """Move the checkpoints of the run that do not lead to `wish`."""
+    step, is_own = checkpoint_step(wish), wish.resolve().parent == (run_dir / CHECKPOINTS).resolve()
     left = [path for path in list_checkpoints(run_dir) if not is_own or checkpoint_step(path) > step]
     if left:
         aside, moved = move_aside(run_dir, left, "before-resume")
         log(f"{moved}: of the run as it was before; moved to {aside}")
+
+
+def note_beginning(run_dir: Path, wish: Path) -> None:
+    """Write down that the run goes on from `wish`, when nothing that does not lead there is left."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    partial = before.with_suffix(".tmp")
-    partial.write_text(json.dumps(record) + "\n")
-    partial.replace(before)
-    return wish
+    record = run_dir / RECORD
+    partial = record.with_suffix(".tmp")
+    partial.write_text(json.dumps(_record(wish)) + "\n")
+    partial.replace(record)
+
+
+def _record(wish: Path) -> dict[str, object]:
+    return {"from": str(wish.resolve()), "manifest": manifest_entry(wish / MANIFEST)}
 
 
 def move_aside(run_dir: Path, checkpoints: Sequence[Path], name: str) -> tuple[Path, str]:

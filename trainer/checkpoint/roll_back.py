@@ -47,19 +47,34 @@ def obey_roll_back(places: Sequence[Path], log: Callable[[str], None]) -> None:
     Raises:
         UserError: the order cannot be read.
     """
-    order = places[0] / ORDER
-    if not order.exists():
+    if (last_step := ordered_step(places[0])) is None:
         return
+    go_back_to(places, last_step, log)
+    (places[0] / ORDER).unlink()
+
+
+def ordered_step(run_dir: Path) -> int | None:
+    """The step from which the next start goes on at the latest, if that was ordered.
+
+    Raises:
+        UserError: the order cannot be read.
+    """
+    order = run_dir / ORDER
+    if not order.exists():
+        return None
     try:
-        last_step = int(json.loads(order.read_text())["last_step"])
+        return int(json.loads(order.read_text())["last_step"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{order}: not what was written; delete it to go on from the newest checkpoint") from None
+
+
+def go_back_to(places: Sequence[Path], last_step: int, log: Callable[[str], None]) -> None:
+    """Move the checkpoints of later steps; `places` as in `obey_roll_back`."""
     for place in places:
         later = [path for path in list_checkpoints(place) if checkpoint_step(path) > last_step]
         if later:
             aside, moved = move_aside(place, later, "rolled-back")
             log(f"{moved}: the run goes back to before step {last_step + 1}; moved to {aside}")
-    order.unlink()
 
 
 def write_record(path: Path, record: object) -> None:

@@ -6,7 +6,8 @@ A save runs through these phases on every worker alike:
                        other, as soon as all is copied or there is no room for more, checks that it is finite, writes
                        it to its place in the files, and flushes them. The loop goes on at once, and waits for the
                        copies only before weights change: at the next update.
-    publishing         when all have written: a thread of rank 0 reads the files back for the manifest, flushes, renames
+    publishing         when all have written: a thread of rank 0, or on each host's own disk of one worker there, reads
+                       the files back for the manifest, flushes, renames
 
 Workers tell each other whether they are busy or have failed in the sums that a training step exchanges anyhow. So a
 disk that is gone is noticed by all of them, and a slow one delays nothing but the next save.
@@ -20,7 +21,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,8 @@ import torch
 from trainer.checkpoint.pieces import lay_out
 from trainer.checkpoint.share_of_save import NotFinite, ShareOfSave
 from trainer.checkpoint.write import TensorFile, publish_folder
+from trainer.disks.run_disks import Disks, one_disk
+from trainer.parallel.comm import Comm, broadcast_object
 
 _log = logging.getLogger(__name__)
 _LOOK_S, _EXCHANGE_EVERY_S = 5.0, 30.0
@@ -48,7 +51,7 @@ class Folder:
     Attributes:
         path: its name when it is whole; must not exist.
         state: JSON-able; the first worker's is written.
-        published: called after that, by a thread of the first worker.
+        published: called after that, by a thread of the first worker of each disk.
     """
 
     path: Path
@@ -60,14 +63,24 @@ class Folder:
 class Saver:
     """One save at a time; see above. `begin`, then in each step `flags` and `after_exchange`; or `finish`, to wait."""
 
-    def __init__(self, rank: int, world: int, token: str, device: torch.device, staging_bytes: int | None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        token: str,
+        device: torch.device,
+        staging_bytes: int | None,
+        disks: Disks | None = None,
+    ) -> None:
         """
         Args:
             token: the same on all workers, and no other start's.
             device: where the tensors are.
             staging_bytes: of the copies that this worker holds at most; None: all that it writes.
+            disks: None: all workers write to one.
         """
-        self._rank, self._world, self._token, self._device = rank, world, token, device
+        self._disks = disks or one_disk(Comm(rank, world, rank, device))
+        self._token, self._device = token, device
         self._staging_bytes = staging_bytes
         self._count = 0
         self.phase: Phase = "idle"
@@ -94,9 +107,12 @@ class Saver:
         self.folders, self.phase = folders, "writing"
         if no_room:
             return
+        if self._disks.count > 1:  # of which each gets the same
+            states = broadcast_object(self._disks.comm, [folder.state for folder in folders])
+            self.folders = [replace(folder, state=state) for folder, state in zip(folders, states, strict=True)]
         places = [self._temporary(folder) for folder in folders]
         files = [(place / f.name, f) for place, folder in zip(places, folders, strict=True) for f in folder.files]
-        self._work = ShareOfSave(self._rank, self._world, self._device, self._stream, files, self._staging_bytes, step)
+        self._work = ShareOfSave(self._disks, self._device, self._stream, files, self._staging_bytes, step)
 
     def _temporary(self, folder: Folder) -> Path:
         return folder.path.with_name(f"{folder.path.name}.{self._token}-{self._count}.tmp")
@@ -147,14 +163,14 @@ class Saver:
             if not_finite and not isinstance(reason, NotFinite):
                 reason = NotFinite("a worker holds NaN or infinity; its log says where")
             reason = reason or OSError(errno.EIO, "another worker could not write its share; its log says why")
-            if self._rank == 0:
+            if self._disks.is_first:
                 for folder in self.folders:
                     shutil.rmtree(self._temporary(folder), ignore_errors=True)
             self._end()
             return reason
         if self.phase == "writing":
             self.phase, self._work = "publishing", None
-            if self._rank == 0:
+            if self._disks.is_first:
                 self._published.clear()
                 self._publishing = threading.Thread(target=self._publish, name="publish", daemon=True)
                 self._publishing.start()

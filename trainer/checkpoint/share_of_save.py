@@ -1,19 +1,28 @@
-"""A worker's two threads that save its share: one copies what changes with the next update, the other writes it."""
+"""A worker's threads that save its share: one copies what changes with the next update, the other writes it.
+
+Where each host has a disk of its own, the writer also sends what the others lack, and a thread for each of its peers
+writes what that sends. Whoever fails goes on sending and receiving as many bytes, so that no other worker waits; they
+learn of it from `Saver.flags`.
+"""
 
 import contextlib
 import errno
+import itertools
 import mmap
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from trainer.checkpoint.pieces import FileLayout, Piece, bytes_of, lay_out
+from trainer.checkpoint.routes import Arrival, routes_of
 from trainer.checkpoint.write import TensorFile
+from trainer.disks.carry import PIECES, begin_send, receive
+from trainer.disks.run_disks import Disks
 from trainer.faults import planned
 
 _SMALL_BYTES = 64 << 10
@@ -58,12 +67,11 @@ class Room:
 
 
 class ShareOfSave:
-    """A worker's two threads and what they share."""
+    """A worker's threads and what they share."""
 
     def __init__(
         self,
-        rank: int,
-        world: int,
+        disks: Disks,
         device: torch.device,
         stream: "torch.cuda.Stream | None",
         files: Sequence[tuple[Path, TensorFile]],
@@ -71,11 +79,14 @@ class ShareOfSave:
         step: int,
     ) -> None:
         """Start them. `files`: each with the place where it is written; `stream`: of the copies from a card."""
-        self._rank, self._step, self._begins_files = rank, step, rank == 0
+        self._disks, self._step = disks, step
         self._device, self._stream = device, stream
         self.num_written = 0
-        self._jobs = [(place, file, lay_out(file, rank, world)) for place, file in files]
-        mine = bytes_of([layout for _, _, layout in self._jobs])
+        self._jobs = [(place, file, lay_out(file, disks.place, disks.workers_each)) for place, file in files]
+        layouts = [layout for _, _, layout in self._jobs]
+        self._routes = routes_of(disks, [file for _, file, _ in self._jobs], layouts)
+        self._still_writing = itertools.count(len(self._routes.arrivals), -1)
+        mine = bytes_of(layouts)
         self._room = Room(mine if staging_bytes is None else min(mine, staging_bytes))
         self._full: queue.Queue[tuple[int, Piece, Tensor] | None] = queue.Queue()
         self.copied, self.written = threading.Event(), threading.Event()
@@ -86,6 +97,8 @@ class ShareOfSave:
             ready.record(torch.cuda.current_stream(device))
         threading.Thread(target=self._copy, args=(ready,), name="save: copy", daemon=True).start()
         threading.Thread(target=self._write, name="save: write", daemon=True).start()
+        for sender in self._routes.arrivals:
+            threading.Thread(target=self._receive, args=(sender,), name="save: receive", daemon=True).start()
 
     def _copy(self, ready: "torch.cuda.Event | None") -> None:
         try:
@@ -116,7 +129,7 @@ class ShareOfSave:
 
     def _write(self) -> None:
         descriptors: list[int] = []
-        unflushed = 0
+        unflushed = sent = 0
         try:
             for path, file, layout in self._jobs:
                 descriptors.append(self._open(path, file, layout))
@@ -124,9 +137,11 @@ class ShareOfSave:
             self._room.wanted.wait()
             while (job := self._full.get()) is not None:
                 number, piece, buffer = job
-                _fail_if_planned(self._rank, self._step)
+                _fail_if_planned(self._disks.comm.rank, self._step)
                 _require_finite(self._jobs[number][1].name, piece, buffer)
-                _write_all(descriptors[number], buffer.numpy().data, piece.offset)
+                with self._sent(number, piece, buffer):
+                    sent += 1
+                    _write_all(descriptors[number], buffer.numpy().data, piece.offset)
                 self.num_written += piece.num_bytes
                 unflushed += piece.num_bytes
                 if unflushed > _FLUSH_BYTES:  # else the last flush takes minutes, of which nothing is known
@@ -142,13 +157,74 @@ class ShareOfSave:
             for descriptor in descriptors:
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
+            self._send_in_place_of(sent)
+            self._one_has_written()
+
+    @contextlib.contextmanager
+    def _sent(self, number: int, piece: Piece, buffer: Tensor) -> Iterator[None]:
+        """Meanwhile, a piece goes to the disks that lack it."""
+        to = self._routes.to.get((number, piece.name), ())
+        under_way = [begin_send(self._disks, buffer, rank, PIECES) for rank in to]
+        try:
+            yield
+        finally:
+            for work in under_way:
+                work.wait()
+
+    def _send_in_place_of(self, sent: int) -> None:
+        """After a failure: bytes without a meaning for all pieces but the first so many, for which others wait."""
+        if not self._routes.to:
+            return
+        pieces = ((number, piece) for number, (_, _, layout) in enumerate(self._jobs) for piece in layout.pieces)
+        try:
+            for number, piece in itertools.islice(pieces, sent, None):
+                with self._sent(number, piece, torch.empty(piece.num_bytes, dtype=torch.uint8)):
+                    pass
+        except RuntimeError as error:  # the other worker is gone
+            self.failure = self.failure or error
+
+    def _receive(self, sender: int) -> None:
+        """What another worker sends; written as its own is, if nothing has failed."""
+        descriptors: dict[int, int] = {}
+        try:
+            for arrival in self._routes.arrivals[sender]:
+                buffer = torch.empty(arrival.num_bytes, dtype=torch.uint8)
+                receive(self._disks, buffer, sender, PIECES)
+                if self.failure is None:
+                    self._write_arrival(descriptors, arrival, buffer)
+            for descriptor in descriptors.values():
+                os.fsync(descriptor)
+        except Exception as error:
+            self.failure = self.failure or error
+            self._room.close()
+        finally:
+            for descriptor in descriptors.values():
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+            self._one_has_written()
+
+    def _write_arrival(self, descriptors: dict[int, int], arrival: Arrival, buffer: Tensor) -> None:
+        try:
+            if arrival.file not in descriptors:
+                path = self._jobs[arrival.file][0]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                descriptors[arrival.file] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            _write_all(descriptors[arrival.file], buffer.numpy().data, arrival.offset)
+            self.num_written += arrival.num_bytes
+        except OSError as error:
+            self.failure = self.failure or error
+            self._room.close()
+
+    def _one_has_written(self) -> None:
+        """Of the threads that write; after the last one, all is there, or has failed."""
+        if next(self._still_writing) == 0:
             self.written.set()
 
     def _open(self, path: Path, file: TensorFile, layout: FileLayout) -> int:
-        """The file, which another worker may have begun; the first worker writes what is no tensor."""
+        """The file, which another worker may have begun; the first worker of a disk writes what is no tensor."""
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if self._begins_files:
+        if self._disks.is_first:
             _write_all(descriptor, memoryview(layout.header), 0)
             for name, text in file.beside.items():
                 (path.parent / name).write_text(text, encoding="utf-8")

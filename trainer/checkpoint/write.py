@@ -65,7 +65,13 @@ def publish_folder(
     written = sorted(p for p in temporary.rglob("*") if p.is_file())
     entries = {p.relative_to(temporary).as_posix(): manifest_entry(p, read) for p in written}
     (temporary / MANIFEST).write_text(json.dumps({"version": 1, "files": entries}, indent=1) + "\n")
-    for item in [*written, temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+    publish_copy(temporary, path)
+
+
+def publish_copy(temporary: Path, path: Path) -> None:
+    """Give a whole folder its name once all of it is on the disk."""
+    items = sorted(temporary.rglob("*"))
+    for item in [*(p for p in items if p.is_file()), *(p for p in items if p.is_dir()), temporary]:
         sync_to_disk(item)
     temporary.rename(path)
     for folder in (path.parent, path.parent.parent):  # the first one has made its folder, too

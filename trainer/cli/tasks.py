@@ -5,14 +5,18 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.model_files.run_model import RunModel, open_model
 from trainer.package_files import hold_back
 from trainer.parallel.worker import be_its_reader_server, run_worker
+
+if TYPE_CHECKING:
+    from trainer.parallel.comm import Comm
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +57,10 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
         from trainer.train.saved.across_hosts import require_agreement
 
         require_agreement(config, model, comm)
-    with open_log(config.run.dir, comm.rank):
+    with ExitStack() as stack:
+        if task == "train" and config.run.on_local_disks:
+            _hold_run_dir(stack, config, comm)
+        stack.enter_context(open_log(config.run.dir, comm.rank))
         if settings and comm.device.type == "cuda" and comm.world > 1:
             _log.info("NCCL's settings: %s", " ".join(settings))
         if task == "train":
@@ -77,6 +84,17 @@ def run_task(task: str, config: Config, options: dict[str, Any], stop_requested:
             else:
                 judge.sample_weights(config, model, comm, weights, out_dir, average)
     close(comm)
+
+
+def _hold_run_dir(stack: ExitStack, config: Config, comm: "Comm") -> None:
+    """On another host's disk than the first, what the command does on that: one worker holds the run directory."""
+    from trainer.checkpoint.run_dir import only_writer
+    from trainer.cli.keep_running import write_resolved
+    from trainer.disks.run_disks import disks_of
+
+    if disks_of(comm, local=True).is_first and comm.rank:
+        stack.enter_context(only_writer(config.run.dir))
+        write_resolved(config, config.run.dir)
 
 
 def _model_of(config: Config) -> RunModel:

@@ -68,7 +68,8 @@ def broken_rules(config: Config) -> list[Problem]:
 def bad_paths(config: Config) -> list[Problem]:
     """Every path in `config` that must exist and does not, or is a file where a folder is needed."""
     must_exist: list[Key] = [("model", "tokenizer")] if config.model.tokenizer is not None else []
-    if isinstance(config.run.resume, str) and config.run.resume != "auto":
+    # Of hosts with a disk each, one may lack it: then all of them say where it is, and how it gets there.
+    if isinstance(config.run.resume, str) and config.run.resume != "auto" and not config.run.on_local_disks:
         must_exist.append(("run", "resume"))
     may_exist: list[Key] = [("run", "dir"), ("data", "prepared")]
     models: list[Key] = [("model", name) for name in ("path", "vae") if isinstance(getattr(config.model, name), Path)]

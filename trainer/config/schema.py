@@ -44,6 +44,9 @@ from trainer.config.values import (
 class RunConfig(Section):
     dir: PathField
     """Where everything this run writes goes: checkpoints, metrics, samples, logs."""
+    on_local_disks: bool = False
+    """Of a run on several hosts: `dir` is a directory of its own on each, and not one that all of them see. Each gets
+    whole checkpoints, and any of them can go on alone. See `docs/hosts.md`. Nothing changes on one host."""
     seed: Seed = 0
     """Seed of the data order, the noise and the timesteps. The same seed gives the same run."""
     resume: Annotated[

@@ -15,6 +15,7 @@ from trainer.config.sections.samples_config import SamplesConfig
 from trainer.data.captions import CaptionRules
 from trainer.data.loader import Batch, BatchReader
 from trainer.data.store.snapshot import PreparedSet
+from trainer.disks.run_disks import Disks, one_disk
 from trainer.evaluate.drawing.draw import Drawer
 from trainer.evaluate.drawing.places import folder_at
 from trainer.evaluate.validating.scored_rows import Row, held_out_rows, training_rows
@@ -47,6 +48,7 @@ class Scorer:
             workers run each by itself.
         failures: what could not be done beside the training, so far.
         clock: of what validation costs.
+        disks: of the run; None: there is one.
     """
 
     comm: Comm
@@ -68,6 +70,7 @@ class Scorer:
     weights: Mapping[str, Callable[[], AbstractContextManager[None]]]
     failures: list[str] = field(default_factory=list)
     clock: ValidationClock = field(default_factory=ValidationClock)
+    disks: Disks | None = None
 
     @cached_property
     def _tokenizer(self) -> CaptionTokenizer:
@@ -204,6 +207,7 @@ class Scorer:
         """
         drawer = Drawer(
             comm=self.comm,
+            disks=self.disks or one_disk(self.comm),
             denoiser=self.denoiser,
             prepared=self.prepared,
             samples=self.samples,

@@ -23,6 +23,7 @@ from trainer.data.mixture import Mixture
 from trainer.data.sampler import Position, epochs_done
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.image_weights import weighs_images
+from trainer.disks.run_disks import disks_of
 from trainer.evaluate.pictures import loss_curve_png
 from trainer.evaluate.scoring import Scorer
 from trainer.freed_memory import give_back
@@ -97,20 +98,20 @@ def _train_stretch(
     run = build_run(config, model, comm, checkpoint)
     state, arithmetic = place_in_data(config, run, comm.world)
     _announce(config, model, run, arithmetic, state)
-    bad, limit = BadRows(), config.data.max_bad_fraction
+    limit = config.data.max_bad_fraction
     watch = NumericsWatch.of(config, comm, state)
-    replicas = Replicas.of(config, run.parts, state.step)
-    pace = Pace(run.parts, state.step)
+    replicas, pace = Replicas.of(config, run.parts, state.step), Pace(run.parts, state.step)
     with ExitStack() as stack:
         outputs = None
+        bad = _forget_what_came_after(config, run, state, arithmetic.total_steps, is_first=checkpoint is None)
         if comm.rank == 0:
-            bad = _forget_what_came_after(config, run, state, arithmetic.total_steps, is_first=checkpoint is None)
             outputs = RunOutputs.open(stack, config, run, pace.stragglers, state.step, arithmetic.total_steps)
         exports = stack.enter_context(Exports(config)) if comm.rank == 0 else None
         saving = Saving(config, run, heartbeat, lambda: exports and exports.checkpoint, replicas.compare)
         beside = _Beside(config, heartbeat, watch, pace, saving)
         weights = scored_weights(config.ema, run.parts)
         scorer = make_scorer(config, model, comm, run.parts.denoiser, run.prepared, weights)
+        scorer = replace(scorer, disks=saving.disks)
         if run.state is None:
             scorer.score_when_due(0, outputs and outputs.metrics, at_end=False)
         open_loader_of = partial(open_training_loader, config, model, comm)
@@ -237,11 +238,13 @@ def _score(scorer: Scorer, step: int, outputs: RunOutputs | None, beside: _Besid
 def _forget_what_came_after(
     config: Config, run: Run, state: TrainState, total_steps: int, *, is_first: bool
 ) -> BadRows:
-    """Of the run's records, what came after where it stands; the bad rows up to there. Rank 0 calls it.
+    """Of the run's records, what came after where it stands; the bad rows up to there. On each disk by one worker.
 
     Args:
         is_first: the first stretch of this start, before which there must be room for the run's checkpoints.
     """
+    if not disks_of(run.parts.comm, local=config.run.on_local_disks).is_first:
+        return BadRows()
     if is_first:
         require_checkpoint_room(config, run.parts, state.step, total_steps)
     forget_snapshots_after(config.run.dir, state.step)

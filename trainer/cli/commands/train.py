@@ -34,9 +34,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     overrides = [*arguments.overrides, *([f"run.resume={arguments.resume}"] if arguments.resume else [])]
     config, model = read_run(arguments.config, overrides)
-    _check_resume(config)
-    require_packages(config.log.trackers)
     joined = joined_environment(os.environ)
+    if not (joined and config.run.on_local_disks):  # there, what one host lacks another may have
+        _check_resume(config)
+    require_packages(config.log.trackers)
     if joined is not None:
         return _join(config, model, joined)
     with only_writer(config.run.dir):

@@ -1,6 +1,7 @@
 """Drawing with a set of weights: every worker its share of the images, then one sheet of all, beside the data."""
 
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 from trainer.config.sections.samples_config import SamplesConfig
 from trainer.data.captions import CaptionRules
 from trainer.data.store.snapshot import PreparedSet
+from trainer.disks.carry import collect_files
+from trainer.disks.run_disks import Disks
 from trainer.evaluate.drawing.infotext import infotext, png_text, sampler_title, schedule_title
 from trainer.evaluate.drawing.places import begin_drawing, fresh_folder, partial_of, publish_drawing, sheet_of
 from trainer.evaluate.drawing.wanted_pictures import Picture, dealt_out, wanted_pictures
@@ -34,9 +37,11 @@ class Drawer:
         captions: the run's rules without what is random in them.
         resolution_px: side of an image of which nothing else is said.
         run_name: stands before the name of the weights in the images' texts.
+        disks: those of the folders into which is drawn; the images end on the first.
     """
 
     comm: Comm
+    disks: Disks
     denoiser: Denoiser
     prepared: PreparedSet
     samples: SamplesConfig
@@ -64,13 +69,18 @@ class Drawer:
         with failing_together(self.comm):
             if self.comm.rank == 0:
                 folder = fresh_folder(folder) if keep_older else folder
+            if self.disks.is_first:
                 begin_drawing(folder)
         if keep_older:
             folder = Path(broadcast_object(self.comm, str(folder)))
         with failing_together(self.comm):
             pictures = wanted_pictures(self.samples, self.resolution_px, self.prepared, self.captions)
-            self._draw_share(pictures, partial_of(folder), weights)
+            drawn = self._draw_share(pictures, partial_of(folder), weights)
         with failing_together(self.comm):
+            collect_files(self.disks, partial_of(folder), drawn)
+        with failing_together(self.comm):
+            if self.disks.is_first and self.comm.rank:
+                shutil.rmtree(partial_of(folder), ignore_errors=True)
             if self.comm.rank == 0:
                 publish_drawing(folder)
                 self._tell_cut_prompts(pictures)
@@ -94,13 +104,14 @@ class Drawer:
             return self.denoiser.image_encoder.vae
         return self.load_vae()
 
-    def _draw_share(self, pictures: Sequence[Picture], folder: Path, weights: str) -> None:
-        """This worker's images."""
+    def _draw_share(self, pictures: Sequence[Picture], folder: Path, weights: str) -> list[str]:
+        """This worker's images; returns their names."""
         ways = self._ways
         drawn_by = dealt_out([picture.cost for _ in ways for picture in pictures], self.comm.world)
         own = [number for number, rank in enumerate(drawn_by) if rank == self.comm.rank]
         if not own:
-            return
+            return []
+        names = list[str]()
         vae, tokenizer, text_encoders = self._vae(), self.tokenizer(), self.text_encoders()
         for number in own:
             index, way = number % len(pictures), ways[number // len(pictures)]
@@ -129,7 +140,9 @@ class Drawer:
                 schedule=picture.schedule,
             )
             text = png_text(self._text(picture, weights, way))
-            image.save(folder / image_name(index, len(pictures), way, ways), pnginfo=text)
+            names.append(image_name(index, len(pictures), way, ways))
+            image.save(folder / names[-1], pnginfo=text)
+        return names
 
     def _text(self, picture: Picture, weights: str, way: str) -> str:
         guided = picture.guidance_scale > 1

@@ -18,6 +18,7 @@ import xxhash
 from trainer import __version__
 from trainer.config.schema import Config
 from trainer.data.store.snapshot_file import current_snapshot
+from trainer.disks.run_disks import disks_of
 from trainer.errors import UserError
 from trainer.model_files.key_map import COMPONENTS
 from trainer.model_files.run_model import RunModel
@@ -45,9 +46,12 @@ def require_agreement(config: Config, model: RunModel, comm: Comm) -> None:
     hosts = [str(name) for name in gather_objects(comm, socket.gethostname())]
     _require(comm, _differing_versions(comm, hosts))
     _require(comm, _differing_settings(config, comm, hosts))
-    _require(comm, _unseen_directory("run.dir", config.run.dir, comm, hosts))
+    if config.run.on_local_disks:
+        _require(comm, _uneven_hosts(comm, hosts))
+    misplaced = _seen_elsewhere if config.run.on_local_disks else _unseen_directory
+    _require(comm, misplaced("run.dir", config.run.dir, comm, hosts))
     if config.checkpoint.fallback_dir:
-        _require(comm, _unseen_directory("checkpoint.fallback_dir", config.checkpoint.fallback_dir, comm, hosts))
+        _require(comm, misplaced("checkpoint.fallback_dir", config.checkpoint.fallback_dir, comm, hosts))
     _require(comm, _differing_model(config, model, comm, hosts))
     _require(comm, _differing_data(config.data.prepared, comm, hosts))
 
@@ -109,8 +113,50 @@ def _unseen_directory(key: str, folder: Path, comm: Comm, hosts: list[str]) -> s
         return None
     return (
         f"{key} = {folder}: {hosts[seen.index(False)]} does not see what {hosts[0]} writes there; all hosts need one "
-        "directory on a file system that they share, at one path (docs/hosts.md)"
+        "directory on a file system that they share, at one path, or each its own: run.on_local_disks=true "
+        "(docs/hosts.md)"
     )
+
+
+def _uneven_hosts(comm: Comm, hosts: list[str], environ: Mapping[str, str] = os.environ) -> str | None:
+    """A sentence if ranks do not follow from the hosts, as `Disks` counts on."""
+    each = gather_objects(comm, int(environ["LOCAL_WORLD_SIZE"]))
+    numbers = gather_objects(comm, comm.local_rank)
+    for rank, (count, number) in enumerate(zip(each, numbers, strict=True)):
+        if count != each[0] or rank % count != number:
+            return (
+                f"run.on_local_disks = true: worker {rank} is number {number} of {count} on {hosts[rank]}: all hosts "
+                f"need as many workers as {hosts[0]}, numbered host by host"
+            )
+    return None
+
+
+def _seen_elsewhere(key: str, folder: Path, comm: Comm, hosts: list[str]) -> str | None:
+    """A sentence if a worker sees there what another host's has written: each host is to have a directory of its own.
+
+    A host's own workers have to see it; they share a file system.
+    """
+    disks, token = disks_of(comm, local=True), broadcast_object(comm, secrets.token_hex(8))
+    marks = [folder / f".seen-by-host-{disk}-{token}" for disk in range(disks.count)]
+    try:
+        if disks.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            marks[disks.mine].touch()
+        gather_objects(comm, None)
+        seen = gather_objects(comm, [mark.exists() for mark in marks])
+    finally:
+        if disks.is_first:
+            marks[disks.mine].unlink(missing_ok=True)
+    for rank, marks_seen in enumerate(seen):
+        for disk, is_seen in enumerate(marks_seen):
+            if is_seen != (disk == disks.of(rank)):
+                sees = "sees" if is_seen else "does not see"
+                writer = hosts[disks.worker(disk)]
+                return (
+                    f"run.on_local_disks = true, {key} = {folder}: {hosts[rank]} {sees} what {writer} writes there; "
+                    "either each host has one of its own, or all share one and it is false (docs/hosts.md)"
+                )
+    return None
 
 
 def _differing_model(config: Config, model: RunModel, comm: Comm, hosts: list[str]) -> str | None:

@@ -8,9 +8,11 @@ from trainer.checkpoint.resume_point import resume_from, resume_newest
 from trainer.checkpoint.roll_back import checkpoint_places, obey_roll_back
 from trainer.checkpoint.run_dir import RESOLVED_CONFIG
 from trainer.config.schema import Config
+from trainer.disks.run_disks import disks_of
 from trainer.memory.run_choice import memory_attempt
 from trainer.parallel.comm import Comm, done_by_first
 from trainer.parallel.worker import RESTARTS
+from trainer.train.saved.resume_across_disks import resume_across_disks
 
 _log = logging.getLogger(__name__)
 
@@ -18,9 +20,12 @@ _log = logging.getLogger(__name__)
 def find_resume_point(config: Config, comm: Comm) -> Path | None:
     """The checkpoint to go on from, by `run.resume`; rank 0 looks, all workers agree.
 
-    Workers that were started again, after a fault or because memory did not suffice, go on from what their command has
-    written before.
+    Where each host has a disk of its own, one worker of each looks. Workers that were started again, after a fault or
+    because memory did not suffice, go on from what their command has written before.
     """
+    disks = disks_of(comm, local=config.run.on_local_disks)
+    if disks.count > 1:
+        return resume_across_disks(disks, _places(config), config.run.resume)
 
     def find() -> str | None:
         obey_roll_back(_places(config), _log.warning)

@@ -19,6 +19,7 @@ from trainer.checkpoint.saver import FLAGS, Folder, Saver, missing_room
 from trainer.checkpoint.share_of_save import NotFinite
 from trainer.config.schema import Config
 from trainer.config.values import seconds_of
+from trainer.disks.run_disks import Disks, disks_of
 from trainer.errors import UserError
 from trainer.host.process_memory import read_memory
 from trainer.memory.choice import parse_size
@@ -58,7 +59,8 @@ class Saving:
         self._heartbeat, self._in_use, self._before = heartbeat, in_use, before
         token = broadcast_object(self._comm, secrets.token_hex(3))
         staging = _staging_bytes(config)
-        self._saver = Saver(self._comm.rank, self._comm.world, token, self._comm.device, staging)
+        self.disks: Disks = disks_of(self._comm, local=config.run.on_local_disks)
+        self._saver = Saver(self._comm.rank, self._comm.world, token, self._comm.device, staging, self.disks)
         self._interval_s = seconds_of(config.checkpoint.every)
         self._begun_s, self._begun_step, self._waited_s = time.monotonic(), -1, 0.0
         self._to_fallback = self._again = self._told_late = False
@@ -123,7 +125,8 @@ class Saving:
             return
         self._heartbeat.begin("a checkpoint", step)
         begin = time.perf_counter()
-        self._ended(self._finish())
+        if self._saver.phase != "idle":  # else what was said of the last one stands: where this one goes
+            self._ended(self._finish())
         checkpoint = done or due_by_step or due_by_clock > 0 or self._again
         if folders := self._folders(state, checkpoint=checkpoint, snapshot=snapshot):
             self._begin(folders, step)
@@ -135,8 +138,8 @@ class Saving:
         self._again, self._begun_s, self._begun_step, self._waited_s = False, time.monotonic(), step, 0.0
         self._told_late = False
         self._before(step)
-        room = missing_room(folders) if self._comm.rank == 0 else ""
-        self._saver.begin(folders, step, broadcast_object(self._comm, room))
+        room = missing_room(folders) if self.disks.is_first else ""
+        self._saver.begin(folders, step, next(filter(None, gather_objects(self._comm, room)), ""))
 
     def _finish_run(self, state: TrainState) -> None:
         """Wait for the last checkpoint; if it fails, try the fallback folder."""
@@ -197,11 +200,12 @@ class Saving:
             folders.append(Folder(path, checkpoint_files(parts), record, published))
         if snapshot:
             folders.append(snapshot_folder(self._config.ema, self._place(), parts, state.step))
-        there = broadcast_object(self._comm, [(folder.path / MANIFEST).is_file() for folder in folders])
-        return [folder for folder, is_there in zip(folders, there, strict=True) if not is_there]
+        found = gather_objects(self._comm, [(folder.path / MANIFEST).is_file() for folder in folders])
+        there = found[:: self.disks.workers_each]  # on each disk by one worker: a network's may show others the past
+        return [folder for folder, *is_there in zip(folders, *there, strict=True) if not all(is_there)]
 
     def _on_published(self, path: Path, step: int) -> None:
-        """Rank 0's thread that has published a checkpoint: delete what is old, and say so."""
+        """A thread that has published a checkpoint, on each disk: delete what is old, and say so."""
         wish, own = self._config.checkpoint, self._config.run.dir
         seconds = time.monotonic() - self._begun_s
         _log.info("saved %s in %.1f s, for which training waited %.2f s", path, seconds, self._waited_s)
