@@ -28,5 +28,7 @@ def workers_within(wish: str | int, workers: int, workers_here: int) -> int:
         mend = "start as many on each host" if wish == "host" else "give a number that divides them, or `all`"
         raise UserError(f"{_KEY} = {wish}: {whose} do not make groups of {within}; {mend}")
     if within == 1:
-        raise UserError(f"{_KEY} = {wish}: a host has one worker, with whom nobody shares; use `all`, or strategy `ddp`")
+        raise UserError(
+            f"{_KEY} = {wish}: a host has one worker, with whom nobody shares; use `all`, or strategy `ddp`"
+        )
     return within

@@ -45,6 +45,8 @@ def require_agreement(config: Config, model: RunModel, comm: Comm) -> None:
     hosts = [str(name) for name in gather_objects(comm, socket.gethostname())]
     _require(comm, _differing_versions(comm, hosts))
     _require(comm, _differing_settings(config, comm, hosts))
+    if config.memory.shard_within == "host":
+        _require(comm, _uneven_hosts(comm, hosts))
     _require(comm, _unseen_directory("run.dir", config.run.dir, comm, hosts))
     if config.checkpoint.fallback_dir:
         _require(comm, _unseen_directory("checkpoint.fallback_dir", config.checkpoint.fallback_dir, comm, hosts))
@@ -77,6 +79,24 @@ def _differing_settings(config: Config, comm: Comm, hosts: list[str]) -> str | N
         f"{key} = {ours.get(key)} on {hosts[0]} and {theirs.get(key)} on {hosts[other]}: start all hosts with the same "
         "configuration"
     )
+
+
+def _uneven_hosts(comm: Comm, hosts: list[str]) -> str | None:
+    """A sentence if the workers of the hosts are not rows of one length, one host after the other."""
+    places = gather_objects(comm, [comm.local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))])
+    here = places[0][1]
+    for rank, place in enumerate(places):
+        if place[1] != here:
+            return (
+                f"memory.shard_within = host: {hosts[0]} has {here} workers and {hosts[rank]} {place[1]}: "
+                "start as many on each host"
+            )
+        if place[0] != rank % here:
+            return (
+                f"memory.shard_within = host: worker {rank} is number {place[0]} on {hosts[rank]}: give the hosts' "
+                "workers neighbouring ranks, with SLURM by --distribution=block"
+            )
+    return None
 
 
 def _flat(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
