@@ -50,7 +50,7 @@ def run(
             "model": {"path": str(model)},
             "data": {"sources": [{"path": "."}], "prepared": str(prepared), "workers": 0},
             "train": {"steps": STEPS, "batch_size_per_gpu": 4 // world, "global_batch_size": 8, "precision": "fp32"},
-            "optimizer": {"lr": 1e-5},
+            "optimizer": {"lr": 2e-6},  # AdamW makes a step of up to this of a rounded gradient near zero
             "memory": memory,
             "ema": {"averages": [{"name": "ema", "decay": 0.9}]},
             "checkpoint": {"every_steps": STEPS // 2, "keep": 2},
