@@ -114,6 +114,7 @@ def test_weights_that_are_shared_within_a_host_stay_there(
         )
         sent[within] = bytes_of_steps(job, 2, STEPS - 2)
         assert job.exit_codes() == [0, 0], job.said()
+    assert ", zero2 sharded over 2 workers, 2 replicas" in job.said()
     gradients = 4 * weight_count(straight[0], STEPS)
     for everywhere, at_home in zip(sent["all"], sent["host"], strict=True):
         assert gradients < at_home < 1.25 * gradients

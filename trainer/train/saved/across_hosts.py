@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ def require_agreement(config: Config, model: RunModel, comm: Comm) -> None:
     _require(comm, _differing_versions(comm, hosts))
     _require(comm, _differing_settings(config, comm, hosts))
     if config.memory.shard_within == "host":
-        _require(comm, _uneven_hosts(comm, hosts))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        _require(comm, uneven_hosts([tuple(place) for place in gather_objects(comm, [comm.local_rank, here])], hosts))
     _require(comm, _unseen_directory("run.dir", config.run.dir, comm, hosts))
     if config.checkpoint.fallback_dir:
         _require(comm, _unseen_directory("checkpoint.fallback_dir", config.checkpoint.fallback_dir, comm, hosts))
@@ -81,19 +82,22 @@ def _differing_settings(config: Config, comm: Comm, hosts: list[str]) -> str | N
     )
 
 
-def _uneven_hosts(comm: Comm, hosts: list[str]) -> str | None:
-    """A sentence if the workers of the hosts are not rows of one length, one host after the other."""
-    places = gather_objects(comm, [comm.local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))])
-    here = places[0][1]
-    for rank, place in enumerate(places):
-        if place[1] != here:
+def uneven_hosts(places: Sequence[tuple[int, ...]], hosts: Sequence[str]) -> str | None:
+    """A sentence if the workers of the hosts are not rows of one length, one host after the other.
+
+    Args:
+        places: of each worker by rank: its number on its host, and how many there are; `hosts`: the host's name.
+    """
+    _, here = places[0]
+    for rank, (number, count) in enumerate(places):
+        if count != here:
             return (
-                f"memory.shard_within = host: {hosts[0]} has {here} workers and {hosts[rank]} {place[1]}: "
+                f"memory.shard_within = host: {hosts[0]} has {here} workers and {hosts[rank]} {count}: "
                 "start as many on each host"
             )
-        if place[0] != rank % here:
+        if number != rank % here:
             return (
-                f"memory.shard_within = host: worker {rank} is number {place[0]} on {hosts[rank]}: give the hosts' "
+                f"memory.shard_within = host: worker {rank} is number {number} on {hosts[rank]}: give the hosts' "
                 "workers neighbouring ranks, with SLURM by --distribution=block"
             )
     return None
