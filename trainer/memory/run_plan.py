@@ -31,7 +31,7 @@ from trainer.memory.choice import (
 from trainer.memory.holdings import Holding, Kernels, StrategyName
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.report import MemoryPlan, RungReport
-from trainer.memory.strategy_peak import parameter_sizes, wire_bytes
+from trainer.memory.strategy_peak import may_fit, parameter_sizes, wire_bytes
 from trainer.package_files import is_installed
 from trainer.parallel.shard_groups import workers_within
 from trainer.wire.wire_cost import outer_bytes, saved_bytes, saved_of_average
@@ -80,9 +80,7 @@ class Setting:
 def make_budget(wish: str, kernels: Kernels, card_bytes: int | None, workers: int, groups: int = 1) -> Budget:
     """What `memory.budget` (`wish`) says, or the card's memory but for a little; nothing limits the CPU by default.
 
-    Args:
-        groups: of workers among which a model is shared; of several, each worker has a communicator with those of its
-            group, and one with its replicas, beside that with all.
+    Where workers share the model in several groups, each talks to those of its group and to its replicas apart.
     """
     total, given = None, ""
     if wish != "auto":
@@ -243,7 +241,7 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
     if only_whether:
         fewest = most
         ways, last, final = (
-            {label: holding for label, holding in each.items() if _may_fit(trace, holding, setting.budget)}
+            {label: holding for label, holding in each.items() if may_fit(trace, holding, setting.budget.total)}
             for each in (ways, last, final)
         )
     choice = choose(
@@ -256,16 +254,6 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
         setting.budget,
     )
     return traced, num_blocks, choice
-
-
-def _may_fit(trace: "Trace", holding: Holding, budget: Budget) -> bool:
-    """Whether there is room for weights, gradients and optimizer state alone."""
-    trained = sum(p.numel for p in parameter_sizes(trace) if p.trains)
-    kept = 1 if holding.released_with else 2  # weights and gradients
-    least = (
-        trained * (kept * holding.stored_bytes + holding.optimizer_bytes) / holding.shares - holding.hosted_weight_bytes
-    )
-    return budget.total is None or least <= budget.total
 
 
 def fullness(pass_: tuple[Bucket, int]) -> tuple[int, int]:

@@ -95,6 +95,16 @@ def wire_bytes(trace: "Trace", holding: Holding) -> int:
     return sent * (shares - 1) // shares + 2 * (gradients // shares) * (replicas - 1) // replicas
 
 
+def may_fit(trace: "Trace", holding: Holding, budget: int | None) -> bool:
+    """Whether there is room for weights, gradients and optimizer state alone in so many bytes; None: any number."""
+    trained = sum(p.numel for p in parameter_sizes(trace) if p.trains)
+    kept = 1 if holding.released_with else 2  # weights and gradients
+    least = (
+        trained * (kept * holding.stored_bytes + holding.optimizer_bytes) / holding.shares - holding.hosted_weight_bytes
+    )
+    return budget is None or least <= budget
+
+
 def parameter_sizes(trace: "Trace") -> list[ParameterSize]:
     """The parameters of a traced model."""
     return [ParameterSize(name, shape, name in trace.trains) for name, shape in trace.shapes.items()]
