@@ -119,9 +119,9 @@ def main() -> None:
         write(f"{kind}-sharded-3.safetensors", run(kind, weights, None, range(3)))
         state = load_weights(weights, load_file(folder / f"{kind}-whole-3.safetensors"))
         write(f"{kind}-sharded-6.safetensors", run(kind, weights, state, range(3, 6)))
-    # An overflow in one worker's rows: all workers halve the loss scale.
+    # An overflow in one worker's rows (and its replicas'): all workers halve the loss scale.
     gradient = gradient_of(weights.matrix, 0, 0)
-    if rank == 1:
+    if rank % within == 1:
         gradient.to_local()[0, 0] = math.inf
     norm = nn.utils.get_total_norm([gradient])
     assert isinstance(norm, DTensor)
