@@ -6,7 +6,8 @@
 The hosts are network namespaces on this machine, whose link `tc tbf` limits (benchmarks/two_hosts.py);
 `scripts/hosts.sh` starts the workers on each, torchrun and all. The model is the tiny SDXL of 15.6M weights at 64 px in
 fp32. "s/step" is the median of whole steps, "MB/step" what has left the first host by its link in one, headers and all.
-`--json` prints the rows for `benchmarks/scaling_points.py`. Linux only.
+Beside the ways of `benchmarks/wire_bytes.py`, `--ways "zero2,zero2 within hosts"` spreads the weights over all workers,
+or over those of each host. `--json` prints the rows for `benchmarks/scaling_points.py`. Linux only.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from benchmarks.wire_bytes import WAYS
 from trainer.measure.telemetry import read_metrics
 
 _SCRIPT = Path(__file__).parents[1] / "scripts" / "hosts.sh"
+_SPREAD = {"zero2": {"strategy": "zero2"}, "zero2 within hosts": {"strategy": "zero2", "shard_within": "host"}}
 _SETTLED = 2  # steps after which time and bytes are counted
 
 
@@ -103,8 +105,8 @@ def fields(arguments: argparse.Namespace, run_dir: Path, way: str, passes: int) 
         },
         "optimizer": {"lr": 1e-4},
         "checkpoint": {"every": "never"},
-        "memory": {"strategy": "ddp"},
-        "exchange": WAYS[way],
+        "memory": _SPREAD.get(way, {"strategy": "ddp"}),
+        "exchange": {} if way in _SPREAD else WAYS[way],
     }
 
 

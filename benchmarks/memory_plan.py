@@ -77,6 +77,7 @@ class Case:
     hosts_weights: bool = False
     exchange: str = "plain"
     adapter: str = ""
+    within: int | None = None  # workers over which it is spread
 
     @property
     def gradients(self) -> ExchangeConfig:
@@ -178,6 +179,7 @@ def plan(case: Case) -> Peak:
         reduce_each_pass=case.exchange_every_pass,
         released_with=release_blocks(trace.trains, {*trace.unit_of.values()}) if case.release else {},
         exchange=case.gradients,
+        replicas=case.workers // (case.within or case.workers),
     )
     if case.hosts_state:
         state = {name: 2 * size * math.prod(trace.shapes[name]) for name in trace.trains}
@@ -226,7 +228,7 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
     dtype = input_dtype(case)
     mixed = dtype if case.weights != case.compute and dtype != DTYPES[case.weights] else None
     alone = case.gradients.averages_weights
-    sharing = Sharing(case.kind, mixed, mixed, case.exchange_every_pass, case.accumulation, steps_alone=alone)
+    sharing = Sharing(case.kind, mixed, mixed, case.exchange_every_pass, case.accumulation, alone, case.within)
     weights = list[HostedWeights]()
 
     def host(model: TrainedModel) -> None:

@@ -29,11 +29,10 @@ WAYS = {
     "HSDP": Way("hsdp"),
     "average / 32": Way("averaging", 2.0, 4.0, every=32),
 }
-NOT_BUILT = ("HSDP",)  # in this trainer; shown for what it would be worth
 OTHER_STEPS = ("average / 32",)  # `exchange.average_every: 32`, which is another algorithm and not the same steps
-STATE_BYTES = {"ddp": (6.0, 0.0), "shares": (6.0, 0.0), "zero2": (2.0, 16.0), "zero3": (0.0, 16.0), "hsdp": (2.0, 16.0)}
+STATE_BYTES = {"ddp": (6.0, 0.0), "shares": (6.0, 0.0), "zero2": (2.0, 16.0), "zero3": (0.0, 16.0), "hsdp": (2.0, 18.0)}
 """Of a weight on each GPU, and of one that is shared among GPUs. Whole copies: bf16 weights rounded at random, buckets
-and 8-bit moments; shares: gathered in bf16, fp32 weights, gradients and moments."""
+and 8-bit moments; shares: gathered in bf16, fp32 weights, gradients and moments, and bf16 sums between hosts."""
 COUNTS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _GIB = 1 << 30
 
@@ -64,8 +63,10 @@ def fits(way: Way, machine: Machine, gpus: int, gib: float) -> bool:
     """Whether weights, gradients and moments leave a card the room that the rest needs."""
     if way.kind == "averaging":
         return fits(Way("ddp"), machine, gpus, gib)
+    if way.kind == "hsdp" and gpus <= machine.links.host_gpus:
+        return fits(Way("zero2"), machine, gpus, gib)
     whole, shared = STATE_BYTES[way.kind]
-    among = min(gpus, machine.links.host_gpus) if way.kind == "hsdp" else gpus
+    among = machine.links.host_gpus if way.kind == "hsdp" else gpus
     return machine.work.weights * (whole + shared / among) / _GIB <= gib
 
 
@@ -76,16 +77,15 @@ def cell(machine: Machine, way: Way, gpus: int, batch: int, gib: float) -> str:
 
 
 def best_way(machine: Machine, gpus: int, batch: int, gib: float, passes: int = 1) -> str:
-    """The fastest of the ways that are built, fit, and take the same steps."""
-    left_out = (*NOT_BUILT, *OTHER_STEPS)
-    able = [name for name, way in WAYS.items() if name not in left_out and fits(way, machine, gpus, gib)]
+    """The fastest of the ways that fit and take the same steps."""
+    able = [name for name, way in WAYS.items() if name not in OTHER_STEPS and fits(way, machine, gpus, gib)]
     return max(able, key=lambda name: efficiency(machine, WAYS[name], gpus, batch, passes)) if able else "none"
 
 
 def print_scenario(name: str, machine: Machine, batch: int, gib: float) -> None:
     """One table: a row for each number of GPUs."""
     print(f"\n**{name}**, {batch} images a GPU and step\n")
-    print(f"| GPUs | {' | '.join(WAYS)} | fastest, built, same steps | of zero2, images of a step for 90 % |")
+    print(f"| GPUs | {' | '.join(WAYS)} | fastest, same steps | of zero2, images of a step for 90 % |")
     print("|---" * (len(WAYS) + 3) + "|")
     for gpus in COUNTS:
         cells = [cell(machine, way, gpus, batch, gib) for way in WAYS.values()]
@@ -134,7 +134,7 @@ def draw(path: Path) -> None:
     figure, panels = pyplot.subplots(2, 3, figsize=(13, 7), sharex=True, sharey=True, layout="constrained")
     for panel, (name, (machine, batch, _)) in zip(panels.flat, shown.items(), strict=False):
         for label, way in WAYS.items():
-            style = "--" if label in NOT_BUILT else ":" if label in OTHER_STEPS else "-"
+            style = ":" if label in OTHER_STEPS else "-"
             panel.plot(COUNTS, [100 * efficiency(machine, way, gpus, batch) for gpus in COUNTS], style, label=label)
         panel.set_title(name, fontsize=10)
         panel.set_xscale("log", base=2)
@@ -143,9 +143,7 @@ def draw(path: Path) -> None:
         panel.grid(alpha=0.3)
     last = panels.flat[len(shown)]
     last.axis("off")
-    last.legend(
-        *panels.flat[0].get_legend_handles_labels(), loc="center", title="dashed: not built here; dotted: other steps"
-    )
+    last.legend(*panels.flat[0].get_legend_handles_labels(), loc="center", title="dotted: other steps")
     figure.supxlabel("GPUs")
     figure.supylabel("images a second of each GPU, % of one alone")
     figure.savefig(path, dpi=80)

@@ -55,6 +55,16 @@ def by_rows(tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, H
     return {name: share(tensor) for name, tensor in tensors.items()}
 
 
+def by_groups(tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, Held]:
+    """Rows as above within a group of workers, of which there are two or three; the same rows in each."""
+    replicas = next((count for count in (2, 3) if world % count == 0), 1)
+    shares, within = by_rows(tensors, rank % (world // replicas), world // replicas), world // replicas
+    return {
+        name: each._replace(replica=rank // within, replicas=replicas) if each.is_share else each
+        for name, each in shares.items()
+    }
+
+
 def save_together(savers: Sequence[Saver], folders: Sequence[Folder]) -> list[Exception | None]:
     """What several workers do, in one process; the reasons for which each gave up."""
     for saver, folder in zip(savers, folders, strict=True):
@@ -67,8 +77,13 @@ def save_together(savers: Sequence[Saver], folders: Sequence[Folder]) -> list[Ex
     return reasons
 
 
-@pytest.mark.parametrize("cut", [whole, by_rows])
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(
+    ("cut", "world"),
+    [
+        *((cut, world) for cut in (whole, by_rows) for world in (1, 2, 3, 4, 7)),
+        *((by_groups, world) for world in (4, 6, 9)),
+    ],
+)
 def test_the_files_do_not_depend_on_the_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, cut: Callable[..., dict[str, Held]]
 ) -> None:
@@ -85,6 +100,14 @@ def test_the_files_do_not_depend_on_the_workers(
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
     save_now(Folder(tmp_path / "alone", [TensorFile(FILE, whole(tensors, 0, 1), {})], {}))
     assert (tmp_path / "alone" / FILE).read_bytes() == (tmp_path / "step-00000007" / FILE).read_bytes()
+
+
+def test_replicas_write_each_byte_once() -> None:
+    tensors, world = {name: tensor for name, tensor in shapes().items() if tensor.ndim}, 4
+    files = [TensorFile(FILE, by_groups(tensors, rank, world), {}) for rank in range(world)]
+    written = [pieces.bytes_of([pieces.lay_out(file, rank, world)]) for rank, file in enumerate(files)]
+    assert sum(written) == sum(tensor.nbytes for tensor in tensors.values())
+    assert max(written) < 0.3 * sum(written)
 
 
 def test_weights_may_change_when_they_are_copied(tmp_path: Path) -> None:

@@ -45,6 +45,16 @@ def no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAKE_CARDS, str(tmp_path / "cards-of-the-host.json"))
 
 
+def test_groups_that_do_not_come_out_even_become_one(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    config = config.model_copy(update={"memory": config.memory.model_copy(update={"shard_within": 2})})
+    put_in("abcd")
+    crew = first_crew(config, "train")
+    for workers, within in ((4, 2), (3, "all"), (2, 2)):
+        cards = CardsInUse(crew.in_use.cards[:workers])
+        assert config_of(config, crew.on(cards)).memory.shard_within == within
+
+
 def with_a_checkpoint(config: Config) -> None:
     folder = config.run.dir / "checkpoints" / "step-00000004"
     folder.mkdir(parents=True)

@@ -70,6 +70,33 @@ def test_two_hosts_end_with_the_bits_of_one(config: Path, straight: tuple[Path, 
     assert tensor_hashes(run_dir, STEPS) == tensor_hashes(straight[0], STEPS)
 
 
+def test_weights_that_are_shared_within_a_host_stay_there(
+    hosts: TwoHosts, config: Path, straight: tuple[Path, list[float]]
+) -> None:
+    """In four passes gradients cross once: a pair of replicas all-reduces half of them, so that a host sends all once.
+
+    Over all workers 3/4 of the weights cross, and 3/2 of the gradients, for gloo scatters sums by an all-reduce. And a
+    host of four with as many groups ends with the same bits.
+    """
+    passes, sent = "train.global_batch_size=16", dict[str, list[float]]()
+    for within in ("all", "host"):
+        job = Job(
+            hosts, config, config.parent / within, passes, "memory.strategy=zero2", f"memory.shard_within={within}"
+        )
+        sent[within] = bytes_of_steps(job, 2, STEPS - 2)
+        assert job.exit_codes() == [0, 0], job.said()
+    assert ", zero2 sharded over 2 workers, 2 replicas" in job.said()
+    gradients = 4 * weight_count(straight[0], STEPS)
+    for everywhere, at_home in zip(sent["all"], sent["host"], strict=True):
+        assert gradients < at_home < 1.25 * gradients
+        assert at_home < 0.55 * everywhere
+    run_dir = config.parent / "groups-of-one-host"
+    command = [sys.executable, "-m", "trainer", str(config), f"run.dir={run_dir}", passes, "launch.workers=4"]
+    command += ["memory.strategy=zero2", "memory.shard_within=2"]
+    subprocess.run(command, env=environment_of_hosts(), check=True, capture_output=True)
+    assert tensor_hashes(run_dir, STEPS) == tensor_hashes(config.parent / "host", STEPS)
+
+
 def test_a_host_that_dies_and_comes_back_changes_no_bit(
     hosts: TwoHosts, config: Path, straight: tuple[Path, list[float]]
 ) -> None:

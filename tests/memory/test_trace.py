@@ -81,6 +81,28 @@ def test_zero2(accumulation: int, recompute: bool, each_pass: bool) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("kind", "accumulation", "each_pass", "compute"),
+    [
+        ("zero2", 1, False, "bf16"),
+        ("zero3", 1, False, "fp32"),
+        ("zero2", 2, True, "bf16"),
+        pytest.param("zero2", 1, False, "fp32", marks=SLOW),
+        pytest.param("zero2", 2, False, "bf16", marks=SLOW),
+        pytest.param("zero3", 2, True, "bf16", marks=SLOW),
+    ],
+)
+def test_groups_of_workers(kind: StrategyKind, accumulation: int, each_pass: bool, compute: str) -> None:
+    """Four workers in two groups; shares are of half the model."""
+    shape: dict[str, Any] = {"compute": compute, "side_px": 64, "batch": 1, "within": 2}
+    case = Case("mini", kind, 4, accumulation, True, each_pass, **shape)
+    planned = plan(case)
+    assert planned.total == pytest.approx(measure(case, 0), rel=0.02)
+    assert planned.total > 1.3 * plan(replace(case, within=None)).total
+
+
+@pytest.mark.e2e
 def test_ddp_with_accumulation_holds_gradients_once() -> None:
     """As one of one worker, whose wrapper holds what those of four hold."""
     case = Case("mini", "ddp", 4, 2, True, side_px=128)

@@ -1,9 +1,10 @@
 """One of several workers that hold rows of the same parameters; run by test_sharded_optimizer.py.
 
-    python sharded_optimizer_script.py FOLDER RANK WORLD
+    python sharded_optimizer_script.py FOLDER RANK WORLD [WITHIN]
 
 For each kind: three steps from the start, written as `<kind>-sharded-3.safetensors`; then three more from what a
-single process wrote, as `<kind>-sharded-6.safetensors`.
+single process wrote, as `<kind>-sharded-6.safetensors`. With WITHIN, so many workers share the rows, and what others of
+them hold once more is compared with what the first have.
 """
 
 import math
@@ -89,13 +90,25 @@ def dtype_of(kind: str) -> torch.dtype:
     return torch.bfloat16 if KINDS[kind][1] else torch.float32
 
 
+def assert_same_on_replicas(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    others = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(others, part.contiguous(), group)
+    assert all(torch.equal(other, part) for other in others)
+
+
 def main() -> None:
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,))
+    within = int(sys.argv[4]) if len(sys.argv) > 4 else world
+    shape, names = ((world,), ("shard",)) if within == world else ((world // within, within), ("replicate", "shard"))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
 
     def write(name: str, tensors: dict[str, Tensor]) -> None:
+        if within < world:
+            for tensor in tensors.values():
+                assert_same_on_replicas(tensor, mesh.get_group("replicate"))
         whole = {key: t.full_tensor() if isinstance(t, DTensor) else t for key, t in tensors.items()}
         if rank == 0:
             save_file({key: t.contiguous() for key, t in whole.items()}, folder / name)
@@ -106,9 +119,9 @@ def main() -> None:
         write(f"{kind}-sharded-3.safetensors", run(kind, weights, None, range(3)))
         state = load_weights(weights, load_file(folder / f"{kind}-whole-3.safetensors"))
         write(f"{kind}-sharded-6.safetensors", run(kind, weights, state, range(3, 6)))
-    # An overflow in one worker's rows: all workers halve the loss scale.
+    # An overflow in one worker's rows (and its replicas'): all workers halve the loss scale.
     gradient = gradient_of(weights.matrix, 0, 0)
-    if rank == 1:
+    if rank % within == 1:
         gradient.to_local()[0, 0] = math.inf
     norm = nn.utils.get_total_norm([gradient])
     assert isinstance(norm, DTensor)

@@ -21,16 +21,17 @@ from sharded_optimizer_script import KINDS, SUMS, Weights, dtype_of, load_weight
 pytestmark = pytest.mark.e2e
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=[(2,), (3,), (4,), (4, 2)], ids=["2", "3", "4", "2 groups of 2"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process and several wrote after 3 and 6 steps."""
-    world = request.param
+    world, *within = request.param
     folder = tmp_path_factory.mktemp("sharded")
     for kind in KINDS:
         save_file(run(kind, Weights(dtype_of(kind)), None, range(3)), folder / f"{kind}-whole-3.safetensors")
         save_file(run(kind, Weights(dtype_of(kind)), None, range(6)), folder / f"{kind}-whole-6.safetensors")
     script = Path(__file__).parent / "sharded_optimizer_script.py"
-    commands = [[sys.executable, str(script), str(folder), str(rank), str(world)] for rank in range(world)]
+    end = [str(number) for number in (world, *within)]
+    commands = [[sys.executable, str(script), str(folder), str(rank), *end] for rank in range(world)]
     run_group(commands, [os.environ] * world, folder)
     return folder
 

@@ -1,9 +1,9 @@
 """One worker of runs over a small UNet and two small text encoders, shared in several ways.
 
-Arguments: FOLDER STEPS, then the runs as STRATEGY:PRECISION:ACCUMULATION[:OBJECTIVE], or `rates` in place of an
-objective, for parameters with learning rates and weight decays of their own, some of them frozen. Of each, rank 0 saves
-losses and whole weights under that name into FOLDER. The weights of the start and the 12 images of each step are the
-same for any number of workers.
+Arguments: FOLDER STEPS, then the runs as STRATEGY[@WITHIN]:PRECISION:ACCUMULATION[:OBJECTIVE], or `rates` in place of
+an objective, for parameters with learning rates and weight decays of their own, some of them frozen. `zero2+` exchanges
+gradients in each pass, `@2` spreads over two workers at a time. Of each, rank 0 saves losses and whole weights under
+that name into FOLDER. The weights of the start and the 12 images of each step are the same for any number of workers.
 """
 
 import json
@@ -201,7 +201,9 @@ def run(
             copy_share(parameter, weights[name])
 
     dtype = precision.compute if kind.startswith("zero") and precision.autocast else None
-    sharing = Sharing(kind.rstrip("+"), dtype, dtype, kind.endswith("+"), accumulation)  # type: ignore[arg-type]
+    kind, _, within = kind.partition("@")
+    each, groups = kind.endswith("+"), int(within) if within else None
+    sharing = Sharing(kind.rstrip("+"), dtype, dtype, each, accumulation, within=groups)  # type: ignore[arg-type]
     strategy = make_strategy(model, sharing, gathered_units(model).values(), embeddings(model).values(), comm, fill)
     autocast = None if dtype else precision.autocast
     denoiser = Denoiser(model.train(), objective, None, None, 0.13025, dtype or precision.weights, autocast)

@@ -1,7 +1,7 @@
 """Which bytes of a safetensors file each worker writes, so that all together write it without an exchange.
 
 The layout of a file follows from its tensors' names, shapes and dtypes alone. Rows that only one worker has are written
-by that one; what all have is cut into as many equal stretches as there are workers.
+by that one; what several or all have is cut into as many equal stretches, of which each writes one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,7 +76,9 @@ def lay_out(file: TensorFile, rank: int, world: int) -> FileLayout:
         held, offsets[spec.name] = file.tensors[spec.name], offset
         if held.is_share:
             first = held.first_row * prod(held.shape[1:])
-            pieces += _cut(spec.name, held, 0, held.part.numel(), offset + first * held.dtype.itemsize)
+            size = held.part.numel()
+            begin, end = (size * bound // held.replicas for bound in (held.replica, held.replica + 1))
+            pieces += _cut(spec.name, held, begin, end, offset + (first + begin) * held.dtype.itemsize)
         else:
             begin, end = (_elements_before(bound - shared_before, spec) for bound in mine)
             pieces += _cut(spec.name, held, begin, end, offset + begin * held.dtype.itemsize)

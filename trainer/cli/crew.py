@@ -98,8 +98,13 @@ def _cards(gpus: list[str]) -> tuple[Card, ...]:
 
 
 def config_of(config: Config, crew: Crew) -> Config:
-    """The configuration with which fewer workers than at the beginning still take as many images a step."""
-    train = config.train
+    """The configuration with which fewer workers than at the beginning still take as many images a step.
+
+    Groups of workers that do not come out even any more become one.
+    """
+    train, within = config.train, config.memory.shard_within
+    if crew.workers != crew.began_with and isinstance(within, int) and crew.workers % within:
+        config = config.model_copy(update={"memory": config.memory.model_copy(update={"shard_within": "all"})})
     if crew.workers == crew.began_with or train.global_batch_size is not None:
         return config
     images = crew.began_with * train.batch_size_per_gpu * (train.gradient_accumulation_steps or 1)

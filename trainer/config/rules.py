@@ -26,6 +26,7 @@ from trainer.config.section_rules.rules_objective import objective_problems
 from trainer.config.section_rules.rules_optimizer import optimizer_rules
 from trainer.config.section_rules.rules_release import release_rules
 from trainer.config.section_rules.rules_samples import PIXELS_PER_LATENT, sample_rules
+from trainer.config.section_rules.rules_sharding import sharding_rules
 from trainer.config.section_rules.rules_sources import is_needed_to_train, paths_of, source_rules
 from trainer.config.sections.adapter_config import trains_adapter
 from trainer.config.sections.data.sources import FolderSource, LatentTarsSource, Source
@@ -56,6 +57,7 @@ def broken_rules(config: Config) -> list[Problem]:
         sample_rules,
         release_rules,
         exchange_rules,
+        sharding_rules,
         objective_problems,
         loss_weight_rules,
         log_rules,

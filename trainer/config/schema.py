@@ -222,6 +222,10 @@ class MemoryConfig(Section):
     weights, gradients and optimizer state are spread over the workers; each computes on a whole copy in the precision
     of the passes. `zero3`: that copy is spread as well, and fetched block by block. One worker holds everything.
     `auto`: the fastest that fits; on the CPU without a budget, `ddp`."""
+    shard_within: Literal["all", "host"] | Annotated[int, Field(ge=2)] = "all"
+    """Over how many workers `zero2` and `zero3` spread. `all`: over all of them. `host`: over those of one host, and
+    each host has the whole model (HSDP): only gradients cross the link between hosts, once a step, at the price of
+    memory; see `docs/hosts.md`. A number: over so many, which must divide all workers."""
     recompute: Literal["auto", "none", "all"] = "auto"
     """Blocks whose activations are computed again in the backward pass: less memory, up to a third more time. `auto`:
     as few as fit."""

@@ -39,7 +39,8 @@ class Holding:
     Attributes:
         strategy: `single`: one process, no wrapper; `ddp`: all of it on every worker; `zero2`: shards, gathered for
             each pass; `zero3`: gathered for each unit.
-        world: workers that share the state.
+        world: workers of the run.
+        replicas: of zero2 and zero3: how many of them hold the same; the others share the state.
         stored_bytes: of one weight as the optimizer sees it (its master, where `compute_bytes` is smaller).
         base_bytes: of one weight below an adapter, which does not train, as it is held and gathered; None: as those
             that train.
@@ -97,6 +98,12 @@ class Holding:
     hosted_weight_bytes: int = 0
     weight_slot_bytes: int = 0
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    replicas: int = 1
+
+    @property
+    def shares(self) -> int:
+        """Over how many workers weights and state are spread."""
+        return self.world // self.replicas if self.strategy in ("zero2", "zero3") else 1
 
     def held_width(self, *, trains: bool) -> int:
         """Bytes of one weight as it is held."""

@@ -39,6 +39,7 @@ class PlannedRun:
             for that lies in the host's memory, as wished in `memory`; `offload_weights`: and the blocks' weights.
         frozen_weights: in how many bits a base is held that does not train.
         exchange: how gradients travel; all but the plain way is for `ddp`.
+        shard_within: over how many workers weights are spread, as wished in `memory`.
     """
 
     model: RunModel
@@ -74,6 +75,7 @@ class PlannedRun:
     offload_weights: Literal["auto"] | bool = False
     frozen_weights: FrozenWeights = "compute"
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    shard_within: Literal["all", "host"] | int = "all"
 
     @property
     def text_encoders_train(self) -> bool:

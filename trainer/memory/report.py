@@ -35,6 +35,8 @@ class RungReport:
     extra_s: float
     hosts_state: bool = False
     hosts_weights: bool = False
+    shares: int = 1
+    replicas: int = 1
 
     @staticmethod
     def of(rung: Rung, budget: Budget) -> "RungReport":
@@ -56,6 +58,8 @@ class RungReport:
             extra_s=rung.extra_s,
             hosts_state=rung.holding.hosted_bytes > 0,
             hosts_weights=rung.holding.hosted_weight_bytes > 0,
+            shares=rung.holding.shares,
+            replicas=rung.holding.replicas,
         )
 
 
@@ -120,6 +124,8 @@ class MemoryPlan:
         images = f"{batch} image{'' if batch == 1 else 's'} of {width} x {height} px"
         kept = f"memory per worker in GiB ({self.kernels}), {images} in a pass, {self.accumulation} passes a step"
         lines = [kept.replace(" 1 passes", " 1 pass"), *_table(self.looked_at, self.budget)]
+        if self.chosen and self.chosen.replicas > 1:
+            lines.append(f"sharded over {self.chosen.shares} workers, {self.chosen.replicas} replicas")
         if self.chosen is None:
             lines.append(f"nothing fits {self._limit()}")
             lines += [f"  this would: {advice}" for advice in self.advice]

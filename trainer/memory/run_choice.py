@@ -22,6 +22,7 @@ from trainer.model.recompute import offloaded_activations, repeated_blocks
 from trainer.optim.precision import precision_of
 from trainer.parallel.comm import Comm, broadcast_object, gather_objects
 from trainer.parallel.failure import card_is_full
+from trainer.parallel.shard_groups import workers_within
 from trainer.parallel.strategy import Sharing, StrategyKind
 from trainer.parallel.worker import MEMORY_ATTEMPT
 
@@ -41,6 +42,7 @@ class MemoryChoice:
         recompute: names of blocks; empty for none.
         offloads: saved activations wait in the host's memory.
         hosts_state: the optimizer's state lies there; `hosts_weights`: and the weights of all blocks.
+        within: see `Sharing`.
         needed: bytes that the plan counts with for this worker, all in all; None where nothing was planned.
         tensors: of these, what PyTorch's tensors take.
         limit: what PyTorch's allocator may take, by the budget; None: no limit.
@@ -62,6 +64,7 @@ class MemoryChoice:
     hosts_state: bool = False
     flops_per_px: float | None = None
     hosts_weights: bool = False
+    within: int | None = None
 
     def sharing(self, precision_name: str, *, only_additions: bool = False) -> Sharing:
         """With the dtypes that follow from `train.precision`.
@@ -73,7 +76,7 @@ class MemoryChoice:
         precision = precision_of(precision_name)
         casts = self.kind in ("zero2", "zero3") and precision.autocast and not only_additions
         narrow = precision.compute if casts else None
-        return Sharing(self.kind, narrow, narrow, self.exchange_every_pass, self.passes)
+        return Sharing(self.kind, narrow, narrow, self.exchange_every_pass, self.passes, within=self.within)
 
     def around_forward(self, model: TrainedModel) -> Callable[[], AbstractContextManager[None]]:
         """What every forward pass of the training runs in."""
@@ -89,13 +92,16 @@ def choose_memory(run: PlannedRun, comm: Comm, setting: Setting) -> MemoryChoice
     """Rank 0 decides, for all. On the CPU, where nothing limits the memory, there is nothing to plan.
 
     Raises:
-        UserError: nothing fits.
+        UserError: nothing fits, or workers do not make such groups as `memory.shard_within` says.
     """
+    within = workers_within(run.shard_within, setting.workers, setting.workers_here)  # all workers refuse it
     attempt = memory_attempt()
     chosen: dict[str, Any] | None = None
     if comm.rank == 0:
         unlimited = comm.device.type == "cpu" and run.budget == "auto" and not attempt
-        chosen = asdict(_unplanned(run, setting) if unlimited else _planned(run, setting, attempt))
+        choice = _unplanned(run, setting) if unlimited else _planned(run, setting, attempt)
+        is_grouped = choice.kind in ("zero2", "zero3") and within < setting.workers
+        chosen = asdict(replace(choice, within=within if is_grouped else None))
     agreed = broadcast_object(comm, chosen)
     assert agreed is not None
     choice = MemoryChoice(**{**agreed, "recompute": tuple(agreed["recompute"]), "fullest": tuple(agreed["fullest"])})

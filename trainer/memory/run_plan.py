@@ -31,8 +31,9 @@ from trainer.memory.choice import (
 from trainer.memory.holdings import Holding, Kernels, StrategyName
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.report import MemoryPlan, RungReport
-from trainer.memory.strategy_peak import parameter_sizes, wire_bytes
+from trainer.memory.strategy_peak import may_fit, parameter_sizes, wire_bytes
 from trainer.package_files import is_installed
+from trainer.parallel.shard_groups import workers_within
 from trainer.wire.wire_cost import outer_bytes, saved_bytes, saved_of_average
 
 if TYPE_CHECKING:
@@ -76,8 +77,11 @@ class Setting:
     budget: Budget
 
 
-def make_budget(wish: str, kernels: Kernels, card_bytes: int | None, workers: int) -> Budget:
-    """What `memory.budget` (`wish`) says, or the card's memory but for a little; nothing limits the CPU by default."""
+def make_budget(wish: str, kernels: Kernels, card_bytes: int | None, workers: int, groups: int = 1) -> Budget:
+    """What `memory.budget` (`wish`) says, or the card's memory but for a little; nothing limits the CPU by default.
+
+    Where workers share the model in several groups, each talks to those of its group and to its replicas apart.
+    """
     total, given = None, ""
     if wish != "auto":
         total, given = parse_size(wish), "memory.budget"
@@ -87,7 +91,8 @@ def make_budget(wish: str, kernels: Kernels, card_bytes: int | None, workers: in
         total, given = card_bytes - DESKTOP, "the card's memory less 0.25 GiB"
     if kernels == "cpu":
         return Budget(total, given=given)
-    return Budget(total, CUDA_CONTEXT, NCCL_BUFFERS if workers > 1 else 0, MARGIN_SHARE, given)
+    buffers = NCCL_BUFFERS * (0 if workers == 1 else 1 if groups == 1 else 3)
+    return Budget(total, CUDA_CONTEXT, buffers, MARGIN_SHARE, given)
 
 
 def memory_plan(run: PlannedRun, setting: Setting, cache: Path | None = None) -> MemoryPlan:
@@ -197,8 +202,9 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
     bucket, batch = max(setting.buckets, key=fullness)
     shape = Shape(bucket, batch)
     traced = TracedRun(run, shape, setting.kernels)
-    first: StrategyName = "single" if setting.workers == 1 else "zero2"
-    first = "ddp" if run.strategy == "ddp" and setting.workers > 1 else first
+    workers, within = setting.workers, workers_within(run.shard_within, setting.workers, setting.workers_here)
+    first: StrategyName = "single" if workers == 1 else "zero2"
+    first = "ddp" if run.strategy == "ddp" and workers > 1 else first
     trace = traced.trace(first)
     encoding, beside = peaks_beside(run, traced, first)
     frozen = frozen_bytes(run)
@@ -210,7 +216,7 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
             between_steps=beside,
             between_steps_gathered=frozenset(beside),
         )
-        for label, holding in holdings(run, trace, setting.workers, setting.accumulation, setting.kernels).items()
+        for label, holding in holdings(run, trace, workers, setting.accumulation, setting.kernels, within).items()
     }
     last, state = dict[str, Holding](), dict[str, int]()
     if run.releases_gradients and run.offload_optimizer is not False:
@@ -235,7 +241,7 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
     if only_whether:
         fewest = most
         ways, last, final = (
-            {label: holding for label, holding in each.items() if _may_fit(trace, holding, setting.budget)}
+            {label: holding for label, holding in each.items() if may_fit(trace, holding, setting.budget.total)}
             for each in (ways, last, final)
         )
     choice = choose(
@@ -248,15 +254,6 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
         setting.budget,
     )
     return traced, num_blocks, choice
-
-
-def _may_fit(trace: "Trace", holding: Holding, budget: Budget) -> bool:
-    """Whether there is room for weights, gradients and optimizer state alone."""
-    shared = holding.world if holding.strategy in ("zero2", "zero3") else 1
-    trained = sum(p.numel for p in parameter_sizes(trace) if p.trains)
-    kept = 1 if holding.released_with else 2  # weights and gradients
-    least = trained * (kept * holding.stored_bytes + holding.optimizer_bytes) / shared - holding.hosted_weight_bytes
-    return budget.total is None or least <= budget.total
 
 
 def fullness(pass_: tuple[Bucket, int]) -> tuple[int, int]:
@@ -299,6 +296,8 @@ def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRu
     if run.exchange.averages_weights and run.exchange.outer_place == "device" and setting.workers > 1:
         in_host = run.exchange.model_copy(update={"outer_place": "host"})
         yield "exchange.outer_place: host", replace(run, exchange=in_host)
+    if run.shard_within != "all" and run.strategy != "ddp" and setting.workers > 1 and run.may_be_spread:
+        yield "memory.shard_within: all", replace(run, shard_within="all")
     if run.strategy != "auto" and setting.workers > 1 and run.may_be_spread:
         plain = replace(run, strategy="auto", exchange=ExchangeConfig())
         also = "" if run.exchange.method == "plain" else "exchange.method: plain and "
@@ -389,8 +388,7 @@ def _host_bytes(run: PlannedRun, setting: Setting, chosen: Rung, trace: "Trace")
 
     offloaded = trace.saved_bytes if chosen.offloads else 0
     pinned = offloaded * _PINNED_SHARE if setting.kernels == "cuda" else offloaded
-    shards = setting.workers if chosen.holding.strategy in ("zero2", "zero3") else 1
-    averages = averages_memory(run, trace, shards, setting.kernels).host
+    averages = averages_memory(run, trace, chosen.holding.shares, setting.kernels).host
     each = round(_WORKER_RAM[setting.kernels] + run.data_workers * _DATA_WORKER_RAM + pinned) + averages
     each += chosen.holding.hosted_bytes + chosen.holding.hosted_weight_bytes
     if run.exchange.averages_weights and run.exchange.outer_place == "host" and setting.workers > 1:

@@ -43,19 +43,24 @@ class Sharded:
         self._numel = {p.name: p.numel for p in parameters}
         shards = 0
         for parameter in parameters:
-            unit, numel = unit_of.get(parameter.name, ""), parameter.padded_numel(holding.world)
+            unit, numel = unit_of.get(parameter.name, ""), parameter.padded_numel(holding.shares)
             whole = numel * holding.gathered_width(trains=parameter.trains)
             self._whole_bytes[unit] = self._whole_bytes.get(unit, 0) + whole
-            shards += numel // holding.world * holding.held_width(trains=parameter.trains)
+            shards += numel // holding.shares * holding.held_width(trains=parameter.trains)
             self._trained[unit] = self._trained.get(unit, 0) + (numel if parameter.trains else 0)
         mixed = holding.compute_bytes != holding.stored_bytes
         ledger.held["masters" if mixed else "weights"] += shards
-        trained = sum(self._trained.values()) // holding.world
+        trained = sum(self._trained.values()) // holding.shares
         ledger.held["optimizer"] = round(holding.optimizer_bytes * trained) + holding.optimizer_everywhere_bytes
         self._mixed = mixed
         # The streams of all-gathers, and of reduce-scatters, whose results are the shards of the gradients.
         self._gathers = _Pool(ledger, "communication", holding.pools_by_stream)
         self._reductions = _Pool(ledger, "gradients", holding.pools_by_stream)
+        # Of all-reduces among replicas: in the shares' own dtype, where that is another than the wire's.
+        self._between = _Pool(ledger, "gradients", holding.pools_by_stream)
+        self._partial: dict[str, int] = {}  # bytes of sums within the group that wait for a later pass's
+        self._crossed = 0  # bytes of what is all-reduced, which FSDP2 holds until the backward pass ends
+        self._crosses = True
         self._whole: set[str] = set()  # units that are gathered
         self._gathered_ahead: set[str] = set()
         self._order: list[str] = []
@@ -71,7 +76,7 @@ class Sharded:
     def begin_pass(self, index: int) -> None:
         last = index == self._holding.accumulation - 1
         self._reduces = self._holding.reduce_each_pass or last
-        self._releases = self._holding.strategy == "zero3" or last
+        self._releases, self._crosses = self._holding.strategy == "zero3" or last, last
         self._ended.clear()
         self._order = []
         self._backward = False
@@ -106,11 +111,12 @@ class Sharded:
             for unit in self._whole_bytes:
                 self._end_unit(unit)
             self._ledger.add("communication", -self._reduce_input)
-            self._reduce_input = 0
+            self._reductions.add(-self._crossed)
+            self._reduce_input = self._crossed = 0
 
     def end_step(self) -> None:
-        shards = sum(self._trained[unit] for unit in self._shards) // self._holding.world
-        self._reductions.add(-shards * self._holding.stored_bytes)
+        shards = sum(self._trained[unit] for unit in self._shards) // self._holding.shares
+        self._shards_pool().add(-shards * self._holding.stored_bytes)
         self._shards.clear()
 
     def between_steps(self, gathers: bool) -> Mapping[str, int]:
@@ -118,15 +124,20 @@ class Sharded:
         if not gathers:
             return {}
         whole = sum(self._whole_bytes.values())
-        return {"weights": whole, "gradients": -self._reductions.unused}
+        return {"weights": whole, "gradients": -self._reductions.unused - self._between.unused}
+
+    def _shards_pool(self) -> _Pool:
+        """Where shares of gradients lie."""
+        casts = self._holding.reduce_bytes != self._holding.stored_bytes
+        return self._between if casts and self._holding.replicas > 1 else self._reductions
 
     def _gather(self, unit: str) -> None:
         """All-gather into one flat buffer, then copy out; the buffer lives until the next gather's."""
         if unit in self._whole or unit not in self._whole_bytes:
             return
         flat = self._whole_bytes[unit]
-        if self._holding.world > 1:
-            shard = flat // self._holding.world if self._mixed else 0
+        if self._holding.shares > 1:
+            shard = flat // self._holding.shares if self._mixed else 0
             self._gathers.add(flat + shard)
             self._gathers.add(-shard - self._previous_gather)
             self._previous_gather = flat
@@ -188,9 +199,12 @@ class Sharded:
         self._reduce_input = self._trained[unit] * holding.reduce_bytes
         ledger.add("communication", self._reduce_input)
         ledger.add("gradients", -gradients)
-        reduced = self._trained[unit] // holding.world * holding.reduce_bytes
-        shard = self._trained[unit] // holding.world * holding.stored_bytes
+        reduced = self._trained[unit] // holding.shares * holding.reduce_bytes
+        shard = self._trained[unit] // holding.shares * holding.stored_bytes
         self._reductions.add(reduced)
+        if holding.replicas > 1:
+            self._cross(unit, reduced, shard)
+            return
         if holding.reduce_bytes != holding.stored_bytes:
             self._reductions.add(shard)
             self._reductions.add(-shard)
@@ -198,3 +212,16 @@ class Sharded:
         if unit not in self._shards:
             self._shards.add(unit)
             self._reductions.add(shard)
+
+    def _cross(self, unit: str, reduced: int, shard: int) -> None:
+        """After a unit's gradients were added up within the group; in the last pass, replicas add up their sums."""
+        partial = self._partial.pop(unit, 0)
+        if not self._crosses:
+            self._reductions.add(-partial)
+            self._partial[unit] = reduced
+            return
+        self._shards.add(unit)
+        if self._shards_pool() is self._between:
+            self._between.add(shard)
+            self._crossed += reduced
+        self._reductions.add(-partial)

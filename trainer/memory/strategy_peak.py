@@ -75,22 +75,34 @@ def wire_bytes(trace: "Trace", holding: Holding) -> int:
     """What each worker sends in one optimizer step, by ring algorithms; scalars not counted.
 
     DDP: an all-reduce of all gradients, or what `holding.exchange` says. ZeRO-2: an all-gather of the weights and a
-    reduce-scatter of the gradients,
-    in the last pass or in each; ZeRO-3 gathers twice in each pass. Embeddings are gathered once in each pass.
+    reduce-scatter of the gradients, in the last pass or in each; ZeRO-3 gathers twice in each pass. Embeddings are
+    gathered once in each pass. Where several workers hold the same share, all this goes on among those that share, and
+    what is added up there is all-reduced once among those that hold the same.
     """
     world, sizes = holding.world, parameter_sizes(trace)
     if world == 1:
         return 0
     if holding.strategy == "ddp":
         return sent_bytes(holding.exchange, [p.shape for p in sizes if p.trains], world, holding.stored_bytes)
-    padded = {p.name: p.padded_numel(world) * holding.gathered_width(trains=p.trains) for p in sizes}
+    shares, replicas = holding.shares, holding.replicas
+    padded = {p.name: p.padded_numel(shares) * holding.gathered_width(trains=p.trains) for p in sizes}
     embedded = sum(size for name, size in padded.items() if trace.unit_of.get(name) in trace.embeddings)
     weights = sum(padded.values()) - embedded
-    gradients = sum(p.padded_numel(world) for p in sizes if p.trains) * holding.reduce_bytes
+    gradients = sum(p.padded_numel(shares) for p in sizes if p.trains) * holding.reduce_bytes
     gathers = 2 * holding.accumulation if holding.strategy == "zero3" else 1
     reductions = holding.accumulation if holding.reduce_each_pass else 1
     sent = weights * gathers + embedded * holding.accumulation + gradients * reductions
-    return sent * (world - 1) // world
+    return sent * (shares - 1) // shares + 2 * (gradients // shares) * (replicas - 1) // replicas
+
+
+def may_fit(trace: "Trace", holding: Holding, budget: int | None) -> bool:
+    """Whether there is room for weights, gradients and optimizer state alone in so many bytes; None: any number."""
+    trained = sum(p.numel for p in parameter_sizes(trace) if p.trains)
+    kept = 1 if holding.released_with else 2  # weights and gradients
+    least = (
+        trained * (kept * holding.stored_bytes + holding.optimizer_bytes) / holding.shares - holding.hosted_weight_bytes
+    )
+    return budget is None or least <= budget
 
 
 def parameter_sizes(trace: "Trace") -> list[ParameterSize]:

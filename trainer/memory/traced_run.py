@@ -202,20 +202,28 @@ def _loss(
     return loss
 
 
-def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, kernels: Kernels) -> dict[str, Holding]:
-    """The strategies that the configuration allows, by their description."""
+def holdings(
+    run: PlannedRun, trace: Trace, workers: int, accumulation: int, kernels: Kernels, within: int | None = None
+) -> dict[str, Holding]:
+    """The strategies that the configuration allows, by their description.
+
+    Args:
+        within: workers over which weights are spread; None: all.
+    """
+    within = within or workers
     precision, wish = precision_of(run.precision), run.strategy if run.may_be_spread else "ddp"
     state = optimizer_bytes(run, trace)
     trained = sum(math.prod(trace.shapes[name]) for name in trace.trains)
     swap = _swap_bytes(run, trace, kernels)
     released_with = release_blocks(trace.trains, {*trace.unit_of.values()}) if run.releases_gradients else {}
-    averages = {shards: averages_memory(run, trace, shards, kernels) for shards in {1, workers}}
+    averages = {shards: averages_memory(run, trace, shards, kernels) for shards in {1, within}}
 
     def holding(strategy: StrategyName, each_pass: bool = True) -> Holding:
         gathers = strategy in ("zero2", "zero3")
         casts = gathers and not run.only_additions_train
         narrow = precision.compute.itemsize if casts else precision.weights.itemsize
-        average = averages[workers if gathers else 1]
+        shards = within if gathers else 1
+        average = averages[shards]
         in_model = average.swap if run.scores_averages else 0
         if strategy == "ddp" and run.exchange.averages_weights and narrow < 4:  # own weights wait beside common ones
             in_model = max(in_model, trained * narrow)
@@ -232,12 +240,13 @@ def holdings(run: PlannedRun, trace: Trace, workers: int, accumulation: int, ker
             reduce_each_pass=each_pass,
             batched_copy=copies_gradients_in_batches(),
             pools_by_stream=kernels == "cuda",
-            optimizer_temporary_bytes=optimizer_scratch(run, trace, kernels, workers if gathers else 1),
+            optimizer_temporary_bytes=optimizer_scratch(run, trace, kernels, shards),
             average_bytes=average.device,
             average_update_bytes=average.update,
-            average_swap_bytes=in_model + swap // (workers if gathers else 1),
+            average_swap_bytes=in_model + swap // shards,
             released_with=released_with,
             exchange=run.exchange if strategy == "ddp" else ExchangeConfig(),
+            replicas=workers // within if gathers else 1,
         )
 
     if workers == 1:

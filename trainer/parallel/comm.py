@@ -37,12 +37,16 @@ _GROUP_VARIABLES = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZ
 
 @dataclass(frozen=True)
 class Comm:
-    """This worker: `rank` of `world` workers, `local_rank` on its host, computing on `device`."""
+    """This worker: `rank` of `world` workers, `local_rank` on its host, computing on `device`.
+
+    `timeout_s`: how long any collective waits for the slowest worker.
+    """
 
     rank: int
     world: int
     local_rank: int
     device: torch.device
+    timeout_s: float = DEFAULT_TIMEOUT_S
 
 
 def init_comm(timeout_s: float = DEFAULT_TIMEOUT_S) -> Comm:
@@ -73,7 +77,7 @@ def init_comm(timeout_s: float = DEFAULT_TIMEOUT_S) -> Comm:
     built_for = state.process_index, state.num_processes, torch.device(state.device or "cpu").type
     if built_for != (rank, world, device.type):
         raise RuntimeError(f"accelerate's state was set before init_comm: {state!r}")
-    return Comm(rank, world, local_rank, device)
+    return Comm(rank, world, local_rank, device, timeout_s)
 
 
 def init_device() -> torch.device:
@@ -157,14 +161,14 @@ def _open_group(rank: int, world: int, device: torch.device, timeout: timedelta)
     keep_group_alive()
 
 
-def keep_group_alive() -> None:
-    """Let the process group's object live as long as the process; call this once the group is open.
+def keep_group_alive(group: dist.ProcessGroup | None = None) -> None:
+    """Let a process group's object, by default that of all, live as long as the process; call this once it is open.
 
     Whoever drops the last reference to a gloo group, such as DDP's reducer, waits for gloo's threads with the
     interpreter's lock in hand, while one of them that lets go of its last tensor waits for that lock: a deadlock, with
     torch 2.13 on busy cores within some hundred groups. `destroy_process_group` still ends the connections.
     """
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD if group is None else group))
 
 
 @contextlib.contextmanager

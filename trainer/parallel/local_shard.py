@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -24,6 +25,7 @@ class Held(NamedTuple):
         is_share: the other workers have other rows; else all have the same.
         dtype: in which it is to be written, if not in its own.
         blend: what is to be written in place of it; None: itself.
+        replica, replicas: of rows that several workers have: the number of this one among so many of them.
     """
 
     part: Tensor
@@ -32,22 +34,44 @@ class Held(NamedTuple):
     is_share: bool
     dtype: torch.dtype
     blend: Blend | None = None
+    replica: int = 0
+    replicas: int = 1
 
 
 def held(tensor: Tensor) -> Held:
     """What this worker has of `tensor`; nothing is copied."""
     part, first_row = local_part(tensor.detach())
-    return Held(part, first_row, tuple(tensor.shape), _is_cut(tensor), part.dtype)
+    return Held(part, first_row, tuple(tensor.shape), _is_cut(tensor), part.dtype, None, *_replica(tensor))
 
 
 def held_like(part: Tensor, like: Tensor) -> Held:
     """`part` as what this worker has of a tensor that is cut as the parameter `like` is; rows of both correspond."""
     _, first_row = local_part(like)
-    return Held(part, first_row, (*like.shape[:1], *part.shape[1:]), _is_cut(like), part.dtype)
+    shape = (*like.shape[:1], *part.shape[1:])
+    return Held(part, first_row, shape, _is_cut(like), part.dtype, None, *_replica(like))
 
 
 def _is_cut(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and not all(place.is_replicate() for place in tensor.placements)
+
+
+def _replica(tensor: Tensor) -> tuple[int, int]:
+    """(number of this worker among those that have its rows, how many these are)."""
+    number, replicas = 0, 1
+    if isinstance(tensor, DTensor) and tensor.device_mesh.ndim > 1:  # of one dimension, nothing is looked up
+        for dim, place in enumerate(tensor.placements):
+            if place.is_replicate():
+                size = tensor.device_mesh.size(dim)
+                number, replicas = number * size + tensor.device_mesh.get_local_rank(dim), replicas * size
+    return number, replicas
+
+
+def sharers(tensor: Tensor) -> tuple[dist.ProcessGroup | None, int]:
+    """The workers that together hold all rows once, this one among them, and how many; (None, 1): it has all rows."""
+    if not isinstance(tensor, DTensor) or not _is_cut(tensor):
+        return None, 1
+    dim = next(dim for dim, place in enumerate(tensor.placements) if not place.is_replicate())
+    return tensor.device_mesh.get_group(dim), tensor.device_mesh.size(dim)
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, int]:

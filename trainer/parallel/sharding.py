@@ -2,14 +2,19 @@
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from trainer.parallel.comm import Comm
+from trainer.parallel.comm import Comm, keep_group_alive
+from trainer.parallel.local_shard import local_part
 
 
 def shard_model(
@@ -21,8 +26,9 @@ def shard_model(
     compute_dtype: torch.dtype | None,
     reduce_dtype: torch.dtype | None,
     keep_gathered: bool,
+    within: int | None = None,
 ) -> None:
-    """Spread the parameters of `model` over all workers, along their first dimension; in place.
+    """Spread the parameters of `model` over the workers, along their first dimension; in place.
 
     Args:
         model: may lie on the meta device; then call `materialize`, and fill each parameter by `copy_share`.
@@ -32,8 +38,10 @@ def shard_model(
         reduce_dtype: in which gradients travel and are averaged; None: that of the shares.
         keep_gathered: keep gathered weights from the forward pass for the backward pass (ZeRO-2), or free them
             after each block and gather them again (ZeRO-3).
+        within: spread them over so many workers, neighbours in rank, and have as many groups of them as there are hold
+            the same (HSDP: Zhao et al. 2023, section 3.2.2); None: over all.
     """
-    mesh = init_device_mesh(comm.device.type, (comm.world,))
+    mesh = _mesh(comm, within or comm.world)
     # Inputs are left alone: sizes above 256 would be rounded by bf16.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for module in (*units, model):
@@ -41,6 +49,27 @@ def shard_model(
         sharded = fully_shard(module, mesh=mesh, reshard_after_forward=frees, mp_policy=policy)
         if module in embeddings:
             sharded.set_unshard_in_backward(False)
+
+
+def _mesh(comm: Comm, within: int) -> DeviceMesh:
+    """The workers as a row, or as one row for each group."""
+    if within == comm.world:
+        return init_device_mesh(comm.device.type, (comm.world,))
+    return _grouped(dist.group.WORLD, comm.device.type, comm.world // within, within, comm.timeout_s)
+
+
+@cache
+def _grouped(
+    world: dist.ProcessGroup | None, device_type: str, replicas: int, within: int, timeout_s: float
+) -> DeviceMesh:
+    """Opened once for all models of a process: what NCCL keeps for a group is not given back."""
+    mesh = init_device_mesh(device_type, (replicas, within), mesh_dim_names=("replicate", "shard"))
+    for name in ("replicate", "shard"):
+        group = mesh.get_group(name)
+        if dist.get_backend(group) != "fake":  # which sends nothing, and waits for nobody
+            _set_pg_timeout(timedelta(seconds=timeout_s), group)  # of its own, a group of gloo's waits half an hour
+        keep_group_alive(group)
+    return mesh
 
 
 def materialize(model: nn.Module, device: torch.device, elsewhere: Collection[nn.Parameter] = ()) -> None:
@@ -65,13 +94,8 @@ def materialize(model: nn.Module, device: torch.device, elsewhere: Collection[nn
 @torch.no_grad()
 def copy_share(parameter: Tensor, whole: Tensor) -> None:
     """Fill a parameter, or this worker's share of it, from the whole tensor; only the share's part of it is read."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(whole)
-        return
-    shares = whole.chunk(parameter.device_mesh.size(), dim=0)  # as Shard(0) does
-    rank = parameter.device_mesh.get_local_rank()
-    if rank < len(shares):
-        parameter.to_local().copy_(shares[rank])
+    part, first_row = local_part(parameter)
+    part.copy_(whole if part is parameter else whole[first_row : first_row + len(part)])
 
 
 @torch.no_grad()
@@ -80,15 +104,20 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def prepare_pass(model: nn.Module, *, exchanges_gradients: bool, keeps_gathered: bool) -> None:
+def prepare_pass(
+    model: nn.Module, *, exchanges_gradients: bool, keeps_gathered: bool, between_replicas: bool = True
+) -> None:
     """What the next forward and backward pass does with a spread model.
 
     Args:
         exchanges_gradients: average gradients over the workers, or keep adding up each worker's own.
+        between_replicas: if so, over those of all groups, or keep adding up each group's own. Of one group: true.
         keeps_gathered: keep whole weights after the backward pass, for a further pass before they change.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(exchanges_gradients)
+        if not between_replicas:
+            model.set_requires_all_reduce(False)
         model.set_reshard_after_backward(not keeps_gathered)
 
 

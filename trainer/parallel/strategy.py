@@ -36,6 +36,8 @@ class Sharing:
             costs time on the wire, and not in the last only, which costs a whole copy of the gradients in memory.
         passes: of a step.
         steps_alone: `ddp`: workers exchange no gradients, and average their weights now and then (`Outer`).
+        within: `zero2` and `zero3`: so many workers share a whole model, and as many groups of them as there are hold
+            the same; None: all.
     """
 
     kind: StrategyKind
@@ -44,6 +46,15 @@ class Sharing:
     exchange_every_pass: bool = False
     passes: int = 1
     steps_alone: bool = False
+    within: int | None = None
+
+    def shares(self, world: int) -> int:
+        """Over how many of so many workers the weights are spread; 1: each has all of them."""
+        return (self.within or world) if self.is_sharded else 1
+
+    def replicas(self, world: int) -> int:
+        """How many of so many workers hold the same weights, each of them all or the same share."""
+        return world // self.shares(world)
 
     @property
     def is_sharded(self) -> bool:
@@ -169,6 +180,7 @@ class Strategy:
                 self.model,
                 exchanges_gradients=exchanges,
                 keeps_gathered=self.sharing.kind == "zero2" and not last,
+                between_replicas=last or self.sharing.within is None,
             )
             yield
         elif last or self.world == 1 or not self.sharing.is_wrapped:
@@ -239,7 +251,11 @@ class Strategy:
             of_blocks.index_add_(0, blocks, each.double().square())
         if self.sharing.is_sharded:
             squares = torch.cat([norm.double().square().view(1), of_blocks])
+            # Of all workers, although a group has all shares: so they are the same to the bit on all replicas, and with
+            # them the scale of the update. What has been counted several times is divided out again.
             torch.distributed.all_reduce(squares)
+            if self.sharing.within is not None:
+                squares /= self.sharing.replicas(self.world)
             norm, of_blocks = squares[0].sqrt().float(), squares[1:]
         return norm, of_blocks.sqrt()
 
@@ -279,6 +295,7 @@ def make_strategy(
             compute_dtype=sharing.compute_dtype,
             reduce_dtype=sharing.reduce_dtype,
             keep_gathered=sharing.kind == "zero2",
+            within=sharing.within,
         )
     materialize(model, comm.device, elsewhere)
     fill(model)

@@ -271,7 +271,7 @@ def _agreed_update(config: Config, strategy: Strategy, comm: Comm, rounding: Rou
     """Compiled arithmetic of the optimizer, if it is wanted and every worker has it: last bits may differ."""
     wish = config.optimizer.compile
     each = sum(parameter.numel() for parameter in strategy.parameters.values())  # the same on every worker
-    each /= comm.world if strategy.sharing.is_sharded else 1
+    each /= strategy.sharing.shares(comm.world)
     if wish is False or (wish == "auto" and each < _WEIGHTS_WORTH_COMPILING):
         return None
     update = compiled_update(config.optimizer.kind == "adamw_8bit", rounding, comm.device)

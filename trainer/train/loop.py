@@ -359,7 +359,10 @@ def _announce(config: Config, model: RunModel, run: Run, arithmetic: RunArithmet
         _log.info("%s", line)
     if warning := guidance_warning(config):
         _log.warning("%s", warning)
-    _log.info("%s on %s%s", config.train.precision, device.type, f", {strategy.sharing.kind}" * (strategy.world > 1))
+    how = f", {strategy.sharing.kind}" * (strategy.world > 1)
+    if (within := strategy.sharing.within) is not None:
+        how += f" sharded over {within} workers, {strategy.sharing.replicas(strategy.world)} replicas"
+    _log.info("%s on %s%s", config.train.precision, device.type, how)
     if strategy.sharing.kind == "ddp":
         _log.info("%s", gradients_told(config.exchange, strategy))
     if config.ema.averages:

@@ -13,6 +13,7 @@ from trainer.memory.planned_run import PlannedRun
 from trainer.memory.run_plan import Setting, make_budget
 from trainer.model.text import TOKENS_PER_CHUNK
 from trainer.model_files.run_model import RunModel
+from trainer.parallel.shard_groups import workers_within
 from trainer.train.arithmetic import batch_factors
 from trainer.train.run_objective import extra_noises
 from trainer.train.trained_parts import what_trains
@@ -41,6 +42,7 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
         sample_px=_largest_sample(config) if config.samples.every_steps else None,
         budget=config.memory.budget,
         strategy=_strategy(config),
+        shard_within=config.memory.shard_within,
         recompute=config.memory.recompute,
         offload_activations=config.memory.offload_activations,
         data_workers=config.data.workers,
@@ -103,6 +105,7 @@ def make_setting(
     shapes = tuple(buckets) or make_buckets(rules.resolution, rules.min_px, rules.max_px, rules.step_px)
     at_once = workers * train.batch_size_per_gpu
     passes = train.gradient_accumulation_steps or -(-(train.global_batch_size or at_once) // at_once)
+    groups = workers // workers_within(config.memory.shard_within, workers, workers_here)
     batches = [factor * train.batch_size_per_gpu for factor in batch_factors(config, shapes)]
     return Setting(
         kernels=kernels,
@@ -110,5 +113,5 @@ def make_setting(
         workers_here=workers_here,
         accumulation=accumulation or passes,
         buckets=tuple(zip(shapes, batches, strict=True)),
-        budget=make_budget(config.memory.budget, kernels, card_bytes, workers),
+        budget=make_budget(config.memory.budget, kernels, card_bytes, workers, groups),
     )

@@ -246,3 +246,23 @@ def test_the_same_card_twice_ends_the_run(
     assert "goes on from where this one began" in event
     assert "it is not the first time for worker 3: test the card" in capfd.readouterr().err
     assert not [*(tmp_path / "run/checkpoints").glob("step-*")]
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_of_a_share_is_found(
+    tmp_path: Path,
+    model_folder: Path,
+    prepared: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """By the worker that holds the same share in the other group."""
+    monkeypatch.setenv(FAULT, "flip_bit@3:2:always")
+    memory = {"strategy": "zero2", "shard_within": 2}
+    config = config_of(
+        model_folder, prepared, tmp_path / "run", 4, steps=6, checkpoint={"every_steps": 3}, memory=memory
+    )
+    assert started(config) == 2
+    (event,) = (tmp_path / "run/events.txt").read_text().splitlines()
+    assert "the weights of one of worker 1, worker 3 are not those of the other workers after step 3" in event
+    assert "it is not the first time for worker 1 and worker 3" in capfd.readouterr().err

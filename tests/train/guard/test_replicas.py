@@ -26,6 +26,15 @@ def test_the_fewer_are_odd(hashes: list[int], odd: Odd | None) -> None:
     assert find_odd(hashes) == odd
 
 
+def test_replicas_of_shares_are_compared_with_each_other() -> None:
+    """Of two groups of two, workers 0 and 2 have the same, and 1 and 3."""
+    assert find_odd([7, 8, 7, 8], 2) is None
+    assert find_odd([7, 8, 7, 9], 2) == Odd((1, 3), False)
+    assert find_odd([7, 8, 7, 9, 7, 8], 2) == Odd((3,), True)
+    assert find_odd([1, 2, 3, 1, 2, 4, 1, 2, 3], 3) == Odd((5,), True)
+    assert find_odd([7, 8, 9, 8, 7, 9], 2) == Odd((2, 5), True)
+
+
 def tensors() -> dict[str, torch.Tensor]:
     """Of all dtypes that a run holds, one longer than a chunk, one not contiguous, one a scalar."""
     torch.manual_seed(0)

@@ -21,5 +21,6 @@ class GuardConfig(Section):
     """When three steps in a row are skipped, training goes on from the newest checkpoint before them, without the data
     that came after it. If that does not help, it ends. `false`: it ends at once."""
     replica_check_every: Count = 100
-    """Optimizer steps between comparisons of the weights that several workers hold each as a whole (`ddp`): where they
-    differ, a card has computed or stored something wrong. They are compared before every checkpoint, too. 0: never."""
+    """Optimizer steps between comparisons of the weights that several workers hold (`ddp`: all of them;
+    `memory.shard_within`: the same share): where they differ, a card has computed or stored something wrong. They are
+    compared before every checkpoint, too. 0: never."""

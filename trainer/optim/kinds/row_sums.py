@@ -5,11 +5,10 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trainer.optim.adamw import CHUNK_ELEMENTS
 from trainer.optim.kinds.rule import Sums
-from trainer.parallel.local_shard import held, local_part
+from trainer.parallel.local_shard import local_part, sharers
 
 
 class _HasParameter(Protocol):
@@ -26,17 +25,13 @@ def together(todo: Iterable[_Each], chunk_elements: int | None) -> Iterator[list
     elements = 0
     for each in todo:
         batch.append(each)
-        elements += each.parameter.numel() // _workers(each.parameter)
-        spread, device = held(each.parameter).is_share, local_part(each.parameter)[0].device.type
-        if not spread or elements >= (chunk_elements or CHUNK_ELEMENTS[device]):
+        workers, device = sharers(each.parameter)[1], local_part(each.parameter)[0].device.type
+        elements += each.parameter.numel() // workers
+        if workers == 1 or elements >= (chunk_elements or CHUNK_ELEMENTS[device]):
             yield batch
             batch, elements = [], 0
     if batch:
         yield batch
-
-
-def _workers(parameter: Tensor) -> int:
-    return parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
 
 
 def run_together(running: Sequence[Sums], add: Callable[[list[Tensor]], list[Tensor]]) -> None:
@@ -57,14 +52,15 @@ def _send(running: Sums, answer: Tensor) -> Tensor | None:
 
 
 def added(parameter: Tensor, asked: list[Tensor]) -> list[Tensor]:
-    """The sums of tensors over all workers that hold rows, if `parameter` is spread."""
-    if not isinstance(parameter, DTensor) or not held(parameter).is_share or not asked:
+    """The sums of tensors over the workers that together hold all rows once, if `parameter` is spread."""
+    group, _ = sharers(parameter)
+    if group is None or not asked:
         return asked
     found: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(each.dtype for each in asked):
         places = [place for place, each in enumerate(asked) if each.dtype == dtype]
         flat = torch.cat([asked[place].reshape(-1) for place in places])
-        torch.distributed.all_reduce(flat, group=parameter.device_mesh.get_group())
+        torch.distributed.all_reduce(flat, group=group)
         for place, piece in zip(places, flat.split([asked[place].numel() for place in places]), strict=True):
             found[place] = piece.view(asked[place].shape)
     return [found[place] for place in range(len(asked))]

@@ -1,10 +1,10 @@
 """Whether workers that hold the same weights still do: each hashes its own, and all compare.
 
 With `ddp` every worker takes the same optimizer step on a copy of its own (with `exchange.average_every`, it is the
-common weights that are the same); copies that are not the same to the bit come
-from a card, or a host's memory, that has computed or stored something wrong. All gradients since then carry it, so the
-run goes back to a checkpoint that was written while all agreed. Averages of the weights are not compared: they are only
-read from the weights.
+common weights that are the same), with `memory.shard_within` on a share that others have as well; copies that are not
+the same to the bit come from a card, or a host's memory, that has computed or stored something wrong. All gradients
+since then carry it, so the run goes back to a checkpoint that was written while all agreed. Averages of the weights are
+not compared: they are only read from the weights.
 """
 
 import json
@@ -26,6 +26,7 @@ from trainer.config.schema import Config
 from trainer.errors import NumbersGoneWrong, UserError, WeightsDiffer
 from trainer.optim.optimizers import optimizer_tensors
 from trainer.parallel.comm import Comm, broadcast_object, gather_objects
+from trainer.parallel.sharding import local_tensor
 from trainer.parallel.worker import PARENT_PID
 from trainer.train.step import StepParts
 
@@ -83,8 +84,24 @@ class Odd:
     is_certain: bool
 
 
-def find_odd(hashes: Sequence[int]) -> Odd | None:
-    """By majority; None where all agree."""
+def find_odd(hashes: Sequence[int], shares: int = 1) -> Odd | None:
+    """By majority; None where all agree.
+
+    Args:
+        hashes: by rank.
+        shares: over which the weights are spread: every so many-th worker has the same one.
+    """
+    found: list[int] = []
+    is_certain = True
+    for share in range(shares):
+        odd = _odd_among(hashes[share::shares])
+        if odd is not None:
+            found += [share + shares * replica for replica in odd.ranks]
+            is_certain = is_certain and odd.is_certain
+    return Odd(tuple(sorted(found)), is_certain) if found else None
+
+
+def _odd_among(hashes: Sequence[int]) -> Odd | None:
     counts = Counter(hashes)
     if len(counts) == 1:
         return None
@@ -124,7 +141,7 @@ class Replicas:
         """The run's, which begins at a step; all workers call it."""
         every = config.guard.replica_check_every
         places = checkpoint_places(config.run.dir, config.checkpoint.fallback_dir)
-        if parts.strategy.sharing.kind != "ddp" or not every:
+        if parts.strategy.sharing.replicas(parts.comm.world) == 1 or not every:
             return Replicas(parts, places, 0, step)
         kinds, cards = zip(*gather_objects(parts.comm, _card_of(parts.comm)), strict=True)
         if len(set(kinds)) > 1:
@@ -152,7 +169,7 @@ class Replicas:
         if not self.every or step == self.agreed_step:
             return
         hashes = gather_objects(self.parts.comm, tensors_hash(_alike(self.parts), self.parts.comm.device))
-        odd = find_odd(hashes)
+        odd = find_odd(hashes, self.parts.strategy.sharing.shares(self.parts.comm.world))
         if odd is None:
             self.agreed_step = step
             return
@@ -196,7 +213,8 @@ def _alike(parts: StepParts) -> list[Tensor]:
     """What is to be the same on all workers. Of those that take steps each by itself: what they have in common."""
     parameters, outer = parts.strategy.parameters, parts.strategy.outer
     if outer is None:
-        return [*parameters.values(), *optimizer_tensors(parts.optimizer, parameters).values()]
+        state = optimizer_tensors(parts.optimizer, parameters)
+        return [local_tensor(tensor) for tensor in (*parameters.values(), *state.values())]
     own = parameters.values() if outer.is_common else ()
     return [*own, *outer.common.values(), *outer.momentum.values()]
 

@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,14 @@ def require_agreement(config: Config, model: RunModel, comm: Comm) -> None:
     hosts = [str(name) for name in gather_objects(comm, socket.gethostname())]
     _require(comm, _differing_versions(comm, hosts))
     _require(comm, _differing_settings(config, comm, hosts))
-    if config.run.on_local_disks:
-        _require(comm, _uneven_hosts(comm, hosts))
+    for key, is_set in (
+        ("run.on_local_disks = true", config.run.on_local_disks),
+        ("memory.shard_within = host", config.memory.shard_within == "host"),
+    ):
+        if is_set:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            places = [tuple(place) for place in gather_objects(comm, [comm.local_rank, here])]
+            _require(comm, uneven_hosts(key, places, hosts))
     misplaced = _seen_elsewhere if config.run.on_local_disks else _unseen_directory
     _require(comm, misplaced("run.dir", config.run.dir, comm, hosts))
     if config.checkpoint.fallback_dir:
@@ -83,6 +89,25 @@ def _differing_settings(config: Config, comm: Comm, hosts: list[str]) -> str | N
     )
 
 
+def uneven_hosts(key: str, places: Sequence[tuple[int, ...]], hosts: Sequence[str]) -> str | None:
+    """A sentence if the workers of the hosts are not rows of one length, one host after the other.
+
+    Args:
+        key: the setting that needs it.
+        places: of each worker by rank: its number on its host, and how many there are; `hosts`: the host's name.
+    """
+    _, here = places[0]
+    for rank, (number, count) in enumerate(places):
+        if count != here:
+            return f"{key}: {hosts[0]} has {here} workers and {hosts[rank]} {count}: start as many on each host"
+        if number != rank % here:
+            return (
+                f"{key}: worker {rank} is number {number} on {hosts[rank]}: give the hosts' "
+                "workers neighbouring ranks, with SLURM by --distribution=block"
+            )
+    return None
+
+
 def _flat(tree: Any, at: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of a configuration by its dotted key."""
     branches = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
@@ -116,19 +141,6 @@ def _unseen_directory(key: str, folder: Path, comm: Comm, hosts: list[str]) -> s
         "directory on a file system that they share, at one path, or each its own: run.on_local_disks=true "
         "(docs/hosts.md)"
     )
-
-
-def _uneven_hosts(comm: Comm, hosts: list[str], environ: Mapping[str, str] = os.environ) -> str | None:
-    """A sentence if ranks do not follow from the hosts, as `Disks` counts on."""
-    each = gather_objects(comm, int(environ["LOCAL_WORLD_SIZE"]))
-    numbers = gather_objects(comm, comm.local_rank)
-    for rank, (count, number) in enumerate(zip(each, numbers, strict=True)):
-        if count != each[0] or rank % count != number:
-            return (
-                f"run.on_local_disks = true: worker {rank} is number {number} of {count} on {hosts[rank]}: all hosts "
-                f"need as many workers as {hosts[0]}, numbered host by host"
-            )
-    return None
 
 
 def _seen_elsewhere(key: str, folder: Path, comm: Comm, hosts: list[str]) -> str | None:
