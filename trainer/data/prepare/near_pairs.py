@@ -67,7 +67,7 @@ def _settle(
 ) -> NDArray[np.int32]:
     """Fill in `stays` at `places`, none of which is near to one that stays before them; returns those that stay."""
     pairs, count = [np.empty((0, 2), dtype=np.int32)], 0
-    for found in near_pairs(hashes[places], distance):
+    for found in near_pairs(hashes if len(places) == len(hashes) else hashes[places], distance):
         pairs.append(found)
         count += len(found)
         if count > most_pairs and len(places) > 2:
@@ -87,11 +87,12 @@ def _settle(
 def _go_through(stays: NDArray[np.int32], places: NDArray[np.int32], pairs: NDArray[np.int32]) -> None:
     """Settle the places by all pairs of them, by the later one."""
     pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
-    gone: set[int] = set()
-    for earlier, later in pairs.tolist():
-        if later not in gone and earlier not in gone:
-            gone.add(later)
-            stays[places[later]] = places[earlier]
+    gone = bytearray(len(places))
+    for begin in range(0, len(pairs), _ROWS_AT_ONCE):
+        for earlier, later in pairs[begin : begin + _ROWS_AT_ONCE].tolist():
+            if not gone[later] and not gone[earlier]:
+                gone[later] = 1
+                stays[places[later]] = places[earlier]
 
 
 class _Sorted(NamedTuple):
@@ -154,9 +155,13 @@ def _mask(block: Block) -> np.uint64:
 
 
 def _sort(hashes: NDArray[np.uint64], block: Block) -> _Sorted:
-    keys = ((hashes >> np.uint64(block.shift)) & np.uint64((1 << block.bits) - 1)).astype(np.int32)
+    keys = np.empty(len(hashes), dtype=np.int32)
+    for begin in range(0, len(hashes), _ROWS_AT_ONCE):
+        part = slice(begin, begin + _ROWS_AT_ONCE)
+        keys[part] = (hashes[part] >> np.uint64(block.shift)) & np.uint64((1 << block.bits) - 1)
     order = np.argsort(keys).astype(np.int32)
-    return _Sorted(hashes[order], keys[order], order)
+    keys.sort()
+    return _Sorted(hashes[order], keys, order)
 
 
 def _close(
