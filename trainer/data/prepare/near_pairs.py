@@ -131,6 +131,7 @@ def near_pairs(
                 pairs = np.stack([left.order[rows[is_new]], right.order[columns[is_new]]], axis=1)
                 if len(pairs):
                     yield np.sort(pairs, axis=1) if others is None else pairs
+        del left, right, starts  # before the next are made
 
 
 def choose_blocks(count: int, distance: int) -> list[Block]:
