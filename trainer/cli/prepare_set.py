@@ -12,15 +12,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer.cli.prepare_messages import describe_plan, describe_pruned
+from trainer.cli.prepare_messages import describe_plan, describe_pruned, describe_work
 from trainer.cli.start_workers import start_workers, worker_count
 from trainer.config.schema import Config
 from trainer.config.section_rules.rules_sources import is_needed_to_train
 from trainer.config.sections.data.sources import HfSource
 from trainer.data.catalog.scan import Removed
 from trainer.data.prepare.commit import Committed, commit
+from trainer.data.prepare.encode import pending_payloads
 from trainer.data.prepare.merge_parts import take_shards
 from trainer.data.prepare.prune import delete_unused, plan_prune
+from trainer.data.prepare.rehearsal import known_speed, note_speed, rehearsed
 from trainer.data.prepare.stages import PrepareCounts, forget_plan, is_current, plan_prepare, plan_repack, progress
 from trainer.data.sources.listing import is_there, main_path
 from trainer.data.survey.caption_survey import planned_records
@@ -94,6 +96,23 @@ def prepare(config: Config, model: RunModel, wish: PrepareWish = PrepareWish()) 
     for _ in _stages(config, model, wish):
         if code := _write_shards(config, wish):
             return code
+    return 0
+
+
+def tell_plan(config: Config, model: RunModel, wish: PrepareWish) -> int:
+    """Print what `prepare` would do, and write nothing into the prepared folder; returns an exit code."""
+    prepared = config.data.prepared
+    print(f"dry run: what preparing {prepared} would do")
+    already = progress(prepared)[0] if (prepared / "catalog.sqlite").is_file() else 0
+    with rehearsed(prepare_settings(config, model)) as settings:
+        counts = plan_prepare(settings, limit=wish.limit, removed=wish.removed, look_again=wish.look_again)
+        captions = survey_of(config, planned_records(settings.prepared))
+        encodes = bool(pending_payloads(settings.prepared) & {"encode", "repack", "copy"})
+    lines = describe_plan(counts, None) + describe_captions(config, model, captions)
+    for line in [*lines, describe_work(counts.pending_rows - already, encodes, known_speed(prepared))]:
+        print(line)
+    if counts.pending_rows:
+        require_captions(config, captions)
     return 0
 
 
@@ -209,7 +228,7 @@ def _write_shards(config: Config, wish: PrepareWish) -> int:
 def _bar(config: Config, quiet: bool = False) -> Iterator[None]:
     """Show how far all workers are together, how fast, and at the end how fast they were."""
     prepared, cards = config.data.prepared, worker_count(config)
-    (done, total), begin = progress(prepared), time.monotonic()
+    (done, total), begin, encodes = progress(prepared), time.monotonic(), needs_workers(config)
     ended = threading.Event()
 
     def watch(bar: "tqdm[None]") -> None:
@@ -232,6 +251,8 @@ def _bar(config: Config, quiet: bool = False) -> Iterator[None]:
     seconds = time.monotonic() - begin
     if now > done and not quiet:
         rate = (now - done) / seconds
+        if encodes:
+            note_speed(prepared, rate, cards)
         print(
             f"encoded {now - done:,} images in {format_duration(seconds)}: {rate:,.1f} img/s, {rate / cards:,.2f} each "
             f"of {cards} worker{'s' * (cards > 1)}"

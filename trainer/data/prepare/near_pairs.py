@@ -119,8 +119,7 @@ def near_pairs(
     for number, block in enumerate(blocks):
         left = _sort(hashes, block)
         right = left if others is None else _sort(others, block)
-        starts = np.zeros((1 << block.bits) + 1, dtype=np.int32)
-        np.cumsum(np.bincount(right.keys, minlength=1 << block.bits), out=starts[1:])
+        starts = np.searchsorted(right.keys, np.arange((1 << block.bits) + 1, dtype=np.int32)).astype(np.int32)
         for flip in block.flips:
             for rows, columns in _close(left, right, starts, flip, distance):
                 # A pair that an earlier block has found as well is not told again.
