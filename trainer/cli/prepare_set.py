@@ -229,10 +229,12 @@ def _bar(config: Config, quiet: bool = False) -> Iterator[None]:
     """Show how far all workers are together, how fast, and at the end how fast they were."""
     prepared, cards = config.data.prepared, worker_count(config)
     (done, total), begin, encodes = progress(prepared), time.monotonic(), needs_workers(config)
-    ended = threading.Event()
+    ended, going = threading.Event(), [(done, begin)]  # and when the first were seen: before, models are loaded
 
     def watch(bar: "tqdm[None]") -> None:
         while not ended.wait(_POLL_S):
+            if bar.n > done and len(going) == 1:
+                going.append((bar.n, time.monotonic()))
             bar.set_postfix_str(
                 f"{(bar.n - done) / (time.monotonic() - begin) / cards:.2f} img/s a worker", refresh=False
             )
@@ -252,7 +254,8 @@ def _bar(config: Config, quiet: bool = False) -> Iterator[None]:
     if now > done and not quiet:
         rate = (now - done) / seconds
         if encodes:
-            note_speed(prepared, rate, cards)
+            since, then = going[-1] if now > going[-1][0] else going[0]
+            note_speed(prepared, (now - since) / (begin + seconds - then), cards)
         print(
             f"encoded {now - done:,} images in {format_duration(seconds)}: {rate:,.1f} img/s, {rate / cards:,.2f} each "
             f"of {cards} worker{'s' * (cards > 1)}"
