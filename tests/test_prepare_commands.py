@@ -115,3 +115,41 @@ def test_images_at_two_resolutions_from_preparing_to_training(config: Path, tmp_
         found = tmp_path / name / "checkpoints/step-00000008/unet/diffusion_pytorch_model.safetensors"
         files[name] = found.read_bytes()
     assert files["straight"] == files["resumed"]
+
+
+def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_a_dry_run_says_what_prepare_would_do_and_writes_nothing(config: Path, tmp_path: Path) -> None:
+    photos, prepared = tmp_path / "photos", tmp_path / "one"
+    said = run("prepare", config, "--dry-run")
+    assert "48 images found: 48 new, 0 prepared before, 0 unusable" in said and "48 would be encoded; how fast" in said
+    assert not prepared.exists()
+    run("prepare", config)
+    (photos / "crop-0-001.txt").write_text("another text")
+    (photos / "crop-0-002.jpg").write_bytes((photos / "crop-0-003.jpg").read_bytes() + b"\0")
+    (photos / "crop-0-004.jpg").write_bytes(b"no image")
+    (photos / "crop-0-005.jpg").rename(photos / "renamed.jpg")
+    (photos / "crop-0-006.jpg").unlink()
+    (photos / "new.jpg").write_bytes((photos / "crop-0-007.jpg").read_bytes() + b"\0")
+    before = everything(prepared)
+    filters = ("data.filters={min_side_px: 110}", "captions.max_empty_fraction=1")
+    said = run("prepare", config, *filters, "--dry-run")
+    assert everything(prepared) == before
+    told = said.splitlines()[1:]
+    assert " would be encoded, in about " in told[-1]
+    assert told[-1].endswith(" img/s of the last time, with 1 worker; nothing was written")
+    shown = [line.partition("; all in ")[0] for line in run("prepare", config, *filters).splitlines()]
+    assert [line for line in told[:-1] if line not in shown] == [], "what prepare says, but for the places of lists"
+    assert "1 caption changed, 1 renamed, 1 image changed, 1 removed" in said and "filters leave out" in said
+    assert " is not an image of a known kind" in said
+    assert "no image is to be encoded; nothing was written" in run("prepare", config, *filters, "--dry-run")
+    for i in range(10, 40):
+        (photos / f"crop-0-{i:03d}.jpg").unlink()
+    said = run("prepare", config, "--dry-run", code=2)
+    assert f"data.sources ({photos}): " in said and "are not there any more" in said
+    said = run("prepare", config, "data.validation_fraction=0.5", "--dry-run", code=2)
+    assert f"data.prepared ({prepared}): was prepared with " in said and "dry-run-" not in said
+    assert "leave one of them out" in run("prepare", config, "--dry-run", "--prune", code=2)

@@ -22,6 +22,7 @@ from tests.train.real_run import ALONE, model_of, watched_run
 from tests.worker_group import run_group
 from trainer.config.schema import Config
 from trainer.config.sections.ema_config import LIVE
+from trainer.data.store.rows import Rows
 from trainer.data.store.snapshot import PreparedSet
 from trainer.errors import UserError
 from trainer.evaluate.scoring import Scorer
@@ -29,7 +30,7 @@ from trainer.evaluate.validating.paired import read_losses
 from trainer.evaluate.validating.scored_images import by_bucket, by_source, by_timestep, images_of
 from trainer.evaluate.validating.scored_rows import training_rows
 from trainer.evaluate.validating.validation_clock import ValidationClock
-from trainer.evaluate.validating.validation_result import ValidationResult, as_record, record_values, table
+from trainer.evaluate.validating.validation_result import ValidationResult, as_record, record_values, table, told_loss
 from trainer.keyed import draw_seed
 from trainer.measure.telemetry import read_metrics
 from trainer.model.denoiser import text_arguments
@@ -52,28 +53,32 @@ def scorer_of(config: Config) -> Scorer:
 
 def losses_by_hand(scorer: Scorer, split: str) -> dict[str, tuple[str, str, list[float]]]:
     """Of every image of a split, one at a time: its source, bucket, and loss at each timestep, by diffusers."""
-    prepared, denoiser = scorer.prepared, scorer.denoiser
-    schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    tokenizer = scorer.load_tokenizer()
-    found = {}
+    prepared, found = scorer.prepared, {}
     for bucket_index, bucket in enumerate(prepared.buckets(split)):
         for row in range(prepared.rows_per_bucket(split)[bucket_index]):
             rows = prepared.read(split, bucket_index, np.array([row]))
-            latents = torch.from_numpy(rows.latents).float() * prepared.scaling_factor
-            generator = torch.Generator().manual_seed(draw_seed("validation noise", rows.keys[0]))
-            noise = torch.randn(latents.shape[1:], generator=generator)[None]
-            ids = torch.from_numpy(tokenizer([json.loads(rows.captions[0])["caption"]]))
-            text = text_arguments(denoiser, ALONE.device, ids, None, None)
-            losses = []
-            for timestep in TIMESTEPS:
-                at = torch.tensor([timestep])
-                noisy = schedule.add_noise(latents, noise, at)
-                with torch.no_grad():
-                    answer = denoiser.model(noisy, at, torch.from_numpy(rows.sizes).float(), **text)
-                losses.append(((answer - noise).double() ** 2).mean().item())
             shape = f"{bucket.width_px}x{bucket.height_px}"
-            found[rows.keys[0]] = (rows.keys[0].split("/")[0], shape, losses)
+            found[rows.keys[0]] = (rows.keys[0].split("/")[0], shape, losses_of_row(scorer, rows))
     return found
+
+
+def losses_of_row(scorer: Scorer, rows: Rows) -> list[float]:
+    """Of the one image that was read."""
+    prepared, denoiser = scorer.prepared, scorer.denoiser
+    schedule = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    latents = torch.from_numpy(rows.latents).float() * prepared.scaling_factor
+    generator = torch.Generator().manual_seed(draw_seed("validation noise", rows.keys[0]))
+    noise = torch.randn(latents.shape[1:], generator=generator)[None]
+    ids = torch.from_numpy(scorer.load_tokenizer()([json.loads(rows.captions[0])["caption"]]))
+    text = text_arguments(denoiser, ALONE.device, ids, None, None)
+    losses = []
+    for timestep in TIMESTEPS:
+        at = torch.tensor([timestep])
+        noisy = schedule.add_noise(latents, noise, at)
+        with torch.no_grad():
+            answer = denoiser.model(noisy, at, torch.from_numpy(rows.sizes).float(), **text)
+        losses.append(((answer - noise).double() ** 2).mean().item())
+    return losses
 
 
 def close_to(values: list[float]) -> object:
@@ -118,6 +123,33 @@ def check(told: dict, values: list[float]) -> None:
     else:
         half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
         assert told["plus_minus"] == pytest.approx(half, rel=1e-3)
+
+
+def test_each_resolution_has_its_own_number(scored: tuple[Scorer, ValidationResult], model_folder: Path) -> None:
+    """Of the same images; that of the main one is to the bit what it is without others."""
+    plain, root = scored[1], scored[0].prepared.path.parent
+    scorer = scorer_of(two_sources(model_folder, root, "at", also_at=[{"resolution": 64}]))
+    result = scorer.validate_fully()
+    assert result.held_out == plain.held_out and result.training == plain.training and not plain.further
+    assert [*result.further] == [64]
+    prepared, by_hand = scorer.prepared, dict[str, list[float]]()
+    for shard in prepared.shards("validation", at_all_resolutions=True):
+        for row in range(shard.rows if shard.resolution else 0):
+            rows = prepared.read_shard(shard, range(row, row + 1))
+            by_hand[rows.keys[0]] = losses_of_row(scorer, rows)
+    assert by_hand.keys() == {image.key for image in plain.held_out.images}
+    for image in result.further[64].images:
+        assert image.bucket == (64, 64) and [*image.losses] == close_to(by_hand[image.key])
+    record, means = as_record(result), [float(np.mean(losses)) for losses in by_hand.values()]
+    check(record["by_resolution"]["64"], means)
+    check(record["by_resolution"]["64"]["by_bucket"]["64x64"], means)
+    assert {name: value for name, value in record.items() if name != "by_resolution"} == as_record(plain)
+    values = record_values(result)
+    assert values["resolution/64"] == pytest.approx(np.mean(means), rel=2e-5) and values["ci95/resolution/64"] > 0
+    assert {name: value for name, value in values.items() if "resolution" not in name} == record_values(plain)
+    lines = [*table(result)]
+    assert len(lines) == len([*table(plain)]) + 2 and any("all at 64 px" in line for line in lines)
+    assert f", {np.mean(means):.4f} at 64 px" in told_loss(result) and "px" not in told_loss(plain)
 
 
 def test_the_gap_is_of_as_many_training_images(scored: tuple[Scorer, ValidationResult]) -> None:

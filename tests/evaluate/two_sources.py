@@ -16,7 +16,7 @@ BUCKETS = {"resolution": 128, "min_px": 64, "max_px": 256, "step_px": 64}
 TIMESTEPS = [150, 500, 850]
 
 
-def two_sources(model: Path, root: Path, run: str = "run", **validation: object) -> Config:
+def two_sources(model: Path, root: Path, run: str = "run", also_at: list | None = None, **validation: object) -> Config:
     """The configuration of a run of both, `photos` and `noise`, prepared under `root` when first asked for."""
     if not (root / "photos").exists():
         write_crops(root / "photos", 24)
@@ -28,8 +28,8 @@ def two_sources(model: Path, root: Path, run: str = "run", **validation: object)
             Image.fromarray(levels).save(root / "noise" / f"{i:02d}.png")
             (root / "noise" / f"{i:02d}.txt").write_text(f"noise {i}")
     sources = [{"path": str(root / "photos")}, {"path": str(root / "noise")}]
-    data = {"sources": sources, "buckets": BUCKETS, "validation_fraction": 0.4}
-    config = run_config(model, root / "prepared", root / run, data, steps=4)
+    data = {"sources": sources, "buckets": {**BUCKETS, "also_at": also_at or []}, "validation_fraction": 0.4}
+    config = run_config(model, root / ("prepared-at" if also_at else "prepared"), root / run, data, steps=4)
     wish = ValidationConfig.model_validate({"timesteps": TIMESTEPS, **validation})
     config = config.model_copy(update={"validation": wish, "samples": SamplesConfig(count=2, steps=1)})
     if not is_current(prepare_settings(config, model_of(config))):

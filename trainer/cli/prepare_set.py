@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer.cli.prepare_messages import describe_plan, describe_pruned
+from trainer.cli.prepare_messages import describe_plan, describe_pruned, describe_work
 from trainer.cli.run_messages import PrepareMessages, telling_of_prepare
 from trainer.cli.start_workers import start_workers, worker_count
 from trainer.config.schema import Config
@@ -20,8 +20,10 @@ from trainer.config.section_rules.rules_sources import is_needed_to_train
 from trainer.config.sections.data.sources import HfSource
 from trainer.data.catalog.scan import Removed
 from trainer.data.prepare.commit import Committed, commit
+from trainer.data.prepare.encode import pending_payloads
 from trainer.data.prepare.merge_parts import take_shards
 from trainer.data.prepare.prune import delete_unused, plan_prune
+from trainer.data.prepare.rehearsal import known_speed, note_speed, rehearsed
 from trainer.data.prepare.stages import PrepareCounts, forget_plan, is_current, plan_prepare, plan_repack, progress
 from trainer.data.sources.listing import is_there, main_path
 from trainer.data.survey.caption_survey import planned_records
@@ -101,6 +103,23 @@ def prepare(config: Config, model: RunModel, wish: PrepareWish = PrepareWish(), 
                 code = _write_shards(config, wish, messages)
             if code:
                 return code
+    return 0
+
+
+def tell_plan(config: Config, model: RunModel, wish: PrepareWish) -> int:
+    """Print what `prepare` would do, and write nothing into the prepared folder; returns an exit code."""
+    prepared = config.data.prepared
+    print(f"dry run: what preparing {prepared} would do")
+    already = progress(prepared)[0] if (prepared / "catalog.sqlite").is_file() else 0
+    with rehearsed(prepare_settings(config, model)) as settings:
+        counts = plan_prepare(settings, limit=wish.limit, removed=wish.removed, look_again=wish.look_again)
+        captions = survey_of(config, planned_records(settings.prepared))
+        encodes = bool(pending_payloads(settings.prepared) & {"encode", "repack", "copy"})
+    lines = describe_plan(counts, None) + describe_captions(config, model, captions)
+    for line in [*lines, describe_work(counts.pending_rows - already, encodes, known_speed(prepared))]:
+        print(line)
+    if counts.pending_rows:
+        require_captions(config, captions)
     return 0
 
 
@@ -225,11 +244,13 @@ def _write_shards(config: Config, wish: PrepareWish, messages: PrepareMessages) 
 def _bar(config: Config, quiet: bool = False) -> Iterator[None]:
     """Show how far all workers are together, how fast, and at the end how fast they were."""
     prepared, cards = config.data.prepared, worker_count(config)
-    (done, total), begin = progress(prepared), time.monotonic()
-    ended = threading.Event()
+    (done, total), begin, encodes = progress(prepared), time.monotonic(), needs_workers(config)
+    ended, going = threading.Event(), [(done, begin)]  # and when the first were seen: before, models are loaded
 
     def watch(bar: "tqdm[None]") -> None:
         while not ended.wait(_POLL_S):
+            if bar.n > done and len(going) == 1:
+                going.append((bar.n, time.monotonic()))
             bar.set_postfix_str(
                 f"{(bar.n - done) / (time.monotonic() - begin) / cards:.2f} img/s a worker", refresh=False
             )
@@ -248,6 +269,9 @@ def _bar(config: Config, quiet: bool = False) -> Iterator[None]:
     seconds = time.monotonic() - begin
     if now > done and not quiet:
         rate = (now - done) / seconds
+        if encodes:
+            since, then = going[-1] if now > going[-1][0] else going[0]
+            note_speed(prepared, (now - since) / (begin + seconds - then), cards)
         print(
             f"encoded {now - done:,} images in {format_duration(seconds)}: {rate:,.1f} img/s, {rate / cards:,.2f} each "
             f"of {cards} worker{'s' * (cards > 1)}"

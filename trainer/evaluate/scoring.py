@@ -18,7 +18,7 @@ from trainer.data.store.snapshot import PreparedSet
 from trainer.disks.run_disks import Disks, one_disk
 from trainer.evaluate.drawing.draw import Drawer
 from trainer.evaluate.drawing.places import folder_at
-from trainer.evaluate.validating.scored_rows import Row, held_out_rows, training_rows
+from trainer.evaluate.validating.scored_rows import Row, held_out_rows, rows_elsewhere, training_rows
 from trainer.evaluate.validating.validation_clock import ValidationClock
 from trainer.evaluate.validating.validation_result import ValidationResult, record_values, told_loss
 from trainer.evaluate.validation import ValidationLoss, validation_batches, validation_loss
@@ -122,19 +122,23 @@ class Scorer:
     def _validate_at(self, step: int, name: str, metrics: MetricsWriter | None) -> None:
         with self.clock.validating() as spent:
             held_out = self.validate()
+        of_main = spent.seconds
+        with self.clock.validating() as more:
+            further = self.validate_elsewhere()
+        spent.seconds += more.seconds
         training = None
-        if held_out.images and self._scores_training(step, spent.seconds):
+        if held_out.images and self._scores_training(step, spent.seconds + of_main):
             with self.clock.validating() as more:
                 training = self.validate_training()
             spent.seconds += more.seconds
-        result = ValidationResult(self.validation.timesteps, held_out, training)
+        result = ValidationResult(self.validation.timesteps, held_out, training, further)
         _log.info("step %d  %s, %.1f s", step, told_loss(result, "" if name == LIVE else f" of {name}"), spent.seconds)
         if metrics:
             values = {**record_values(result), "seconds": spent.seconds}
             metrics.validation(step, held_out.loss, held_out.at_timestep, "" if name == LIVE else name, values)
 
     def _scores_training(self, step: int, seconds: float) -> bool:
-        """Whether images that are trained on are scored, on each worker alike; held-out ones have taken `seconds`.
+        """Whether images that are trained on are scored, on each worker alike; with held-out ones it takes `seconds`.
 
         Before the first step always, for that is what later gaps are compared with.
         """
@@ -142,7 +146,7 @@ class Scorer:
         if settings.train_images != "auto":
             return settings.train_images > 0
         if self.clock.affords is None:
-            share = self.clock.share(2 * seconds * len(self.weights), settings.every_steps)
+            share = self.clock.share(seconds * len(self.weights), settings.every_steps)
             affords = step == 0 or share is None or share <= settings.max_time_share
             self.clock.affords = broadcast_object(self.comm, affords)
             told = "" if self.clock.affords else self.clock.left_out(share, settings.max_time_share)
@@ -163,6 +167,15 @@ class Scorer:
         """
         return self._loss_on("validation", held_out_rows(self.prepared, self.validation.max_images))
 
+    def validate_elsewhere(self) -> dict[int, ValidationLoss]:
+        """The loss on the same images, with noise by the same keys, at each further resolution at which they are held.
+
+        Raises:
+            FailedBeside: (on every worker) one of them could not.
+        """
+        rows = rows_elsewhere(self.prepared, held_out_rows(self.prepared, self.validation.max_images))
+        return {resolution: self._loss_on("validation", there) for resolution, there in rows.items()}
+
     def validate_training(self) -> ValidationLoss:
         """The loss on images that are trained on, as held-out ones are scored; as many of them, or as the
         configuration says.
@@ -173,14 +186,14 @@ class Scorer:
         return self._loss_on("train", self._training_rows)
 
     def validate_fully(self) -> ValidationResult:
-        """Both, the latter unless `validation.train_images` is 0.
+        """All three, the last unless `validation.train_images` is 0.
 
         Raises:
             FailedBeside: (on every worker) one of them could not.
         """
-        held_out = self.validate()
+        held_out, further = self.validate(), self.validate_elsewhere()
         training = self.validate_training() if self.validation.train_images and held_out.images else None
-        return ValidationResult(self.validation.timesteps, held_out, training)
+        return ValidationResult(self.validation.timesteps, held_out, training, further)
 
     @cached_property
     def _training_rows(self) -> Sequence[Row]:

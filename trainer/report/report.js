@@ -90,6 +90,7 @@ function charts() {
       ...validationByTimestep(log),
       chart("Generalization gap: held-out loss less that of training images", estimates(lines(new RegExp(`${VALIDATION}/gap$`), told)), { zero: true, bands: true }),
       chart("Generalization gap by timestep", atTimesteps(/^validation\/gap\/t(\d+)$/), { zero: true }),
+      chart("Validation loss at further resolutions", estimates(lines(/^validation\/resolution\/(\d+)$/, (match) => `${match[1]} px`)), { log, bands: true }),
       chart("Validation loss by source", estimates(lines(/^validation\/source\/(.+)$/)), { log, bands: true }),
     ],
     learning: [

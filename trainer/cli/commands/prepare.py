@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.cli.arguments import add_config_arguments, read_run
-from trainer.cli.prepare_set import PrepareWish, prepare, prepare_joined
+from trainer.cli.prepare_set import PrepareWish, prepare, prepare_joined, tell_plan
 from trainer.cli.start_workers import count_run_tags
+from trainer.errors import UserError
 from trainer.parallel.environment import joined_environment
 
 
@@ -45,6 +46,12 @@ def main(argv: Sequence[str]) -> int:
         help="look at every file; without it, metadata files, tars and parquet files of which neither size nor time "
         "has changed are taken for unchanged, with all that they describe",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only say what is new, changed, removed, renamed or left out and how long it would take; the prepared "
+        "folder is not touched",
+    )
     hosts = parser.add_mutually_exclusive_group()
     hosts.add_argument(
         "--part", type=_part, metavar="K/N", help="write only the K-th of N parts of the set, on this host's drive"
@@ -73,6 +80,13 @@ def main(argv: Sequence[str]) -> int:
     merge, again = tuple(arguments.merge or ()), arguments.look_again
     wish = PrepareWish(arguments.repack, arguments.limit, removed, arguments.prune, arguments.part, merge, again)
     joined = joined_environment(os.environ)
+    if arguments.dry_run:
+        others = {"--repack": wish.repack, "--prune": wish.prune, "--part": wish.part, "--merge": wish.merge}
+        if given := [name for name, value in others.items() if value]:
+            parser.error(f"--dry-run tells nothing of {given[0]}; leave one of them out")
+        if joined is not None:
+            raise UserError("--dry-run is for one process: type it without torchrun or srun")
+        return tell_plan(config, model, wish)
     if joined is not None:
         prepare_joined(config, model, wish, joined)
     code = prepare(config, model, wish)

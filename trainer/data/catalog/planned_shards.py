@@ -162,8 +162,8 @@ def _elsewhere(
     names: "_ShardNames",
     elsewhere_of: ElsewhereOf,
 ) -> Iterator[tuple[Any, ...]]:
-    """The shards of other resolutions that a shard of the main one lacks; none for what is only validated on."""
-    if main.split != "train" or main.payload in ("npz", "repack"):
+    """The shards of other resolutions that a shard of the main one lacks."""
+    if main.payload in ("npz", "repack"):
         return
     query = """SELECT resolution FROM shards WHERE row_generation = ? AND split = ? AND bucket_h = ? AND bucket_w = ?
         AND first_key = ? AND resolution != 0"""

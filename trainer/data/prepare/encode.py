@@ -105,7 +105,8 @@ def encode_shards(
                         batch_size = vae_batch_size * _batches_of_area(shard, settings)
                         encoder = _Encoder(encode, batch_size, batch_size + 2 * decode_threads, pool)
                         copied = CopiedRows(prepared, connection, shard) if shard.payload == "copy" else None
-                        _write(fd, path, shard, settings, rows, encoder, encode_text, copied)
+                        text = encode_text if holds_text(shard) else None
+                        _write(fd, path, shard, settings, rows, encoder, text, copied)
                         written += 1
             remaining = held_by_others
             if not remaining:
@@ -126,6 +127,11 @@ def write_references(prepared: Path, processes: int) -> None:
                 done.result()
         except BrokenProcessPool as error:
             raise UserError("prepare: a process that writes has died; run the same command again to go on") from error
+
+
+def holds_text(shard: PlannedShard) -> bool:
+    """Whether cached text is stored in it: once for each image, with its latents of the main resolution."""
+    return not shard.resolution
 
 
 def _is_encoded(shard: PlannedShard) -> bool:

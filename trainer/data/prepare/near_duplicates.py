@@ -1,19 +1,21 @@
 """Of images that look the same, one stays: the largest in pixels, of equal ones the first by key.
 
 Images are gone through in that order. Each is left out if it looks like one that stays; one that stays looks like none
-of the others that do. All tables lie on disk.
+of the others that do. All tables lie on disk; the hashes alone are held in memory while they are compared.
 """
 
 import sqlite3
+
+import numpy as np
 
 from trainer.data.catalog.catalog import open_generation, transaction
 from trainer.data.catalog.changes import begin_changes, recognize
 from trainer.data.catalog.filtered import count_left_out, leave_rows_out, let_in, reword
 from trainer.data.catalog.filters import NEAR_DUPLICATES, Reason
 from trainer.data.catalog.listing_table import listing_table
-from trainer.data.catalog.near_pairs import find_near_pairs
 from trainer.data.catalog.scan_counts import ScanCounts
 from trainer.data.catalog.settings import PrepareSettings
+from trainer.data.prepare.near_pairs import first_of_near
 from trainer.data.prepare.perceptual_hash import IMAGES, hash_images
 
 _PAGE = 8192
@@ -29,8 +31,7 @@ def leave_near_duplicates_out(
     hash_images(connection, settings.limits, show_progress)
     with listing_table(connection, settings.prepared):
         _list_pictures(connection)
-        find_near_pairs(connection, distance)
-        _choose(connection)
+        _choose(connection, distance)
         _leave_out(connection, counts)
         is_any_in = _let_in(connection, counts)
     if is_any_in:
@@ -41,32 +42,40 @@ def leave_near_duplicates_out(
 
 
 def _list_pictures(connection: sqlite3.Connection) -> None:
-    """`pictures`, whose row numbers are their order, and `hashes`, each with its first picture."""
+    """`pictures`, whose row numbers are their order, and `hashes`, each with its first picture and in their order."""
     connection.execute(
         f"""CREATE TABLE listing.pictures AS SELECT i.key AS key, i.path AS path, i.is_row AS is_row, p.hash AS hash
             FROM ({IMAGES}) i JOIN perceptual p ON p.content = i.id ORDER BY i.pixels DESC, i.key"""
     )
     connection.execute(
         "CREATE TABLE listing.hashes AS SELECT hash, MIN(rowid) AS first FROM listing.pictures GROUP BY hash"
+        " ORDER BY first"
     )
     connection.execute("CREATE UNIQUE INDEX listing.by_hash ON hashes (hash)")
 
 
-def _choose(connection: sqlite3.Connection) -> None:
+def _choose(connection: sqlite3.Connection, distance: int) -> None:
     """`chosen` (key, is_row, path): of each picture that is left out, the path of the one that stays for it."""
-    connection.execute("CREATE TABLE listing.likened (first INTEGER PRIMARY KEY, stays INTEGER)")
-    is_out = "SELECT 1 FROM listing.likened WHERE first = ?"
+    (count,) = connection.execute("SELECT COUNT(*) FROM listing.hashes").fetchone()
+    hashes, done = np.empty(count, dtype=np.int64), 0
+    cursor = connection.execute("SELECT hash FROM listing.hashes ORDER BY rowid")
+    while page := cursor.fetchmany(_PAGE):
+        hashes[done : done + len(page)] = [value for (value,) in page]
+        done += len(page)
+    stays = first_of_near(hashes.view(np.uint64), distance)
+    connection.execute("CREATE TABLE listing.likened (hash INTEGER PRIMARY KEY, stays INTEGER)")
+    goes = np.flatnonzero(stays != np.arange(count))
     with transaction(connection):
-        done = 0
-        for later, earlier in connection.execute("SELECT later, earlier FROM listing.pairs ORDER BY later, earlier"):
-            if later != done and connection.execute(is_out, (earlier,)).fetchone() is None:
-                connection.execute("INSERT INTO listing.likened VALUES (?, ?)", (later, earlier))
-                done = later
+        for begin in range(0, len(goes), _PAGE):
+            rows = goes[begin : begin + _PAGE]
+            values = np.stack([rows, stays[rows]], axis=1) + 1
+            connection.executemany("INSERT INTO listing.likened VALUES (?, ?)", values.tolist())
     connection.execute(
         """CREATE TABLE listing.chosen AS SELECT p.key AS key, p.is_row AS is_row, s.path AS path
             FROM listing.pictures p JOIN listing.hashes h ON h.hash = p.hash
-            LEFT JOIN listing.likened l ON l.first = h.first
-            JOIN listing.pictures s ON s.rowid = IFNULL(l.stays, h.first)
+            LEFT JOIN listing.likened l ON l.hash = h.rowid
+            LEFT JOIN listing.hashes o ON o.rowid = l.stays
+            JOIN listing.pictures s ON s.rowid = IFNULL(o.first, h.first)
             WHERE p.rowid != s.rowid ORDER BY p.key"""
     )
     connection.execute("CREATE INDEX listing.chosen_by_key ON chosen (key)")

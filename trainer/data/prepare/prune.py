@@ -1,4 +1,5 @@
-"""Giving back the disk space of images that are gone: shards of which less than half counts are written anew.
+"""Giving back the disk space of images that are gone: shards of which less than half counts are written anew, and those
+of further resolutions that hold the text, which is with the main one.
 
 Each of them becomes one smaller shard, with the same checksums as it was read with; then what no snapshot needs any
 more is deleted, and with it the older snapshots, which need it.
@@ -49,7 +50,8 @@ def plan_prune(prepared: Path) -> int:
 
 
 def _is_sparse(entry: ShardEntry) -> bool:
-    return 2 * entry.rows < entry.info.rows and entry.info.offsets["latents"] >= 0
+    holds_text_again = entry.resolution > 0 and entry.info.text_shape is not None
+    return (2 * entry.rows < entry.info.rows or holds_text_again) and entry.info.offsets["latents"] >= 0
 
 
 class CopiedRows:
@@ -62,6 +64,7 @@ class CopiedRows:
             self._info = read_info(self._path)
             self._shard = _open(self._path, self._info)
             self._places = {key: place for place, key in enumerate(read_keys(self._shard))}
+        self._text_shape = None if shard.resolution else self._info.text_shape
         self._texts: list[tuple[np.ndarray, np.ndarray]] = []
 
     @property
@@ -72,7 +75,7 @@ class CopiedRows:
     @property
     def encode_text(self) -> EncodeText | None:
         """Gives the stored outputs of the text encoders, in the order of the rows."""
-        if self._info.text_shape is None:
+        if self._text_shape is None:
             return None
 
         def stored(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -106,9 +109,9 @@ class CopiedRows:
             )
 
     def _text_buffer(self) -> tuple[np.ndarray, np.ndarray] | None:
-        if self._info.text_shape is None:
+        if self._text_shape is None:
             return None
-        positions, width, pooled_width = self._info.text_shape
+        positions, width, pooled_width = self._text_shape
         return np.empty((positions, width), dtype=np.float16), np.empty(pooled_width, dtype=np.float16)
 
     @contextmanager

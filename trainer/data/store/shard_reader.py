@@ -170,12 +170,25 @@ def read_row(
     record = read_record(shard, row)
     sizes = read_payload(shard, row, record, payload, choose_place, mask)
     if text is not None:
-        hidden, pooled = text
-        _read_into(shard.fd, hidden, shard.offsets["text_hidden"] + row * hidden.nbytes)
-        _read_into(shard.fd, pooled, shard.offsets["text_pooled"] + row * pooled.nbytes)
-        if chained_crc(hidden, pooled) != _u32(shard, "text_crc32c", row):
-            raise ShardError("checksum mismatch in the text encoders' outputs")
+        _read_text(shard, row, text)
     return record if sizes is record.sizes else replace(record, sizes=sizes)
+
+
+def _read_text(shard: OpenShard, row: int, text: tuple[np.ndarray, np.ndarray]) -> None:
+    hidden, pooled = text
+    _read_into(shard.fd, hidden, shard.offsets["text_hidden"] + row * hidden.nbytes)
+    _read_into(shard.fd, pooled, shard.offsets["text_pooled"] + row * pooled.nbytes)
+    if chained_crc(hidden, pooled) != _u32(shard, "text_crc32c", row):
+        raise ShardError("checksum mismatch in the text encoders' outputs")
+
+
+def read_text_elsewhere(
+    shard: OpenShard, row: int, text: tuple[np.ndarray, np.ndarray], other: OpenShard, other_row: int
+) -> None:
+    """Read a row's text for the row of another shard, which has to be of the same image; raises as `read_row` does."""
+    if _blob(shard, "key", row, shard.key_bytes) != _blob(other, "key", other_row, other.key_bytes):
+        raise ShardError("its row is not of the image whose text it holds")
+    _read_text(shard, row, text)
 
 
 def read_record(shard: OpenShard, row: int) -> RowRecord:

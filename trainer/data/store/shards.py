@@ -3,7 +3,8 @@
 Sections, in the order of the file (n rows, latents of h x w):
 
     latents         f16 [n, 4, h, w]   unscaled, at byte 4096
-    text_hidden     f16 [n, positions, D]     only with cached text, as is text_pooled f16 [n, P]
+    text_hidden     f16 [n, positions, D]     only with cached text and at the main resolution,
+                                       as is text_pooled f16 [n, P]
     caption_offsets u64 [n + 1]        into caption_bytes: UTF-8 JSON objects {"caption": ...}
     key_offsets     u64 [n + 1]        into key_bytes: UTF-8
     sizes           u32 [n, 6]         original h, w, crop top, left, target h, w: the order of SDXL's time ids

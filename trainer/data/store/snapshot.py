@@ -20,7 +20,15 @@ from trainer.data.store.edits import Edit, EditFile, OpenEdit, edits_file
 from trainer.data.store.moves import read_moves
 from trainer.data.store.references import ReferencedFiles
 from trainer.data.store.rows import RowProblem, Rows
-from trainer.data.store.shard_reader import OpenShard, PayloadError, RowRecord, read_captions, read_record, read_row
+from trainer.data.store.shard_reader import (
+    OpenShard,
+    PayloadError,
+    RowRecord,
+    read_captions,
+    read_record,
+    read_row,
+    read_text_elsewhere,
+)
 from trainer.data.store.shards import LATENT_CHANNELS, LATENT_FACTOR, SECTIONS, ShardError, ShardInfo
 from trainer.data.store.snapshot_file import ShardEntry, current_snapshot, read_snapshot
 from trainer.errors import UserError
@@ -31,7 +39,7 @@ OPEN_FILES = 256
 _OPEN_EDITS = 64
 
 _ROWS, _VIRTUAL_ROWS, _UNIFORM_REPEATS, _FILE_ROWS, _FILE_BYTES, _HEADER_CRC = range(6)  # columns of PreparedSet._facts
-_LATENTS = SECTIONS.index("latents")  # column of PreparedSet._offsets
+_LATENTS, _HIDDEN = map(SECTIONS.index, ("latents", "text_hidden"))  # columns of PreparedSet._offsets
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class PreparedSet:
         self._offsets = np.array([_offsets(shard.info) for shard in snapshot.shards], dtype=np.int64)
         self._groups = {split: groups_of(snapshot.shards, split) for split in SPLITS}
         self._resolutions = [shard.resolution for shard in snapshot.shards]
+        self._text_in = _text_in(snapshot.shards) if self.text_shape else {}
         main = [shard for shard in snapshot.shards if not shard.resolution]
         self._images = {split: sum(s.rows for s in main if s.split == split) for split in SPLITS}
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
@@ -279,7 +288,10 @@ class PreparedSet:
         if rows.text_hidden is not None and rows.text_pooled is not None:
             text = (rows.text_hidden[i], rows.text_pooled[i])
         mask = None if rows.masks is None else rows.masks[i]
+        text_in = self._text_in.get(shard_index)
+        at, nbytes = shard_index, payload.nbytes
         for _ in range(2):
+            at, nbytes = shard_index, payload.nbytes
             try:
                 shard = self._shard(shard_index)
                 row, repeat = self._row_of(shard, shard_index, virtual)
@@ -287,23 +299,28 @@ class PreparedSet:
                 def choose_place(key: str, centred: Placement, repeat: int = repeat) -> View:
                     return choose_view(key, repeat, centred)
 
-                record = read_row(shard, row, payload, text, choose_place, mask)
+                record = read_row(shard, row, payload, text if text_in is None else None, choose_place, mask)
+                if text is not None and text_in is not None:
+                    at, nbytes, of_image = text_in, text[0].nbytes, row
+                    main = self._shard(text_in)
+                    row = self._row_of(main, text_in, virtual)[0]
+                    read_text_elsewhere(main, row, text, shard, of_image)
             except PayloadError as error:
                 file, offset, reason = error.reference.file, error.reference.offset, str(error)
                 self._files.forget(error.reference)
                 continue
             except (ShardError, OSError) as error:
-                file, offset, reason = self._names[shard_index], -1, str(error)
-                self._forget(shard_index)
+                file, offset, reason = self._names[at], -1, str(error)
+                self._forget(at)
                 continue
             rows.captions[i], rows.keys[i], rows.sizes[i] = record.caption, record.key, record.sizes
             rows.repeat[i], rows.ok[i] = repeat, True
             return True
         for output in (*(text or ()), *(() if mask is None else (mask,))):
             output[:] = 0
-        latents = int(self._offsets[shard_index, _LATENTS])
-        if row >= 0 and offset < 0 <= latents:
-            offset = latents + row * payload.nbytes
+        begin = int(self._offsets[at, _LATENTS if at == shard_index else _HIDDEN])
+        if row >= 0 and offset < 0 <= begin:
+            offset = begin + row * nbytes
         rows.problems.append(RowProblem(file, row, offset, reason))
         return False
 
@@ -365,6 +382,13 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
+
+
+def _text_in(shards: Sequence[ShardEntry]) -> dict[int, int]:
+    """Of shards of further resolutions that hold no text, by their places, that of the one which holds it."""
+    places = {shard.name: place for place, shard in enumerate(shards) if not shard.resolution}
+    lacking = ((place, shard) for place, shard in enumerate(shards) if shard.resolution and not shard.info.text_shape)
+    return {place: places[shard.rows_of] for place, shard in lacking}
 
 
 def _facts(shard: ShardEntry) -> tuple[int, ...]:

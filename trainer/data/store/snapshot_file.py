@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,17 @@ from trainer.data.store.shards import SECTIONS, ShardInfo
 from trainer.errors import UserError
 from trainer.guards import Refused, read_json, read_text
 
-SNAPSHOT_FORMAT = "sdxl-train snapshot 3"
+SNAPSHOT_FORMAT = "sdxl-train snapshot 4"
+_NO_SHARED_TEXT = (
+    "sdxl-train snapshot 3"  # of several resolutions, each of which has the text that is cached, or none has
+)
 _ONE_RESOLUTION = "sdxl-train snapshot 2"  # as sets of one resolution are still written, for older versions to read
-_FORMATS = ("sdxl-train snapshot 1", _ONE_RESOLUTION, SNAPSHOT_FORMAT)  # the first has no edits and no parts
+_FORMATS = (
+    "sdxl-train snapshot 1",
+    _ONE_RESOLUTION,
+    _NO_SHARED_TEXT,
+    SNAPSHOT_FORMAT,
+)  # the first has no edits and no parts
 _NAME = re.compile(r"\d{6,12}\.json")
 _SPLITS = ("train", "validation")
 _MOST_NAME_BYTES = 4096
@@ -39,7 +48,8 @@ class ShardEntry:
         edit: what has changed of its rows since it was written.
         parts: its rows that count, by source, in their order; of snapshots of the first format none.
         resolution: 0: the main one; else the images are those of another shard, at this resolution as well.
-        rows_of: the name of that shard, whose rows these are, in the same order.
+        rows_of: the name of that shard, whose rows these are, in the same order. Cached text is in that one, and only
+            in shards of older versions in this one as well.
     """
 
     name: str
@@ -103,7 +113,7 @@ def snapshot_to_json(snapshot: Snapshot) -> str:
     has_more = any(shard.resolution for shard in shards)
     places = {shard.name: place for place, shard in enumerate(shards)} if has_more else {}
     document = {
-        "format": SNAPSHOT_FORMAT if places else _ONE_RESOLUTION,
+        "format": _format(shards),
         "number": snapshot.number,
         "generations": snapshot.generations,
         "settings": snapshot.settings,
@@ -164,6 +174,7 @@ def _snapshot(document: dict[str, Any]) -> Snapshot:
         raise ValueError("its sources are no names")
     edits, parts = columns.get("edit", [None] * count), columns.get("parts", [[]] * count)
     resolutions, mains = columns.get("resolution", [0] * count), columns.get("rows_of", [-1] * count)
+    has_text = [at >= 0 for at in offsets.get("text_hidden", [-1] * count)]
     for column, values in [*columns.items(), *offsets.items()]:
         if column not in ("text_shape", "offsets") and (not isinstance(values, list) or len(values) != count):
             raise ValueError(f"{column} is not {count} values")
@@ -179,7 +190,7 @@ def _snapshot(document: dict[str, Any]) -> Snapshot:
                 file_bytes=columns["file_bytes"][i],
                 header_crc32c=columns["header_crc32c"][i],
                 offsets={name: offsets[name][i] if name in offsets else -1 for name in SECTIONS},
-                text_shape=(shape[0], shape[1], shape[2]) if shape else None,
+                text_shape=(shape[0], shape[1], shape[2]) if shape and has_text[i] else None,
                 excluded=(),
             ),
             edit=None if edits[i] is None else _edit(edits[i]),
@@ -197,6 +208,15 @@ def _snapshot(document: dict[str, Any]) -> Snapshot:
     if not _is_count(number) or not all(map(_is_count, generations)):
         raise ValueError("its number or its generations are no whole numbers")
     return Snapshot(number, tuple(generations), settings, entries)
+
+
+def _format(shards: Sequence[ShardEntry]) -> str:
+    """The oldest that tells all of them, so that older versions read what they can."""
+    further = [shard for shard in shards if shard.resolution]
+    if not further:
+        return _ONE_RESOLUTION
+    has_text = any(shard.info.text_shape for shard in shards)
+    return SNAPSHOT_FORMAT if has_text and not all(shard.info.text_shape for shard in further) else _NO_SHARED_TEXT
 
 
 def _check_resolutions(entries: tuple[ShardEntry, ...]) -> None:

@@ -24,11 +24,11 @@ class Stretch:
     elsewhere: Mapping[int, tuple[int, int]]
 
 
-def stretches_per_bucket(prepared: PreparedSet) -> list[list[Stretch]]:
-    """Of each bucket of the training split those of the main resolution, in their order."""
+def stretches_per_bucket(prepared: PreparedSet, split: str = "train") -> list[list[Stretch]]:
+    """Of each bucket of a split those of the main resolution, in their order."""
     begins: dict[str, tuple[int, int]] = {}
-    rows = [0] * len(prepared.buckets("train"))
-    for shard in prepared.shards("train", at_all_resolutions=True):
+    rows = [0] * len(prepared.buckets(split))
+    for shard in prepared.shards(split, at_all_resolutions=True):
         begins[shard.name] = shard.bucket_index, rows[shard.bucket_index]
         rows[shard.bucket_index] += shard.virtual_rows
     entries = read_snapshot(prepared.path, prepared.snapshot_name).shards

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from trainer.data.sampler import pick_rows
 from trainer.data.store.snapshot import PreparedSet
+from trainer.data.store.stretches import stretches_per_bucket
 from trainer.keyed import draw_seed
 
 Row = tuple[int, int]
@@ -14,6 +15,20 @@ _CANDIDATES = 4  # for each row that is wanted: records are read of so many, and
 def held_out_rows(prepared: PreparedSet, most: int) -> list[Row]:
     """At most so many held-out rows, spread evenly over all."""
     return pick_rows(prepared.rows_per_bucket("validation"), most)
+
+
+def rows_elsewhere(prepared: PreparedSet, rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """By further resolution the rows at which it holds the images of these held-out rows; {} where there is none."""
+    if not prepared.has_other_resolutions:
+        return {}
+    stretches = stretches_per_bucket(prepared, "validation")
+    found: dict[int, list[Row]] = {}
+    for bucket, row in rows:
+        for stretch in stretches[bucket]:
+            if stretch.first <= row < stretch.first + stretch.rows:
+                for resolution, (there, first) in stretch.elsewhere.items():
+                    found.setdefault(resolution, []).append((there, first + row - stretch.first))
+    return {resolution: sorted(found[resolution]) for resolution in sorted(found, reverse=True)}
 
 
 def training_rows(prepared: PreparedSet, count: int) -> list[Row]:

@@ -24,12 +24,13 @@ def validation_chart_png(result: ValidationResult, path: Path, title: str) -> No
     from matplotlib.figure import Figure
 
     buckets, sources = _largest(result.buckets), _largest(result.sources)
-    height = max(4.2, 1.6 + 0.28 * max(len(buckets), len(sources)))
+    height = max(4.2, 1.6 + 0.28 * max(len(buckets) + len(result.further), len(sources)))
     figure = Figure(figsize=(14, height), dpi=120, layout="constrained", facecolor=_PAPER)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     _draw_timesteps(axes[0], result)
     spaced = {name.replace("x", " x "): estimate for name, estimate in buckets.items()}
+    spaced |= {f"all at {at} px": estimate for at, estimate in result.resolutions.items()}
     _draw_groups(axes[1], spaced, result.loss, "By bucket")
     _draw_groups(axes[2], sources, result.loss, "By source")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)

@@ -1,7 +1,7 @@
 """A validation in full: held-out images, images that are trained on, the gap; as numbers, as JSON, as a table."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.evaluate.validating.intervals import LEVEL, Estimate, difference
@@ -19,11 +19,13 @@ class ValidationResult:
     Attributes:
         held_out: images that are held out.
         training: as many that are trained on; None: they were not scored.
+        further: the held-out images once more, at each further resolution at which they are held.
     """
 
     timesteps: Sequence[int]
     held_out: ValidationLoss
     training: ValidationLoss | None = None
+    further: Mapping[int, ValidationLoss] = field(default_factory=dict)
 
     @property
     def loss(self) -> Estimate:
@@ -60,6 +62,16 @@ class ValidationResult:
         """Of held-out images."""
         return by_source(self.held_out.images)
 
+    @property
+    def resolutions(self) -> dict[int, Estimate]:
+        """Of held-out images at each further resolution, over all timesteps, the largest first."""
+        return {at: over(found.images, lambda image: image.loss) for at, found in self.further.items()}
+
+    @property
+    def further_buckets(self) -> dict[int, dict[str, Estimate]]:
+        """The same in each bucket."""
+        return {at: by_bucket(found.images) for at, found in self.further.items()}
+
 
 def record_values(result: ValidationResult) -> dict[str, float]:
     """What a record of a run has beside the losses: no name begins with `loss_t`, which is a timestep's.
@@ -75,6 +87,8 @@ def record_values(result: ValidationResult) -> dict[str, float]:
         for name in groups if len(groups) > 1 else ():
             if name in largest:
                 _put(found, f"{kind}/{name}", groups[name])
+    for at, estimate in result.resolutions.items():
+        _put(found, f"resolution/{at}", estimate)
     if result.training and result.gap:
         found["train_loss"] = result.training.loss
         _put(found, "gap", result.gap)
@@ -103,6 +117,11 @@ def as_record(result: ValidationResult) -> dict[str, Any]:
         "by_bucket": _all_plain(result.buckets),
         "by_source": _all_plain(result.sources),
     }
+    if result.further:
+        record["by_resolution"] = {
+            str(at): {**_plain(estimate), "by_bucket": _all_plain(result.further_buckets[at])}
+            for at, estimate in result.resolutions.items()
+        }
     if training and result.training_loss and result.gap:
         record["training"] = {
             "loss": training.loss,
@@ -125,6 +144,10 @@ def table(result: ValidationResult) -> Iterator[str]:
     """Lines for a terminal: by timestep, bucket and source, with half the interval and the number of images."""
     named = [(f"timestep {t:3d}", estimate) for t, estimate in result.at_timesteps.items()]
     named += [(f"bucket {name.replace('x', ' x ')}", estimate) for name, estimate in result.buckets.items()]
+    for at, estimate in result.resolutions.items():
+        named += [(f"all at {at} px", estimate)]
+        buckets = result.further_buckets[at].items()
+        named += [(f"bucket {name.replace('x', ' x ')} of {at} px", of_bucket) for name, of_bucket in buckets]
     named += [(f"source {name}", estimate) for name, estimate in result.sources.items()]
     if result.training_loss and result.gap:
         named += [("training images", result.training_loss), ("held out less training", result.gap)]
@@ -139,6 +162,8 @@ def told_loss(result: ValidationResult, of: str = "") -> str:
     told = (
         f"validation loss{of} {result.held_out.loss:.4f}{_interval(result.loss)} ({result.held_out.num_images} images)"
     )
+    if result.further:
+        told += "".join(f", {estimate.mean:.4f} at {at} px" for at, estimate in result.resolutions.items())
     if result.gap:
         told += f", {result.gap.mean:+.4f}{_interval(result.gap)} to images that are trained on"
     return told

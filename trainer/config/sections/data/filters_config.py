@@ -6,7 +6,7 @@ from pydantic import Field
 
 from trainer.config.values import Count, PositiveInt, Section
 
-MOST_DISTANCE = 8
+MOST_DISTANCE = 10
 
 Ratio = Annotated[float, Field(ge=0.01, le=100)]
 Tag = Annotated[str, Field(min_length=1)]
@@ -33,7 +33,8 @@ class FiltersConfig(Section):
     """Largest score of the same."""
     near_duplicates: Annotated[int, Field(ge=0, le=MOST_DISTANCE)] | None = None
     """Of images that look the same, keep one: the largest in pixels. They are those whose perceptual hashes (64 bits)
-    differ in at most so many bits; copies that were resized or compressed anew mostly differ in 0 to 4."""
+    differ in at most so many bits; copies that were resized or compressed anew mostly differ in 0 to 4. Of
+    millions, more than 8 leave out others by chance."""
 
     @property
     def is_on(self) -> bool:
