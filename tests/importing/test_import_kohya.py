@@ -287,7 +287,7 @@ def test_prompt_files_come_over_as_they_are(tmp_path: Path) -> None:
     file.write_text("a cat --cn pose.png\n")
     draft = imported(options)
     assert config_of(draft).samples.prompt_file is None
-    assert any(f"{file}:1: --cn: unknown flag" in note for note in draft.notes)
+    assert any(f"{file}:1: --cn" in note for note in draft.notes)
 
 
 def test_a_toml_file_of_a_window_holds_what_is_no_option(tmp_path: Path) -> None:
