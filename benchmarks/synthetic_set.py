@@ -171,8 +171,12 @@ def _write_npz(path: Path, bucket: Bucket, random: np.random.Generator) -> None:
     )
 
 
-def write_metadata_file(folder: Path, entries: int) -> int:
-    """kohya's metadata of so many images, and an `.npz` for each (links to a few); returns the metadata's bytes."""
+def write_metadata_file(folder: Path, entries: int, text_bytes: int = 2 * CAPTION_BYTES // 3) -> int:
+    """kohya's metadata of so many images, and an `.npz` for each (links to a few); returns the metadata's bytes.
+
+    Args:
+        text_bytes: of each image's caption, and of its tags.
+    """
     (folder / "npz").mkdir(parents=True)
     bucket, random, text, first = Bucket(64, 64), np.random.default_rng(0), _text(), Path()
     with (folder / "meta_lat.json").open("w", encoding="utf-8") as file:
@@ -187,8 +191,7 @@ def write_metadata_file(folder: Path, entries: int) -> int:
             else:
                 os.link(first, path)
             at = int(random.integers(0, len(text) - 2000))
-            length = 2 * CAPTION_BYTES // 3
-            fields = {"tags": text[at : at + length], "caption": text[at + 900 : at + 900 + length]}
+            fields = {"tags": text[at : at + text_bytes], "caption": text[at + 900 : at + 900 + text_bytes]}
             fields |= {"train_resolution": [64, 64], "image_size": [640, 480]}
             key = f"{directory:04d}/{within:08d}"
             file.write(("," if number else "") + f'\n  "{key}": ' + json.dumps(fields, indent=4))
