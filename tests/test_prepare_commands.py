@@ -1,6 +1,7 @@
 """`prepare` as it is typed: by two hosts over a folder that both see, again after changes, and not at all."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.photographs import write_crops
+from trainer.data.catalog import catalog
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parent.parent
@@ -153,3 +155,39 @@ def test_a_dry_run_says_what_prepare_would_do_and_writes_nothing(config: Path, t
     said = run("prepare", config, "data.validation_fraction=0.5", "--dry-run", code=2)
     assert f"data.prepared ({prepared}): was prepared with " in said and "dry-run-" not in said
     assert "leave one of them out" in run("prepare", config, "--dry-run", "--prune", code=2)
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from trainer.cli.prepare_set import PrepareWish, tell_plan
+from trainer.cli import prepare_set
+from trainer.cli.arguments import read_run
+def wait(settings, **options):
+    assert (settings.prepared / "catalog.sqlite").is_file()
+    print("planning", flush=True)
+    time.sleep(600)
+prepare_set.plan_prepare = wait
+config, model = read_run(Path(sys.argv[1]), [])
+tell_plan(config, model, PrepareWish())
+"""
+
+
+@pytest.mark.parametrize("way", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_dry_run_that_is_ended_leaves_no_copy(way: signal.Signals, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    with catalog.open_catalog(tmp_path / "one"):
+        pass
+    place = tmp_path / "temporary"
+    place.mkdir()
+    command = [sys.executable, "-c", WAITING, str(config)]
+    environment = ENVIRONMENT | {"TMPDIR": str(place)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert b"planning\n" in (process.stdout.readline(), process.stdout.readline())
+        assert any(place.iterdir())
+        process.send_signal(way)
+        process.communicate(timeout=600)
+    assert process.returncode == -way and not any(place.iterdir())

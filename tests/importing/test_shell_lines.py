@@ -173,3 +173,14 @@ def test_paths_of_windows_and_unset_variables_are_told(tmp_path: Path) -> None:
     file.write_text("accelerate launch sdxl_train.py $options --xformers")
     with pytest.raises(UserError, match=r"`\$options` is set nowhere in the script; put in what it stands for"):
         import_any(file)
+
+
+def test_variables_that_double_are_refused_before_they_fill_the_memory(tmp_path: Path) -> None:
+    script = tmp_path / "train.sh"
+    command = "accelerate launch sdxl_train.py --train_data_dir=/data --output_dir=$A"
+    for doubled in ("A=$A$A\n" * 60, "A+=$A\n" * 60, f"A={'x' * 1000}\nB={'$A' * 1000}\nC={'$B' * 1000}\n"):
+        script.write_text(f"A=aa\n{doubled}{command}\n")
+        with pytest.raises(UserError, match=r"train\.sh: .*its variables put in more than 1,048,576 characters"):
+            import_any(script)
+    script.write_text("A=aa\n" + "A=$A$A\n" * 4 + command)
+    assert read_command(script.read_text(), "here").words[-1] == "--output_dir=" + "a" * 32

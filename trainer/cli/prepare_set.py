@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from trainer.cli.prepare_messages import describe_plan, describe_pruned, describe_work
-from trainer.cli.run_messages import PrepareMessages, telling_of_prepare
+from trainer.cli.run_messages import PrepareMessages, signals_raise, telling_of_prepare
 from trainer.cli.start_workers import start_workers, worker_count
 from trainer.config.schema import Config
 from trainer.config.section_rules.rules_sources import is_needed_to_train
@@ -37,6 +37,7 @@ from trainer.train.workers.prepare_worker import needs_workers, note_references,
 
 _POLL_S = 1.0
 _SILENT_S = 15.0
+_ENCODED = {"encode"}  # what shards hold whose speed is worth knowing: others are copied, or only listed
 _PATIENCE_S = 30 * 86400.0  # with which workers of other hosts wait for the plan, and for the last shard
 
 
@@ -111,12 +112,14 @@ def tell_plan(config: Config, model: RunModel, wish: PrepareWish) -> int:
     prepared = config.data.prepared
     print(f"dry run: what preparing {prepared} would do")
     already = progress(prepared)[0] if (prepared / "catalog.sqlite").is_file() else 0
-    with rehearsed(prepare_settings(config, model)) as settings:
+    with signals_raise(), rehearsed(prepare_settings(config, model)) as settings:
         counts = plan_prepare(settings, limit=wish.limit, removed=wish.removed, look_again=wish.look_again)
         captions = survey_of(config, planned_records(settings.prepared))
-        encodes = bool(pending_payloads(settings.prepared) & {"encode", "repack", "copy"})
+        payloads = pending_payloads(settings.prepared)
+    encodes = config.data.cache_text or bool(payloads & {"encode", "repack", "copy"})
+    speed = known_speed(prepared) if payloads == _ENCODED else None
     lines = describe_plan(counts, None) + describe_captions(config, model, captions)
-    for line in [*lines, describe_work(counts.pending_rows - already, encodes, known_speed(prepared))]:
+    for line in [*lines, describe_work(counts.pending_rows - already, encodes, speed)]:
         print(line)
     if counts.pending_rows:
         require_captions(config, captions)
@@ -142,7 +145,7 @@ def _join(config: Config, model: RunModel, wish: PrepareWish) -> None:
     with ExitStack() as stack:
         messages, stages = None, iter(())
         if comm.rank == 0:
-            messages = stack.enter_context(telling_of_prepare(config, alone=True, catches_sigterm=False))
+            messages = stack.enter_context(telling_of_prepare(config, alone=True, catches_signals=False))
             stages = _stages(config, model, wish, messages)
         while True:
             said = broadcast_object(comm, _next_stage(stages) if comm.rank == 0 else None)
@@ -244,7 +247,8 @@ def _write_shards(config: Config, wish: PrepareWish, messages: PrepareMessages) 
 def _bar(config: Config, quiet: bool = False) -> Iterator[None]:
     """Show how far all workers are together, how fast, and at the end how fast they were."""
     prepared, cards = config.data.prepared, worker_count(config)
-    (done, total), begin, encodes = progress(prepared), time.monotonic(), needs_workers(config)
+    (done, total), begin = progress(prepared), time.monotonic()
+    encodes = pending_payloads(prepared) == _ENCODED
     ended, going = threading.Event(), [(done, begin)]  # and when the first were seen: before, models are loaded
 
     def watch(bar: "tqdm[None]") -> None:

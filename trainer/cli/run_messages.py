@@ -156,29 +156,32 @@ class PrepareMessages(Messenger):
         return ""
 
 
-class _Terminated(BaseException):
-    """SIGTERM has come while no workers were there to be told."""
+class Ended(BaseException):
+    """SIGTERM or SIGHUP has come while no workers were there to be told."""
+
+    def __init__(self, by: signal.Signals) -> None:
+        super().__init__(by.name)
+        self.by = by
 
 
 @contextmanager
-def telling_of_prepare(config: Config, *, alone: bool, catches_sigterm: bool = True) -> Iterator[PrepareMessages]:
+def telling_of_prepare(config: Config, *, alone: bool, catches_signals: bool = True) -> Iterator[PrepareMessages]:
     """Messages of a `prepare`, which end with it: also of what it raises, and of signals, which end it as before.
 
     Args:
         alone: as of `PrepareMessages`.
-        catches_sigterm: not of a worker that others wait for: it has to end at once.
+        catches_signals: not of a worker that others wait for: it has to end at once.
     """
     messages = PrepareMessages(config, alone)
     if not messages.is_on:
         yield messages
         return
-    terminated = False
-    with messages, _sigterm_raises(catches_sigterm):
+    with signals_raise(wanted=catches_signals), messages:
         try:
             yield messages
-        except _Terminated:
-            terminated = True
-            messages.stopped(signal.SIGTERM)
+        except Ended as end:
+            messages.stopped(end.by)
+            raise
         except KeyboardInterrupt:
             messages.stopped(signal.SIGINT)
             raise
@@ -186,27 +189,36 @@ def telling_of_prepare(config: Config, *, alone: bool, catches_sigterm: bool = T
             text = str(error).partition("\n")[0]
             messages.failed(text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")
             raise
-    if terminated:
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
-def _sigterm_raises(wanted: bool) -> Iterator[None]:
-    """The first one; a second ends the process as it would without us."""
-    before = signal.getsignal(signal.SIGTERM)
-    if not wanted or before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+def signals_raise(*, wanted: bool = True) -> Iterator[None]:
+    """Raise `Ended` at the first SIGTERM or SIGHUP, so that what is open here is closed; the process then ends by that
+    signal, as it would without us, and at once by a second one. A signal that is not by default is left alone."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    if not wanted or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise _Terminated
+        be_default()
+        raise Ended(signal.Signals(number))
 
-    signal.signal(signal.SIGTERM, end)
+    def be_default() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in numbers:
+        signal.signal(number, end)
+    ended = None
     try:
         yield
+    except Ended as error:
+        ended = error.by
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        be_default()
+    if ended is not None:
+        os.kill(os.getpid(), ended)
 
 
 def _say(line: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.importing.shell_lines import read_script, split_command, until_operator
+from trainer.importing.shell_lines import read_script, until_operator
 
 _SCRIPT = re.compile(
     r"(?:.*[/\\])?(?:(sdxl_train_network|sdxl_train)(?!_textual_inversion|_control_net|_leco)(?:_[\w-]+)?"
@@ -41,12 +41,14 @@ def read_command(text: str, place: str) -> Command:
     Args:
         place: where the text is from, for messages.
     Raises:
-        UserError: there is no such command, several, or a quote that is not closed.
+        UserError: there is no such command, several, a quote that is not closed, or variables that grow without end.
     """
-    script = read_script(text, _names_script)
-    commands = [command for command in script.commands if _names_script(command)]
-    found = [command_of_words(split_command(script, command, place)) for command in commands]
-    found = [each for each in found if each is not None]
+    try:
+        script = read_script(text, _names_script)
+        commands = [script.words(command) for command in script.commands if _names_script(command)]
+    except ValueError as error:
+        raise UserError(f"{place}: the command cannot be split into words: {error}") from None
+    found = [each for each in map(command_of_words, commands) if each is not None]
     if len(found) != 1:
         rule = "no command" if not found else f"{len(found)} commands"
         raise UserError(f"{place}: holds {rule} with {SCRIPTS}; give one")

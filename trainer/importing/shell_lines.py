@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.errors import UserError
-
 _WINDOWS = re.compile(r"""(?:^|[\s='"])[A-Za-z]:\\|\s`\s*$|\^\s*$""", re.M)
 _COMMENT = re.compile(r"#|@?rem\b|::", re.I)
 _GOES_ON = re.compile(r"\\$|(?:^|\s)`$|\^$")
@@ -29,6 +27,7 @@ _TYPOGRAPHIC = str.maketrans({"“": '"', "”": '"', "„": '"', "‘": "'", "�
 _DASH = re.compile(r"(?<!\S)[–—]-?(?=[A-Za-z])")
 _LOG_BEGINS = re.compile(r"\s*(?:\[?\d[\d:.\-/ T]*\]?\s+)?(?:INFO|DEBUG|WARNING)\s")
 _LOG_PLACE = re.compile(r"\s+\w+\.py:\d+\s*$")
+_MOST_FILLED = 1 << 20  # characters that variables put into one script; some that double would fill the memory
 _ENDS = {"|", "||", "&&", ";", "&", "|&"}
 _REDIRECTED = re.compile(r"(?:\d|&)?(?:>>?|<)(&\d|.*)")
 
@@ -45,6 +44,7 @@ class Script:
     commands: list[str] = field(default_factory=list)
     variables: dict[str, str] = field(default_factory=dict)
     windows: bool = False
+    _left: int = _MOST_FILLED
 
     def words(self, command: str) -> list[str]:
         """A command's words, with what the script's variables stand for.
@@ -52,7 +52,7 @@ class Script:
         A word that is nothing but a variable becomes several if options are in it.
 
         Raises:
-            ValueError: a quote is not closed.
+            ValueError: a quote is not closed, or as `filled`.
         """
         found: list[str] = []
         for word in _words(command, windows=self.windows):
@@ -64,11 +64,19 @@ class Script:
         return found
 
     def filled(self, text: str) -> str:
-        """With variables that are set, or have a default, put in."""
+        """With variables that are set, or have a default, put in.
+
+        Raises:
+            ValueError: they have become too long in this script.
+        """
 
         def value(found: re.Match[str]) -> str:
             name = found[1] or found[3] or found[4]
-            return self.variables.get(name, found[0] if found[2] is None else found[2])
+            told = self.variables.get(name, found[0] if found[2] is None else found[2])
+            self._left -= len(told)
+            if self._left < 0:
+                raise ValueError(f"its variables put in more than {_MOST_FILLED:,} characters")
+            return told
 
         return _VARIABLE.sub(value, text)
 
@@ -79,6 +87,9 @@ def read_script(text: str, is_ours: Callable[[str], bool]) -> Script:
     Args:
         is_ours: whether a command names a script that is looked for; only to such are lines joined that merely look as
             if they went on.
+
+    Raises:
+        ValueError: as `Script.filled`.
     """
     script = Script(variables={"HOME": str(Path.home())}, windows=bool(_WINDOWS.search(text)))
     lines = [_DASH.sub("--", line) for line in text.translate(_TYPOGRAPHIC).splitlines()]
@@ -191,15 +202,3 @@ def _without_comment(line: str, *, windows: bool) -> str:
         elif character == "#" and (i == 0 or line[i - 1].isspace()):
             return line[:i]
     return line
-
-
-def split_command(script: Script, command: str, place: str) -> list[str]:
-    """As `Script.words`.
-
-    Raises:
-        UserError: a quote is not closed.
-    """
-    try:
-        return script.words(command)
-    except ValueError as error:
-        raise UserError(f"{place}: the command cannot be split into words: {error}") from None

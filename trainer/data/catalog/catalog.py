@@ -27,7 +27,8 @@ CATALOG_FORMAT = 5
 _CACHE_KIB = 32 * 1024
 _DAMAGE = (1, 11, 20, 26)
 """SQLite's codes ERROR (no such table or column), CORRUPT, MISMATCH, NOTADB; a full disk is no fault of the file."""
-_OF_THE_DISK = ("database or disk is full", "disk I/O error")  # by its words: Python 3.10 does not tell the code
+FULL, _DISK_FAILS = "database or disk is full", "disk I/O error"  # by its words: Python 3.10 does not tell the code
+
 
 Payload = Literal["encode", "npz", "image", "repack", "copy"]
 """What a row's shard is to hold: latents that the VAE gives for an image (`encode`), that lie in an `.npz` (`repack`)
@@ -125,6 +126,10 @@ class BadRow:
     reason: str
 
 
+class NoRoom(UserError):
+    """The disk under a catalogue is full."""
+
+
 @contextmanager
 def open_catalog(prepared: Path, read_only: bool = False) -> Iterator[sqlite3.Connection]:
     """The catalogue of a prepared folder; made where it is missing, unless `read_only`."""
@@ -141,10 +146,15 @@ def open_catalog(prepared: Path, read_only: bool = False) -> Iterator[sqlite3.Co
             _check_format(connection, path, read_only)
             yield connection
         except sqlite3.DatabaseError as error:
-            if str(error) in _OF_THE_DISK:
-                raise UserError(
+            if str(error) == FULL:
+                raise NoRoom(
                     f"{path}: {error}; for a while it takes three times its size on that disk. Make room and give the "
                     "same command again: it goes on from what is there"
+                ) from error
+            if str(error) == _DISK_FAILS:
+                raise UserError(
+                    f"{path}: {error}; the disk does not read or write (see `dmesg`), or a quota is used up. "
+                    "The same command goes on from what is there"
                 ) from error
             if getattr(error, "sqlite_errorcode", _DAMAGE[0]) & 0xFF not in _DAMAGE:
                 raise

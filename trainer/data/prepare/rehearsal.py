@@ -12,12 +12,13 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from trainer.data.catalog.catalog import FULL, NoRoom
 from trainer.data.catalog.settings import PrepareSettings, replace_file
 from trainer.data.store.snapshot_file import current_snapshot
 from trainer.errors import UserError
 from trainer.guards import Refused, read_json
 
-_SPEED = "speed.json"
+_SPEED, _CATALOG = "speed.json", "catalog.sqlite"
 _SMALL_FILES = ("settings.json", "scan-settings.json", "moved.json", "CURRENT")
 _ROOM = 1.5  # times the catalogue: the copy, and the table of what is listed
 
@@ -36,6 +37,11 @@ def rehearsed(settings: PrepareSettings) -> Iterator[PrepareSettings]:
         try:
             _copy(prepared, copy)
             yield replace(settings, prepared=copy)
+        except NoRoom:
+            raise UserError(
+                f"--dry-run works on a copy of {prepared / _CATALOG}, for which there is not room enough in "
+                f"{tempfile.gettempdir()}; name a folder with room, such as TMPDIR={prepared.parent}"
+            ) from None
         except UserError as error:
             raise UserError(*(line.replace(str(copy), str(prepared)) for line in error.lines)) from None
 
@@ -47,7 +53,7 @@ def _copy(prepared: Path, copy: Path) -> None:
     if (snapshot := current_snapshot(prepared)) is not None:
         (copy / "snapshots").mkdir()
         shutil.copyfile(prepared / "snapshots" / snapshot, copy / "snapshots" / snapshot)
-    catalog = prepared / "catalog.sqlite"
+    catalog = prepared / _CATALOG
     if not catalog.is_file():
         return
     wanted, free = int(_ROOM * catalog.stat().st_size), shutil.disk_usage(copy).free
@@ -59,10 +65,12 @@ def _copy(prepared: Path, copy: Path) -> None:
     try:
         with (
             closing(sqlite3.connect(f"{catalog.resolve().as_uri()}?mode=ro", uri=True)) as source,
-            closing(sqlite3.connect(copy / "catalog.sqlite")) as target,
+            closing(sqlite3.connect(copy / _CATALOG)) as target,
         ):
             source.backup(target)
     except sqlite3.DatabaseError as error:
+        if str(error) == FULL:
+            raise NoRoom(f"{copy}: {error}") from None
         raise UserError(f"{catalog}: cannot be read ({error}); run `sdxl-train prepare` without --dry-run") from None
 
 
