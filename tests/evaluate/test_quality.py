@@ -126,12 +126,16 @@ def test_what_is_no_clip_model_is_refused_in_one_line(clip_folder: Path, tmp_pat
 def test_eval_scores_drawn_images(clip_folder: Path, model_folder: Path, tmp_path: Path) -> None:
     config = two_sources(model_folder, tmp_path)
     wish = QualityWish.from_json({"clip_folder": str(clip_folder), "num_images": 6})
+    older = tmp_path / "quality/64x64-2"  # of a measurement with more images
+    older.mkdir(parents=True)
+    (older / "000.png").touch()
+    older.with_name("64x64-2.png").touch()
     evaluate_weights(config, model_of(config), ALONE, Path(str(config.model.path)), tmp_path, quality=wish)
     record = json.loads((tmp_path / "quality.json").read_text())
     assert record["images"] == 6 and record["captions_of"] == "held-out images" and record["cmmd"] > 0
     assert 0 <= record["clip_score"]["mean"] <= 100 and record["clip_score"]["plus_minus"] is not None
     drawn = sorted((tmp_path / "quality").glob("*/*.png"))
-    assert len(drawn) == 6
+    assert len(drawn) == 6 and not older.with_name("64x64-2.png").exists()
     for path in drawn:
         with Image.open(path) as image:
             assert "{}x{}".format(*image.size) == path.parent.name

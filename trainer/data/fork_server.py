@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
@@ -79,6 +80,8 @@ def _serve(listener: socket.socket, alive: int, begin: Callable[[], None]) -> No
         forkserver.main(listener.detach(), alive, [])
     except SystemExit:
         code = 0
+    except BaseException:
+        traceback.print_exc()  # nobody else would tell
     finally:
         os._exit(code)
 

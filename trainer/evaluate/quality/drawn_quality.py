@@ -1,6 +1,7 @@
 """Quality scores of a set of weights: draw an image for each caption, and compare it with the data's own."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,6 +17,7 @@ from torch import Tensor
 from trainer.data.captions import compose
 from trainer.data.sampler import pick_rows
 from trainer.evaluate.drawing.draw import image_name
+from trainer.evaluate.drawing.places import sheet_of
 from trainer.evaluate.quality.clip_features import ClipFeatures
 from trainer.evaluate.quality.clip_folder import read_clip_folder
 from trainer.evaluate.quality.feature_model import FeatureModel, read_feature_model
@@ -94,7 +96,22 @@ def score_quality(
         images = ImageFeatures(model, device, limits) if model else None
         own = _share_of_features(drawing, clip, images, split, references, files)
     gathered = {name: gather_tensors(scorer.comm, torch.from_numpy(part)) for name, part in own.items()}
-    return done_by_first(scorer.comm, lambda: _told_and_written(gathered, wish, model, split, out_dir))
+
+    def finish() -> list[str]:
+        _remove_others(out_dir / "quality", {file.parent for file in files})
+        return _told_and_written(gathered, wish, model, split, out_dir)
+
+    return done_by_first(scorer.comm, finish)
+
+
+def _remove_others(folder: Path, drawn: set[Path]) -> None:
+    """What an earlier and larger measurement has left would look like a part of this one."""
+    keep = drawn | {sheet_of(place) for place in drawn}
+    for other in set(folder.iterdir()) - keep:
+        if other.is_dir():
+            shutil.rmtree(other)
+        else:
+            other.unlink()
 
 
 def _told_and_written(
