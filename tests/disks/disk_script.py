@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from trainer.checkpoint import pieces
 from trainer.checkpoint.pieces import lay_out
@@ -58,13 +60,22 @@ def firsts(tensor: Tensor, rank: int) -> Held:
     return Held(tensor if rank == 0 else tensor.new_empty(0), 0, tuple(tensor.shape), True, tensor.dtype)
 
 
+def in_groups(tensor: Tensor, within: int, world: int) -> Held:
+    """As of a parameter that FSDP2 has spread over each group of so many neighbours."""
+    if not tensor.ndim:
+        return held(tensor)
+    mesh = init_device_mesh("cpu", (world // within, within))
+    return held(distribute_tensor(tensor, mesh, [Replicate(), Shard(0)], src_data_rank=None))
+
+
 def files_by_way(disks: Disks) -> dict[str, TensorFile]:
-    """DDP; FSDP2 over all; FSDP2 within each host; what one worker has; and a row of each worker's own."""
+    """DDP; FSDP2 over all, within each host and in groups that begin within a host; one worker's; and of each's own."""
     comm, all_of = disks.comm, tensors()
     ways: dict[str, dict[str, Held]] = {
         "whole": {name: held(tensor) for name, tensor in all_of.items()},
         "rows": {name: rows(tensor, comm.rank, comm.world) for name, tensor in all_of.items()},
-        "within": {name: rows(tensor, disks.place, disks.workers_each) for name, tensor in all_of.items()},
+        "within": {name: in_groups(tensor, disks.workers_each, comm.world) for name, tensor in all_of.items()},
+        "groups": {name: in_groups(tensor, 3, comm.world) for name, tensor in all_of.items()},
         "firsts": {name: firsts(tensor, comm.rank) for name, tensor in all_of.items()},
         "own": {"own": rows(torch.arange(comm.world * 600.0).reshape(comm.world, 600), comm.rank, comm.world)},
     }
@@ -81,7 +92,7 @@ def save(disks: Disks, path: Path, file: TensorFile) -> str:
 
 def bytes_from_others(disks: Disks, file: TensorFile) -> int:
     """What comes over the wire for this worker to write."""
-    arrivals = routes_of(disks, [file], [lay_out(file, disks.place, disks.workers_each)]).arrivals
+    arrivals = routes_of(disks, [file], [lay_out(file, disks.comm.rank, disks.workers_here)]).arrivals
     return sum(arrival.num_bytes for each in arrivals.values() for arrival in each)
 
 

@@ -44,7 +44,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("way", ["whole", "rows", "within", "firsts", "own", "again"])
+@pytest.mark.parametrize("way", ["whole", "rows", "within", "groups", "firsts", "own", "again"])
 def test_every_disk_gets_the_whole(folder: Path, way: str) -> None:
     """Bit for bit the same file, with the first worker's state; `again`: after saves that failed."""
     assert [each[way] for each in found(folder)] == [""] * HOSTS * EACH
@@ -118,6 +118,6 @@ def test_workers_of_a_disk_follow_each_other() -> None:
     disks = Disks(Comm(5, 12, 1, torch.device("cpu")), 4)
     assert (disks.count, disks.mine, disks.place, disks.is_first) == (3, 1, 1, False)
     assert [disks.of(rank) for rank in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
-    assert [disks.worker(disk, 3) for disk in range(3)] == [3, 7, 11]
+    assert [disks.worker(disk, 3) for disk in range(3)] == [3, 7, 11] and disks.workers_here == range(4, 8)
     alone = one_disk(Comm(2, 4, 2, torch.device("cpu")))
     assert (alone.count, alone.mine, alone.place, alone.is_first) == (1, 0, 2, False)

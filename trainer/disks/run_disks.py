@@ -48,6 +48,11 @@ class Disks:
         return self.comm.rank // self.workers_each
 
     @property
+    def workers_here(self) -> range:
+        """The ranks of those of this worker's disk."""
+        return range(self.worker(self.mine), self.worker(self.mine + 1))
+
+    @property
     def place(self) -> int:
         """This worker's number among those of its disk."""
         return self.comm.rank % self.workers_each
