@@ -237,3 +237,14 @@ def test_no_room_is_asked_before_anybody_writes(tmp_path: Path) -> None:
         reason = saver.after_exchange(*sums)
         assert isinstance(reason, OSError) and reason.errno == errno.ENOSPC and saver.phase == "idle"
     assert not (tmp_path / "b").exists()
+
+
+def test_a_disk_that_is_gone_is_a_save_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing that one worker raises while the others wait for it."""
+
+    def gone(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("shutil.disk_usage", gone)
+    file = TensorFile(FILE, whole(shapes(), 0, 1), {})
+    assert missing_room([Folder(tmp_path / "a" / "step-1", [file], {})]) == f"{tmp_path}: Input/output error"

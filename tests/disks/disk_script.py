@@ -19,16 +19,19 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from trainer.checkpoint import pieces
 from trainer.checkpoint.pieces import lay_out
+from trainer.checkpoint.roll_back import order_roll_back
 from trainer.checkpoint.routes import routes_of
+from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.checkpoint.saver import Folder, Saver
 from trainer.checkpoint.share_of_save import NotFinite
 from trainer.checkpoint.write import TensorFile
 from trainer.disks.carry import collect_files
-from trainer.disks.run_disks import Disks, disks_of, done_by_each
+from trainer.disks.run_disks import Disks, disks_of, done_by_each, refusing_together
 from trainer.errors import UserError
 from trainer.parallel.comm import close, init_comm, sum_floats
 from trainer.parallel.local_shard import Held, held
 from trainer.parallel.worker import end_process
+from trainer.train.saved.resume_across_disks import resume_across_disks
 
 FILE = "unet/weights.safetensors"
 
@@ -90,6 +93,15 @@ def save(disks: Disks, path: Path, file: TensorFile) -> str:
     return "" if reason is None else f"{type(reason).__name__}: {reason}"
 
 
+def go_back(disks: Disks, run_dir: Path, file: TensorFile) -> str:
+    """The checkpoint to go on from where the host that had ordered a roll-back is now the second."""
+    for step in (3, 6):
+        save(disks, checkpoint_dir(run_dir, step), file)
+    if disks.mine == 1 and disks.is_first:
+        order_roll_back(run_dir, 5)
+    return str(resume_across_disks(disks, (run_dir,), "auto"))
+
+
 def bytes_from_others(disks: Disks, file: TensorFile) -> int:
     """What comes over the wire for this worker to write."""
     arrivals = routes_of(disks, [file], [lay_out(file, disks.comm.rank, disks.workers_here)]).arrivals
@@ -135,6 +147,12 @@ def main() -> None:
     with contextlib.suppress(UserError):
         done_by_each(disks, refuse)
         found["refusal"] = "missed"
+    with contextlib.suppress(UserError):
+        with refusing_together(disks):
+            if disks.mine == 1 and disks.is_first:
+                raise UserError("its disk is full")
+        found["refusal"] = "missed"
+    found["goes back to"] = go_back(disks, disk / "run", files["whole"])
     found["by each"] = done_by_each(disks, lambda: disks.mine)
     found["elements"] = sum(prod(tensor.shape) for tensor in tensors().values())
     (folder / f"found-{comm.rank}.json").write_text(json.dumps(found))

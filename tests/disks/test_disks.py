@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from tests.worker_group import run_group
 from trainer.checkpoint.manifest import MANIFEST, find_damage
+from trainer.checkpoint.roll_back import ORDER
+from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.disks.run_disks import Disks, one_disk
 from trainer.parallel.comm import Comm
 
@@ -112,6 +114,15 @@ def test_files_of_other_hosts_come_to_the_first(folder: Path) -> None:
 @pytest.mark.e2e
 def test_one_hosts_refusal_is_all_hosts(folder: Path) -> None:
     assert all("refusal" not in each and each["by each"] == [0, 1, 2] for each in found(folder))
+
+
+@pytest.mark.e2e
+def test_a_roll_back_that_another_host_has_ordered_is_obeyed_once(folder: Path) -> None:
+    for rank, each in enumerate(found(folder)):
+        run_dir = folder / f"disk-{rank // EACH}" / "run"
+        assert each["goes back to"] == str(checkpoint_dir(run_dir, 3))
+        assert [path.name for path in run_dir.glob("checkpoints/rolled-back-*/*")] == ["step-00000006"]
+        assert not (run_dir / ORDER).exists()
 
 
 def test_workers_of_a_disk_follow_each_other() -> None:

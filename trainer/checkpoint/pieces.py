@@ -1,7 +1,8 @@
 """Which bytes of a safetensors file each worker writes, so that all together write it without an exchange.
 
-The layout of a file follows from its tensors' names, shapes and dtypes alone. Rows that only one of a disk's workers has
-are written by that one; what several or all of them have is cut into as many equal stretches, of which each writes one.
+The layout of a file follows from its tensors' names, shapes and dtypes alone. Of the workers that share
+a disk, rows that only one has are written by that one; what several or all have is cut into as many equal stretches, of
+which each writes one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
