@@ -60,7 +60,7 @@ def by_groups(tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str,
     replicas = next((count for count in (2, 3) if world % count == 0), 1)
     shares, within = by_rows(tensors, rank % (world // replicas), world // replicas), world // replicas
     return {
-        name: each._replace(replica=rank // within, replicas=replicas) if each.is_share else each
+        name: each._replace(holders=tuple(range(rank % within, world, within))) if each.is_share else each
         for name, each in shares.items()
     }
 
@@ -105,9 +105,24 @@ def test_the_files_do_not_depend_on_the_workers(
 def test_replicas_write_each_byte_once() -> None:
     tensors, world = {name: tensor for name, tensor in shapes().items() if tensor.ndim}, 4
     files = [TensorFile(FILE, by_groups(tensors, rank, world), {}) for rank in range(world)]
-    written = [pieces.bytes_of([pieces.lay_out(file, rank, world)]) for rank, file in enumerate(files)]
+    written = [pieces.bytes_of([pieces.lay_out(file, rank, range(world))]) for rank, file in enumerate(files)]
     assert sum(written) == sum(tensor.nbytes for tensor in tensors.values())
     assert max(written) < 0.3 * sum(written)
+
+
+@pytest.mark.parametrize(("world", "each"), [(4, 2), (6, 3), (8, 4), (12, 4)])
+def test_replicas_write_each_byte_once_on_each_disk(world: int, each: int) -> None:
+    """A group within a host, two in one, and groups that begin on one host and end on another."""
+    tensors = {name: tensor for name, tensor in shapes().items() if tensor.ndim}
+    files = [TensorFile(FILE, by_groups(tensors, rank, world), {}) for rank in range(world)]
+    for first in range(0, world, each):
+        disk = range(first, first + each)
+        layouts = [pieces.lay_out(files[rank], rank, disk) for rank in disk]
+        pieces_of_all = sorted((p.offset, p.num_bytes) for layout in layouts for p in layout.pieces)
+        ends = [offset + size for offset, size in pieces_of_all]
+        assert all(end <= offset for end, (offset, _) in zip(ends, pieces_of_all[1:], strict=False))
+        if each >= world // 2:  # all rows are there
+            assert sum(size for _, size in pieces_of_all) == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_weights_may_change_when_they_are_copied(tmp_path: Path) -> None:
@@ -222,3 +237,14 @@ def test_no_room_is_asked_before_anybody_writes(tmp_path: Path) -> None:
         reason = saver.after_exchange(*sums)
         assert isinstance(reason, OSError) and reason.errno == errno.ENOSPC and saver.phase == "idle"
     assert not (tmp_path / "b").exists()
+
+
+def test_a_disk_that_is_gone_is_a_save_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing that one worker raises while the others wait for it."""
+
+    def gone(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("shutil.disk_usage", gone)
+    file = TensorFile(FILE, whole(shapes(), 0, 1), {})
+    assert missing_room([Folder(tmp_path / "a" / "step-1", [file], {})]) == f"{tmp_path}: Input/output error"

@@ -14,19 +14,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from trainer.checkpoint import pieces
 from trainer.checkpoint.pieces import lay_out
+from trainer.checkpoint.roll_back import order_roll_back
 from trainer.checkpoint.routes import routes_of
+from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.checkpoint.saver import Folder, Saver
 from trainer.checkpoint.share_of_save import NotFinite
 from trainer.checkpoint.write import TensorFile
 from trainer.disks.carry import collect_files
-from trainer.disks.run_disks import Disks, disks_of, done_by_each
+from trainer.disks.run_disks import Disks, disks_of, done_by_each, refusing_together
 from trainer.errors import UserError
 from trainer.parallel.comm import close, init_comm, sum_floats
 from trainer.parallel.local_shard import Held, held
 from trainer.parallel.worker import end_process
+from trainer.train.saved.resume_across_disks import resume_across_disks
 
 FILE = "unet/weights.safetensors"
 
@@ -58,13 +63,22 @@ def firsts(tensor: Tensor, rank: int) -> Held:
     return Held(tensor if rank == 0 else tensor.new_empty(0), 0, tuple(tensor.shape), True, tensor.dtype)
 
 
+def in_groups(tensor: Tensor, within: int, world: int) -> Held:
+    """As of a parameter that FSDP2 has spread over each group of so many neighbours."""
+    if not tensor.ndim:
+        return held(tensor)
+    mesh = init_device_mesh("cpu", (world // within, within))
+    return held(distribute_tensor(tensor, mesh, [Replicate(), Shard(0)], src_data_rank=None))
+
+
 def files_by_way(disks: Disks) -> dict[str, TensorFile]:
-    """DDP; FSDP2 over all; FSDP2 within each host; what one worker has; and a row of each worker's own."""
+    """DDP; FSDP2 over all, within each host and in groups that begin within a host; one worker's; and of each's own."""
     comm, all_of = disks.comm, tensors()
     ways: dict[str, dict[str, Held]] = {
         "whole": {name: held(tensor) for name, tensor in all_of.items()},
         "rows": {name: rows(tensor, comm.rank, comm.world) for name, tensor in all_of.items()},
-        "within": {name: rows(tensor, disks.place, disks.workers_each) for name, tensor in all_of.items()},
+        "within": {name: in_groups(tensor, disks.workers_each, comm.world) for name, tensor in all_of.items()},
+        "groups": {name: in_groups(tensor, 3, comm.world) for name, tensor in all_of.items()},
         "firsts": {name: firsts(tensor, comm.rank) for name, tensor in all_of.items()},
         "own": {"own": rows(torch.arange(comm.world * 600.0).reshape(comm.world, 600), comm.rank, comm.world)},
     }
@@ -79,9 +93,18 @@ def save(disks: Disks, path: Path, file: TensorFile) -> str:
     return "" if reason is None else f"{type(reason).__name__}: {reason}"
 
 
+def go_back(disks: Disks, run_dir: Path, file: TensorFile) -> str:
+    """The checkpoint to go on from where the host that had ordered a roll-back is now the second."""
+    for step in (3, 6):
+        save(disks, checkpoint_dir(run_dir, step), file)
+    if disks.mine == 1 and disks.is_first:
+        order_roll_back(run_dir, 5)
+    return str(resume_across_disks(disks, (run_dir,), "auto"))
+
+
 def bytes_from_others(disks: Disks, file: TensorFile) -> int:
     """What comes over the wire for this worker to write."""
-    arrivals = routes_of(disks, [file], [lay_out(file, disks.place, disks.workers_each)]).arrivals
+    arrivals = routes_of(disks, [file], [lay_out(file, disks.comm.rank, disks.workers_here)]).arrivals
     return sum(arrival.num_bytes for each in arrivals.values() for arrival in each)
 
 
@@ -124,6 +147,12 @@ def main() -> None:
     with contextlib.suppress(UserError):
         done_by_each(disks, refuse)
         found["refusal"] = "missed"
+    with contextlib.suppress(UserError):
+        with refusing_together(disks):
+            if disks.mine == 1 and disks.is_first:
+                raise UserError("its disk is full")
+        found["refusal"] = "missed"
+    found["goes back to"] = go_back(disks, disk / "run", files["whole"])
     found["by each"] = done_by_each(disks, lambda: disks.mine)
     found["elements"] = sum(prod(tensor.shape) for tensor in tensors().values())
     (folder / f"found-{comm.rank}.json").write_text(json.dumps(found))

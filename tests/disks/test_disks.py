@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from tests.worker_group import run_group
 from trainer.checkpoint.manifest import MANIFEST, find_damage
+from trainer.checkpoint.roll_back import ORDER
+from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.disks.run_disks import Disks, one_disk
 from trainer.parallel.comm import Comm
 
@@ -44,7 +46,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("way", ["whole", "rows", "within", "firsts", "own", "again"])
+@pytest.mark.parametrize("way", ["whole", "rows", "within", "groups", "firsts", "own", "again"])
 def test_every_disk_gets_the_whole(folder: Path, way: str) -> None:
     """Bit for bit the same file, with the first worker's state; `again`: after saves that failed."""
     assert [each[way] for each in found(folder)] == [""] * HOSTS * EACH
@@ -114,10 +116,19 @@ def test_one_hosts_refusal_is_all_hosts(folder: Path) -> None:
     assert all("refusal" not in each and each["by each"] == [0, 1, 2] for each in found(folder))
 
 
+@pytest.mark.e2e
+def test_a_roll_back_that_another_host_has_ordered_is_obeyed_once(folder: Path) -> None:
+    for rank, each in enumerate(found(folder)):
+        run_dir = folder / f"disk-{rank // EACH}" / "run"
+        assert each["goes back to"] == str(checkpoint_dir(run_dir, 3))
+        assert [path.name for path in run_dir.glob("checkpoints/rolled-back-*/*")] == ["step-00000006"]
+        assert not (run_dir / ORDER).exists()
+
+
 def test_workers_of_a_disk_follow_each_other() -> None:
     disks = Disks(Comm(5, 12, 1, torch.device("cpu")), 4)
     assert (disks.count, disks.mine, disks.place, disks.is_first) == (3, 1, 1, False)
     assert [disks.of(rank) for rank in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
-    assert [disks.worker(disk, 3) for disk in range(3)] == [3, 7, 11]
+    assert [disks.worker(disk, 3) for disk in range(3)] == [3, 7, 11] and disks.workers_here == range(4, 8)
     alone = one_disk(Comm(2, 4, 2, torch.device("cpu")))
     assert (alone.count, alone.mine, alone.place, alone.is_first) == (1, 0, 2, False)

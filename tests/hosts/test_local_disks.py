@@ -191,6 +191,21 @@ def test_a_full_disk_of_one_sends_both_elsewhere(
     assert tensor_hashes(disks.second, STEPS) == tensor_hashes(straight, STEPS)
 
 
+def test_hosts_that_each_hold_the_whole_model(hosts: TwoHosts, config: Path, tmp_path: Path) -> None:
+    """Each writes all of it to its own disk; and goes on from it, one of them from what comes over the wire."""
+    plain = "samples.every_steps=0"
+    on_one_host(config, tmp_path / "straight", *RUN, plain, "memory.shard_within=2")
+    disks = Disks(tmp_path)
+    for lost in ([], [checkpoint_dir(disk, STEPS) for disk in disks.both] + [checkpoint_dir(disks.second, 9)]):
+        for path in lost:
+            shutil.rmtree(path)
+        job = disks.job(hosts, config, plain, "memory.shard_within=host")
+        assert job.exit_codes() == [0, 0], job.said()
+        disks.require_alike()
+        assert tensor_hashes(disks.second, STEPS) == tensor_hashes(tmp_path / "straight", STEPS)
+    assert f"{checkpoint_dir(disks.first, 9)}: host-b had it not; copied from host-a, " in job.said()
+
+
 def test_a_host_goes_on_alone(config: Path, straight: Path, done: Disks, tmp_path: Path) -> None:
     """The second, with as many workers as both had, from the checkpoint before the last."""
     disks = done.copy_to(tmp_path)

@@ -29,6 +29,17 @@ def test_a_budget_that_nothing_fits_is_one_line(tmp_path: Path, config_file: Pat
     assert "each worker needs" in line and "may use 0.00 GiB (memory.budget)" in line
 
 
+def test_a_wish_to_share_that_comes_to_nothing_is_told(tmp_path: Path, config_file: Path) -> None:  # noqa: F811
+    """Without a budget nothing has to be spread on the CPU; a configuration for cards can be tried there."""
+    wish = ["launch.workers=2", "memory.shard_within=2"]
+    for name, strategy in (("auto", "auto"), ("spread", "zero2")):
+        overrides = [f"run.dir={tmp_path / name}", f"memory.strategy={strategy}", "train.steps=1", *wish]
+        said = sdxl_train(config_file, *overrides).stderr
+        lines = [line for line in said.splitlines() if "memory.shard_within = 2: has no effect" in line]
+        assert len(lines) == (strategy == "auto"), said
+        assert all("memory.strategy = auto comes to ddp" in line for line in lines)
+
+
 # In worker 1, in the first attempt: a module's `train_step` finds no memory after so many steps.
 _NO_MEMORY = """
 import builtins, os, sys

@@ -1,7 +1,8 @@
 """Which bytes of a safetensors file each worker writes, so that all together write it without an exchange.
 
-The layout of a file follows from its tensors' names, shapes and dtypes alone. Rows that only one worker has are written
-by that one; what several or all have is cut into as many equal stretches, of which each writes one.
+The layout of a file follows from its tensors' names, shapes and dtypes alone. Of the workers that share
+a disk, rows that only one has are written by that one; what several or all have is cut into as many equal stretches, of
+which each writes one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,19 +66,21 @@ class FileLayout:
     offsets: Mapping[str, int]
 
 
-def lay_out(file: TensorFile, rank: int, world: int) -> FileLayout:
-    """The layout of `file`, with the pieces that worker `rank` writes, of the `world` that share a disk."""
-    specs = aligned([TensorSpec(name, held.dtype, held.shape) for name, held in file.tensors.items()])
-    header = header_of(specs, {"format": "pt"})
+def lay_out(file: TensorFile, rank: int, workers: range) -> FileLayout:
+    """The layout of `file`, with the pieces that worker `rank` writes; `workers`: the ranks of those on its disk."""
+    specs, header = _head(file)
+    place, count = workers.index(rank), len(workers)
     shared_bytes = sum(spec.num_bytes for spec in specs if not file.tensors[spec.name].is_share)
-    mine = (shared_bytes * rank // world, shared_bytes * (rank + 1) // world)
+    mine = (shared_bytes * place // count, shared_bytes * (place + 1) // count)
     offset, shared_before, pieces, offsets = len(header), 0, [], dict[str, int]()
     for spec in specs:
         held, offsets[spec.name] = file.tensors[spec.name], offset
         if held.is_share:
             first = held.first_row * prod(held.shape[1:])
             size = held.part.numel()
-            begin, end = (size * bound // held.replicas for bound in (held.replica, held.replica + 1))
+            # Of the workers that have these rows, those of other disks write them there.
+            here = [holder for holder in held.holders if holder in workers] or [rank]
+            begin, end = (size * bound // len(here) for bound in (here.index(rank), here.index(rank) + 1))
             pieces += _cut(spec.name, held, begin, end, offset + (first + begin) * held.dtype.itemsize)
         else:
             begin, end = (_elements_before(bound - shared_before, spec) for bound in mine)
@@ -85,6 +88,18 @@ def lay_out(file: TensorFile, rank: int, world: int) -> FileLayout:
             shared_before += spec.num_bytes
         offset += spec.num_bytes
     return FileLayout(header, offset, tuple(pieces), offsets)
+
+
+def size_of(file: TensorFile) -> int:
+    """Bytes of the whole file."""
+    specs, header = _head(file)
+    return len(header) + sum(spec.num_bytes for spec in specs)
+
+
+def _head(file: TensorFile) -> tuple[list[TensorSpec], bytes]:
+    """Its tensors in their order in the file, and its first bytes."""
+    specs = aligned([TensorSpec(name, held.dtype, held.shape) for name, held in file.tensors.items()])
+    return specs, header_of(specs, {"format": "pt"})
 
 
 def _elements_before(num_bytes: int, spec: TensorSpec) -> int:

@@ -78,6 +78,8 @@ def _exchanges(disks: Disks, held: Sequence[_Rows]) -> Iterator[tuple[int, tuple
         if rows is not None:
             there.setdefault(tuple(rows), {}).setdefault(disks.of(rank), rank)
     for rows, holders in there.items():
+        # Where several workers of a disk have the same rows, and each writes a stretch of them, its workers are more
+        # than a group, which are neighbours: then every disk has all rows. So a sender has all of these to itself.
         sender = min(holders.values())
         place = sender % disks.workers_each
         receivers = tuple(disks.worker(disk, place) for disk in range(disks.count) if disk not in holders)

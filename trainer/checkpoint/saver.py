@@ -27,7 +27,7 @@ from typing import Literal
 
 import torch
 
-from trainer.checkpoint.pieces import lay_out
+from trainer.checkpoint.pieces import size_of
 from trainer.checkpoint.share_of_save import NotFinite, ShareOfSave
 from trainer.checkpoint.write import TensorFile, publish_folder
 from trainer.disks.run_disks import Disks, one_disk
@@ -226,10 +226,16 @@ def save_now(folder: Folder, device: torch.device | None = None) -> None:
 
 
 def missing_room(folders: Sequence[Folder]) -> str:
-    """In words, if the disk cannot take them: asked before, for other files of the run want to be written too."""
-    needed = sum(lay_out(file, 0, 1).num_bytes for folder in folders for file in folder.files)
-    there = next(parent for parent in folders[0].path.parents if parent.exists())
-    free = shutil.disk_usage(there).free
+    """In words, if the disk cannot take them, or is gone.
+
+    Asked before, for other files of the run want to be written too.
+    """
+    needed = sum(size_of(file) for folder in folders for file in folder.files)
+    try:
+        there = next(parent for parent in folders[0].path.parents if parent.exists())
+        free = shutil.disk_usage(there).free
+    except OSError as error:  # raised by one worker, it would end the run; so it is a save that fails
+        return f"{error.filename}: {error.strerror}"
     return f"needs {needed:,} bytes, {free:,} are free" if needed > free else ""
 
 

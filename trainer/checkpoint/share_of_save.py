@@ -82,7 +82,7 @@ class ShareOfSave:
         self._disks, self._step = disks, step
         self._device, self._stream = device, stream
         self.num_written = 0
-        self._jobs = [(place, file, lay_out(file, disks.place, disks.workers_each)) for place, file in files]
+        self._jobs = [(place, file, lay_out(file, disks.comm.rank, disks.workers_here)) for place, file in files]
         layouts = [layout for _, _, layout in self._jobs]
         self._routes = routes_of(disks, [file for _, file, _ in self._jobs], layouts)
         self._still_writing = itertools.count(len(self._routes.arrivals), -1)

@@ -90,11 +90,13 @@ def _hold_run_dir(stack: ExitStack, config: Config, comm: "Comm") -> None:
     """On another host's disk than the first, what the command does on that: one worker holds the run directory."""
     from trainer.checkpoint.run_dir import only_writer
     from trainer.cli.keep_running import write_resolved
-    from trainer.disks.run_disks import disks_of
+    from trainer.disks.run_disks import disks_of, refusing_together
 
-    if disks_of(comm, local=True).is_first and comm.rank:
-        stack.enter_context(only_writer(config.run.dir))
-        write_resolved(config, config.run.dir)
+    disks = disks_of(comm, local=True)
+    with refusing_together(disks):
+        if disks.is_first and comm.rank:
+            stack.enter_context(only_writer(config.run.dir))
+            write_resolved(config, config.run.dir)
 
 
 def _model_of(config: Config) -> RunModel:

@@ -5,10 +5,11 @@ host's workers holds comes over the wire, through a group of its own, so that sa
 training's exchanges do not wait for each other.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,6 +47,11 @@ class Disks:
     def mine(self) -> int:
         """The number of this worker's."""
         return self.comm.rank // self.workers_each
+
+    @property
+    def workers_here(self) -> range:
+        """The ranks of those of this worker's disk."""
+        return range(self.worker(self.mine), self.worker(self.mine + 1))
 
     @property
     def place(self) -> int:
@@ -113,3 +119,14 @@ def refuse_together(disks: Disks, problem: UserError | None) -> None:
     found = [lines for lines in gather_objects(disks.comm, problem and list(problem.lines)) if lines]
     if found:
         raise UserError(*(found[0] if disks.is_first else []))
+
+
+@contextlib.contextmanager
+def refusing_together(disks: Disks) -> Iterator[None]:
+    """Around what one worker may refuse, without exchanges inside: then all workers do, as in `refuse_together`."""
+    problem: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        problem = error
+    refuse_together(disks, problem)

@@ -105,6 +105,8 @@ def choose_memory(run: PlannedRun, comm: Comm, setting: Setting) -> MemoryChoice
     agreed = broadcast_object(comm, chosen)
     assert agreed is not None
     choice = MemoryChoice(**{**agreed, "recompute": tuple(agreed["recompute"]), "fullest": tuple(agreed["fullest"])})
+    if comm.rank == 0 and (line := _not_spread(run, choice)):
+        _log.warning("%s", line)
     if comm.device.type == "cuda" and choice.limit is not None:
         _keep_to(choice.limit, comm.device)
     return choice
@@ -126,6 +128,17 @@ def _unplanned(run: PlannedRun, setting: Setting) -> MemoryChoice:
         hosts_state=run.offload_optimizer is True or hosts_weights,
         hosts_weights=hosts_weights,
     )
+
+
+def _not_spread(run: PlannedRun, choice: MemoryChoice) -> str | None:
+    """A line if `memory.shard_within` was given and nothing is spread; the configuration alone does not tell that."""
+    if run.shard_within == "all" or choice.kind in ("zero2", "zero3"):
+        return None
+    why = (
+        "one worker" if choice.kind == "single" else f"memory.strategy = {run.strategy} comes to ddp, where each worker"
+    )
+    mend = "" if choice.kind == "single" else "; `zero2` or `zero3` would spread it"
+    return f"memory.shard_within = {run.shard_within}: has no effect; {why} holds all of it{mend}"
 
 
 def _planned(run: PlannedRun, setting: Setting, attempt: int) -> MemoryChoice:

@@ -1,10 +1,12 @@
 """This worker's part of a tensor that may be sharded (FSDP2), and where in the whole it lies."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -25,7 +27,7 @@ class Held(NamedTuple):
         is_share: the other workers have other rows; else all have the same.
         dtype: in which it is to be written, if not in its own.
         blend: what is to be written in place of it; None: itself.
-        replica, replicas: of rows that several workers have: the number of this one among so many of them.
+        holders: of rows that several workers have: the ranks of all that do, in order; none: this worker alone.
     """
 
     part: Tensor
@@ -34,36 +36,41 @@ class Held(NamedTuple):
     is_share: bool
     dtype: torch.dtype
     blend: Blend | None = None
-    replica: int = 0
-    replicas: int = 1
+    holders: tuple[int, ...] = ()
 
 
 def held(tensor: Tensor) -> Held:
     """What this worker has of `tensor`; nothing is copied."""
     part, first_row = local_part(tensor.detach())
-    return Held(part, first_row, tuple(tensor.shape), _is_cut(tensor), part.dtype, None, *_replica(tensor))
+    return Held(part, first_row, tuple(tensor.shape), _is_cut(tensor), part.dtype, None, _holders(tensor))
 
 
 def held_like(part: Tensor, like: Tensor) -> Held:
     """`part` as what this worker has of a tensor that is cut as the parameter `like` is; rows of both correspond."""
     _, first_row = local_part(like)
     shape = (*like.shape[:1], *part.shape[1:])
-    return Held(part, first_row, shape, _is_cut(like), part.dtype, None, *_replica(like))
+    return Held(part, first_row, shape, _is_cut(like), part.dtype, None, _holders(like))
 
 
 def _is_cut(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) and not all(place.is_replicate() for place in tensor.placements)
 
 
-def _replica(tensor: Tensor) -> tuple[int, int]:
-    """(number of this worker among those that have its rows, how many these are)."""
-    number, replicas = 0, 1
-    if isinstance(tensor, DTensor) and tensor.device_mesh.ndim > 1:  # of one dimension, nothing is looked up
-        for dim, place in enumerate(tensor.placements):
-            if place.is_replicate():
-                size = tensor.device_mesh.size(dim)
-                number, replicas = number * size + tensor.device_mesh.get_local_rank(dim), replicas * size
-    return number, replicas
+def _holders(tensor: Tensor) -> tuple[int, ...]:
+    """Ranks of the workers that have the same rows as this one, if several have."""
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.ndim == 1:  # then nothing is looked up
+        return ()
+    return _replicas(tensor.device_mesh, tuple(place.is_replicate() for place in tensor.placements))
+
+
+@cache
+def _replicas(mesh: DeviceMesh, replicated: tuple[bool, ...]) -> tuple[int, ...]:
+    """Ranks of the workers at this one's place of a mesh, but for the dimensions along which all have the same."""
+    own = mesh.get_coordinate()
+    assert own is not None
+    places = zip(own, replicated, strict=True)
+    ranks = mesh.mesh[tuple(slice(None) if is_replicated else place for place, is_replicated in places)]
+    return tuple(sorted(ranks.flatten().tolist()))
 
 
 def sharers(tensor: Tensor) -> tuple[dist.ProcessGroup | None, int]:

@@ -23,7 +23,7 @@ from trainer.data.mixture import Mixture
 from trainer.data.sampler import Position, epochs_done
 from trainer.data.store.snapshot import PreparedSet
 from trainer.data.survey.image_weights import weighs_images
-from trainer.disks.run_disks import disks_of
+from trainer.disks.run_disks import disks_of, refusing_together
 from trainer.evaluate.pictures import loss_curve_png
 from trainer.evaluate.scoring import Scorer
 from trainer.freed_memory import give_back
@@ -238,15 +238,18 @@ def _score(scorer: Scorer, step: int, outputs: RunOutputs | None, beside: _Besid
 def _forget_what_came_after(
     config: Config, run: Run, state: TrainState, total_steps: int, *, is_first: bool
 ) -> BadRows:
-    """Of the run's records, what came after where it stands; the bad rows up to there. On each disk by one worker.
+    """Of the run's records, what came after where it stands; the bad rows up to there. All workers call it.
 
     Args:
         is_first: the first stretch of this start, before which there must be room for the run's checkpoints.
     """
-    if not disks_of(run.parts.comm, local=config.run.on_local_disks).is_first:
-        return BadRows()
+    disks = disks_of(run.parts.comm, local=config.run.on_local_disks)
     if is_first:
-        require_checkpoint_room(config, run.parts, state.step, total_steps)
+        with refusing_together(disks):
+            if disks.is_first:
+                require_checkpoint_room(config, run.parts, state.step, total_steps)
+    if not disks.is_first:
+        return BadRows()
     forget_snapshots_after(config.run.dir, state.step)
     return forget_bad_rows_after(config.run.dir, state.step)
 

@@ -68,13 +68,14 @@ def resume_across_disks(disks: Disks, places: Sequence[Path], wish: bool | str) 
 
 
 def _obey_roll_back(disks: Disks, places: Sequence[Path]) -> None:
-    """What was ordered on the first disk, on all of them; it stands until all have done it."""
-    order, *_ = done_by_each(disks, lambda: ordered_step(places[0]))
-    if order is None:
-        return
-    done_by_each(disks, lambda: go_back_to(places, order, _log.warning))
-    if disks.comm.rank == 0:
-        (places[0] / ORDER).unlink()
+    """What was ordered on any disk, on all of them; it stands until all have done it.
+
+    The order lies on the disk of the host that was the first then, which need not be so now.
+    """
+    orders = [step for step in done_by_each(disks, lambda: ordered_step(places[0])) if step is not None]
+    if orders:
+        done_by_each(disks, lambda: go_back_to(places, min(orders), _log.warning))
+        done_by_each(disks, lambda: (places[0] / ORDER).unlink(missing_ok=True))
 
 
 def _from(disks: Disks, places: Sequence[Path], wish: Path) -> Path:
