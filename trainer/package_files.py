@@ -1,4 +1,4 @@
-"""Installed packages that are not to be imported: data files that they ship, and one that others import unasked."""
+"""Installed packages that are not to be imported: data files that they ship, and what others import unasked."""
 
 import sys
 from importlib.machinery import PathFinder
@@ -7,6 +7,12 @@ from pathlib import Path
 
 from trainer.errors import UserError
 
+UNASKED = ("bitsandbytes", "sklearn")
+"""What workers import only where they need it.
+
+diffusers and peft take bitsandbytes if they find it: 0.9 s of CPU, and it may touch CUDA. Versions of transformers for
+Python 3.10 take scikit-learn, and with it pandas and pyarrow, whose allocator starts a thread: none goes over a fork.
+"""
 _held_back: set[str] = set()
 
 
@@ -32,14 +38,12 @@ def find_package_file(package: str, distribution: str, file: str) -> Path:
     raise UserError(f"{folders[0]} has no {file}; run: pip install --no-deps --upgrade {distribution}")
 
 
-def hold_back(package: str) -> None:
-    """Have libraries that look whether a package is there find that it is not, until it is `let_in`.
-
-    diffusers and peft import bitsandbytes if they find it: 0.9 s of CPU, and it may touch CUDA.
-    """
-    if package not in sys.modules:
-        sys.modules[package] = None  # pyright: ignore[reportArgumentType]
-        _held_back.add(package)
+def hold_back(*packages: str) -> None:
+    """Have libraries that look whether these are there find that they are not, until they are `let_in`."""
+    for package in packages:
+        if package not in sys.modules:
+            sys.modules[package] = None  # pyright: ignore[reportArgumentType]
+            _held_back.add(package)
 
 
 def let_in(package: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.load import load_config
 from trainer.config.schema import Config
 from trainer.model_files.run_model import RunModel, open_model
-from trainer.package_files import hold_back
+from trainer.package_files import UNASKED, hold_back
 from trainer.parallel.worker import be_its_reader_server, run_worker
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def main() -> None:
 
 def run_task(task: str, config: Config, options: dict[str, Any], stop_requested: Callable[[], bool]) -> None:
     """Join the other workers and do this worker's part of `task`."""
-    hold_back("bitsandbytes")
+    hold_back(*UNASKED)
     if task == "prepare":
         # Without a process group: a worker that is slow, or gone, holds up nobody. A stop signal may end it anywhere,
         # for what is finished is on the disk and the rest is done anew.

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from trainer.package_files import hold_back
+from trainer.package_files import UNASKED, hold_back
 from trainer.parallel import worker
 
 # What differs between two attempts of one command, and is read by nothing that the template has imported.
@@ -176,7 +176,7 @@ def serve() -> None:
     """The template's own life: import, and fork until the launching process closes its end."""
     handle, parent = int(sys.argv[1]), int(sys.argv[2])
     worker.die_with(parent)
-    hold_back("bitsandbytes")
+    hold_back(*UNASKED)
     with socket.socket(fileno=handle) as requests:
         for module in sys.argv[3:]:
             with contextlib.suppress(Exception):  # the worker will fail likewise, and say so
