@@ -129,6 +129,7 @@ def test_a_checkpoint_that_one_disk_lost_comes_over_the_wire(
     disks.require_alike()
 
 
+@pytest.mark.slow
 def test_an_empty_disk_and_a_damaged_checkpoint_on_the_other(
     hosts: TwoHosts, config: Path, straight: Path, done: Disks, tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def test_an_empty_disk_and_a_damaged_checkpoint_on_the_other(
         assert tensor_hashes(disk, STEPS) == tensor_hashes(straight, STEPS)
 
 
+@pytest.mark.slow
 def test_the_first_host_lost_its_disk(
     hosts: TwoHosts, config: Path, straight: Path, done: Disks, tmp_path: Path
 ) -> None:
@@ -162,6 +164,7 @@ def test_the_first_host_lost_its_disk(
         assert tensor_hashes(disk, STEPS) == tensor_hashes(straight, STEPS)
 
 
+@pytest.mark.slow
 def test_a_roll_back_is_one_on_both(hosts: TwoHosts, config: Path, straight: Path, done: Disks, tmp_path: Path) -> None:
     disks = done.copy_to(tmp_path)
     order_roll_back(disks.first, 10)
@@ -173,6 +176,7 @@ def test_a_roll_back_is_one_on_both(hosts: TwoHosts, config: Path, straight: Pat
     disks.require_alike()
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_one_sends_both_elsewhere(
     hosts: TwoHosts, config: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +210,7 @@ def test_hosts_that_each_hold_the_whole_model(hosts: TwoHosts, config: Path, tmp
     assert f"{checkpoint_dir(disks.first, 9)}: host-b had it not; copied from host-a, " in job.said()
 
 
+@pytest.mark.slow
 def test_a_host_goes_on_alone(config: Path, straight: Path, done: Disks, tmp_path: Path) -> None:
     """The second, with as many workers as both had, from the checkpoint before the last."""
     disks = done.copy_to(tmp_path)
