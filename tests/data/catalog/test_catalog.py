@@ -105,6 +105,17 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
         assert sum(catalog.count_rows(connection).values()) == 1
 
 
+def test_a_catalogue_that_another_command_writes_is_one_line(tmp_path: Path) -> None:
+    with (
+        catalog.open_catalog(tmp_path) as other,
+        catalog.transaction(other),
+        pytest.raises(UserError, match=r"catalog\.sqlite: another command"),
+        catalog.open_catalog(tmp_path) as connection,
+    ):
+        connection.execute("PRAGMA busy_timeout = 1")  # in place of a minute
+        catalog.add_rows(connection, 1, [_row("a", BUCKETS[0])])
+
+
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "catalog.sqlite").write_text("this is no database, but long enough to be looked at\n" * 100)
     with pytest.raises(UserError, match=r"catalog\.sqlite: cannot be read"), catalog.open_catalog(tmp_path):

@@ -27,8 +27,8 @@ CATALOG_FORMAT = 5
 _CACHE_KIB = 32 * 1024
 _DAMAGE = (1, 11, 20, 26)
 """SQLite's codes ERROR (no such table or column), CORRUPT, MISMATCH, NOTADB; a full disk is no fault of the file."""
-FULL, _DISK_FAILS = "database or disk is full", "disk I/O error"  # by its words: Python 3.10 does not tell the code
-
+# By their words: Python 3.10 does not tell the code.
+FULL, _DISK_FAILS, _LOCKED = "database or disk is full", "disk I/O error", "database is locked"
 
 Payload = Literal["encode", "npz", "image", "repack", "copy"]
 """What a row's shard is to hold: latents that the VAE gives for an image (`encode`), that lie in an `.npz` (`repack`)
@@ -155,6 +155,10 @@ def open_catalog(prepared: Path, read_only: bool = False) -> Iterator[sqlite3.Co
                 raise UserError(
                     f"{path}: {error}; the disk does not read or write (see `dmesg`), or a quota is used up. "
                     "The same command goes on from what is there"
+                ) from error
+            if str(error) == _LOCKED:
+                raise UserError(
+                    f"{path}: another command has worked on it for longer than a minute; try again when that has ended"
                 ) from error
             if getattr(error, "sqlite_errorcode", _DAMAGE[0]) & 0xFF not in _DAMAGE:
                 raise
