@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 
-from benchmarks.two_hosts import ADDRESSES, TwoHosts, environment_of_hosts
+from benchmarks.two_hosts import said_by_workers
 from trainer.parallel.environment import interface_towards
 
 _WORLD, _TIMES = 4, 3
@@ -54,18 +53,7 @@ def main() -> None:
 
 def measure(mbit: int, megabytes: str) -> list[dict[str, Any]]:
     """What rank 0 found over one link."""
-    both = 'for rank in $FIRST $((FIRST + 1)); do RANK=$rank "$@" & done; wait'
-    command = ["bash", "-c", both, "bash", sys.executable, __file__, "--megabytes", megabytes]
-    env = environment_of_hosts() | {"WORLD_SIZE": str(_WORLD), "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500"}
-    with tempfile.TemporaryFile() as output, TwoHosts(mbit) as hosts:
-        for process in [hosts.start(host, command, output, env | {"FIRST": str(2 * host)}) for host in (0, 1)]:
-            process.wait()
-        output.seek(0)
-        said = output.read().decode()
-    lines = [line for line in said.splitlines() if line.startswith("[{")]
-    if len(lines) != 1:
-        raise RuntimeError(said[-3000:])
-    return json.loads(lines[0])
+    return said_by_workers(mbit, __file__, ["--megabytes", megabytes])
 
 
 def be_worker(megabytes: list[float]) -> None:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from benchmarks.two_hosts import ADDRESSES, TwoHosts, environment_of_hosts
+from benchmarks.two_hosts import said_by_workers
 from trainer.checkpoint.saver import Folder, Saver
 from trainer.checkpoint.write import TensorFile
 from trainer.disks.run_disks import Disks, disks_of
@@ -47,20 +47,8 @@ def main() -> None:
 
 def measure(megabytes: float) -> list[dict[str, Any]]:
     """What rank 0 found."""
-    both = 'for n in 0 1; do RANK=$((FIRST + n)) LOCAL_RANK=$n "$@" & done; wait'
-    command = ["bash", "-c", both, "bash", sys.executable, __file__, "--megabytes", str(megabytes)]
-    env = environment_of_hosts() | {"WORLD_SIZE": str(_WORLD), "LOCAL_WORLD_SIZE": "2"}
-    env |= {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500"}
-    with tempfile.TemporaryDirectory() as disks, tempfile.TemporaryFile() as output, TwoHosts(_MBIT) as hosts:
-        env |= {"DISKS": disks}
-        for process in [hosts.start(host, command, output, env | {"FIRST": str(2 * host)}) for host in (0, 1)]:
-            process.wait()
-        output.seek(0)
-        said = output.read().decode()
-    lines = [line for line in said.splitlines() if line.startswith("[{")]
-    if len(lines) != 1:
-        raise RuntimeError(said[-3000:])
-    return json.loads(lines[0])
+    with tempfile.TemporaryDirectory() as disks:
+        return said_by_workers(_MBIT, __file__, ["--megabytes", str(megabytes)], {"DISKS": disks})
 
 
 def be_worker(megabytes: float) -> None:

@@ -4,13 +4,15 @@ All of it is within namespaces of a user, of mounts and of the network that nobo
 where the kernel lets users have such namespaces, and nothing is left of it. Linux only.
 """
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -108,3 +110,24 @@ def environment_of_hosts() -> dict[str, str]:
     """This process's, with the commands beside this Python and the code of this checkout."""
     here = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parents[2])}
     return os.environ | here | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def said_by_workers(mbit: int, script: str, arguments: Sequence[str], more: Mapping[str, str] | None = None) -> Any:
+    """Run a script as two workers on each of two hosts; the list that one of them printed as JSON in a line.
+
+    Raises:
+        RuntimeError: with what they printed in its place.
+    """
+    both = 'for n in 0 1; do RANK=$((FIRST + n)) LOCAL_RANK=$n "$@" & done; wait'
+    command = ["bash", "-c", both, "bash", sys.executable, script, *arguments]
+    env = environment_of_hosts() | {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", **(more or {})}
+    env |= {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500"}
+    with tempfile.TemporaryFile() as output, TwoHosts(mbit) as hosts:
+        for process in [hosts.start(host, command, output, env | {"FIRST": str(2 * host)}) for host in (0, 1)]:
+            process.wait()
+        output.seek(0)
+        said = output.read().decode()
+    lines = [line for line in said.splitlines() if line.startswith("[{")]
+    if len(lines) != 1:
+        raise RuntimeError(said[-3000:])
+    return json.loads(lines[0])

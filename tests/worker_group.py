@@ -1,5 +1,7 @@
 """Several worker processes of a test: waited for as long as they work, however busy the machine is."""
 
+import os
+import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -9,6 +11,22 @@ import psutil
 
 IDLE_S = 180.0  # all of them together; who computes uses a processor, who waits in vain does not
 _NOTICED_CPU_S = 0.5
+_ROOT = Path(__file__).parents[1]
+
+
+def worker_environments(world: int, on_each_host: int | None = None) -> list[dict[str, str]]:
+    """Of so many workers on the CPU that meet at a free port, as torchrun tells them; they find what tests share.
+
+    Args:
+        on_each_host: how many of them call one host theirs; None: all.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = on_each_host or world
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(here)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu", "PYTHONPATH": str(_ROOT)}
+    return [env | {"RANK": str(rank), "LOCAL_RANK": str(rank % here)} for rank in range(world)]
 
 
 def run_group(commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]], folder: Path) -> None:

@@ -1,8 +1,6 @@
 """Real runs with an adapter, or new tokens alone, over a base that is held in 8 or 4 bits."""
 
 import json
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from tests.data.small_set import write_small_set
 from tests.train.real_run import ALONE, model_of, watched_run
 from tests.train.test_averages import assert_same_checkpoints
 from tests.train.test_new_token_runs import TOKENS
-from tests.worker_group import run_group
+from tests.worker_group import run_group, worker_environments
 from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.cli.main import main
 from trainer.config.load import to_yaml
@@ -163,11 +161,4 @@ def test_two_workers_take_the_steps_of_one(model_folder: Path, prepared: Path, t
 
 
 def _run_workers(files: list[Path], world: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    env |= {"PYTHONPATH": str(Path(__file__).parents[2])}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu"}
-    environments = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-    run_group([[sys.executable, str(SCRIPT), *map(str, files)]] * world, environments, files[0].parent)
+    run_group([[sys.executable, str(SCRIPT), *map(str, files)]] * world, worker_environments(world), files[0].parent)

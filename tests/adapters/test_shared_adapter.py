@@ -1,8 +1,6 @@
 """However workers share an adapter and the weights below it, they take the steps of one."""
 
 import json
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 from tests.adapters.adapter_config_of import KINDS, adapted
 from tests.data.small_set import write_small_set
 from tests.train.test_averages import assert_same_checkpoints
-from tests.worker_group import run_group
+from tests.worker_group import run_group, worker_environments
 from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.config.load import to_yaml
 from trainer.data.buckets import Bucket
@@ -30,9 +28,6 @@ ALONE = tuple(f"{kind}:auto:fp32" for kind in ("lora", "lokr", "dora", "loha", "
 
 def run(folder: Path, model: Path, prepared: Path, world: int, names: tuple[str, ...]) -> Path:
     """Runs of 4 steps of 4 images, of which each worker takes its part."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     files = []
     for name in names:
         kind, strategy, precision = name.split(":")
@@ -52,11 +47,7 @@ def run(folder: Path, model: Path, prepared: Path, world: int, names: tuple[str,
         config = adapted(model, prepared, folder / name, settings, **sections)
         files.append(folder / f"{name}.yaml")
         files[-1].write_text(to_yaml(config))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    env |= {"PYTHONPATH": str(Path(__file__).parents[2])}  # the script reads what tests share
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu"}
-    environments = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-    run_group([[sys.executable, str(SCRIPT), *map(str, files)]] * world, environments, folder)
+    run_group([[sys.executable, str(SCRIPT), *map(str, files)]] * world, worker_environments(world), folder)
     return folder
 
 

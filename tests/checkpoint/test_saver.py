@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.checkpoint.odd_tensors import odd_tensors
 from trainer.checkpoint import pieces
 from trainer.checkpoint.manifest import find_damage
 from trainer.checkpoint.saver import Folder, Saver, missing_room, save_now
@@ -21,20 +22,6 @@ from trainer.parallel.local_shard import Held, held
 
 CPU = torch.device("cpu")
 FILE = "unet/weights.safetensors"
-
-
-def shapes() -> dict[str, Tensor]:
-    """Of several widths, a scalar, an empty one, and one that is larger than a piece."""
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "large": torch.randn(301, 35, generator=generator),
-        "half": torch.randn(77, 3, generator=generator).to(torch.bfloat16),
-        "bytes": torch.randint(0, 255, (1001,), generator=generator, dtype=torch.uint8),
-        "scalar": torch.tensor(5.0),
-        "empty": torch.zeros(0, 4),
-        "channels": torch.randn(9, 4, 3, 3, generator=generator).to(memory_format=torch.channels_last),
-        "one row": torch.randn(1, 50, generator=generator),
-    }
 
 
 def whole(tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, Held]:
@@ -88,7 +75,7 @@ def test_the_files_do_not_depend_on_the_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, cut: Callable[..., dict[str, Held]]
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 10)  # so that tensors take several
-    tensors = shapes()
+    tensors = odd_tensors()
     savers = [Saver(rank, world, "token", CPU, staging_bytes=4 << 10) for rank in range(world)]
     folders = [
         Folder(tmp_path / "step-00000007", [TensorFile(FILE, cut(tensors, rank, world), {"config.json": "{}"})], {})
@@ -103,7 +90,7 @@ def test_the_files_do_not_depend_on_the_workers(
 
 
 def test_replicas_write_each_byte_once() -> None:
-    tensors, world = {name: tensor for name, tensor in shapes().items() if tensor.ndim}, 4
+    tensors, world = {name: tensor for name, tensor in odd_tensors().items() if tensor.ndim}, 4
     files = [TensorFile(FILE, by_groups(tensors, rank, world), {}) for rank in range(world)]
     written = [pieces.bytes_of([pieces.lay_out(file, rank, range(world))]) for rank, file in enumerate(files)]
     assert sum(written) == sum(tensor.nbytes for tensor in tensors.values())
@@ -113,7 +100,7 @@ def test_replicas_write_each_byte_once() -> None:
 @pytest.mark.parametrize(("world", "each"), [(4, 2), (6, 3), (8, 4), (12, 4)])
 def test_replicas_write_each_byte_once_on_each_disk(world: int, each: int) -> None:
     """A group within a host, two in one, and groups that begin on one host and end on another."""
-    tensors = {name: tensor for name, tensor in shapes().items() if tensor.ndim}
+    tensors = {name: tensor for name, tensor in odd_tensors().items() if tensor.ndim}
     files = [TensorFile(FILE, by_groups(tensors, rank, world), {}) for rank in range(world)]
     for first in range(0, world, each):
         disk = range(first, first + each)
@@ -154,7 +141,7 @@ def _peak_mib() -> float:
 
 
 def test_one_workers_failing_disk_gives_up_for_all_and_leaves_nothing(tmp_path: Path) -> None:
-    tensors, place, gone = shapes(), tmp_path / "step", tmp_path / "gone"
+    tensors, place, gone = odd_tensors(), tmp_path / "step", tmp_path / "gone"
     gone.write_text("a file where a folder was")
     savers = [Saver(rank, 3, "token", CPU, staging_bytes=None) for rank in range(3)]
     paths = [place, gone / "step", place]
@@ -212,7 +199,7 @@ def test_waits_for_a_slow_disk_are_told_of_as_long_as_bytes_arrive(
         return values
 
     saver = Saver(0, 1, "t", CPU, staging_bytes=2 << 10)
-    saver.begin([Folder(tmp_path / "step-1", [TensorFile(FILE, whole(shapes(), 0, 1), {})], {})])
+    saver.begin([Folder(tmp_path / "step-1", [TensorFile(FILE, whole(odd_tensors(), 0, 1), {})], {})])
     began = time.monotonic()
     saver.wait_copied(lambda: alive.append(time.monotonic()))
     took = time.monotonic() - began
@@ -222,7 +209,7 @@ def test_waits_for_a_slow_disk_are_told_of_as_long_as_bytes_arrive(
 
 
 def test_no_room_is_asked_before_anybody_writes(tmp_path: Path) -> None:
-    file = TensorFile(FILE, whole(shapes(), 0, 1), {})
+    file = TensorFile(FILE, whole(odd_tensors(), 0, 1), {})
     assert missing_room([Folder(tmp_path / "a" / "step-1", [file], {})]) == ""
     huge = {"huge": Held(torch.zeros(1, 4), 0, (1 << 48, 4), True, torch.float32)}
     folder = Folder(tmp_path / "b" / "step-1", [TensorFile(FILE, huge, {})], {})
@@ -246,5 +233,5 @@ def test_a_disk_that_is_gone_is_a_save_that_fails(tmp_path: Path, monkeypatch: p
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     monkeypatch.setattr("shutil.disk_usage", gone)
-    file = TensorFile(FILE, whole(shapes(), 0, 1), {})
+    file = TensorFile(FILE, whole(odd_tensors(), 0, 1), {})
     assert missing_room([Folder(tmp_path / "a" / "step-1", [file], {})]) == f"{tmp_path}: Input/output error"

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from tests.checkpoint.odd_tensors import odd_tensors
 from trainer.checkpoint import pieces
 from trainer.checkpoint.pieces import lay_out
 from trainer.checkpoint.roll_back import order_roll_back
@@ -34,19 +35,6 @@ from trainer.parallel.worker import end_process
 from trainer.train.saved.resume_across_disks import resume_across_disks
 
 FILE = "unet/weights.safetensors"
-
-
-def tensors() -> dict[str, Tensor]:
-    """The same on all workers."""
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "large": torch.randn(301, 35, generator=generator),
-        "half": torch.randn(77, 3, generator=generator).to(torch.bfloat16),
-        "bytes": torch.randint(0, 255, (1001,), generator=generator, dtype=torch.uint8),
-        "scalar": torch.tensor(5.0),
-        "empty": torch.zeros(0, 4),
-        "one row": torch.randn(1, 50, generator=generator),
-    }
 
 
 def rows(tensor: Tensor, number: int, count: int) -> Held:
@@ -73,7 +61,7 @@ def in_groups(tensor: Tensor, within: int, world: int) -> Held:
 
 def files_by_way(disks: Disks) -> dict[str, TensorFile]:
     """DDP; FSDP2 over all, within each host and in groups that begin within a host; one worker's; and of each's own."""
-    comm, all_of = disks.comm, tensors()
+    comm, all_of = disks.comm, odd_tensors()
     ways: dict[str, dict[str, Held]] = {
         "whole": {name: held(tensor) for name, tensor in all_of.items()},
         "rows": {name: rows(tensor, comm.rank, comm.world) for name, tensor in all_of.items()},
@@ -154,7 +142,7 @@ def main() -> None:
         found["refusal"] = "missed"
     found["goes back to"] = go_back(disks, disk / "run", files["whole"])
     found["by each"] = done_by_each(disks, lambda: disks.mine)
-    found["elements"] = sum(prod(tensor.shape) for tensor in tensors().values())
+    found["elements"] = sum(prod(tensor.shape) for tensor in odd_tensors().values())
     (folder / f"found-{comm.rank}.json").write_text(json.dumps(found))
     close(comm)
     end_process()

@@ -1,8 +1,6 @@
 """Saves of hosts with disks of their own: each gets what one disk would have, and only what it lacks travels."""
 
 import json
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.worker_group import run_group
+from tests.worker_group import run_group, worker_environments
 from trainer.checkpoint.manifest import MANIFEST, find_damage
 from trainer.checkpoint.roll_back import ORDER
 from trainer.checkpoint.run_dir import checkpoint_dir
@@ -27,16 +25,7 @@ FILE = "unet/weights.safetensors"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three hosts of two workers have been there."""
     made = tmp_path_factory.mktemp("hosts")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environments = [
-        os.environ
-        | {"RANK": str(rank), "WORLD_SIZE": str(HOSTS * EACH), "LOCAL_RANK": str(rank % EACH)}
-        | {"LOCAL_WORLD_SIZE": str(EACH), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        for rank in range(HOSTS * EACH)
-    ]
+    environments = [env | {"GLOO_SOCKET_IFNAME": "lo"} for env in worker_environments(HOSTS * EACH, EACH)]
     run_group([[sys.executable, str(SCRIPT), str(made)]] * (HOSTS * EACH), environments, made)
     return made
 
@@ -69,6 +58,7 @@ def test_every_disk_gets_the_whole(folder: Path, way: str) -> None:
 @pytest.mark.e2e
 def test_only_what_a_disk_lacks_comes_over_the_wire(folder: Path) -> None:
     per_tensor = {"large": (301, 35 * 4), "half": (77, 3 * 2), "bytes": (1001, 1), "one row": (1, 50 * 4)}
+    per_tensor["channels"] = (9, 4 * 3 * 3 * 4)
 
     def lacking(disk: int) -> int:
         """Bytes of the rows that FSDP2, which cuts into equal numbers of rows, puts on other hosts."""

@@ -3,8 +3,6 @@ cost."""
 
 import json
 import logging
-import os
-import socket
 import sys
 from collections import defaultdict
 from dataclasses import replace
@@ -19,7 +17,7 @@ from scipy import stats
 
 from tests.evaluate.two_sources import TIMESTEPS, two_sources
 from tests.train.real_run import ALONE, model_of, watched_run
-from tests.worker_group import run_group
+from tests.worker_group import run_group, worker_environments
 from trainer.config.schema import Config
 from trainer.config.sections.ema_config import LIVE
 from trainer.data.store.rows import Rows
@@ -204,13 +202,8 @@ def test_the_mean_is_to_the_bit_what_it_was(scored: tuple[Scorer, ValidationResu
 def run_workers(config: Config, folder: Path, world: int) -> list[dict]:
     folder.mkdir()
     (folder / "config.json").write_text(config.model_dump_json())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu"}
     command = [sys.executable, str(SCRIPT), str(folder / "config.json"), str(folder)]
-    run_group([command] * world, [env | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)], folder)
+    run_group([command] * world, worker_environments(world), folder)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world)]
 
 

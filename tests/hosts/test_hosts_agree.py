@@ -2,13 +2,13 @@
 
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from benchmarks.two_hosts import ADDRESSES, CannotHaveHosts, TwoHosts, environment_of_hosts
+from benchmarks.two_hosts import ADDRESSES, TwoHosts, environment_of_hosts
 from tests.data.small_set import write_small_set
 from tests.hosts.hosted_run import PATIENCE_S, write_run
 from trainer.checkpoint.run_dir import list_checkpoints
@@ -16,14 +16,7 @@ from trainer.data.buckets import Bucket
 
 pytestmark = pytest.mark.e2e
 
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[TwoHosts]:
-    try:
-        with TwoHosts(1000) as made:
-            yield made
-    except CannotHaveHosts as error:
-        pytest.skip(f"no network namespaces here: {error}")
+MBIT = 1000
 
 
 @pytest.fixture

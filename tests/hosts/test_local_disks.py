@@ -3,13 +3,12 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from benchmarks.two_hosts import CannotHaveHosts, TwoHosts, environment_of_hosts, processes_of
+from benchmarks.two_hosts import TwoHosts, environment_of_hosts, processes_of
 from tests.hosts.hosted_run import Job, tensor_hashes, wait_until, write_run
 from trainer.checkpoint.manifest import MANIFEST, find_damage
 from trainer.checkpoint.roll_back import order_roll_back
@@ -25,15 +24,6 @@ RUN = [
     "samples={every_steps: 6, count: 5, steps: 1, width_px: 64, height_px: 64, guidance_scale: 1}",
 ]
 LOCAL = [*RUN, "run.on_local_disks=true"]
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[TwoHosts]:
-    try:
-        with TwoHosts(MBIT) as made:
-            yield made
-    except CannotHaveHosts as error:
-        pytest.skip(f"no network namespaces here: {error}")
 
 
 @pytest.fixture(scope="module")

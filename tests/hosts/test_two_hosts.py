@@ -3,27 +3,17 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.two_hosts import CannotHaveHosts, TwoHosts, environment_of_hosts, processes_of, sent_bytes
+from benchmarks.two_hosts import TwoHosts, environment_of_hosts, processes_of, sent_bytes
 from tests.hosts.hosted_run import Job, steps_of, tensor_hashes, wait_until, weight_count, write_run
 from trainer.checkpoint.run_dir import list_checkpoints
 
 pytestmark = pytest.mark.e2e
 
 MBIT, STEPS = 100, 12
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[TwoHosts]:
-    try:
-        with TwoHosts(MBIT) as made:
-            yield made
-    except CannotHaveHosts as error:
-        pytest.skip(f"no network namespaces here: {error}")
 
 
 @pytest.fixture(scope="module")

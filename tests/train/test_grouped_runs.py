@@ -1,7 +1,5 @@
 """Workers in groups that each share a whole model: the steps of one worker, and checkpoints for any other way."""
 
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.data.small_set import write_small_set
 from tests.train.test_averages import assert_same_checkpoints
-from tests.worker_group import run_group
+from tests.worker_group import run_group, worker_environments
 from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.config.load import to_yaml
 from trainer.config.schema import Config
@@ -40,9 +38,6 @@ def run(
     folder: Path, model: Path, prepared: Path, world: int, runs: dict[str, tuple[dict[str, Any], str | None]]
 ) -> Path:
     """Runs of 4 steps of 8 images in two passes, of which each worker takes its part."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     files = []
     for name, (memory, before) in runs.items():
         sections: dict[str, Any] = {
@@ -61,11 +56,7 @@ def run(
             sections["adapter"] = {"kind": "lora", "rank": 4}
         files.append(folder / f"{name}.yaml")
         files[-1].write_text(to_yaml(Config.model_validate(sections)))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    env |= {"PYTHONPATH": str(Path(__file__).parents[2])}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu"}
-    environments = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-    run_group([[sys.executable, str(SCRIPT), *map(str, files)]] * world, environments, folder)
+    run_group([[sys.executable, str(SCRIPT), *map(str, files)]] * world, worker_environments(world), folder)
     return folder
 
 

@@ -1,8 +1,6 @@
 """Real runs with new tokens: alone, beside all else and beside an adapter; and what diffusers makes of their files."""
 
 import json
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from tests.adapters.adapter_config_of import adapted
 from tests.data.small_set import write_small_set
 from tests.train.real_run import ALONE, model_of, watched_run
 from tests.train.test_averages import assert_same_checkpoints
-from tests.worker_group import run_group
+from tests.worker_group import run_group, worker_environments
 from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.cli.main import main
 from trainer.config.load import to_yaml
@@ -117,14 +115,7 @@ def test_three_workers_take_the_steps_of_one(
         (tmp_path / str(world)).mkdir()
         file = tmp_path / str(world) / "run.yaml"
         file.write_text(to_yaml(config))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        env |= {"PYTHONPATH": str(Path(__file__).parents[2]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        env |= {"SDXL_TRAIN_DEVICE": "cpu"}
-        environments = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-        run_group([[sys.executable, str(SCRIPT), str(file)]] * world, environments, tmp_path / str(world))
+        run_group([[sys.executable, str(SCRIPT), str(file)]] * world, worker_environments(world), tmp_path / str(world))
         ends.append(checkpoint_dir(config.run.dir, 4))
     one, three = (load_file(place / "new_tokens" / "new_tokens.safetensors") for place in ends)
     assert one.keys() == three.keys()

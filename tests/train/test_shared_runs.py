@@ -1,8 +1,6 @@
 """However the workers share the model, they take the same steps as one worker alone."""
 
 import json
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.worker_group import run_group
+from tests.worker_group import run_group, worker_environments
 
 SCRIPT = Path(__file__).parent / "shared_run_script.py"
 QUICK = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero3:fp32:1")
@@ -30,14 +28,8 @@ SUMS = 5 + 2 * 8
 
 
 def run(folder: Path, world: int, steps: int, *names: str) -> Path:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu"}
     command = [sys.executable, str(SCRIPT), str(folder), str(steps), *names]
-    environments = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-    run_group([command] * world, environments, folder)
+    run_group([command] * world, worker_environments(world), folder)
     return folder
 
 

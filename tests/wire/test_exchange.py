@@ -1,8 +1,6 @@
 """Three real workers average gradients: the same bits on all, the right mean, and what is left out comes later."""
 
 import json
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.worker_group import run_group
+from tests.worker_group import run_group, worker_environments
 
 pytestmark = pytest.mark.e2e
 
@@ -28,13 +26,7 @@ DTYPES = ("fp32", "bf16")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exchange")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu"}
-    environments = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(WORLD)]
-    run_group([[sys.executable, str(SCRIPT), str(folder)]] * WORLD, environments, folder)
+    run_group([[sys.executable, str(SCRIPT), str(folder)]] * WORLD, worker_environments(WORLD), folder)
     return folder
 
 

@@ -1,7 +1,5 @@
 """Real runs of three workers whose gradients travel in fewer bytes: exact over a stop, and with fewer workers."""
 
-import os
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.data.small_set import write_small_set
 from tests.wire.exchanged_run_script import RUNS, STEPS, STOP
-from tests.worker_group import run_group
+from tests.worker_group import run_group, worker_environments
 from trainer.checkpoint.manifest import read_manifest
 from trainer.checkpoint.write import EXCHANGE
 from trainer.data.buckets import Bucket
@@ -25,15 +23,8 @@ WITH_ERRORS = ("int8", "int4", "powersgd", "powersgd_narrow", "nan")
 
 def run(folder: Path, model: Path, prepared: Path, world: int, names: Sequence[str], script: Path = SCRIPT) -> str:
     """Train; what the first worker printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu"}
-    env |= {"PYTHONPATH": str(Path(__file__).parents[2])}
-    environments = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
     command = [sys.executable, str(script), str(folder), str(model), str(prepared), *names]
-    run_group([command] * world, environments, folder)
+    run_group([command] * world, worker_environments(world), folder)
     return (folder / "worker-0.log").read_text()
 
 

@@ -1,8 +1,6 @@
 """Three real workers average how far their weights have come, against the papers' algorithms in float64."""
 
 import json
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.wire.average_script import SHAPES, STEPS, WAYS
-from tests.worker_group import run_group
+from tests.worker_group import run_group, worker_environments
 from trainer.wire.wire_cost import averaged_together, cut_evenly
 
 SCRIPT = Path(__file__).with_name("average_script.py")
@@ -26,13 +24,7 @@ ROUNDED = [way for way in WAYS if way not in EXACT and "fragments" not in WAYS[w
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("average")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SDXL_TRAIN_DEVICE": "cpu"}
-    environments = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(WORLD)]
-    run_group([[sys.executable, str(SCRIPT), str(folder)]] * WORLD, environments, folder)
+    run_group([[sys.executable, str(SCRIPT), str(folder)]] * WORLD, worker_environments(WORLD), folder)
     return folder
 
 

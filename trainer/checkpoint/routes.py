@@ -14,9 +14,8 @@ from trainer.checkpoint.write import TensorFile
 from trainer.disks.run_disks import Disks
 from trainer.parallel.comm import gather_objects
 
-_Rows = (
-    list[int] | None
-)  # first element within the whole tensor and their number; None: all have all, or there are none
+_Rows = list[int] | None
+"""First element within the whole tensor, and their number; None: all have all, or there are none."""
 
 
 @dataclass(frozen=True)

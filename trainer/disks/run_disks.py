@@ -6,7 +6,6 @@ training's exchanges do not wait for each other.
 """
 
 import contextlib
-import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer.errors import UserError
-from trainer.parallel.comm import Comm, gather_objects, sum_floats
+from trainer.parallel.comm import Comm, gather_objects, keep_group_alive, sum_floats
 
 _TIMEOUT = timedelta(hours=1)  # a slow disk holds up its peers' saves, and is no fault
 _SAY_EVERY_S = 30.0
@@ -92,7 +91,7 @@ def _group(comm: Comm) -> dist.ProcessGroup:
     """Once in a process; and for good, as `keep_group_alive` says."""
     group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    keep_group_alive(group)
     return group
 
 
