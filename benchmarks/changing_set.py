@@ -74,6 +74,7 @@ def prepare(folder: Path) -> dict[str, object]:
         "CPU s": round(used.ru_utime + used.ru_stime, 1),
         "peak MB": int(peak.split()[1]) // 1024,
         "new snapshot MB": round((after - before) / 1e6, 2),
+        "catalogue MB": round((settings.prepared / "catalog.sqlite").stat().st_size / 1e6, 1),
     }
 
 
