@@ -127,6 +127,12 @@ def main() -> None:
     for number, name in enumerate(names):
         (samples / name).write_bytes(bytes([comm.rank]) * number * 1000)
     collect_files(disks, samples, names)
+    lost = ["lost.bin", *names] if comm.rank == comm.world - 1 else names
+    try:
+        collect_files(disks, disk / "samples", lost)
+        found["lost"] = ""
+    except OSError as error:
+        found["lost"] = str(error.filename)
 
     def refuse() -> None:
         if disks.mine == 1:

@@ -56,6 +56,12 @@ def test_every_disk_gets_the_whole(folder: Path, way: str) -> None:
 
 
 @pytest.mark.e2e
+def test_a_file_that_is_gone_is_told_where_it_was_and_nobody_waits(folder: Path) -> None:
+    lost = [each["lost"] for each in found(folder)]
+    assert lost[:-1] == [""] * (HOSTS * EACH - 1) and lost[-1].endswith("lost.bin")
+
+
+@pytest.mark.e2e
 def test_only_what_a_disk_lacks_comes_over_the_wire(folder: Path) -> None:
     per_tensor = {"large": (301, 35 * 4), "half": (77, 3 * 2), "bytes": (1001, 1), "one row": (1, 50 * 4)}
     per_tensor["channels"] = (9, 4 * 3 * 3 * 4)

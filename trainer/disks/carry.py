@@ -44,11 +44,11 @@ def send_files(disks: Disks, folder: Path, names: Sequence[str], rank: int) -> N
     Raises:
         OSError: one cannot be read; the other worker has got something else in its place.
     """
-    sizes = {name: (folder / name).stat().st_size for name in names}
+    failure: OSError | None = None
+    sizes = {name: _size_of(folder / name) for name in names}
     listing = torch.frombuffer(bytearray(json.dumps(sizes).encode()), dtype=torch.uint8)
     begin_send(disks, torch.tensor([len(listing)]), rank, FILES).wait()
     begin_send(disks, listing, rank, FILES).wait()
-    failure: OSError | None = None
     for name, size in sizes.items():
         try:
             content = (folder / name).open("rb")
@@ -118,6 +118,14 @@ def _reason(work: Callable[[], object]) -> OSError | None:
     except OSError as error:
         return error
     return None
+
+
+def _size_of(path: Path) -> int:
+    """Of a file; 0 of one that is not there, which opening it will tell."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _blocks(size: int) -> Iterator[int]:

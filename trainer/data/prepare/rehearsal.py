@@ -20,7 +20,7 @@ from trainer.guards import Refused, read_json
 
 _SPEED, _CATALOG = "speed.json", "catalog.sqlite"
 _SMALL_FILES = ("settings.json", "scan-settings.json", "moved.json", "CURRENT")
-_ROOM = 1.5  # times the catalogue: the copy, and the table of what is listed
+_ROOM = 3  # times the catalogue: the copy, the table of what is listed, and that by key
 
 
 @contextmanager

@@ -159,7 +159,14 @@ def _copy_to(
     """Copy the chosen checkpoint from one disk to those that lack it; not a byte where one has no room for it."""
     path = checkpoint_dir(places[chosen[1]], chosen[0])
     origin = look.own if disks.mine == source else None
-    size, *_ = [each for each in done_by_each(disks, lambda: _bytes_of(origin)) if each]
+    files: dict[str, int] = {}  # of the source alone: what cannot be read is told before anyone waits for bytes
+
+    def note_files() -> int:
+        if origin is not None:
+            files.update({name: int(entry["size"]) for name, entry in read_manifest(origin).items()})
+        return sum(files.values())
+
+    size = max(done_by_each(disks, note_files))
 
     def require_room() -> None:
         if disks.mine in lacking and (free := free_bytes(path)) < size:
@@ -169,9 +176,8 @@ def _copy_to(
     def copy() -> None:
         try:
             if origin is not None:
-                names = [*read_manifest(origin), MANIFEST]
                 for disk in lacking:
-                    send_files(disks, origin, names, disks.worker(disk))
+                    send_files(disks, origin, [*files, MANIFEST], disks.worker(disk))
             elif disks.mine in lacking:
                 _take(disks, path, disks.worker(source))
         except OSError as error:
@@ -195,12 +201,6 @@ def _take(disks: Disks, path: Path, sender: int) -> None:
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _bytes_of(checkpoint: Path | None) -> int:
-    if checkpoint is None:
-        return 0
-    return sum(int(entry["size"]) for entry in read_manifest(checkpoint).values())
 
 
 def _print_of(checkpoint: Path) -> str:
