@@ -127,9 +127,8 @@ def main() -> None:
     for number, name in enumerate(names):
         (samples / name).write_bytes(bytes([comm.rank]) * number * 1000)
     collect_files(disks, samples, names)
-    lost = ["lost.bin", *names] if comm.rank == comm.world - 1 else names
     try:
-        collect_files(disks, disk / "samples", lost)
+        collect_files(disks, disk / "lost", ["lost.bin"] if comm.rank == comm.world - 1 else [])
         found["lost"] = ""
     except OSError as error:
         found["lost"] = str(error.filename)
