@@ -53,8 +53,8 @@ def _draw_timesteps(axis: "Axes", result: ValidationResult) -> None:
         means, bars = [estimates[t].mean for t in timesteps], [estimates[t].half_width or 0.0 for t in timesteps]
         label = f"{name}, {estimates[timesteps[0]].images:,} images"
         axis.errorbar(timesteps, means, bars, fmt="o-", color=colour, label=label, capsize=3, linewidth=1.4, ms=4)
-    axis.set_ylim(bottom=0)
-    axis.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    axis.set_ylim(0, 1.25 * axis.get_ylim()[1])  # room for the legend above what is drawn
+    axis.legend(loc="upper right", frameon=False, fontsize=9, labelcolor=_INK)
     axis.grid(axis="y", color=_GRID, linewidth=0.8)
     _style(axis, "By timestep", "timestep (0: the image, 999: noise)")
 
@@ -70,6 +70,7 @@ def _draw_groups(axis: "Axes", groups: Mapping[str, Estimate], whole: Estimate, 
     for label in axis.set_yticks(range(len(names)), labels):
         label.label1.set_parse_math(False)  # a source may be called $a$
     axis.set_ylim(-0.7, max(len(names), 1) - 0.3)
+    axis.set_xlim(left=max(axis.get_xlim()[0], 0.0))  # a loss is not below, though the interval of two images is
     axis.axvline(whole.mean, color=_FAINT_INK, linewidth=0.8, linestyle=(0, (3, 3))).set_zorder(0.5)
     axis.grid(axis="x", color=_GRID, linewidth=0.8)
     _style(axis, title, "loss; bars: 95 % interval of the mean; dashed: all images")
