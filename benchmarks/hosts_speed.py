@@ -2,12 +2,19 @@
 
     sdxl-train make-tiny --out data/tiny
     python benchmarks/hosts_speed.py [--mbit 100,400,1600] [--ways plain,int8] [--passes 1,4] [--steps 12]
+    python benchmarks/hosts_speed.py --hidden 0.5 --batch 4 --passes 1
 
 The hosts are network namespaces on this machine, whose link `tc tbf` limits (benchmarks/two_hosts.py);
 `scripts/hosts.sh` starts the workers on each, torchrun and all. The model is the tiny SDXL of 15.6M weights at 64 px in
 fp32. "s/step" is the median of whole steps, "MB/step" what has left the first host by its link in one, headers and all.
 Beside the ways of `benchmarks/wire_bytes.py`, `--ways "zero2,zero2 within hosts"` spreads the weights over all workers,
-or over those of each host. `--json` prints the rows for `benchmarks/scaling_points.py`. Linux only.
+or over those of each host; "one bucket" lets all gradients travel together, when the last one is known. `--json` prints
+the rows for `benchmarks/scaling_points.py`. Linux only.
+
+`--hidden SHARE` asks how much of the exchange hides behind the backward pass: each way is measured once over a link
+that limits nothing, and then over one on which the same bytes take that share of that step. "alone" is a step of
+workers who exchange nothing. All workers share this machine's cores with what sends: let the pass be long beside its
+bytes (`--batch`), or the cores decide and not the link.
 """
 
 import argparse
@@ -29,6 +36,9 @@ from trainer.measure.telemetry import read_metrics
 
 _SCRIPT = Path(__file__).parents[1] / "scripts" / "hosts.sh"
 _SPREAD = {"zero2": {"strategy": "zero2"}, "zero2 within hosts": {"strategy": "zero2", "shard_within": "host"}}
+_NO_LIMIT = 40_000  # Mbit/s: more than this machine sends
+_ALONE = "alone"
+_EXCHANGES = {**WAYS, "one bucket": {"bucket_mib": 65536}, _ALONE: {"average_every": 1000}}
 _SETTLED = 2  # steps after which time and bytes are counted
 
 
@@ -40,21 +50,54 @@ def main() -> None:
     parser.add_argument("--ways", default="plain,int8")
     parser.add_argument("--passes", default="1,4", help="of accumulation")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=1, help="images of a worker in a pass")
+    parser.add_argument("--hidden", type=float, metavar="SHARE", help="of a step that its bytes shall take on the link")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no host is left running
-    rows: list[dict[str, Any]] = []
-    print("| link, Mbit/s | exchange | passes | s/step | MB/step |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="hosts-") as folder:
-        for mbit in map(int, arguments.mbit.split(",")):
-            with TwoHosts(mbit) as hosts:
-                for way in arguments.ways.split(","):
-                    for passes in map(int, arguments.passes.split(",")):
-                        seconds, sent = train(hosts, Path(folder), arguments, way, passes)
-                        rows.append({"mbit": mbit, "way": way, "passes": passes, "step_s": seconds, "bytes": sent})
-                        print(f"| {mbit:,} | {way} | {passes} | {seconds:.2f} | {sent / 1e6:.1f} |", flush=True)
+        rows = (print_hidden if arguments.hidden else print_speeds)(Path(folder), arguments)
     if arguments.json:
         print(json.dumps(rows))
+
+
+def print_speeds(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each way over each link, a line each."""
+    rows: list[dict[str, Any]] = []
+    print("| link, Mbit/s | exchange | passes | s/step | MB/step |\n|---|---|---|---|---|")
+    for mbit in map(int, arguments.mbit.split(",")):
+        with TwoHosts(mbit) as hosts:
+            for way in arguments.ways.split(","):
+                for passes in map(int, arguments.passes.split(",")):
+                    seconds, sent = train(hosts, folder, arguments, way, passes)
+                    rows.append({"mbit": mbit, "way": way, "passes": passes, "step_s": seconds, "bytes": sent})
+                    print(f"| {mbit:,} | {way} | {passes} | {seconds:.2f} | {sent / 1e6:.1f} |", flush=True)
+    return rows
+
+
+def print_hidden(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each way over a link on which its bytes take a share of its step, a line each."""
+    rows: list[dict[str, Any]] = []
+    print("| exchange | passes | alone, s | no limit, s | link, Mbit/s | on the link, s | s/step | of the longer |")
+    print("|---|---|---|---|---|---|---|---|")
+    for passes in map(int, arguments.passes.split(",")):
+        with TwoHosts(_NO_LIMIT) as hosts:
+            alone, _ = train(hosts, folder, arguments, _ALONE, passes)
+        for way in arguments.ways.split(","):
+            with TwoHosts(_NO_LIMIT) as hosts:
+                free, sent = train(hosts, folder, arguments, way, passes)
+            wire = arguments.hidden * free
+            mbit = round(sent * 8 / 1e6 / wire)
+            with TwoHosts(mbit) as hosts:
+                seconds, sent = train(hosts, folder, arguments, way, passes)
+            wire, longer = sent * 8 / 1e6 / mbit, max(free, sent * 8 / 1e6 / mbit)
+            rows.append({"mbit": mbit, "way": way, "passes": passes, "step_s": seconds, "free_s": free, "bytes": sent})
+            print(
+                f"| {way} | {passes} | {alone:.2f} | {free:.2f} | {mbit:,} | {wire:.2f} | {seconds:.2f} "
+                f"| {seconds / longer:.2f} |",
+                flush=True,
+            )
+    return rows
 
 
 def train(hosts: TwoHosts, folder: Path, arguments: argparse.Namespace, way: str, passes: int) -> tuple[float, float]:
@@ -99,14 +142,14 @@ def fields(arguments: argparse.Namespace, run_dir: Path, way: str, passes: int) 
         },
         "train": {
             "steps": arguments.steps,
-            "batch_size_per_gpu": 1,
-            "global_batch_size": 4 * passes,
+            "batch_size_per_gpu": arguments.batch,
+            "global_batch_size": 4 * arguments.batch * passes,
             "precision": "fp32",
         },
         "optimizer": {"lr": 1e-4},
         "checkpoint": {"every": "never"},
         "memory": _SPREAD.get(way, {"strategy": "ddp"}),
-        "exchange": {} if way in _SPREAD else WAYS[way],
+        "exchange": {} if way in _SPREAD else _EXCHANGES[way],
     }
 
 

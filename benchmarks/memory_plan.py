@@ -39,7 +39,7 @@ from trainer.model.recompute import apply_recompute, gathered_units, release_blo
 from trainer.optim.hosted.hosted_weights import HostedWeights
 from trainer.parallel.comm import Comm
 from trainer.parallel.sharding import local_tensor
-from trainer.parallel.strategy import Sharing, StrategyKind, make_strategy, warm_up
+from trainer.parallel.strategy import Sharing, StrategyKind, bucket_bytes, make_strategy, warm_up
 from trainer.parallel.worker import end_process
 from trainer.train.release import GradientRelease
 from trainer.wire.gradient_exchange import with_exchange
@@ -179,6 +179,7 @@ def plan(case: Case) -> Peak:
         reduce_each_pass=case.exchange_every_pass,
         released_with=release_blocks(trace.trains, {*trace.unit_of.values()}) if case.release else {},
         exchange=case.gradients,
+        bucket_bytes=bucket_bytes(size * sum(math.prod(trace.shapes[name]) for name in trace.trains)),
         replicas=case.workers // (case.within or case.workers),
     )
     if case.hosts_state:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["ddp", "shares", "zero2", "zero3", "hsdp", "averaging"]
-_BUCKET_BYTES = 64e6  # as `trainer.parallel.strategy.BUCKET_MB`
+_BUCKET_BYTES = 64e6  # as `trainer.parallel.strategy.bucket_bytes` has it for a whole UNet
 _STATE_BYTES = 28  # that AdamW reads and writes of each weight: fp32 weight, gradient and two moments, and a bf16 copy
 
 

@@ -108,7 +108,7 @@ def sent_bytes(host: "subprocess.Popen[bytes]") -> int:
 
 def environment_of_hosts() -> dict[str, str]:
     """This process's, with the commands beside this Python and the code of this checkout."""
-    here = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parents[2])}
+    here = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parents[1])}
     return os.environ | here | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

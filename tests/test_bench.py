@@ -45,11 +45,13 @@ def config_in(folder: Path, model: Path, **memory: str) -> Path:
 
 def test_two_strategies(model_folder: Path, tmp_path: Path) -> None:
     config = config_in(tmp_path, model_folder)
-    options = ("--steps", 2, "--warmup", 1, "--batch-sizes", 1, "--strategies", "ddp,zero2")
+    options = ("--steps", 2, "--warmup", 1, "--batch-sizes", 1, "--strategies", "ddp,zero2", "--bucket-sizes", 0.5)
     done = run(sys.executable, "-m", "trainer", "bench", config, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "ddp, batch 1, buckets of 0.5 MiB" in done.stdout and "zero2, batch 1 " in done.stdout
     report = json.loads((tmp_path / "run" / "bench.json").read_text())
     assert [(row["strategy"], row["error"]) for row in report["rows"]] == [("ddp", None), ("zero2", None)]
+    assert [row["bucket_mib"] for row in report["rows"]] == [0.5, None]
     for row in report["rows"]:
         assert (row["workers"], row["accumulation"], row["bucket"]) == (2, 2, [64, 64])
         assert row["images_per_s"] == pytest.approx(4 / row["step_s"])
@@ -100,12 +102,13 @@ def test_optimizers_are_compared_and_the_plan_tells_their_seconds(model_folder: 
     ("options", "told"),
     [
         (("--optimizers", "adamw,adam"), "adam: must be `all`, or of adamw, adamw_8bit, lion,"),
-        (("--optimizers", "all", "--batch-sizes", "1"), "leave out --batch-sizes, --strategies and --compile"),
+        (("--optimizers", "all", "--batch-sizes", "1"), "leave out --batch-sizes, --strategies, --bucket-sizes and"),
+        (("--bucket-sizes", "16,0"), "16,0: must be numbers of MiB from 0.01 to 65536, such as 16,64"),
+        (("--bucket-sizes", "16", "--strategies", "zero2"), "--bucket-sizes: belongs to `ddp`, which is not among"),
+        (("--bucket-sizes", "16", "launch.workers=1"), "--bucket-sizes: one worker shares its model with nobody"),
     ],
 )
-def test_optimizers_that_cannot_be_compared(
-    model_folder: Path, tmp_path: Path, options: tuple[str, ...], told: str
-) -> None:
+def test_ways_that_cannot_be_compared(model_folder: Path, tmp_path: Path, options: tuple[str, ...], told: str) -> None:
     done = run(sys.executable, "-m", "trainer", "bench", config_in(tmp_path, model_folder), *options, cwd=tmp_path)
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
 

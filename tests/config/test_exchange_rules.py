@@ -51,6 +51,19 @@ def test_averages_of_weights(load: Callable[..., Config]) -> None:
             "exchange.outer_lr = 0.5 with exchange.average_every = 1 (the default): has no effect; it belongs to",
         ),
         ("exchange: {average_every: 0}", "exchange.average_every = 0: must be at least 1"),
+        ("exchange: {bucket_mib: 0}", "exchange.bucket_mib = 0: must be"),
+        (
+            "exchange: {bucket_mib: 16, average_every: 8}",
+            "exchange.bucket_mib = 16.0 with exchange.average_every = 8: has",
+        ),
+        (
+            "exchange: {bucket_mib: 16}\nmemory: {strategy: zero2}",
+            "exchange.bucket_mib = 16.0 with memory.strategy = zero2: must be `ddp` or `auto`",
+        ),
+        (
+            "exchange: {bucket_mib: 16}\nlaunch: {workers: 1}",
+            "exchange.bucket_mib = 16.0 with launch.workers = 1: has no effect; one worker",
+        ),
         ("exchange: {average_every: 8, outer_momentum: 1.0}", "exchange.outer_momentum = 1.0: must be less than 1"),
         (
             "exchange: {average_every: 8}\nmemory: {strategy: zero2}",

@@ -87,5 +87,16 @@ def test_the_plan_counts_with_the_speed_of_what_it_chose(
     assert measured_speed(tmp_path, *way) == speed
 
 
+def test_the_plan_counts_with_the_buckets_of_the_run(tmp_path: Path) -> None:
+    small, large = (replace(ROW, strategy="ddp", bucket_mib=mib, images_per_s=mib / 4) for mib in (16.0, 64.0))
+    report = replace(REPORT, rows=(small, large))
+    report.write(tmp_path / "bench.json")
+    found = [measured_speed(tmp_path, "ddp", 2, False, mib) for mib in (16.0, 64.0, None)]
+    assert found == [4.0, 16.0, 4.0]  # and with others where these were not measured
+    lines = report.describe()
+    assert "  exchange:" in lines and "    bucket_mib: 64" in lines
+    assert any("ddp, batch 2, buckets of 16 MiB" in line for line in lines)
+
+
 def test_a_row_comes_back_from_json() -> None:
     assert row_from_json(asdict(ROW) | {"bucket": [1024, 1024], "mfu": 0.3}) == ROW

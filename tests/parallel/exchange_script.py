@@ -1,6 +1,6 @@
 """One worker of two that share a small model; one of them is late. Arguments: FOLDER KIND LATE_RANK SECONDS STEPS.
 
-Writes the seconds that each phase of each step took to FOLDER/KIND-RANK.json.
+Writes the seconds that each phase of each step took to FOLDER/KIND-RANK.json, and the sizes of DDP's buckets.
 """
 
 import json
@@ -48,7 +48,10 @@ def main() -> None:
         clock.mark("optimizer")
         strategy.clear_gradients()
         taken.append(clock.take())
-    (Path(folder) / f"{kind}-{comm.rank}.json").write_text(json.dumps({"is_known": is_known, "steps": taken}))
+    found = {"is_known": is_known, "steps": taken}
+    if kind == "ddp":  # as DDP has put them together after the first pass
+        found["buckets"] = strategy.model._get_ddp_logging_data()["rebuilt_bucket_sizes"]
+    (Path(folder) / f"{kind}-{comm.rank}.json").write_text(json.dumps(found))
     close(comm)
     end_process()
 

@@ -39,6 +39,7 @@ class BenchRow:
         recomputed: of how many blocks, as `13 of 57`.
         compilations: of blocks, of one worker.
         notes: what else the reader should know.
+        bucket_mib: `exchange.bucket_mib`; None: `auto`.
     """
 
     strategy: str
@@ -63,16 +64,18 @@ class BenchRow:
     recomputed: str = ""
     compilations: int = 0
     notes: tuple[str, ...] = ()
+    bucket_mib: float | None = None
 
     @property
     def way(self) -> tuple[str, int, bool]:
-        """What tells it from other rows: strategy, batch size, compiled."""
+        """What a plan knows of it: strategy, batch size, compiled."""
         return self.strategy, self.batch_size, self.compiled
 
     @property
     def label(self) -> str:
         """In words."""
-        return f"{self.strategy}, batch {self.batch_size}{', compiled' if self.compiled else ''}"
+        buckets = f", buckets of {self.bucket_mib:g} MiB" if self.bucket_mib else ""
+        return f"{self.strategy}, batch {self.batch_size}{buckets}{', compiled' if self.compiled else ''}"
 
     @property
     def mfu(self) -> float | None:
@@ -141,6 +144,8 @@ class BenchReport:
         lines += ["    compile: blocks"] * best.compiled
         if best.workers > 1:
             lines += ["  memory:", f"    strategy: {best.strategy}"]
+        if best.bucket_mib:
+            lines += ["  exchange:", f"    bucket_mib: {best.bucket_mib:g}"]
         return lines
 
 

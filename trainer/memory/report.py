@@ -199,16 +199,23 @@ def run_time(plan: MemoryPlan, num_images: int, images_per_s: float | None, card
     )
 
 
-def measured_speed(run_dir: Path, strategy: str, batch_size: int, compiled: bool) -> float | None:
-    """Images a second that `sdxl-train bench` measured for this run in this way; None where it has not."""
+def measured_speed(
+    run_dir: Path, strategy: str, batch_size: int, compiled: bool, bucket_mib: float | None = None
+) -> float | None:
+    """Images a second that `sdxl-train bench` measured for this run in this way; None where it has not.
+
+    Args:
+        bucket_mib: see `BenchRow`; what was measured with other buckets serves where these were not.
+    """
     try:
         stored = json.loads((run_dir / BENCH_FILE).read_text(encoding="utf-8"))
         rows = [row_from_json(row) for row in stored["rows"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     way = strategy, batch_size, compiled
-    speeds = [row.images_per_s for row in rows if row.error is None and row.way == way]
-    return speeds[0] if speeds else None
+    known = [row for row in rows if row.error is None and row.way == way]
+    known.sort(key=lambda row: row.bucket_mib != bucket_mib)
+    return known[0].images_per_s if known else None
 
 
 def _way(rung: RungReport, num_blocks: int) -> str:

@@ -35,7 +35,7 @@ from trainer.optim.adamw import CHUNK_ELEMENTS
 from trainer.optim.ema_memory import EmaMemory, memory_of_averages
 from trainer.optim.kinds.rule_table import RULES, state_bytes
 from trainer.optim.precision import DTYPES, precision_of
-from trainer.parallel.strategy import copies_gradients_in_batches
+from trainer.parallel.strategy import bucket_bytes, copies_gradients_in_batches
 
 POSITIONS_PER_CHUNK = 77
 _SCRATCH_BYTES = 40  # of the optimizer, for each element of a chunk
@@ -216,6 +216,7 @@ def holdings(
     trained = sum(math.prod(trace.shapes[name]) for name in trace.trains)
     swap = _swap_bytes(run, trace, kernels)
     released_with = release_blocks(trace.trains, {*trace.unit_of.values()}) if run.releases_gradients else {}
+    wished_mib = None if run.exchange.bucket_mib == "auto" else run.exchange.bucket_mib
     averages = {shards: averages_memory(run, trace, shards, kernels) for shards in {1, within}}
 
     def holding(strategy: StrategyName, each_pass: bool = True) -> Holding:
@@ -246,6 +247,7 @@ def holdings(
             average_swap_bytes=in_model + swap // shards,
             released_with=released_with,
             exchange=run.exchange if strategy == "ddp" else ExchangeConfig(),
+            bucket_bytes=bucket_bytes(trained * precision.weights.itemsize, wished_mib),
             replicas=workers // within if gathers else 1,
         )
 

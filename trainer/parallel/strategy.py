@@ -19,7 +19,8 @@ from trainer.parallel.sharding import (
     shard_model,
 )
 
-BUCKET_MB = 64  # fewer, larger reductions than DDP's 25 MiB: 1,680 tensors, most of them small
+_BUCKET_BYTES = 64 * 2**20  # fewer, larger reductions than DDP's 25 MiB: 1,680 tensors, most of them small
+_BUCKETS = 16  # at least: the last one's exchange is behind the backward pass, and hidden by nothing
 
 StrategyKind = Literal["single", "ddp", "zero2", "zero3"]
 
@@ -38,6 +39,7 @@ class Sharing:
         steps_alone: `ddp`: workers exchange no gradients, and average their weights now and then (`Outer`).
         within: `zero2` and `zero3`: so many workers share a whole model, and as many groups of them as there are hold
             the same; None: all.
+        bucket_mib: of gradients of `ddp` that travel together; None: see `bucket_bytes`.
     """
 
     kind: StrategyKind
@@ -47,6 +49,7 @@ class Sharing:
     passes: int = 1
     steps_alone: bool = False
     within: int | None = None
+    bucket_mib: float | None = None
 
     def shares(self, world: int) -> int:
         """Over how many of so many workers the weights are spread; 1: each has all of them."""
@@ -303,15 +306,26 @@ def make_strategy(
     parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     wrapped = model
     if sharing.is_wrapped:
+        of_gradients = sum(parameter.nbytes for parameter in parameters.values())
         wrapped = nn.parallel.DistributedDataParallel(
             model,
             device_ids=[comm.device.index] if comm.device.type == "cuda" else None,
-            bucket_cap_mb=BUCKET_MB,
+            bucket_cap_mb=bucket_bytes(of_gradients, sharing.bucket_mib) / 2**20,
             gradient_as_bucket_view=True,
             **_newer_ddp_arguments(),
         )
     at_rest = {name: parameter for name, parameter in named.items() if name in resting}
     return Strategy(wrapped, parameters, comm.world, sharing, embeddings, at_rest)
+
+
+def bucket_bytes(of_gradients: int, wished_mib: float | None = None) -> int:
+    """How many bytes of gradients DDP lets travel together, of so many in all.
+
+    Small models and adapters would have one bucket otherwise, which begins to travel when the backward pass is over.
+    """
+    if wished_mib is not None:
+        return round(wished_mib * 2**20)
+    return max(min(_BUCKET_BYTES, of_gradients // _BUCKETS), 1)
 
 
 def timed(strategy: Strategy, timeline: Timeline, device: torch.device) -> tuple[Strategy, bool]:

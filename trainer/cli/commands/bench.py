@@ -36,6 +36,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--warmup", type=count, default=3, help="steps before them (default: 3)")
     parser.add_argument("--batch-sizes", type=_counts, help="images in a pass of one worker (default: 1,2,4)")
     parser.add_argument("--strategies", type=_strategies, help="of several workers (default: ddp,zero2,zero3)")
+    parser.add_argument(
+        "--bucket-sizes", type=_sizes, metavar="MIB,MIB", help="of ddp: `exchange.bucket_mib` (default: the run's)"
+    )
     parser.add_argument("--compile", action="store_true", help="each combination with `train.compile: blocks` as well")
     parser.add_argument(
         "--optimizers",
@@ -46,11 +49,15 @@ def main(argv: Sequence[str]) -> int:
     files = f"{BENCH_FILE}, or {OPTIMIZERS_FILE}, in run.dir"
     parser.add_argument("--out", type=Path, help=f"the JSON file (default: {files})")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.optimizers and (arguments.batch_sizes or arguments.strategies or arguments.compile):
+    ways = (arguments.batch_sizes, arguments.strategies, arguments.bucket_sizes, arguments.compile)
+    if arguments.optimizers and any(ways):
         raise UserError(
-            "--optimizers: measures the run's own way to train; leave out --batch-sizes, --strategies and --compile "
-            "(train.batch_size_per_gpu, memory.strategy and train.compile say what it is)"
+            "--optimizers: measures the run's own way to train; leave out --batch-sizes, --strategies, --bucket-sizes "
+            "and --compile (train.batch_size_per_gpu, memory.strategy, exchange.bucket_mib and train.compile say what "
+            "it is)"
         )
+    if arguments.bucket_sizes and "ddp" not in (arguments.strategies or STRATEGIES):
+        raise UserError("--bucket-sizes: belongs to `ddp`, which is not among --strategies")
     config, model = read_run(arguments.config, arguments.overrides)
     if arguments.optimizers:
         return compare_optimizers(config, model, arguments.optimizers, arguments.steps, arguments.warmup, arguments.out)
@@ -59,8 +66,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _compare_ways(config: Config, model: RunModel, arguments: argparse.Namespace) -> int:
     bench = Bench.here(config)
-    if bench.workers == 1 and arguments.strategies:
-        raise UserError("--strategies: one worker shares its model with nobody; leave it out")
+    for option, given in (("--strategies", arguments.strategies), ("--bucket-sizes", arguments.bucket_sizes)):
+        if bench.workers == 1 and given:
+            raise UserError(f"{option}: one worker shares its model with nobody; leave it out")
     ways = list(_ways(config, arguments, bench.workers))
     out = arguments.out or config.run.dir / BENCH_FILE
     report = BenchReport(bench.device, config.train.precision, bench.time, bench.versions)
@@ -94,7 +102,10 @@ def _ways(config: Config, arguments: argparse.Namespace, workers: int) -> Iterat
     for strategy, batch_size, compiled in product(strategies, batch_sizes, compiles):
         train = config.train.model_copy(update={"batch_size_per_gpu": batch_size, "compile": compiled})
         memory = config.memory.model_copy(update={"strategy": strategy})
-        yield config.model_copy(update={"train": train, "memory": memory})
+        own = config.exchange.bucket_mib if strategy == "ddp" else "auto"
+        for bucket_mib in (arguments.bucket_sizes if strategy == "ddp" else None) or (own,):
+            exchange = config.exchange.model_copy(update={"bucket_mib": bucket_mib})
+            yield config.model_copy(update={"train": train, "memory": memory, "exchange": exchange})
 
 
 def _failed(way: Config, workers: int, error: str) -> BenchRow:
@@ -105,12 +116,23 @@ def _failed(way: Config, workers: int, error: str) -> BenchRow:
         workers=workers,
         accumulation=0,
         bucket=(0, 0),
+        bucket_mib=None if way.exchange.bucket_mib == "auto" else way.exchange.bucket_mib,
         error=error,
     )
 
 
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(map(count, text.split(",")))
+
+
+def _sizes(text: str) -> tuple[float, ...]:
+    try:
+        sizes = tuple(map(float, text.split(",")))
+    except ValueError:
+        sizes = ()
+    if not sizes or not all(0.01 <= size <= 65536 for size in sizes):  # as `exchange.bucket_mib`
+        raise argparse.ArgumentTypeError(f"{text}: must be numbers of MiB from 0.01 to 65536, such as 16,64")
+    return sizes
 
 
 def _strategies(text: str) -> tuple[str, ...]:

@@ -125,8 +125,14 @@ def _print_memory(config: Config, model: RunModel, plan: MemoryPlan, *, with_dat
     arithmetic = arithmetic_of(config, worker_count(config), buckets, rows)
     speed = None
     if plan.chosen:
-        way = plan.chosen.strategy, config.train.batch_size_per_gpu, config.train.compile == "blocks"
-        speed = measured_speed(config.run.dir, *way)
+        own = config.exchange.bucket_mib
+        speed = measured_speed(
+            config.run.dir,
+            plan.chosen.strategy,
+            config.train.batch_size_per_gpu,
+            config.train.compile == "blocks",
+            None if own == "auto" else own,
+        )
     print(f"the run takes {run_time(plan, arithmetic.total_images, speed)}")
 
 

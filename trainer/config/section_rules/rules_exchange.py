@@ -8,6 +8,7 @@ from trainer.config.schema import Config
 
 _METHOD = "exchange.method"
 _EVERY = "exchange.average_every"
+_BUCKET = "exchange.bucket_mib"
 _OF_METHODS = {
     "error_feedback": ("int8", "int4"),
     "rank": ("powersgd",),
@@ -25,9 +26,16 @@ def exchange_rules(config: Config) -> Iterator[Problem]:
             belongs = ", ".join(f"`{name}`" for name in methods)
             yield clash(config, (key, _METHOD), f"has no effect; it belongs to {belongs}")
     yield from _average_rules(config)
-    if method == "plain" and not config.exchange.averages_weights:
+    if config.exchange.averages_weights and config.exchange.bucket_mib != "auto":
+        yield clash(
+            config, (_BUCKET, _EVERY), "has no effect; buckets are for gradients that are averaged in each step"
+        )
+    if method != "plain" or config.exchange.averages_weights:
+        key = _METHOD if method != "plain" else _EVERY
+    elif config.exchange.bucket_mib != "auto":
+        key = _BUCKET
+    else:
         return
-    key = _METHOD if method != "plain" else _EVERY
     if config.memory.strategy in ("zero2", "zero3"):
         rule = "must be `ddp` or `auto`; spread weights are exchanged by FSDP2"
         yield clash(config, (key, "memory.strategy"), rule)

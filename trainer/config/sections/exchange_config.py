@@ -25,6 +25,11 @@ class ExchangeConfig(Section):
     """Steps at the start of the run in which gradients still travel as with `plain`; for `powersgd`, whose paper does
     so while gradients are wild, but allowed with all methods."""
 
+    bucket_mib: Literal["auto"] | Annotated[float, Field(ge=0.01, le=65536)] = "auto"
+    """MiB of gradients that travel together with `memory.strategy: ddp`, while the backward pass computes the next.
+    Small ones begin early and leave little for the end; large ones waste less on each message. `auto`: 64, but no more
+    than a 16th of all gradients. `sdxl-train bench --bucket-sizes` measures them."""
+
     average_every: PositiveInt = 1
     """H: workers take so many steps each by itself, on its own gradients, and then average how far their weights have
     come (DiLoCo, arXiv 2311.08105): a step sends 1/H. `1`: gradients are averaged in each step. The weights that all

@@ -285,6 +285,7 @@ def _measured(
         exposed_how=how,
         measured_bytes=measured,
         reserved_bytes=reserved,
+        bucket_mib=strategy.sharing.bucket_mib,
         rss_bytes=max(gather_objects(comm, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)),
         notes=() if finite else ("some gradients were not finite; such a step leaves out AdamW",),
     )
