@@ -191,11 +191,11 @@ def cpu_seconds(work: Callable[[], None]) -> float:
 
 
 def tree_cpu_seconds() -> float:
-    """CPU seconds of this process and all its descendants so far."""
+    """CPU seconds of this process, to the microsecond, and of all its descendants, to the hundredth, so far."""
     import psutil
 
-    me = psutil.Process()
-    return sum(sum(process.cpu_times()[:2]) for process in [me, *me.children(recursive=True)])
+    others = psutil.Process().children(recursive=True)
+    return time.process_time() + sum(sum(process.cpu_times()[:2]) for process in others)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from tests.worker_group import run_group, worker_environments
 
 SCRIPT = Path(__file__).parent / "shared_run_script.py"
-QUICK = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero3:fp32:1")
+WHOLE = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero3:fp32:1")
+OF_GROUPS = ("zero2@2:fp32:3", "zero3@2:fp32:1", "zero2@2:bf16:3")  # two workers hold all of it, and two others the same
+QUICK = (*WHOLE, *OF_GROUPS)
 OF_OBJECTIVES = ("ddp:fp32:1:flow", "ddp:fp32:3:v", "zero2:fp32:3:noises", "ddp:fp32:3:edm", "zero2:fp32:1:masked")
 OF_OTHERS = ("ddp:fp32:3:companions", "zero2:fp32:1:importance", "ddp:fp32:3:learned", "zero2:fp32:3:loss_weights")
 OF_RATES = ("ddp:fp32:3:rates", "zero2:fp32:1:rates", "zero3:fp32:1:rates")
@@ -21,7 +23,7 @@ ALONE = (
     "single:bf16:1",
     *(f"single:fp32:1:{name.split(':')[3]}" for name in OF_OBJECTIVES + OF_OTHERS + OF_RATES[:1]),
 )
-LONG = (*QUICK, "zero2+:fp32:3", "ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
+LONG = (*WHOLE, "zero2+:fp32:3", "ddp:bf16:1", "zero2:bf16:3", "zero3:bf16:1")
 QUICK_STEPS, STEPS = 3, 50
 # Numbers that a step adds up: of the loss, the images and the norm; loss and images of eight parts of the process.
 SUMS = 5 + 2 * 8
