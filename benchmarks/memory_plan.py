@@ -320,7 +320,8 @@ def measure_all(group: Sequence[Case], alone: bool) -> Iterator[int]:
             error = None if rank == 0 else subprocess.DEVNULL
             processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=error, text=True))
         assert processes[0].stdout is not None
-        yield from (int(line) for line in processes[0].stdout if line.strip().isdigit())
+        with processes[0].stdout as lines:
+            yield from (int(line) for line in lines if line.strip().isdigit())
         codes = [process.wait() for process in processes]
     if any(codes):
         raise RuntimeError(f"workers ended with {codes}")

