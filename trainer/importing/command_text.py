@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from trainer.errors import UserError
 from trainer.importing.shell_lines import read_script, until_operator
@@ -61,22 +60,6 @@ def command_of_words(words: Sequence[str]) -> Command | None:
         if match := _SCRIPT.fullmatch(word):
             return Command(match[1] or match[2], [*words[:i]], [*words[i + 1 :]])
     return None
-
-
-def read_toml(text: str, place: str) -> dict[str, Any]:
-    """A TOML file's tables.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        import tomli as tomllib  # pyright: ignore[reportMissingImports]
-    try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"{place}: not TOML: {error}") from None
 
 
 def _names_script(text: str) -> bool:

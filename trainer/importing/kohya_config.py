@@ -8,7 +8,8 @@ from typing import Any
 
 from trainer.config.sections.optimizer_config import FINDS_LR
 from trainer.errors import UserError
-from trainer.importing.command_text import Command, read_command, read_toml
+from trainer.guards import parse_toml
+from trainer.importing.command_text import Command, read_command
 from trainer.importing.draft_end import read_text, settled
 from trainer.importing.given import Draft, parse_options, passed_over, typed_options
 from trainer.importing.kohya_data import check_dataset_keys, data_of
@@ -38,7 +39,7 @@ def import_file(place: Path, accelerate: Path | None = None) -> Draft:
     """
     text = read_text(place)
     if place.suffix.lower() == ".toml":
-        table = read_toml(text, str(place))
+        table = parse_toml(text, str(place))
         if "datasets" in table:
             rule = "is a dataset file; give the command or the arguments' file that names it by dataset_config"
             raise UserError(f"{place}: {rule}")
@@ -55,7 +56,7 @@ def import_command(command: Command, place: str, accelerate: Path | None = None)
     given = parse_options(command.words, place)
     if file := given.get("config_file"):
         path = _found(file if str(file).endswith(".toml") else f"{file}.toml", Path(place).parent)
-        given = typed_options(read_toml(read_text(path), str(path)), str(path)) | given
+        given = typed_options(parse_toml(read_text(path), str(path)), str(path)) | given
     return import_options(given, command, accelerate, Path(place).parent)
 
 
@@ -80,7 +81,7 @@ def import_options(
     dataset = None
     if file := given.get("dataset_config"):
         path = _found(file, folder)
-        dataset = read_toml(read_text(path), str(path))
+        dataset = parse_toml(read_text(path), str(path))
         check_dataset_keys(draft, dataset, str(path))
     steps = _length(draft, has_adapter=has_adapter)
     precision_of_options(draft, has_adapter=has_adapter)
