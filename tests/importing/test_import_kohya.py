@@ -284,6 +284,14 @@ def test_prompt_files_come_over_as_they_are(tmp_path: Path) -> None:
     assert (samples.every_steps, samples.prompt_file, samples.sampler) == (100, file, "euler_a")
     draft = imported(f"{options} --sample_sampler=pndm")
     assert config_of(draft).samples.sampler == "euler" and "must be one of" in draft.became["sample_sampler"]
+    for name, text in (("p.json", '["a cat --w 832"]'), ("p.toml", "[[prompt.subset]]\nprompt = 'a cat'\n")):
+        (tmp_path / name).write_text(text)
+        words = f"{COMMON} {RUNS['first']} --sample_every_n_steps=100 --sample_prompts={name}"
+        (tmp_path / "train.sh").write_text(f"accelerate launch sdxl_train.py {words}\n")
+        assert config_of(import_file(tmp_path / "train.sh")).samples.prompt_file == tmp_path / name  # beside the script
+    (tmp_path / "p.json").write_text('[{"prompt": "a cat", "widht": 832}]')
+    draft = imported(f"{COMMON} {RUNS['first']} --sample_every_n_steps=100 --sample_prompts={tmp_path / 'p.json'}")
+    assert any("p.json: prompt 1: widht: unknown key; did you mean `width`?; once that" in note for note in draft.notes)
     file.write_text("a cat --cn pose.png\n")
     draft = imported(options)
     assert config_of(draft).samples.prompt_file is None
