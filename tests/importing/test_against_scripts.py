@@ -20,7 +20,7 @@ import pytest
 
 from trainer.config.prompt_file import read_prompts
 from trainer.guards import parse_toml
-from trainer.importing.diffusers_options import DREAMBOOTH_TABLE, TABLE
+from trainer.importing.diffusers_options import ADVANCED_TABLE, DREAMBOOTH_TABLE, TABLE
 from trainer.importing.kohya_data import known_dataset_keys
 from trainer.importing.kohya_options import FLAG, NOTHING_HERE, NUMBER, TEXT, TYPES, WHOLE, WORDS
 from trainer.importing.onetrainer_settings import draft_of
@@ -135,6 +135,9 @@ def test_scripts_of_diffusers() -> None:
     dreambooth = options_of([root / "dreambooth/train_dreambooth_lora_sdxl.py"])
     assert_same_kinds(dreambooth, {**DREAMBOOTH_TABLE.types})
     assert dreambooth.keys() == DREAMBOOTH_TABLE.types.keys()
+    advanced = options_of([root / "advanced_diffusion_training/train_dreambooth_lora_sdxl_advanced.py"])
+    assert_same_kinds(advanced, {**ADVANCED_TABLE.types})
+    assert advanced.keys() == ADVANCED_TABLE.types.keys()
 
 
 def settings_of(file: Path) -> Iterator[tuple[str, str, str]]:

@@ -264,7 +264,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     )
     assert main(["import-kohya", "--", "python", "train_db.py"]) == 2
     assert (
-        "sdxl_train_network.py, train_text_to_image_(lora_)sdxl.py or train_dreambooth_lora_sdxl.py in it"
+        "sdxl_train_network.py, train_text_to_image_(lora_)sdxl.py or train_dreambooth_lora_sdxl(_advanced).py in it"
         in capsys.readouterr().err
     )
     accelerate = tmp_path / "accelerate.yaml"

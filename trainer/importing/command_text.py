@@ -11,9 +11,12 @@ from trainer.importing.shell_lines import read_script, until_operator
 
 _SCRIPT = re.compile(
     r"(?:.*[/\\])?(?:(sdxl_train_network|sdxl_train)(?!_textual_inversion|_control_net|_leco)(?:_[\w-]+)?"
-    r"|(train_text_to_image_(?:lora_)?sdxl|train_dreambooth_lora_sdxl))\.py$"
+    r"|(train_text_to_image_(?:lora_)?sdxl|train_dreambooth_lora_sdxl(?:_advanced)?))\.py$"
 )
-SCRIPTS = "sdxl_train.py, sdxl_train_network.py, train_text_to_image_(lora_)sdxl.py or train_dreambooth_lora_sdxl.py"
+SCRIPTS = (
+    "sdxl_train.py, sdxl_train_network.py, train_text_to_image_(lora_)sdxl.py or "
+    "train_dreambooth_lora_sdxl(_advanced).py"
+)
 
 
 @dataclass(frozen=True)
