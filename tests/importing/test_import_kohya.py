@@ -292,6 +292,7 @@ def test_prompt_files_come_over_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('[{"prompt": "a cat", "widht": 832}]')
     draft = imported(f"{COMMON} {RUNS['first']} --sample_every_n_steps=100 --sample_prompts={tmp_path / 'p.json'}")
     assert any("p.json: prompt 1: widht: unknown key; did you mean `width`?; once that" in note for note in draft.notes)
+    assert draft.became["in_json"] == "data.sources: kohya_json, meta.json"
     file.write_text("a cat --cn pose.png\n")
     draft = imported(options)
     assert config_of(draft).samples.prompt_file is None
