@@ -289,6 +289,8 @@ def test_prompt_files_come_over_as_they_are(tmp_path: Path) -> None:
         words = f"{COMMON} {RUNS['first']} --sample_every_n_steps=100 --sample_prompts={name}"
         (tmp_path / "train.sh").write_text(f"accelerate launch sdxl_train.py {words}\n")
         assert config_of(import_file(tmp_path / "train.sh")).samples.prompt_file == tmp_path / name  # beside the script
+    with pytest.raises(UserError, match=r"p.toml: is a file of prompts, for samples\.prompt_file"):
+        import_file(tmp_path / "p.toml")
     (tmp_path / "p.json").write_text('[{"prompt": "a cat", "widht": 832}]')
     draft = imported(f"{COMMON} {RUNS['first']} --sample_every_n_steps=100 --sample_prompts={tmp_path / 'p.json'}")
     assert any("p.json: prompt 1: widht: unknown key; did you mean `width`?; once that" in note for note in draft.notes)

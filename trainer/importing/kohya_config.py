@@ -43,6 +43,10 @@ def import_file(place: Path, accelerate: Path | None = None) -> Draft:
         if "datasets" in table:
             rule = "is a dataset file; give the command or the arguments' file that names it by dataset_config"
             raise UserError(f"{place}: {rule}")
+        if isinstance(table.get("prompt"), dict):
+            raise UserError(
+                f"{place}: is a file of prompts, for samples.prompt_file; give the arguments' file or command"
+            )
         return import_options(typed_options(table, str(place)), Command(), accelerate, place.parent)
     return import_command(read_command(text, str(place)), str(place), accelerate)
 
