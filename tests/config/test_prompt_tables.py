@@ -226,6 +226,9 @@ def test_files_of_another_shape(tmp_path: Path, name: str, text: str, said: str)
         ("p.toml", "[prompt]\n" + "[[prompt.subset]]\n" * 50_000),
         ("p.toml", "[prompt]\nseed = " + "9" * 10**6),
         ("p.toml", "x" * (2 << 20)),
+        ("p.toml", "[prompt]\n" + "".join(f"negative_promt{n} = 1\n" for n in range(40_000))),
+        ("p.json", json.dumps([{f"negative_promt{n}": 1 for n in range(40_000)}])),
+        ("p.json", json.dumps([{f"negative_promt{n}": 1 for n in range(20)}] * 500)),
     ],
 )
 def test_hostile_files_are_refused_at_once(tmp_path: Path, name: str, text: str) -> None:

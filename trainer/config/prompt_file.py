@@ -7,6 +7,7 @@ over without a word is refused.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def prompt_of_table(table: Mapping[str, Any]) -> SampleImageConfig:
         ValueError: its arguments are a line for each name with which something is wrong, without its place.
     """
     settings: dict[str, object] = {}
-    wrong = list(_wrong_in(table, settings))
+    wrong = list(islice(_wrong_in(table, settings), _MOST_TOLD))  # looking for the nearest of thousands takes long
     if "prompt" not in settings and not any(line.startswith("prompt ") for line in wrong):
         wrong.append("prompt: missing (what is drawn)")
     if wrong:
@@ -185,8 +186,8 @@ def _of_toml(text: str, file: str) -> dict[str, dict[str, Any]]:
         like = nearest("subset", of_all)
         mend = f"; did you mean it by `{like}`?" if like else f"; {_SHAPE}"
         raise UserError(f"{file}: prompt.subset: {'missing' if subsets is None else 'must be a list of tables'}{mend}")
-    if wrong := [f"{file}: prompt.{line}" for line in _wrong_in(of_all, {})]:
-        raise UserError(*wrong[:_MOST_TOLD])
+    if wrong := [f"{file}: prompt.{line}" for line in islice(_wrong_in(of_all, {}), _MOST_TOLD)]:
+        raise UserError(*wrong)
     found = _checked(f"{file}: prompt.subset", subsets, (dict,), "must be a table")
     return {place: of_all | subset for place, subset in found.items()}
 
