@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 
 from tests.hostile_files import CANARY, Hostile, kind
+from trainer.config.prompt_file import read_prompts
 
 ESCAPES = ("\x1b[2J\x1b[31mred", "a\u202eexe.safe", "\x9b2J", "\u2028line")
 BASE = "run: {dir: r}\nmodel: {path: m}\ndata: {sources: [{type: folder, path: i}], prepared: p}\ntrain: {steps: 1}\n"
@@ -107,6 +108,32 @@ def override(random: Random, seed: int, folder: Path) -> Hostile:
     path = folder / "run.yaml"
     path.write_text(BASE)
     return Hostile(path, argv=("plan", str(path), OVERRIDES[seed % len(OVERRIDES)]))
+
+
+PROMPTS: tuple[Callable[[Random], tuple[str, str | bytes]], ...] = (
+    lambda r: ("json", "[" * 10**6),
+    lambda r: ("json", "[" + '{"prompt": "a"},' * 60_000 + "3]"),
+    lambda r: ("json", json.dumps([{r.choice(ESCAPES): r.choice(ESCAPES)}, r.choice(ESCAPES)])),
+    lambda r: ("json", '[{"prompt": "\\ud800"}, {"prompt": "a", "seed": ' + "9" * 10**5 + "}]"),
+    lambda r: ("json", r.randbytes(10_000)),
+    lambda r: ("toml", "prompt=" + "[" * r.randrange(10**4, 10**6)),
+    lambda r: ("toml", ".".join("a" * 5 * 10**5) + "=1"),
+    lambda r: ("toml", "[prompt]\n" + "[[prompt.subset]]\n" * 40_000),
+    lambda r: ("toml", "[prompt]\nseed = " + "9" * 10**6),
+    lambda r: ("toml", f"[prompt]\n{json.dumps(r.choice(ESCAPES))} = 1\n[[prompt.subset]]\n"),
+    lambda r: ("toml", "".join(r.choice("ab=[]{}.,\"'#\n\\ 19_") for _ in range(20_000))),
+    lambda r: ("txt", "a --w 9" * 10**5),
+    lambda r: ("txt", f"a --{r.choice('nwhdsl')}{r.choice(ESCAPES)} {r.choice(ESCAPES)}\n" * 400),
+    lambda r: ("txt", b"a\x00\xff --w 8"),
+)
+
+
+@kind("prompts")
+def prompts(random: Random, seed: int, folder: Path) -> Hostile:
+    ending, text = PROMPTS[seed % len(PROMPTS)](random)
+    file = folder / f"prompts.{ending}"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    return Hostile(file, call=lambda: read_prompts(file))
 
 
 MANIFESTS: tuple[Callable[[Random], bytes], ...] = (

@@ -10,11 +10,11 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from trainer.importing.command_text import read_toml
+from trainer.guards import parse_toml
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-PROJECT = read_toml((ROOT / "pyproject.toml").read_text(encoding="utf-8"), "pyproject.toml")["project"]
+PROJECT = parse_toml((ROOT / "pyproject.toml").read_text(encoding="utf-8"), "pyproject.toml")["project"]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 

@@ -121,8 +121,10 @@ def test_smoke(tmp_path: Path, model_folder: Path, photos: Path, config_file: Pa
     with Image.open(tmp_path / "drawn/step-00000010/00.png") as image:
         assert image.size == (128, 128)
     (tmp_path / "prompts.txt").write_text("a dog --w 192 --ss ddim\na cat --d 5 --s 3\n")
-    for _ in range(2):
-        sdxl_train("sample", run_dir, "--prompt-file", tmp_path / "prompts.txt", "samples.steps=2")
+    listed = [{"prompt": "a dog", "width": 192, "sample_sampler": "ddim"}, "a cat --d 5 --s 3"]
+    (tmp_path / "prompts.json").write_text(json.dumps(listed))
+    for ending in ("txt", "json"):
+        sdxl_train("sample", run_dir, "--prompt-file", tmp_path / f"prompts.{ending}", "samples.steps=2")
     drawn = run_dir / "samples/drawn"
     assert sorted(path.name for path in drawn.iterdir() if path.name.startswith("step-")) == [
         "step-00000010", "step-00000010-2", "step-00000010-2.png", "step-00000010.png"
@@ -130,6 +132,8 @@ def test_smoke(tmp_path: Path, model_folder: Path, photos: Path, config_file: Pa
     with Image.open(drawn / "step-00000010-2/00.png") as image:
         assert image.size == (192, 128) and "Sampler: DDIM" in image.info["parameters"]
     assert sorted(path.name for path in (drawn / "step-00000010").iterdir()) == ["00.png", "01.png"]
+    for name in ("00.png", "01.png"):  # the same prompts, however they are written
+        assert (drawn / "step-00000010" / name).read_bytes() == (drawn / "step-00000010-2" / name).read_bytes()
     wrong = sdxl_train("sample", run_dir, "--prompt", "a", "samples.sampler=heun", expect=2)
     assert "samples.sampler = heun: must be one of euler, euler_a, ddim, dpmpp_2m" in wrong.stderr
     sdxl_train("sample", run_dir, "--timeline")

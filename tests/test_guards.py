@@ -2,12 +2,23 @@
 
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from trainer.errors import UserError
-from trainer.guards import Limits, Refused, deadline, open_regular, parse_json, printable, read_json, read_text
+from trainer.guards import (
+    Limits,
+    Refused,
+    deadline,
+    open_regular,
+    parse_json,
+    parse_toml,
+    printable,
+    read_json,
+    read_text,
+)
 
 
 def test_what_steers_a_terminal_is_shown_and_does_not_work() -> None:
@@ -62,6 +73,48 @@ def test_json_is_bounded_before_it_is_parsed(data: bytes, rule: str) -> None:
     most = 100_000 if data.startswith(b" ") else 10_000_000
     with pytest.raises(Refused, match=rf"^here.*{rule}"):
         parse_json(data, "here", most_bytes=most, most_items=1000)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("a=" + "[" * 10**6, "nested more than 32 levels deep"),
+        ("a=" + "{b=" * 10**5, "nested more than 32 levels deep"),
+        (".".join("a" * 10**5) + "=1", "nested more than 32 levels deep"),
+        (".".join(['"a"'] * 10**5) + "=1", "nested more than 32 levels deep"),
+        ("[" + ".".join("a" * 10**5) + "]", "nested more than 32 levels deep"),
+        # Quotes that belong to a text, after which brackets begin.
+        ('a = ["""x"""", ' + "[" * 10**5, "nested more than 32 levels deep"),
+        ("a = ['''x''''', \"\\\"#\", " + "[" * 10**5, "nested more than 32 levels deep"),
+        ("[[a]]\n" * 60_000, "holds more than 100,000 values"),
+        ("a=" + "9" * 10**6, "holds a number of more than 40 digits"),
+        ('a="""' + '\\"""' * 10**5, "not TOML: "),
+        ("a=1\na=2\n", "not TOML: .*line 2"),
+        ("[a\n", "not TOML: .*line 1"),
+        ('a="\x1b[2J"', r"not TOML: .*\\x1b"),
+    ],
+)
+def test_toml_is_bounded_before_it_is_parsed(text: str, rule: str) -> None:
+    before = time.process_time()
+    with pytest.raises(Refused, match=rf"^here: (its TOML )?(is )?{rule}"):
+        parse_toml(text, "here")
+    assert time.process_time() - before < 5
+
+
+def test_sound_toml_passes() -> None:
+    """What looks deep or long within texts and comments is not, nor are lists of many numbers."""
+    text = '''a = "wow.such.prompt" # [[[[ """
+b.c = ["""x"""", '[', "\\"[", 0.25]
+[t]
+d = """
+[[ \\""" "" """
+'''
+    text += f"s = '{'.' * 100}{'[' * 100}{'1' * 100}'\nf = [{'0.5, ' * 1000}]\n"
+    assert parse_toml(text, "here") == {
+        "a": "wow.such.prompt",
+        "b": {"c": ['x"', "[", '"[', 0.25]},
+        "t": {"d": '[[ """ "" ', "s": "." * 100 + "[" * 100 + "1" * 100, "f": [0.5] * 1000},
+    }
 
 
 def test_sound_json_passes(tmp_path: Path) -> None:

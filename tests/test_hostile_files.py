@@ -19,7 +19,7 @@ load_kinds()
 COUNTS = {
     "safetensors-header": 28, "safetensors-length": 20, "safetensors-names": 24, "no-model": 20, "pickle-program": 42,
     "pickle-archive": 24, "unet-config": 40, "text-encoder-config": 24, "model-folder-file": 24, "weights-index": 10,
-    "tokenizer": 16, "yaml": 36, "no-yaml": 7, "override": 12, "manifest": 14,
+    "tokenizer": 16, "yaml": 36, "no-yaml": 7, "override": 12, "manifest": 14, "prompts": 28,
     "two-models": 18, "path": 42,
 }  # fmt: skip
 OF_DATA = {

@@ -6,6 +6,7 @@ Whoever reads a file that a user may have downloaded opens it here. Standard lib
 import json
 import math
 import os
+import re
 import stat
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ __all__ = [
     "decode_text",
     "open_regular",
     "parse_json",
+    "parse_toml",
     "printable",
     "read_bytes",
     "read_json",
@@ -40,6 +42,13 @@ _BYTE_ORDER_MARKS = {  # the longer ones first, of which a shorter one is the be
     b"\xfe\xff": "UTF-16",
 }
 _JSON_DEPTH, _JSON_ITEMS = 64, 1_500_000  # each item costs up to 100 bytes of memory
+_TOML_DEPTH, _TOML_ITEMS = 32, 100_000  # each item costs up to 1 KB, and a name of n parts n^2
+# A text, or a comment. One that is not closed ends with the file, so that none is looked at twice.
+_TOML_TEXT = re.compile(
+    r""""{3}(?:\\.|[^\\])*?(?:"{3,5}|\Z)|'{3}.*?(?:'{3,5}|\Z)|"(?:\\.|[^"\\\n])*"?|'[^'\n]*'?|\#[^\n]*""", re.DOTALL
+)
+_TOML_LONG_NAME = re.compile(rf"(?:\.[^][{{}}.,=\n]*){{{_TOML_DEPTH}}}")
+_LONG_NUMBER = re.compile(rf"[0-9_]{{{MOST_DIGITS + 1}}}")
 
 
 @dataclass(frozen=True)
@@ -216,6 +225,34 @@ def parse_json(
         raise Refused(f"{where}: not UTF-8 (byte 0x{data[error.start]:02x} at {error.start:,})") from None
     except ValueError as error:
         raise Refused(f"{where}: not valid JSON ({printable(str(error))})") from None
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The tables of a TOML text; time and memory are bounded before the parser sees it.
+
+    Args:
+        where: the place that a refusal names.
+
+    Raises:
+        Refused: more than 32 levels of lists, tables and names with dots inside one another, or more than 100,000
+            entries, a number of more than 40 digits; or it is not TOML.
+    """
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib  # pyright: ignore[reportMissingImports]
+    marks = _TOML_TEXT.sub("_", text)
+    brackets = re.sub(r"[^][{}]", "", marks).encode()
+    if _depth(brackets) > _TOML_DEPTH or _TOML_LONG_NAME.search(marks):
+        raise Refused(f"{where}: its TOML is nested more than {_TOML_DEPTH} levels deep")
+    if sum(map(marks.count, ".,=[{")) > _TOML_ITEMS:
+        raise Refused(f"{where}: its TOML holds more than {_TOML_ITEMS:,} values; no more are read")
+    if _LONG_NUMBER.search(marks):
+        raise Refused(f"{where}: its TOML holds a number of more than {MOST_DIGITS} digits")
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # not all are of the kind that it documents
+        raise Refused(f"{where}: not TOML: {printable(str(error))}") from None
 
 
 def _marks_outside_texts(data: bytes) -> bytes:

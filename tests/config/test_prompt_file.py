@@ -7,7 +7,8 @@ import pytest
 
 from trainer.cli.commands.sample import _prompts
 from trainer.config.load import load_config
-from trainer.config.prompt_file import prompt_of_line, read_prompts, sampler_of, with_prompts_read
+from trainer.config.prompt_file import prompt_of_line, read_prompts, with_prompts_read
+from trainer.config.prompt_settings import sampler_of
 from trainer.errors import UserError
 
 RIGHT = Path(__file__).parent / "right.yaml"
@@ -34,8 +35,9 @@ a house   --l .5 --n
 a fox --ss DPM++ 2M Karras
 \t# not drawn
 """
-    read = {line: image.model_dump(exclude_unset=True) for line, image in read_prompts(written(tmp_path, text)).items()}
-    assert read == {
+    file = written(tmp_path, text)
+    read = {place: image.model_dump(exclude_unset=True) for place, image in read_prompts(file).items()}
+    assert {int(place.removeprefix(f"{file}:")): image for place, image in read.items()} == {
         2: {
             "prompt": "masterpiece, best quality, in white shirts",
             "negative_prompt": "low quality, worst quality",
@@ -121,7 +123,7 @@ def test_files_that_are_no_prompts(tmp_path: Path) -> None:
     assert refused(written(tmp_path, "x" * (1 << 20) + "y"))[0].startswith(": has 1,048,577 bytes")
     assert refused(tmp_path)[0].startswith(": is a folder")
     assert refused(tmp_path / "promts.txt") == [f": no such file; did you mean `{tmp_path / 'prompts.txt'}`?"]
-    assert refused(tmp_path / "prompts.toml")[0].startswith(": must be a text file with a prompt a line")
+    assert refused(tmp_path / "prompts.yaml")[0].startswith(": must be .txt, .json or .toml; lists of settings in YAML")
 
 
 @pytest.mark.parametrize("data", ["ein Fuchs, grün\n".encode(), "\ufeffein Fuchs, grün".encode(),

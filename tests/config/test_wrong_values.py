@@ -148,7 +148,7 @@ def test_every_key_says_what_it_is_for() -> None:
         ("none/of.yaml", "none/of.yaml: no such file (`none` does not exist)"),
         ("photos", "photos: is a folder, not a regular file; give a YAML file"),
         ("tiny.yaml/x", "tiny.yaml/x: cannot be read: Not a directory"),
-        ("a\0b", "a\\x00b: cannot be read: embedded null byte"),
+        ("a\0b", "a\\x00b: cannot be read: no path holds a NUL"),
         ("/dev/zero", "/dev/zero: is a device, not a regular file; give a YAML file"),
     ],
 )

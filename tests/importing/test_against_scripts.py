@@ -1,21 +1,26 @@
-"""No option of the scripts themselves is unknown, where a copy of them is at hand.
+"""No option of the scripts themselves is unknown, where a copy of them is at hand; and prompts are read alike.
 
     SD_SCRIPTS=~/sd-scripts DIFFUSERS=~/diffusers ONETRAINER=~/OneTrainer pytest tests/importing/test_against_scripts.py
 
-Only their text is read; none of it runs.
+Only their text is read; of it runs what reads prompts.
 """
 
 import ast
 import json
 import os
+import re
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from trainer.importing.diffusers_options import DREAMBOOTH_TABLE, TABLE
+from trainer.config.prompt_file import read_prompts
+from trainer.guards import parse_toml
+from trainer.importing.diffusers_options import ADVANCED_TABLE, DREAMBOOTH_TABLE, TABLE
 from trainer.importing.kohya_data import known_dataset_keys
 from trainer.importing.kohya_options import FLAG, NOTHING_HERE, NUMBER, TEXT, TYPES, WHOLE, WORDS
 from trainer.importing.onetrainer_settings import draft_of
@@ -92,6 +97,37 @@ def test_dataset_files_of_sd_scripts() -> None:
     assert not keys - known_dataset_keys()
 
 
+def test_prompts_of_sd_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own two functions read the same files; names are those that it looks up when it draws."""
+    tree = ast.parse((copy_of("SD_SCRIPTS") / "library/train_util.py").read_text(encoding="utf-8"))
+    wanted = ("line_to_prompt_dict", "load_prompts")
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
+    toml = SimpleNamespace(load=lambda file: parse_toml(file.read(), "file"))
+    module = ModuleType("library.train_util")  # the whole would import all that it trains with
+    module.__dict__.update({"re": re, "json": json, "toml": toml, "List": list, "Dict": dict})
+    monkeypatch.setitem(sys.modules, "library", ModuleType("library"))
+    monkeypatch.setitem(sys.modules, "library.train_util", module)  # where one looks for the other
+    exec(compile(ast.Module([*functions], []), "train_util.py", "exec"), module.__dict__)
+    lines = ["a fox, 1girl --w 832 --h 1216 --d 42 --s 28 --l 6.5 --n low quality, (worst:1.2) --ss ddim",
+             "a cat or 3--4 dogs --D 7 --L 5", "# no comment in JSON", "a house"]  # fmt: skip
+    table = {"prompt": "a cat --w 8", "width": 832, "scale": 5, "seed": 0, "sample_steps": 9, "negative_prompt": "",
+             "sample_sampler": "euler_a", "height": 64}  # fmt: skip
+    (tmp_path / "p.txt").write_text("\n".join(lines) + "\n\n#\n")
+    (tmp_path / "p.json").write_text(json.dumps([*lines, table]))
+    toml_text = (
+        "[prompt]\nwidth = 64\nscale = 2.5\n[[prompt.subset]]\nprompt = 'a'\nseed = 3\n[[prompt.subset]]\nheight = 8\n"
+    )
+    (tmp_path / "p.toml").write_text(toml_text + "prompt = 'a --d 4'\n")
+    names = {"width": "width_px", "height": "height_px", "sample_steps": "steps", "scale": "guidance_scale",
+             "sample_sampler": "sampler"}  # fmt: skip
+    for name, count in (("p.txt", 3), ("p.json", 5), ("p.toml", 2)):
+        found = module.__dict__["load_prompts"](str(tmp_path / name))
+        assert len(found) == count
+        expected = [{names.get(key, key): said for key, said in each.items() if key != "enum"} for each in found]
+        read = [image.model_dump(exclude_unset=True) for image in read_prompts(tmp_path / name).values()]
+        assert read == expected
+
+
 def test_scripts_of_diffusers() -> None:
     root = copy_of("DIFFUSERS") / "examples"
     names = ("train_text_to_image_sdxl.py", "train_text_to_image_lora_sdxl.py")
@@ -99,6 +135,9 @@ def test_scripts_of_diffusers() -> None:
     dreambooth = options_of([root / "dreambooth/train_dreambooth_lora_sdxl.py"])
     assert_same_kinds(dreambooth, {**DREAMBOOTH_TABLE.types})
     assert dreambooth.keys() == DREAMBOOTH_TABLE.types.keys()
+    advanced = options_of([root / "advanced_diffusion_training/train_dreambooth_lora_sdxl_advanced.py"])
+    assert_same_kinds(advanced, {**ADVANCED_TABLE.types})
+    assert advanced.keys() == ADVANCED_TABLE.types.keys()
 
 
 def settings_of(file: Path) -> Iterator[tuple[str, str, str]]:

@@ -13,7 +13,7 @@ from trainer.data.captions import compose
 from trainer.data.sources.folder import list_folder
 from trainer.errors import UserError
 from trainer.importing.command_text import command_of_words
-from trainer.importing.diffusers_options import DREAMBOOTH_TABLE, NOTHING_HERE, READ, TABLE
+from trainer.importing.diffusers_options import ADVANCED_TABLE, DREAMBOOTH_TABLE, NOTHING_HERE, READ, TABLE
 from trainer.importing.given import Draft
 from trainer.importing.kohya_options import FLAG, WHOLE
 from trainer.importing.recognised import import_of
@@ -56,7 +56,25 @@ DREAMBOOTH = {
     "--prodigy_safeguard_warmup=True --prodigy_beta3=0.9 --adam_beta2=0.99 --train_text_encoder "
     "--do_edm_style_training --output_kohya_format --lr_scheduler=cosine --lr_warmup_steps=10 --max_train_steps=500",
 }
-RUNS |= DREAMBOOTH
+_ADVANCED = "train_dreambooth_lora_sdxl_advanced.py --pretrained_model_name_or_path=base --output_dir=out "
+ADVANCED = {
+    "advanced, pivotal tuning": f"{_ADVANCED} --dataset_name=some/icons --caption_column=prompt --repeats=1 "
+    "--instance_prompt='a TOK icon' --validation_prompt='a TOK icon of a llama' --mixed_precision=bf16 "
+    "--resolution=1024 --train_batch_size=3 --gradient_accumulation_steps=1 --gradient_checkpointing "
+    "--learning_rate=1e-4 --text_encoder_lr=1e-4 --optimizer=adamw --train_text_encoder_ti "
+    "--train_text_encoder_ti_frac=0.5 --snr_gamma=5.0 --lr_scheduler=constant --lr_warmup_steps=0 --rank=32 "
+    "--max_train_steps=1000 --checkpointing_steps=2000 --seed=0 --cache_latents",
+    "advanced, B-LoRA": f"{_ADVANCED} --instance_data_dir=one --instance_prompt='A [v]' --use_blora --rank=64 "
+    "--lora_unet_blocks=unet.mid_block --learning_rate=5e-5 --max_train_steps=1000 --clip_skip=1",
+    "advanced, blocks": f"{_ADVANCED} --instance_data_dir=dog --instance_prompt='a TOK dog' --train_text_encoder "
+    "--train_text_encoder_frac=0.5 --optimizer=prodigy --learning_rate=1 --noise_offset=0.03 --max_train_steps=900 "
+    "'--lora_unet_blocks=unet.up_blocks.0.attentions.1, unet.down_blocks.2'",
+    "advanced, words by Prodigy": f"{_ADVANCED} --instance_data_dir=dog --instance_prompt='a TOK,TOK2 dog' "
+    "--train_text_encoder_ti '--token_abstraction=TOK, TOK2' --num_new_tokens_per_abstraction=3 --optimizer=prodigy "
+    "--learning_rate=1 --text_encoder_lr=1 --adam_weight_decay_text_encoder=0.01 --train_text_encoder_ti_frac=1.0 "
+    "--lora_unet_blocks=mid_block.attentions.0 --max_train_steps=900",
+}
+RUNS |= DREAMBOOTH | ADVANCED
 
 
 def imported(words: str, launch: str = "") -> Draft:
@@ -147,6 +165,62 @@ def test_dreambooth(tmp_path: Path) -> None:
     assert config.adapter.text_encoder_lr is None and draft.became["use_8bit_adam"] == "- is of AdamW"
 
 
+def test_advanced_dreambooth() -> None:
+    draft = imported(RUNS["advanced, pivotal tuning"])
+    config = config_of(draft)
+    assert [(each.token, each.vectors, each.initial) for each in config.new_tokens.tokens] == [("TOK", 2, None)]
+    assert (config.new_tokens.lr, config.new_tokens.weight_decay, config.optimizer.weight_decay) == (1e-4, 1e-4, 1e-4)
+    assert (config.adapter.rank, config.adapter.text_encoders, config.data.mode) == (32, False, "latents")
+    assert config.samples.prompts[0] == "a TOK icon of a llama" and config.objective.weighting.gamma == 5
+    assert any(note.startswith("train_text_encoder_ti_frac 0.5: their script stops") for note in draft.notes)
+    assert draft.became["train_text_encoder_ti_frac"] == "- new tokens train to the end of the run"
+
+    draft = imported(RUNS["advanced, words by Prodigy"])
+    config = config_of(draft)
+    assert [(each.token, each.vectors) for each in config.new_tokens.tokens] == [("TOK", 3), ("TOK2", 3)]
+    assert (config.new_tokens.lr, config.new_tokens.weight_decay, config.optimizer.kind) == (None, 0.01, "prodigy")
+    assert not any(note.startswith("train_text_encoder_ti_frac") for note in draft.notes)
+    assert any(note.endswith("write unet.mid_block.attentions.0") for note in draft.notes)
+
+    draft = imported(RUNS["advanced, blocks"])
+    config = config_of(draft)
+    assert config.adapter.text_encoders and config.objective.noise.offset == 0.03 and not config.new_tokens.tokens
+    assert draft.became["train_text_encoder_frac"].startswith("- an adapter's text encoders train to the end")
+    draft = imported(RUNS["advanced, B-LoRA"])
+    assert draft.became["lora_unet_blocks"].startswith("- use_blora counts")
+    with pytest.raises(UserError, match="--train_text_encoder, --train_text_encoder_ti: give one of them"):
+        imported(RUNS["advanced, blocks"] + " --train_text_encoder_ti")
+    with pytest.raises(UserError, match=r"--use_blorra: is no option of .*_advanced\.py; did you mean --use_blora"):
+        imported(f"{_ADVANCED} --use_blorra")
+
+
+@pytest.mark.e2e
+def test_blocks_of_the_advanced_script_are_its_own() -> None:
+    """By its rule: matrices of attentions whose names hold a block's, without what stands before its first dot."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from trainer.adapters.targets import find_targets
+    from trainer.model_files.presets import preset
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(preset("unet"))
+    style, content = "up_blocks.0.attentions.1", "up_blocks.0.attentions.0"
+    for name, blocks in {
+        "advanced, B-LoRA": (content, style),
+        "advanced, blocks": (style, "down_blocks.2"),
+        "advanced, words by Prodigy": ("attentions.0",),
+        "advanced, pivotal tuning": ("",),
+    }.items():
+        attentions = [each.removesuffix(".processor") for each in unet.attn_processors]
+        chosen = [each for each in attentions if any(block in each for block in blocks)]
+        expected = {f"{each}.{matrix}" for each in chosen for matrix in ("to_q", "to_k", "to_v", "to_out.0")}
+        config = config_of(imported(RUNS[name])).adapter
+        config = config.model_copy(update={"targets": [each for each in config.targets if "to_" in each]})
+        found = [each.place.module for each in find_targets({"unet": unet}, config, {}, frozenset())]
+        assert sorted(found) == sorted(expected) and found
+
+
 def test_every_option_alone_is_known_and_told() -> None:
     assert not READ.keys() & NOTHING_HERE.keys()
     own = {"resolution": "512", "mixed_precision": "bf16", "prediction_type": "epsilon", "report_to": "all",
@@ -166,6 +240,14 @@ def test_every_option_alone_is_known_and_told() -> None:
         others = [n for n in needful if n != name and not (n == "instance_data_dir" and name == "dataset_name")]
         rest = " ".join(f"--{n} x" for n in others)
         draft = imported(f"train_dreambooth_lora_sdxl.py {rest} --max_train_steps 100 --{name} {value}")
+        config_of(draft)
+        assert draft.became.get(name), name
+    own |= {"lora_unet_blocks": "unet.mid_block"}
+    for name, kind in ADVANCED_TABLE.types.items():
+        value = own.get(name, "" if kind == FLAG else values[kind])
+        others = [n for n in needful if n != name and not (n == "instance_data_dir" and name == "dataset_name")]
+        rest = " ".join(f"--{n} x" for n in others)
+        draft = imported(f"train_dreambooth_lora_sdxl_advanced.py {rest} --max_train_steps 100 --{name} {value}")
         config_of(draft)
         assert draft.became.get(name), name
 

@@ -264,7 +264,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     )
     assert main(["import-kohya", "--", "python", "train_db.py"]) == 2
     assert (
-        "sdxl_train_network.py, train_text_to_image_(lora_)sdxl.py or train_dreambooth_lora_sdxl.py in it"
+        "sdxl_train_network.py, train_text_to_image_(lora_)sdxl.py or train_dreambooth_lora_sdxl(_advanced).py in it"
         in capsys.readouterr().err
     )
     accelerate = tmp_path / "accelerate.yaml"
@@ -284,6 +284,17 @@ def test_prompt_files_come_over_as_they_are(tmp_path: Path) -> None:
     assert (samples.every_steps, samples.prompt_file, samples.sampler) == (100, file, "euler_a")
     draft = imported(f"{options} --sample_sampler=pndm")
     assert config_of(draft).samples.sampler == "euler" and "must be one of" in draft.became["sample_sampler"]
+    for name, text in (("p.json", '["a cat --w 832"]'), ("p.toml", "[[prompt.subset]]\nprompt = 'a cat'\n")):
+        (tmp_path / name).write_text(text)
+        words = f"{COMMON} {RUNS['first']} --sample_every_n_steps=100 --sample_prompts={name}"
+        (tmp_path / "train.sh").write_text(f"accelerate launch sdxl_train.py {words}\n")
+        assert config_of(import_file(tmp_path / "train.sh")).samples.prompt_file == tmp_path / name  # beside the script
+    with pytest.raises(UserError, match=r"p.toml: is a file of prompts, for samples\.prompt_file"):
+        import_file(tmp_path / "p.toml")
+    (tmp_path / "p.json").write_text('[{"prompt": "a cat", "widht": 832}]')
+    draft = imported(f"{COMMON} {RUNS['first']} --sample_every_n_steps=100 --sample_prompts={tmp_path / 'p.json'}")
+    assert any("p.json: prompt 1: widht: unknown key; did you mean `width`?; once that" in note for note in draft.notes)
+    assert draft.became["in_json"] == "data.sources: kohya_json, meta.json"
     file.write_text("a cat --cn pose.png\n")
     draft = imported(options)
     assert config_of(draft).samples.prompt_file is None

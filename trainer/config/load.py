@@ -105,7 +105,8 @@ def _read(path: Path) -> Written:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{nearest_path(path)}") from None
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        # Of a NUL in a path, each version of Python has words of its own.
+        reason = error.strerror or str(error) if isinstance(error, OSError) else "no path holds a NUL"
         raise UserError(f"{path}: cannot be read: {reason}") from None
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: larger than {MAX_BYTES // 1024} KiB; this is no configuration")

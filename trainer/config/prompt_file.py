@@ -1,64 +1,36 @@
-"""A text file of prompts, one a line, with kohya's flags at a line's end, as entries of `samples.images`.
+"""A file of prompts as entries of `samples.images`: lines with kohya's flags, or tables in JSON or TOML.
 
-The flags are those of sd-scripts (library/train_util.py, `line_to_prompt_dict`), and mean what they mean there.
+They are read as sd-scripts reads them (library/train_util.py, `load_prompts` and `line_to_prompt_dict`); what it passes
+over without a word is refused.
 """
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from trainer.config.prompt_settings import BY_FLAG, BY_NAME, unknown_flag, unknown_name
 from trainer.config.schema import Config
-from trainer.config.section_rules.rules_samples import PIXELS_PER_LATENT, sample_rules
-from trainer.config.sections.samples_config import MOST_STEPS, SampleImageConfig, SamplerName, ScheduleName
+from trainer.config.section_rules.rules_samples import sample_rules
+from trainer.config.sections.samples_config import SampleImageConfig
 from trainer.config.spelling import nearest, nearest_path
-from trainer.config.values import LARGEST
-from trainer.errors import UserError
-from trainer.guards import decode_text, read_bytes
+from trainer.errors import UserError, printable
+from trainer.guards import decode_text, parse_json, parse_toml, read_bytes
 
 _MOST_BYTES = 1 << 20
 _MOST_PROMPTS = 500  # of which one sheet is made
 _MOST_TOLD = 20
-_LARGEST_SEED = 2**32 - 1
 _FLAG = re.compile(r"(?:^|\s)--(?=[A-Za-z])")
-_SAMPLERS: dict[str, tuple[SamplerName, ScheduleName | None]] = {
-    "euler": ("euler", None),
-    "k_euler": ("euler", None),
-    "euler_a": ("euler_a", None),
-    "k_euler_a": ("euler_a", None),
-    "euler_ancestral": ("euler_a", None),
-    "ddim": ("ddim", None),
-    "dpmpp_2m": ("dpmpp_2m", None),
-    "k_dpmpp_2m": ("dpmpp_2m", None),
-    "dpmsolver++": ("dpmpp_2m", None),
-    "dpmpp_2m_karras": ("dpmpp_2m", "karras"),
-}
-_IN_FULL = {  # what somebody may type in place of kohya's letters
-    "negative": "n",
-    "negative_prompt": "n",
-    "neg": "n",
-    "width": "w",
-    "height": "h",
-    "seed": "d",
-    "steps": "s",
-    "scale": "l",
-    "cfg": "l",
-    "cfg_scale": "l",
-    "guidance": "l",
-    "sampler": "ss",
-}
-_NOT_HERE = {  # flags of sd-scripts that a run of SDXL cannot obey
-    "am": "weights of networks, which only sd-scripts' generator reads; its trainers pass over it",
-    "cn": "an image for a ControlNet, and none draws here",
-    "f": "frames of a video",
-    "fs": "the flow shift of other models",
-}
+_SHAPE = "a file of prompts holds [prompt], for all, and a [[prompt.subset]] for each"
 
 
 def with_prompts_read(config: Config) -> Config:
     """The configuration with what `samples.prompt_file` holds in `samples.images`, so that the file may go.
 
     Raises:
-        UserError: as `read_prompts`; or a line asks for what has no effect.
+        UserError: as `read_prompts`; or a prompt asks for what has no effect.
     """
     samples = config.samples
     if samples.prompt_file is None:
@@ -67,48 +39,62 @@ def with_prompts_read(config: Config) -> Config:
     images = [*samples.images, *read.values()]
     read_in = samples.model_copy(update={"images": images, "prompt_file": None})
     config = config.model_copy(update={"samples": read_in})
-    lines = [f"{samples.prompt_file}:{line}: " for line in read]
+    places = list(read)
     wrong = list[str]()
     for problem in sample_rules(config):
         number = next((key[2] for key in problem.keys if key[:2] == ("samples", "images")), -1)
         if isinstance(number, int) and number >= before:
-            wrong.append(lines[number - before] + problem.text.replace(f"samples.images.{number}.", ""))
+            wrong.append(f"{places[number - before]}: " + problem.text.replace(f"samples.images.{number}.", ""))
     if wrong:
         raise UserError(*wrong)
     return config
 
 
-def read_prompts(path: Path) -> dict[int, SampleImageConfig]:
-    """The prompts of a file by line: `PROMPT [--n NEGATIVE] [--w PX] [--h PX] [--d SEED] [--s STEPS] [--l SCALE]
-    [--ss SAMPLER]`. Empty lines and those that begin with `#` are passed over.
+def read_prompts(path: Path) -> dict[str, SampleImageConfig]:
+    """The prompts of a file, each by its place, such as `prompts.txt:4`.
+
+    A text file: `PROMPT [--n NEGATIVE] [--w PX] [--h PX] [--d SEED] [--s STEPS] [--l SCALE] [--ss SAMPLER]` on a line;
+    empty lines and those that begin with `#` are passed over. `.json`: a list of such lines, and of tables with
+    `prompt`, `negative_prompt`, `width` and the other names of `BY_NAME`. `.toml`: `[[prompt.subset]]` with the same
+    names, over those of `[prompt]`.
 
     Raises:
-        UserError: the file cannot be read or holds no prompt; or a line for each one that is not understood.
+        UserError: the file cannot be read or holds no prompt; or a line for each thing that is not understood.
     """
-    if path.suffix.lower() in (".json", ".toml", ".yaml", ".yml"):
-        raise UserError(f"{path}: must be a text file with a prompt a line; lists of settings go into samples.images")
+    ending = path.suffix.lower()
+    if ending in (".yaml", ".yml"):
+        raise UserError(f"{path}: must be .txt, .json or .toml; lists of settings in YAML go into samples.images")
     try:
         text = decode_text(read_bytes(path, _MOST_BYTES), str(path)).text
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{nearest_path(path)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    found, wrong = dict[int, SampleImageConfig](), list[str]()
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        try:
-            found[number] = prompt_of_line(line)
-        except ValueError as error:
-            wrong.append(f"{path}:{number}: {error}")
+    entries = {".json": _of_json, ".toml": _of_toml}.get(ending, _of_lines)(text, str(path))
+    if not entries:
+        hint = "" if ending in (".json", ".toml") else "; a line holds one, and those that begin with # are comments"
+        raise UserError(f"{path}: holds no prompt{hint}")
+    if len(entries) > _MOST_PROMPTS:
+        raise UserError(f"{path}: holds {len(entries):,} prompts; at most {_MOST_PROMPTS} are drawn")
+    found, wrong = dict[str, SampleImageConfig](), list[str]()
+    for place, entry in entries.items():
+        read = _read(entry)
+        if isinstance(read, SampleImageConfig):
+            found[place] = read
+        else:
+            wrong += [f"{place}: {line}" for line in read]
     if wrong:
         more = [f"{path}: and {len(wrong) - _MOST_TOLD:,} more lines"] if len(wrong) > _MOST_TOLD else []
         raise UserError(*wrong[:_MOST_TOLD], *more)
-    if not found:
-        raise UserError(f"{path}: holds no prompt; a line holds one, and those that begin with # are comments")
-    if len(found) > _MOST_PROMPTS:
-        raise UserError(f"{path}: holds {len(found):,} prompts; at most {_MOST_PROMPTS} are drawn")
     return found
+
+
+def _read(entry: str | Mapping[str, Any]) -> SampleImageConfig | Sequence[str]:
+    """What an entry says, or what is wrong with it."""
+    try:
+        return prompt_of_line(entry) if isinstance(entry, str) else prompt_of_table(entry)
+    except ValueError as error:
+        return error.args
 
 
 def prompt_of_line(line: str) -> SampleImageConfig:
@@ -123,79 +109,92 @@ def prompt_of_line(line: str) -> SampleImageConfig:
     settings: dict[str, object] = {"prompt": prompt}
     for flag in flags:
         name, value = [*flag.split(None, 1), ""][:2]
-        if name.lower() not in _READ:
-            raise ValueError(_unknown(name))
-        read = _READ[name.lower()]
+        if name.lower() not in BY_FLAG:
+            raise ValueError(unknown_flag(name))
+        setting = BY_FLAG[name.lower()]
         if not value and name.lower() != "n":
             raise ValueError(f"--{name}: has no value")
-        for key, said in read(f"--{name}", value).items():
-            if key in settings:
-                raise ValueError(f"--{name} {value}: {key} is said twice")
-            settings[key] = said
+        try:
+            _add(settings, setting.read(setting.typed(value)))
+        except ValueError as error:
+            raise ValueError(f"--{name} {value}: {error}") from None
     return SampleImageConfig.model_validate(settings)
 
 
-def sampler_of(word: str) -> tuple[SamplerName, ScheduleName | None]:
-    """What kohya's scripts, A1111 or we call a sampler, with the schedule that its name says, if it says one.
+def prompt_of_table(table: Mapping[str, Any]) -> SampleImageConfig:
+    """The prompt and the settings of one table; what is null is as if it were not there. Flags in its prompt are words.
 
     Raises:
-        ValueError: it is none of those that are there.
+        ValueError: its arguments are a line for each name with which something is wrong, without its place.
     """
-    folded = word.lower().replace("dpm++", "dpmpp").replace(" ", "_").replace("-", "_")
-    if folded in _SAMPLERS:
-        return _SAMPLERS[folded]
-    like = nearest(folded, _SAMPLERS)
-    mend = f" (did you mean `{like}`?)" if like else ""
-    raise ValueError(f"must be one of euler, euler_a, ddim, dpmpp_2m, dpmpp_2m_karras{mend}")
+    settings: dict[str, object] = {}
+    wrong = list(islice(_wrong_in(table, settings), _MOST_TOLD))  # looking for the nearest of thousands takes long
+    if "prompt" not in settings and not any(line.startswith("prompt ") for line in wrong):
+        wrong.append("prompt: missing (what is drawn)")
+    if wrong:
+        raise ValueError(*wrong)
+    return SampleImageConfig.model_validate(settings)
 
 
-def _unknown(name: str) -> str:
-    if name.lower() in _NOT_HERE:
-        return f"--{name}: has no effect, for it is {_NOT_HERE[name.lower()]}; leave it out"
-    like = nearest(name, [*_READ, *_IN_FULL])
-    if like:
-        return f"--{name}: unknown flag; did you mean `--{_IN_FULL.get(like, like)}`?"
-    return f"--{name}: unknown flag; there are {', '.join(f'--{flag}' for flag in _READ)}"
+def _wrong_in(table: Mapping[str, Any], settings: dict[str, object]) -> Iterator[str]:
+    """What is wrong with the names of a table; what is right is put into `settings`."""
+    for name, value in table.items():
+        if name not in BY_NAME:
+            yield unknown_name(name)
+        elif value is not None:
+            try:
+                _add(settings, BY_NAME[name].read(value))
+            except ValueError as error:
+                yield f"{name} = {_shown(value)}: {error}"
 
 
-def _text(key: str) -> Callable[[str, str], dict[str, object]]:
-    return lambda flag, value: {key: value}
+def _add(settings: dict[str, object], more: Mapping[str, object]) -> None:
+    for key, said in more.items():
+        if key in settings:
+            raise ValueError(f"{key} is said twice")
+        settings[key] = said
 
 
-def _whole(key: str, least: int, most: int, multiple: int = 1) -> Callable[[str, str], dict[str, object]]:
-    def read(flag: str, value: str) -> dict[str, object]:
-        # Ten digits hold all that is allowed, and int() of thousands takes long.
-        number = int(value) if value.isascii() and value.isdigit() and len(value) <= 10 else None
-        if number is None or not least <= number <= most:
-            raise ValueError(f"{flag} {value}: must be a whole number from {least} to {most}")
-        if number % multiple:
-            raise ValueError(f"{flag} {value}: must be a multiple of {multiple}")
-        return {key: number}
-
-    return read
+def _shown(value: object) -> str:
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), 60)
 
 
-def _scale(flag: str, value: str) -> dict[str, object]:
-    if not re.fullmatch(r"\d{1,6}(\.\d{0,12})?|\.\d{1,12}", value, re.ASCII):
-        raise ValueError(f"{flag} {value}: must be a number that is not negative")
-    return {"guidance_scale": float(value)}
+def _of_lines(text: str, file: str) -> dict[str, str]:
+    lines = enumerate(re.split(r"\r\n|\r|\n", text), start=1)
+    return {f"{file}:{n}": line for n, line in lines if line.strip() and not line.lstrip().startswith("#")}
 
 
-def _sampler(flag: str, value: str) -> dict[str, object]:
-    try:
-        name, schedule = sampler_of(value)
-    except ValueError as error:
-        raise ValueError(f"{flag} {value}: {error}") from None
-    return {"sampler": name, "schedule": schedule} if schedule else {"sampler": name}
+def _of_json(text: str, file: str) -> dict[str, str | dict[str, Any]]:
+    data = text.encode()
+    entries = parse_json(data, file, most_bytes=len(data), most_items=100_000)
+    if not isinstance(entries, list):
+        raise UserError(f"{file}: must be a list of prompts, each a line of text or an object")
+    return _checked(f"{file}: prompt", entries, (str, dict), "must be a line of text or an object")
 
 
-_READ: dict[str, Callable[[str, str], dict[str, object]]] = {
-    "n": _text("negative_prompt"),
-    "w": _whole("width_px", PIXELS_PER_LATENT, LARGEST, PIXELS_PER_LATENT),
-    "h": _whole("height_px", PIXELS_PER_LATENT, LARGEST, PIXELS_PER_LATENT),
-    "d": _whole("seed", 0, _LARGEST_SEED),
-    "s": _whole("steps", 1, MOST_STEPS),
-    "l": _scale,
-    "g": _scale,  # of models that are told their guidance; for SDXL the same
-    "ss": _sampler,
-}
+def _of_toml(text: str, file: str) -> dict[str, dict[str, Any]]:
+    tables = parse_toml(text, file)
+    if others := [name for name in tables if name != "prompt"]:
+        mend = "did you mean `prompt`?" if nearest(others[0], ["prompt"]) else _SHAPE
+        wrong = "belongs below [prompt]" if others[0] in BY_NAME else f"unknown key; {mend}"
+        raise UserError(f"{file}: {others[0]}: {wrong}")
+    of_all = tables.get("prompt")
+    if not isinstance(of_all, dict):
+        raise UserError(f"{file}: prompt: {'missing' if of_all is None else 'must be one table'}; {_SHAPE}")
+    subsets = of_all.pop("subset", None)
+    if not isinstance(subsets, list):
+        like = nearest("subset", of_all)
+        mend = f"; did you mean it by `{like}`?" if like else f"; {_SHAPE}"
+        raise UserError(f"{file}: prompt.subset: {'missing' if subsets is None else 'must be a list of tables'}{mend}")
+    if wrong := [f"{file}: prompt.{line}" for line in islice(_wrong_in(of_all, {}), _MOST_TOLD)]:
+        raise UserError(*wrong)
+    found = _checked(f"{file}: prompt.subset", subsets, (dict,), "must be a table")
+    return {place: of_all | subset for place, subset in found.items()}
+
+
+def _checked(place: str, entries: list[Any], kinds: tuple[type, ...], rule: str) -> dict[str, Any]:
+    """Entries by place, counted from 1, if all are of these kinds."""
+    wrong = [f"{place} {n}: {rule}" for n, entry in enumerate(entries, start=1) if not isinstance(entry, kinds)]
+    if wrong:
+        raise UserError(*wrong[:_MOST_TOLD])
+    return {f"{place} {n}": entry for n, entry in enumerate(entries, start=1)}

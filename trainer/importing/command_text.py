@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from trainer.errors import UserError
 from trainer.importing.shell_lines import read_script, until_operator
 
 _SCRIPT = re.compile(
     r"(?:.*[/\\])?(?:(sdxl_train_network|sdxl_train)(?!_textual_inversion|_control_net|_leco)(?:_[\w-]+)?"
-    r"|(train_text_to_image_(?:lora_)?sdxl|train_dreambooth_lora_sdxl))\.py$"
+    r"|(train_text_to_image_(?:lora_)?sdxl|train_dreambooth_lora_sdxl(?:_advanced)?))\.py$"
 )
-SCRIPTS = "sdxl_train.py, sdxl_train_network.py, train_text_to_image_(lora_)sdxl.py or train_dreambooth_lora_sdxl.py"
+SCRIPTS = (
+    "sdxl_train.py, sdxl_train_network.py, train_text_to_image_(lora_)sdxl.py or "
+    "train_dreambooth_lora_sdxl(_advanced).py"
+)
 
 
 @dataclass(frozen=True)
@@ -61,22 +63,6 @@ def command_of_words(words: Sequence[str]) -> Command | None:
         if match := _SCRIPT.fullmatch(word):
             return Command(match[1] or match[2], [*words[:i]], [*words[i + 1 :]])
     return None
-
-
-def read_toml(text: str, place: str) -> dict[str, Any]:
-    """A TOML file's tables.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        import tomli as tomllib  # pyright: ignore[reportMissingImports]
-    try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"{place}: not TOML: {error}") from None
 
 
 def _names_script(text: str) -> bool:

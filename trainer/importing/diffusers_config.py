@@ -6,18 +6,28 @@ from pathlib import Path
 
 from trainer.errors import UserError
 from trainer.importing.command_text import Command
-from trainer.importing.diffusers_options import DREAMBOOTH_NOTHING, DREAMBOOTH_TABLE, NOTHING_HERE, TABLE
+from trainer.importing.diffusers_options import (
+    ADVANCED_NOTHING,
+    ADVANCED_TABLE,
+    DREAMBOOTH_NOTHING,
+    DREAMBOOTH_TABLE,
+    NOTHING_HERE,
+    TABLE,
+)
 from trainer.importing.draft_end import settled
 from trainer.importing.given import Draft, parse_options
 from trainer.importing.launched_by import launched, launched_precision
 
 _FULL, _LORA, _DREAMBOOTH = "train_text_to_image_sdxl", "train_text_to_image_lora_sdxl", "train_dreambooth_lora_sdxl"
-# Where the command says nothing:
-_BATCH = {_FULL: 16, _LORA: 16, _DREAMBOOTH: 4}
-_EPOCHS = {_FULL: 100, _LORA: 100, _DREAMBOOTH: 1}
-_OUTPUT = {_FULL: "runs/diffusers", _LORA: "runs/diffusers", _DREAMBOOTH: "lora-dreambooth-model"}
+_ADVANCED = "train_dreambooth_lora_sdxl_advanced"
+_TABLES = {_DREAMBOOTH: DREAMBOOTH_TABLE, _ADVANCED: ADVANCED_TABLE}
+_NOTHING = {_DREAMBOOTH: DREAMBOOTH_NOTHING, _ADVANCED: DREAMBOOTH_NOTHING | ADVANCED_NOTHING}
+# Where the command says nothing; of the dreambooth scripts, then of the others:
+_BATCH, _EPOCHS, _OUTPUT = (4, 16), (1, 100), ("lora-dreambooth-model", "runs/diffusers")
 _SAVE_EVERY, _WARMUP, _LR, _RANK, _TEXT_LR, _DREAMBOOTH_DECAY = 500, 500, 1e-4, 4, 5e-6, 1e-4
 _UNET_TARGETS = ["*to_q", "*to_k", "*to_v", "*to_out.0"]
+_B_LORA = "unet.up_blocks.0.attentions.0,unet.up_blocks.0.attentions.1"
+_WORD, _VECTORS, _TI_SHARE = "TOK", 2, 0.5
 _TEXT_TARGETS = ["*q_proj", "*k_proj", "*v_proj", "*out_proj"]
 
 
@@ -29,25 +39,27 @@ def import_diffusers(command: Command, place: str, accelerate: Path | None = Non
     Raises:
         UserError: with the option that cannot be understood.
     """
-    script, is_dreambooth = command.script, command.script == _DREAMBOOTH
-    given = parse_options(command.words, place, DREAMBOOTH_TABLE if is_dreambooth else TABLE)
-    draft = Draft(given, reasons=NOTHING_HERE | (DREAMBOOTH_NOTHING if is_dreambooth else {}))
+    script, is_dreambooth = command.script, command.script in (_DREAMBOOTH, _ADVANCED)
+    given = parse_options(command.words, place, _TABLES.get(script, TABLE))
+    draft = Draft(given, reasons=NOTHING_HERE | _NOTHING.get(script, {}))
     has_adapter = script != _FULL
     workers, stage = launched(draft, command, accelerate)
-    _run_and_model(draft, workers, script)
+    _run_and_model(draft, workers, _OUTPUT[not is_dreambooth])
     (_dreambooth_data if is_dreambooth else _data)(draft)
     _squares(draft)
     _crops(draft, in_each_step=script == _LORA)
-    steps = _length(draft, script)
+    steps = _length(draft, _BATCH[not is_dreambooth], _EPOCHS[not is_dreambooth])
     _precision(draft, launched_precision(command, accelerate))
     lr = _learning_rate(draft, workers)
     if has_adapter:
-        _adapter(draft, script)
+        _adapter(draft, is_dreambooth=is_dreambooth)
     draft.leave("rank", "is of the LoRA script")
     draft.leave("train_text_encoder", "is of the LoRA script; trainable.text_encoder_1 and 2 train the whole encoders")
     _optimizer(draft, lr)
     if is_dreambooth:
         _dreambooth_optimizer(draft)
+    if script == _ADVANCED:
+        _new_tokens(draft)
     _schedule(draft, steps, workers)
     _objective(draft)
     _saving(draft, has_adapter=has_adapter)
@@ -57,8 +69,8 @@ def import_diffusers(command: Command, place: str, accelerate: Path | None = Non
     return settled(draft)
 
 
-def _run_and_model(draft: Draft, workers: int | None, script: str) -> None:
-    run_dir = draft.take("output_dir", _OUTPUT[script])
+def _run_and_model(draft: Draft, workers: int | None, output: str) -> None:
+    run_dir = draft.take("output_dir", output)
     draft.put("run.dir", run_dir, "output_dir")
     draft.put("data.prepared", f"{run_dir.rstrip('/')}-prepared")
     if (seed := draft.take("seed")) is not None:
@@ -175,8 +187,8 @@ def _crops(draft: Draft, *, in_each_step: bool) -> None:
                            "faster")  # fmt: skip
 
 
-def _length(draft: Draft, script: str) -> int | None:
-    draft.put("train.batch_size_per_gpu", draft.take("train_batch_size", _BATCH[script]), "train_batch_size")
+def _length(draft: Draft, batch: int, epochs: int) -> int | None:
+    draft.put("train.batch_size_per_gpu", draft.take("train_batch_size", batch), "train_batch_size")
     if (passes := draft.take("gradient_accumulation_steps", 1)) != 1:
         draft.put("train.gradient_accumulation_steps", passes, "gradient_accumulation_steps")
     draft.put("train.max_grad_norm", draft.take("max_grad_norm", 1.0), "max_grad_norm")
@@ -184,7 +196,7 @@ def _length(draft: Draft, script: str) -> int | None:
         draft.put("train.steps", steps, "max_train_steps")
         draft.leave("num_train_epochs", "max_train_steps counts")
         return steps
-    draft.put("train.epochs", draft.take("num_train_epochs", _EPOCHS[script]), "num_train_epochs")
+    draft.put("train.epochs", draft.take("num_train_epochs", epochs), "num_train_epochs")
     return None
 
 
@@ -209,20 +221,69 @@ def _learning_rate(draft: Draft, workers: int | None) -> float:
     return lr
 
 
-def _adapter(draft: Draft, script: str) -> None:
+def _adapter(draft: Draft, *, is_dreambooth: bool) -> None:
     draft.put("adapter.kind", "dora" if draft.take("use_dora") else "lora", "use_dora")
     if dropout := draft.take("lora_dropout"):
         draft.put("adapter.dropout", dropout, "lora_dropout")
     draft.put("adapter.rank", draft.take("rank", _RANK), "rank")
     text = bool(draft.take("train_text_encoder"))
-    draft.put("adapter.targets", _UNET_TARGETS + (_TEXT_TARGETS if text else []))
+    of_unet = _targets(draft)
+    draft.put(
+        "adapter.targets",
+        of_unet + (_TEXT_TARGETS if text else []),
+        "use_blora" if draft.take("use_blora") else "lora_unet_blocks",
+    )
     if text:
         draft.put("adapter.text_encoders", True, "train_text_encoder")
-        if script == _DREAMBOOTH and draft.take("optimizer", "AdamW").lower() != "prodigy":
+        if is_dreambooth and draft.take("optimizer", "AdamW").lower() != "prodigy":
             draft.put("adapter.text_encoder_lr", draft.take("text_encoder_lr", _TEXT_LR), "text_encoder_lr")
     draft.leave("text_encoder_lr", "has no effect without train_text_encoder, or with Prodigy")
     draft.notes.append("adapter.targets are the four matrices of each attention, as in their script; without them all "
                        "linear layers of the transformers train, as with kohya's scripts")  # fmt: skip
+
+
+def _targets(draft: Draft) -> list[str]:
+    """The four matrices of each attention, or of those in whose names stands what a block has behind its first dot."""
+    blocks = draft.take("lora_unet_blocks", "")
+    if draft.take("use_blora"):
+        draft.leave("lora_unet_blocks", "use_blora counts, which has blocks of its own")
+        blocks = _B_LORA
+    found = list[str]()
+    for block in "".join(blocks.split()).split(",") if blocks else []:
+        first, _, rest = block.partition(".")
+        found += [f"*{rest}{each}" for each in _UNET_TARGETS]
+        if first != "unet":
+            draft.notes.append(f"lora_unet_blocks {block}: their script takes off what stands before the first dot, so "
+                               f"that all blocks with `{rest}` in their names train; write unet.{block}")  # fmt: skip
+    return found or _UNET_TARGETS
+
+
+def _new_tokens(draft: Draft) -> None:
+    """Words with vectors of their own (textual inversion), which its authors call pivotal tuning."""
+    own = ("token_abstraction", "num_new_tokens_per_abstraction", "train_text_encoder_ti_frac")
+    if not draft.take("train_text_encoder_ti"):
+        for option in own:
+            draft.leave(option, "has no effect without train_text_encoder_ti")
+        return
+    if draft.take("train_text_encoder"):
+        raise UserError("--train_text_encoder, --train_text_encoder_ti: give one of them, as their script asks")
+    words = [word for word in "".join(draft.take("token_abstraction", _WORD).split()).split(",") if word]
+    vectors = draft.take("num_new_tokens_per_abstraction", _VECTORS)
+    tokens = [{"token": word, "vectors": vectors} for word in words]
+    draft.put("new_tokens.tokens", tokens, "train_text_encoder_ti", *own[:2])
+    decay = draft.take("adam_weight_decay_text_encoder") or draft.take("adam_weight_decay", _DREAMBOOTH_DECAY)
+    draft.put("new_tokens.weight_decay", decay, "adam_weight_decay_text_encoder")
+    if draft.sections["optimizer"]["kind"] != "prodigy":
+        lr = draft.take("text_encoder_lr", _TEXT_LR) or draft.sections["optimizer"]["lr"]
+        draft.put("new_tokens.lr", lr, "text_encoder_lr")
+    draft.notes.append(f"new_tokens: {', '.join(words)} in captions and prompts, as whole words, in capitals or not; "
+                       "their script pulls the spread of the vectors to the vocabulary's after each step, which is "
+                       "not done here")  # fmt: skip
+    share = draft.take("train_text_encoder_ti_frac", _TI_SHARE)
+    if share < 1:
+        draft.notes.append(f"train_text_encoder_ti_frac {share:g}: their script stops the new tokens after this share "
+                           "of the epochs, rounded down, so that in a run of one epoch they do not train at all; here "
+                           "they train to the end")  # fmt: skip
 
 
 def _optimizer(draft: Draft, lr: float) -> None:

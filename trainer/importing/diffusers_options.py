@@ -1,4 +1,4 @@
-"""The options of diffusers' `train_text_to_image_sdxl.py`, its LoRA twin and `train_dreambooth_lora_sdxl.py`.
+"""The options of diffusers' `train_text_to_image_sdxl.py`, its LoRA twin, and both dreambooth scripts.
 
 Types, and why some become nothing here.
 
@@ -91,3 +91,25 @@ DREAMBOOTH_TABLE = OptionTable(
     "train_dreambooth_lora_sdxl.py",
 )
 """Of all options of the dreambooth script."""
+
+ADVANCED_NOTHING: dict[str, str] = {
+    "clip_skip": "the layer before the last is always taken, as SDXL was trained; their script obeys this only while "
+    "it trains the text encoders or new tokens",
+    "cache_latents": "latents are always stored (data.mode: latents)",
+    "train_text_encoder_frac": "an adapter's text encoders train to the end of the run",
+    "train_text_encoder_ti_frac": "new tokens train to the end of the run",
+}
+"""Of the advanced dreambooth script's own options, those that become nothing."""
+ADVANCED_READ: dict[str, str] = {
+    "token_abstraction": TEXT, "num_new_tokens_per_abstraction": WHOLE, "train_text_encoder_ti": FLAG,
+    "lora_unet_blocks": TEXT, "use_blora": FLAG, "noise_offset": NUMBER,
+}  # fmt: skip
+"""Those that are read."""
+ADVANCED_TABLE = OptionTable(
+    {name: kind for name, kind in DREAMBOOTH_TABLE.types.items() if name != "output_kohya_format"}
+    | {"clip_skip": WHOLE, "cache_latents": FLAG, "train_text_encoder_frac": NUMBER}
+    | {"train_text_encoder_ti_frac": NUMBER, "adam_weight_decay_text_encoder": NUMBER}
+    | ADVANCED_READ,
+    "train_dreambooth_lora_sdxl_advanced.py",
+)
+"""Of all options of the advanced dreambooth script."""

@@ -71,6 +71,12 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: is no text in UTF-8") from None
 
 
+def found_beside(name: str, folder: Path) -> Path:
+    """A file that a command names: from here, or else in the folder of the command's own file."""
+    path = Path(name).expanduser()
+    return path if path.exists() or not (folder / path).exists() else folder / path
+
+
 def as_yaml(draft: Draft, told: str) -> str:
     """The file: how to use it, what to know, and the keys."""
     lines = [f"# Imported from {told}.", "#", "#   sdxl-train plan THIS_FILE", "#   sdxl-train THIS_FILE"]

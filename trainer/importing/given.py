@@ -166,7 +166,8 @@ def _value_of(name: str, values: Sequence[str], place: str, table: OptionTable) 
 
 def _shown(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return f"{len(value)} of them" if len(value) > 1 else "one"
+        first = ", ".join(_shown(each) for each in [*value[0].values()][:2])  # kind and path, word and number
+        return f"{first}, and {len(value) - 1} more" if len(value) > 1 else first
     if isinstance(value, dict | list):
         text = str(value)
         return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,8 +8,9 @@ from typing import Any
 
 from trainer.config.sections.optimizer_config import FINDS_LR
 from trainer.errors import UserError
-from trainer.importing.command_text import Command, read_command, read_toml
-from trainer.importing.draft_end import read_text, settled
+from trainer.guards import parse_toml
+from trainer.importing.command_text import Command, read_command
+from trainer.importing.draft_end import found_beside, read_text, settled
 from trainer.importing.given import Draft, parse_options, passed_over, typed_options
 from trainer.importing.kohya_data import check_dataset_keys, data_of
 from trainer.importing.kohya_options import NOTHING_HERE
@@ -38,10 +39,14 @@ def import_file(place: Path, accelerate: Path | None = None) -> Draft:
     """
     text = read_text(place)
     if place.suffix.lower() == ".toml":
-        table = read_toml(text, str(place))
+        table = parse_toml(text, str(place))
         if "datasets" in table:
             rule = "is a dataset file; give the command or the arguments' file that names it by dataset_config"
             raise UserError(f"{place}: {rule}")
+        if isinstance(table.get("prompt"), dict):
+            raise UserError(
+                f"{place}: is a file of prompts, for samples.prompt_file; give the arguments' file or command"
+            )
         return import_options(typed_options(table, str(place)), Command(), accelerate, place.parent)
     return import_command(read_command(text, str(place)), str(place), accelerate)
 
@@ -54,15 +59,9 @@ def import_command(command: Command, place: str, accelerate: Path | None = None)
     """
     given = parse_options(command.words, place)
     if file := given.get("config_file"):
-        path = _found(file if str(file).endswith(".toml") else f"{file}.toml", Path(place).parent)
-        given = typed_options(read_toml(read_text(path), str(path)), str(path)) | given
+        path = found_beside(file if str(file).endswith(".toml") else f"{file}.toml", Path(place).parent)
+        given = typed_options(parse_toml(read_text(path), str(path)), str(path)) | given
     return import_options(given, command, accelerate, Path(place).parent)
-
-
-def _found(name: str, folder: Path) -> Path:
-    """A file that a command names: from here, or else beside the command's own file."""
-    path = Path(name).expanduser()
-    return path if path.exists() or not (folder / path).exists() else folder / path
 
 
 def import_options(
@@ -79,8 +78,8 @@ def import_options(
     _run_and_model(draft, workers)
     dataset = None
     if file := given.get("dataset_config"):
-        path = _found(file, folder)
-        dataset = read_toml(read_text(path), str(path))
+        path = found_beside(file, folder)
+        dataset = parse_toml(read_text(path), str(path))
         check_dataset_keys(draft, dataset, str(path))
     steps = _length(draft, has_adapter=has_adapter)
     precision_of_options(draft, has_adapter=has_adapter)
@@ -90,7 +89,7 @@ def import_options(
     objective_of_options(draft)
     data_of(draft, dataset)
     saving_of_options(draft)
-    samples_of_options(draft)
+    samples_of_options(draft, folder)
     _memory(draft, workers, stage, has_adapter=has_adapter)
     draft.leave("config_file", "its options are taken as if they stood in the command")
     return settled(draft)

@@ -6,8 +6,10 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from trainer.config.prompt_file import read_prompts, sampler_of
+from trainer.config.prompt_file import read_prompts
+from trainer.config.prompt_settings import sampler_of
 from trainer.errors import UserError
+from trainer.importing.draft_end import found_beside
 from trainer.importing.given import Draft
 
 _KINDS = {
@@ -276,12 +278,12 @@ def saving_of_options(draft: Draft) -> None:
         draft.leave(f"metadata_{name}", f"`sdxl-train export --{name.replace('_', '-')}` writes it")
 
 
-def samples_of_options(draft: Draft) -> None:
-    """`samples` and `validation`."""
+def samples_of_options(draft: Draft, folder: Path) -> None:
+    """`samples` and `validation`; a file of prompts may lie in `folder`."""
     if every := draft.take("sample_every_n_steps"):
         draft.put("samples.every_steps", every, "sample_every_n_steps")
         if file := draft.take("sample_prompts"):
-            _prompt_file(draft, file)
+            _prompt_file(draft, found_beside(file, folder))
         if word := draft.take("sample_sampler"):
             _sampler(draft, word)
     draft.leave("sample_every_n_epochs", "samples are drawn by steps (samples.every_steps)")
@@ -301,9 +303,8 @@ def _trackers(draft: Draft) -> None:
     draft.leave("log_with", f"{tracker}: TensorBoard's files are written where nothing else is said (log.trackers)")
 
 
-def _prompt_file(draft: Draft, file: str) -> None:
-    """A file of prompts is read as it is, flags and all."""
-    path = Path(file).expanduser()
+def _prompt_file(draft: Draft, path: Path) -> None:
+    """A file of prompts is read as it is, whatever its kind."""
     try:
         read_prompts(path)
     except UserError as error:

@@ -1,6 +1,7 @@
 """First configurations: what is found, what comes out for which cards, and that `plan` takes it."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ def test_every_machine_gets_a_right_configuration(photos: Path, aim: Aim, cards:
     config = Config.model_validate(first_config(wanted))
     assert broken_rules(config) == []
     assert (config.adapter.kind == "lora") == (aim == "lora") and bool(config.new_tokens.tokens) == (aim == "word")
+    batch = config.train.global_batch_size or config.train.batch_size_per_gpu * max(cards, 1)
+    steps = config.train.epochs * -(-7 // batch)  # as many as there are at least, whatever the buckets
+    assert config.lr_schedule.warmup_steps <= steps / 10 and config.samples.every_steps <= steps / 10
+    many = first_config(replace(wanted, images=replace(wanted.images, images=10**6)))
+    assert many["lr_schedule"]["warmup_steps"] >= config.lr_schedule.warmup_steps > 0
+    assert many["samples"]["every_steps"] in (0, 500, 2000)
     if aim == "full" and cards == 4:
         assert config.trainable.text_encoder_1.train and config.train.precision == "bf16"
     if aim == "full" and (cards, gib) == (1, 16):
@@ -54,7 +61,7 @@ def test_what_is_found(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text("{}")
     assert look_at(tmp_path / "meta.json").source["type"] == "kohya_json"
     (tmp_path / "empty").mkdir()
-    for place, said in (("empty", "holds no images"), ("none", "no such folder")):
+    for place, said in (("empty", "holds no images"), ("plane", r"no such folder of .*; did you mean `.*/plain`\?")):
         with pytest.raises(UserError, match=said):
             look_at(tmp_path / place)
 

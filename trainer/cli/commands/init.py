@@ -71,7 +71,9 @@ def main(argv: Sequence[str]) -> int:
         word=_word_of(arguments.word, aim),
     )
     where = f"{cards} card{'s' * (cards > 1)} of {card_gib:.0f} GiB" if cards else "the CPU"
-    text = commented(first_config(wanted), str(out), f"{_AIMS[aim].capitalize()} on {where}: {found.told}.")
+    text = commented(
+        first_config(wanted), str(out), f"{_AIMS[aim][:1].upper()}{_AIMS[aim][1:]} on {where}: {found.told}."
+    )
     partial = out.with_name(f"{out.name}.tmp")
     try:
         partial.write_text(text, encoding="utf-8")

@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
         partial.replace(out)
     except OSError as error:
         raise UserError(f"{out}: could not be written: {error.strerror}") from None
-    print(f"wrote {out} ({len(text) / 1e6:.1f} MB); open it in a browser")
+    size = f"{len(text) / 1e6:.1f} MB" if len(text) >= 1e6 else f"{len(text) / 1e3:.0f} KB"
+    print(f"wrote {out} ({size}); open it in a browser")
     return 0
 
 

@@ -20,7 +20,7 @@ examples:
   sdxl-train sample runs/foxes --prompt "a red fox in snow" samples.guidance_scale=5
       writes runs/foxes/samples/drawn/step-00001000/, and a sheet beside it
   sdxl-train sample runs/foxes --prompt-file prompts.txt samples.sampler=dpmpp_2m samples.schedule=karras
-      a prompt a line, with flags such as --w 832 --h 1216 --d 7
+      a prompt a line, with flags such as --w 832 --h 1216 --d 7; kohya's .json and .toml as well
   sdxl-train sample runs/foxes --timeline
       writes runs/foxes/samples/timeline.png: what the training has drawn, prompts below each other, steps beside
 """
@@ -39,7 +39,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the run's")
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
-    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="prompts, one a line, with kohya's flags")
+    parser.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help="prompts: .txt, .json or .toml as kohya's scripts take them"
+    )
     parser.add_argument("--timeline", action="store_true", help="one sheet of what the training has drawn so far")
     parser.add_argument("--out", type=Path, help=f"where to write (default: RUN_DIR/{SAMPLES}/{BY_HAND})")
     add_weights_name(parser)

@@ -72,10 +72,23 @@ def first_config(wanted: Wanted) -> dict[str, Any]:
     if wanted.cards:
         sections["memory"] = {"budget": f"{budget:g}GiB"} | sections.get("memory", {})
     sections["checkpoint"] = {"every": "15min", "export": {"when": "end"}}
-    steps = 2000 if wanted.aim == "full" else 500
-    sections["samples"] = {"every_steps": steps if budget >= 9 or not wanted.cards else 0}
+    often = _within_the_run(wanted, sections, 2000 if wanted.aim == "full" else 500)
+    sections["samples"] = {"every_steps": often if budget >= 9 or not wanted.cards else 0}
     order = [name for name in _COMMENTS if name in sections]
     return {name: sections[name] for name in order}
+
+
+def _within_the_run(wanted: Wanted, sections: dict[str, Any], often: int) -> int:
+    """Of few images the run is short: then a tenth of it is the warm-up, and samples are drawn as often; how often."""
+    train = sections["train"]
+    if wanted.images.images is None:
+        return often
+    batch = train.get("global_batch_size") or train["batch_size_per_gpu"] * max(wanted.cards, 1)
+    tenth = max(1, train["epochs"] * -(-wanted.images.images // batch) // 10)
+    tenth -= tenth % 10 ** (len(str(tenth)) - 1)
+    schedule = sections["lr_schedule"]
+    schedule["warmup_steps"] = min(schedule["warmup_steps"], tenth)
+    return min(often, tenth)
 
 
 def _rounded(card_gib: float) -> float:
@@ -141,7 +154,8 @@ def commented(sections: dict[str, Any], file: str, told: str) -> str:
     lines = [f"# {told}", "#"]
     for command, what in (("plan", "look first: what fits and why, steps, data, captions"),
                           ("train", "prepare the data if needed, then train; the same command goes on")):  # fmt: skip
-        lines.append(f"#   sdxl-train {'plan ' if command == 'plan' else ''}{file}   {what}")
+        typed = f"sdxl-train {'plan ' if command == 'plan' else ''}{file}"
+        lines.append(f"#   {typed:{len(file) + len('sdxl-train plan ')}}   {what}")
     lines += ["#", "# Every key there is: docs/config.md, or `sdxl-train schema` for an editor.", ""]
     for name, section in sections.items():
         lines += [f"# {_COMMENTS[name]}", dump({name: section}).rstrip(), ""]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config.spelling import nearest_path
 from trainer.data.images import EXTENSIONS
 from trainer.errors import UserError
 
@@ -46,7 +47,8 @@ def look_at(place: Path) -> FoundImages:
     if place.is_file() and place.suffix.lower() == ".parquet":
         return FoundImages({"type": "parquet", "files": str(place)}, None, "a parquet file")
     if not place.is_dir():
-        raise UserError(f"{place}: no such folder of images, parquet file or metadata file")
+        meant = "" if place.exists() else nearest_path(place)
+        raise UserError(f"{place}: no such folder of images, parquet file or metadata file{meant}")
     endings, names, is_all = _endings(place)
     images = sum(count for ending, count in endings.items() if ending in EXTENSIONS)
     if not images:

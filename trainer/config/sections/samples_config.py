@@ -43,8 +43,9 @@ class SamplesConfig(Section):
     images: list[SampleImageConfig] = []
     """Images with settings of their own, after those of `prompts`, such as `[{prompt: a red fox, seed: 7}]`."""
     prompt_file: PathField | None = None
-    """A text file with a prompt a line, after those of `images`. A line may end in flags as in kohya's scripts, such as
-    `--n blurry --w 832 --h 1216 --d 7 --s 20 --l 5`; `#` begins a comment. It is read when the command starts."""
+    """A file of prompts as kohya's scripts take it, after those of `images`: `.json`, `.toml`, or text with a prompt
+    a line. A line may end in flags such as `--n blurry --w 832 --h 1216 --d 7 --s 20 --l 5`; `#` begins a comment. It
+    is read when the command starts."""
     negative_prompt: str = ""
     """What the images are guided away from."""
     count: PositiveInt = 8
