@@ -13,7 +13,7 @@ from tests.worker_group import run_group, worker_environments
 
 SCRIPT = Path(__file__).parent / "shared_run_script.py"
 WHOLE = ("ddp:fp32:1", "ddp:fp32:3", "zero2:fp32:3", "zero3:fp32:1")
-OF_GROUPS = ("zero2@2:fp32:3", "zero3@2:fp32:1", "zero2@2:bf16:3")  # two workers hold all of it, and two others the same
+OF_GROUPS = ("zero2@2:fp32:3", "zero3@2:fp32:1", "zero2@2:bf16:3")  # two workers hold all, two others the same
 QUICK = (*WHOLE, *OF_GROUPS)
 OF_OBJECTIVES = ("ddp:fp32:1:flow", "ddp:fp32:3:v", "zero2:fp32:3:noises", "ddp:fp32:3:edm", "zero2:fp32:1:masked")
 OF_OTHERS = ("ddp:fp32:3:companions", "zero2:fp32:1:importance", "ddp:fp32:3:learned", "zero2:fp32:3:loss_weights")

@@ -9,7 +9,7 @@ CASES = [Case("mini", "ddp", 2, passes, False, exchange=method) for method in ME
 
 @pytest.mark.slow
 def test_the_plan_counts_what_an_exchange_holds() -> None:
-    # What gloo's thread is the last to free is not seen, now and then, and counted to the end: the smaller of two is right.
+    # What gloo's thread is the last to free is not seen, now and then, and counted to the end: take the smaller of two.
     measured = list(measure_all(CASES * 2, alone=False))
     assert len(measured) == 2 * len(CASES)
     for case, found in zip(CASES, map(min, measured[: len(CASES)], measured[len(CASES) :]), strict=True):
