@@ -107,7 +107,7 @@ def test_smoke(tmp_path: Path, model_folder: Path, photos: Path, config_file: Pa
     unet = UNet2DConditionModel.from_pretrained(run_dir / "checkpoints/step-00000008/unet", local_files_only=True)
     assert unet.config["addition_embed_type"] == "text_time"
 
-    done = typed(run_dir / "config.resolved.yaml", "train.steps=10", "--resume", "true")
+    done = sdxl_train(run_dir / "config.resolved.yaml", "train.steps=10", "--resume", "true")
     assert "goes on after step 8, 2 steps to go" in done.stderr
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     kinds = {step: sorted(record["kind"] for record in records if record["step"] == step) for step in (8, 9, 10)}
