@@ -146,8 +146,8 @@ def _begin() -> None:
         sys.argv = arguments
         sys.path.insert(0, str(Path(arguments[0]).parent))
         runpy.run_path(arguments[0], run_name="__main__")
-    else:
-        _run_command(arguments)
+        end_without_teardown(0)
+    _run_command(arguments)
 
 
 def _become_template(requests: socket.socket, parent: str, *modules: str) -> NoReturn:
@@ -194,9 +194,13 @@ def _run_command(arguments: Sequence[str]) -> NoReturn:
     sys.argv = ["sdxl-train", *arguments]
     try:
         code = main()
-    except SystemExit as end:  # of argparse
-        code = int(end.code or 0)
-    # As an interpreter ends, but without taking all that is imported to pieces.
+    except SystemExit as ended:  # of argparse
+        code = int(ended.code or 0)
+    end_without_teardown(code)
+
+
+def end_without_teardown(code: int) -> NoReturn:
+    """As an interpreter ends, but without taking all that is imported to pieces."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

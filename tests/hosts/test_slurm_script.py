@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.hosts.hosted_run import PATIENCE_S, steps_of, tensor_hashes, wait_until, write_run
+from tests.hosts.warm_server import warm_python
 from trainer.checkpoint.run_dir import list_checkpoints
 
 pytestmark = pytest.mark.e2e
@@ -58,7 +59,7 @@ def job(tmp_path: Path) -> dict[str, str]:
     for name, text in STAND_INS.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{tmp_path}:{warm_python()['PATH']}"
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "1"}
     here = {"PATH": path, "STAND_INS": str(tmp_path), "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     return os.environ | here | slurm | {"CUDA_VISIBLE_DEVICES": "", "LINGER": "0"}
