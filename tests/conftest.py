@@ -25,6 +25,19 @@ esac
 """
 
 
+# Begun at the end, one of these would keep one process at work while the others have nothing left.
+_LONGEST = (
+    "tests/test_end_to_end.py", "tests/notify/", "tests/hosts/", "tests/test_prepare_commands.py",
+    "tests/test_host_faults.py", "tests/wire/", "tests/train/test_shared_runs.py", "tests/train/test_grouped_runs.py",
+    "tests/adapters/", "tests/train/guard/",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
+
+
 def pytest_collection_finish() -> None:
     """From here on garbage is collected again, without a look at what was imported."""
     gc.freeze()
