@@ -9,8 +9,6 @@ import pytest
 
 from trainer.cli.keep_running import _IMPORTS
 
-pytestmark = pytest.mark.e2e
-
 LARGE = {"diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip"}
 OF_TRAINING = {"diffusers.models.unets.unet_2d_condition", "torch.distributed.fsdp"}
 # What begins all lists is imported once, and the rest of each list in a fork.
