@@ -121,6 +121,7 @@ def test_skypilots_task_trains(tmp_path: Path, model_folder: Path) -> None:
     sky |= {"SKYPILOT_NUM_GPUS_PER_NODE": "2", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     sky |= {"CONFIG": str(tmp_path / "config.yaml"), "SHARED": str(tmp_path), "OVERRIDES": "train.steps=2 run.dir=mine"}
     env = os.environ | sky | {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    env["PYTHON_EXEC"] = warm_python()["PYTHON_EXEC"]
     done = subprocess.run(
         ["bash", "-c", task["run"]], cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S
     )
