@@ -130,7 +130,7 @@ def test_smoke(tmp_path: Path, model_folder: Path, photos: Path, config_file: Pa
     with Image.open(drawn / "step-00000010-2/00.png") as image:
         assert image.size == (192, 128) and "Sampler: DDIM" in image.info["parameters"]
     assert sorted(path.name for path in (drawn / "step-00000010").iterdir()) == ["00.png", "01.png"]
-    wrong = sdxl_train("sample", run_dir, "--prompt", "a", "samples.sampler=heun", expect=2)
+    wrong = typed("sample", run_dir, "--prompt", "a", "samples.sampler=heun", expect=2)
     assert "samples.sampler = heun: must be one of euler, euler_a, ddim, dpmpp_2m" in wrong.stderr
     sdxl_train("sample", run_dir, "--timeline")
     assert (run_dir / "samples/timeline.png").is_file()
@@ -339,10 +339,10 @@ def test_torchrun_joins(tmp_path: Path, config_file: Path) -> None:
 
 
 def test_a_wrong_config_is_one_line_per_problem(tmp_path: Path, config_file: Path) -> None:
-    done = sdxl_train(config_file, "train.stpes=5", "optimizer.lr=fast", expect=2)
+    done = typed("prepare", config_file, "train.stpes=5", "optimizer.lr=fast", expect=2)
     lines = done.stderr.splitlines()
     assert len(lines) == 2 and "did you mean `steps`" in lines[0] and "must be a number" in lines[1]
-    missing = sdxl_train(tmp_path / "none.yaml", expect=2)
+    missing = typed(tmp_path / "none.yaml", expect=2)
     assert len(missing.stderr.splitlines()) == 1
 
 

@@ -1,9 +1,8 @@
 """Processes that begin with the libraries imported: forks of one that has imported them for all of this test process.
 
-Importing torch, diffusers and transformers takes six seconds of CPU in each new process, which is most of what a short
-run takes. So scripts of workers, whole commands, and templates of workers (`trainer/parallel/worker_template.py`, by
-which all of this is forked) begin behind it. Commands that are new processes throughout are those of
-`test_end_to_end.py::test_smoke` and of tests that start Python by themselves.
+Importing torch, diffusers and transformers takes seconds of CPU in each new process, most of what a short run takes. So
+scripts of workers, whole commands, and templates of workers (`trainer/parallel/worker_template.py`, by which all of
+this is forked) begin behind it. `typed` in `test_end_to_end.py` is for commands that are new processes throughout.
 """
 
 import atexit
