@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,37 @@ esac
 """
 
 
+# Begun at the end, one of these would keep one process at work while the others have nothing left.
+_LONGEST = (
+    "tests/test_end_to_end.py", "tests/notify/", "tests/hosts/", "tests/test_prepare_commands.py",
+    "tests/test_host_faults.py", "tests/wire/", "tests/train/test_shared_runs.py", "tests/train/test_grouped_runs.py",
+    "tests/adapters/", "tests/train/guard/",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
+
+
 def pytest_collection_finish() -> None:
     """From here on garbage is collected again, without a look at what was imported."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_templates(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Workers that this process starts, as a command does, do not import everything anew."""
+    if not any(item.get_closest_marker("e2e") or item.get_closest_marker("slow") for item in request.session.items):
+        yield
+        return
+    from tests.warm_processes import WarmTemplate
+    from trainer.cli import keep_running
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keep_running, "WorkerTemplate", WarmTemplate)
+        yield
 
 
 def _byte_symbols() -> list[str]:

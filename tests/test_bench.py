@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.warm_processes import sdxl_train
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.e2e
 
@@ -18,6 +20,10 @@ def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"SDXL_TRAIN_PYTHON": sys.executable}
     return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=1500)
+
+
+def without_cards(*arguments: object, cwd: Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    return sdxl_train(*arguments, cwd=cwd, expect=expect, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
 
 
 def config_in(folder: Path, model: Path, **memory: str) -> Path:
@@ -46,8 +52,7 @@ def config_in(folder: Path, model: Path, **memory: str) -> Path:
 def test_two_strategies(model_folder: Path, tmp_path: Path) -> None:
     config = config_in(tmp_path, model_folder)
     options = ("--steps", 2, "--warmup", 1, "--batch-sizes", 1, "--strategies", "ddp,zero2", "--bucket-sizes", 0.5)
-    done = run(sys.executable, "-m", "trainer", "bench", config, *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = without_cards("bench", config, *options, cwd=tmp_path)
     assert "ddp, batch 1, buckets of 0.5 MiB" in done.stdout and "zero2, batch 1 " in done.stdout
     report = json.loads((tmp_path / "run" / "bench.json").read_text())
     assert [(row["strategy"], row["error"]) for row in report["rows"]] == [("ddp", None), ("zero2", None)]
@@ -66,8 +71,7 @@ def test_two_strategies(model_folder: Path, tmp_path: Path) -> None:
 def test_what_cannot_fit_ends_its_row_alone(model_folder: Path, tmp_path: Path) -> None:
     config = config_in(tmp_path, model_folder, budget="1MiB")
     options = ("--steps", 1, "--warmup", 1, "--batch-sizes", "1,2", "--strategies", "ddp")
-    done = run(sys.executable, "-m", "trainer", "bench", config, *options, cwd=tmp_path)
-    assert done.returncode == 1
+    done = without_cards("bench", config, *options, cwd=tmp_path, expect=1)
     rows = json.loads((tmp_path / "run" / "bench.json").read_text())["rows"]
     assert len(rows) == 2 and all("memory: each worker needs" in row["error"] for row in rows)
     assert "nothing could be measured" in done.stdout
@@ -77,8 +81,7 @@ def test_optimizers_are_compared_and_the_plan_tells_their_seconds(model_folder: 
     """Spread over two workers; what the run does not go with is told, with the reason, and nothing else is left."""
     config = config_in(tmp_path, model_folder, strategy="zero2")
     options = ("--steps", 1, "--warmup", 1, "--optimizers", "adamw,came,schedule_free_adamw")
-    done = run(sys.executable, "-m", "trainer", "bench", config, *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = without_cards("bench", config, *options, cwd=tmp_path)
     report = json.loads((tmp_path / "run" / "bench_optimizers.json").read_text())
     assert (report["workers"], report["own_kind"], report["strategy"]) == (2, "adamw", "zero2")
     adamw, came, schedule_free = report["rows"]
@@ -90,8 +93,7 @@ def test_optimizers_are_compared_and_the_plan_tells_their_seconds(model_folder: 
     assert schedule_free["refused"] and "ema.averages" in schedule_free["error"]
     assert "* adamw" in done.stdout and "refused: ema.averages" in done.stdout
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["bench_optimizers.json"]
-    planned = run(sys.executable, "-m", "trainer", "plan", config, cwd=tmp_path)
-    assert planned.returncode == 0, planned.stderr
+    planned = without_cards("plan", config, cwd=tmp_path)
     told = {line.split()[0]: line for line in planned.stdout.splitlines() if " bytes a weight " in line}
     assert f"{adamw['alone_s']:.4f} s/step  chosen" in told["adamw"] and f"{came['alone_s']:.4f} s/step" in told["came"]
     assert "not measured" in told["muon"]

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -18,6 +17,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.warm_processes import WarmCommand, sdxl_train
 from trainer.checkpoint.run_dir import only_writer
 from trainer.optim.ema_profile import PlainEma, PowerEma
 from trainer.parallel.worker import process_name
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.e2e
 COMMAND = [sys.executable, "-W", "error", "-m", "trainer"]
 
 
-def sdxl_train(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command and return what it printed; its exit code must be `expect`."""
+def typed(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command as a new process; its exit code must be `expect`."""
     done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=12000)
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
@@ -90,7 +90,7 @@ def test_smoke(tmp_path: Path, model_folder: Path, photos: Path, config_file: Pa
     run_dir, prepared = tmp_path / "run", tmp_path / "prepared"
     overrides = [f"run.dir={run_dir}", f"data.prepared={prepared}", "launch.workers=2", "checkpoint.every_steps=3"]
     overrides += ["validation.every_steps=4", "samples.every_steps=8", "samples.count=3", "samples.steps=2"]
-    done = sdxl_train(config_file, *overrides)
+    done = typed(config_file, *overrides)
     assert "2 workers x 1 image x 2 accumulation = 4 images per step" in done.stderr
     names = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()}
     events = {name for name in names if name.startswith("tensorboard/events.")}
@@ -113,7 +113,7 @@ def test_smoke(tmp_path: Path, model_folder: Path, photos: Path, config_file: Pa
     kinds = {step: sorted(record["kind"] for record in records if record["step"] == step) for step in (8, 9, 10)}
     assert kinds == {8: (ends := ["phases", "train", "validation"]), 9: ["train"], 10: ends}
 
-    done = sdxl_train("eval", run_dir, "samples.steps=2")
+    done = typed("eval", run_dir, "samples.steps=2")
     record = json.loads((run_dir / "eval/step-00000010/validation.json").read_text())
     assert record["images"] > 0 and f"validation loss {record['loss']:.5f}" in done.stderr
     assert (run_dir / "eval/step-00000010/samples.png").is_file()
@@ -134,7 +134,7 @@ def test_smoke(tmp_path: Path, model_folder: Path, photos: Path, config_file: Pa
     assert sorted(path.name for path in (drawn / "step-00000010").iterdir()) == ["00.png", "01.png"]
     for name in ("00.png", "01.png"):  # the same prompts, however they are written
         assert (drawn / "step-00000010" / name).read_bytes() == (drawn / "step-00000010-2" / name).read_bytes()
-    wrong = sdxl_train("sample", run_dir, "--prompt", "a", "samples.sampler=heun", expect=2)
+    wrong = typed("sample", run_dir, "--prompt", "a", "samples.sampler=heun", expect=2)
     assert "samples.sampler = heun: must be one of euler, euler_a, ddim, dpmpp_2m" in wrong.stderr
     sdxl_train("sample", run_dir, "--timeline")
     assert (run_dir / "samples/timeline.png").is_file()
@@ -168,8 +168,7 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path: Path, config_file: Pa
     shared = [config_file, f"launch.workers={workers}", f"train.global_batch_size={images}", "train.steps=20"]
     shared += ["data.workers=1"]
     sdxl_train(*shared, f"run.dir={straight}")
-    command = [*COMMAND, *map(str, shared), f"run.dir={interrupted}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with WarmCommand(*shared, f"run.dir={interrupted}") as process:
         _wait_for_steps(interrupted, 5, process)
         process.send_signal(signal.SIGTERM)
         _, printed = process.communicate(timeout=600)
@@ -199,7 +198,7 @@ def test_a_worker_that_is_killed_or_stopped_costs_the_steps_since_the_last_check
     """The same command goes on by itself, and ends with the same bits."""
     run_dir = tmp_path / "run"
     shared = [*_thirty_steps(config_file), f"run.dir={run_dir}", "launch.hang_after_s=2", "launch.hang_at_start_s=300"]
-    with subprocess.Popen([*COMMAND, *map(str, shared)], stderr=subprocess.PIPE, text=True) as process:
+    with WarmCommand(*shared) as process:
         _wait_for_steps(run_dir, 9, process)
         _worker(process, 1).kill()
         _wait_for_event(run_dir, "starting again", 1, process)
@@ -222,7 +221,7 @@ def test_a_worker_that_is_killed_or_stopped_costs_the_steps_since_the_last_check
     assert losses(run_dir) == losses(straight)
 
 
-def _wait_for_checkpoints(run_dir: Path, count: int, process: "subprocess.Popen[Any]") -> None:
+def _wait_for_checkpoints(run_dir: Path, count: int, process: WarmCommand) -> None:
     """They are written beside the steps, and appear some steps later."""
     for _ in range(3000):
         if len(list((run_dir / "checkpoints").glob("step-????????/manifest.json"))) >= count:
@@ -232,12 +231,12 @@ def _wait_for_checkpoints(run_dir: Path, count: int, process: "subprocess.Popen[
     raise AssertionError("no checkpoints came")
 
 
-def _worker(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+def _worker(process: WarmCommand, rank: int) -> psutil.Process:
     children = psutil.Process(process.pid).children()
     return next(child for child in children if child.name() == process_name(rank))
 
 
-def _wait_for_event(run_dir: Path, words: str, count: int, process: subprocess.Popen[str]) -> None:
+def _wait_for_event(run_dir: Path, words: str, count: int, process: WarmCommand) -> None:
     events = run_dir / "events.txt"
     for _ in range(3000):
         if events.is_file() and events.read_text().count(words) >= count:
@@ -250,7 +249,7 @@ def _wait_for_event(run_dir: Path, words: str, count: int, process: subprocess.P
 def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, config_file: Path, straight: Path) -> None:
     """SIGKILL of the whole command: no orphan goes on, nothing half-written is taken for whole, the end is the same."""
     killed, shared = tmp_path / "killed", _thirty_steps(config_file)
-    with subprocess.Popen([*COMMAND, *map(str, shared), f"run.dir={killed}"], stderr=subprocess.DEVNULL) as process:
+    with WarmCommand(*shared, f"run.dir={killed}") as process:
         _wait_for_checkpoints(killed, 2, process)
         started = psutil.Process(process.pid).children(recursive=True)
         process.kill()
@@ -310,8 +309,7 @@ def test_more_workers_take_over_in_mid_epoch(tmp_path: Path, config_file: Path) 
     plan = sdxl_train("plan", *shared, "train.epochs=1", "launch.workers=2").stdout
     match = re.search(r"(\d+) training images in", plan)
     assert match
-    command = [*COMMAND, *map(str, shared), "train.epochs=1", "launch.workers=2", "checkpoint.every_steps=3"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with WarmCommand(*shared, "train.epochs=1", "launch.workers=2", "checkpoint.every_steps=3") as process:
         _wait_for_steps(run_dir, 3, process)
         process.send_signal(signal.SIGTERM)
         _, printed = process.communicate(timeout=600)
@@ -327,8 +325,7 @@ def test_more_workers_take_over_in_mid_epoch(tmp_path: Path, config_file: Path) 
 
 def test_two_commands_do_not_share_a_run_directory(tmp_path: Path, config_file: Path) -> None:
     run_dir = tmp_path / "run"
-    command = [*COMMAND, str(config_file), f"run.dir={run_dir}", "train.steps=100000"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    with WarmCommand(config_file, f"run.dir={run_dir}", "train.steps=100000") as process:
         _wait_for_steps(run_dir, 1, process)
         second = sdxl_train(config_file, f"run.dir={run_dir}", expect=2)
         process.terminate()
@@ -346,10 +343,10 @@ def test_torchrun_joins(tmp_path: Path, config_file: Path) -> None:
 
 
 def test_a_wrong_config_is_one_line_per_problem(tmp_path: Path, config_file: Path) -> None:
-    done = sdxl_train(config_file, "train.stpes=5", "optimizer.lr=fast", expect=2)
+    done = typed("prepare", config_file, "train.stpes=5", "optimizer.lr=fast", expect=2)
     lines = done.stderr.splitlines()
     assert len(lines) == 2 and "did you mean `steps`" in lines[0] and "must be a number" in lines[1]
-    missing = sdxl_train(tmp_path / "none.yaml", expect=2)
+    missing = typed(tmp_path / "none.yaml", expect=2)
     assert len(missing.stderr.splitlines()) == 1
 
 
@@ -380,7 +377,7 @@ def test_a_moved_run_goes_on_where_it_lies_and_one_run_has_one_writer(tmp_path: 
     assert done.stderr.count("\n") == 1
 
 
-def _wait_for_steps(run_dir: Path, count: int, process: subprocess.Popen) -> None:
+def _wait_for_steps(run_dir: Path, count: int, process: WarmCommand) -> None:
     deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline:
         metrics = run_dir / "metrics.jsonl"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_end_to_end import config_file, photos, sdxl_train  # noqa: F401 - fixtures
+from tests.test_end_to_end import config_file, photos  # noqa: F401 - fixtures
+from tests.warm_processes import sdxl_train
 
 pytestmark = pytest.mark.e2e
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,11 +12,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.warm_processes import WarmCommand, sdxl_train
 from trainer.parallel.worker import process_name
 
 pytestmark = pytest.mark.e2e
 
-COMMAND = [sys.executable, "-W", "error", "-m", "trainer"]
 LONG_S = 600
 
 
@@ -49,18 +47,14 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) ->
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    done = subprocess.run([*COMMAND, "prepare", str(path)], capture_output=True, text=True, timeout=LONG_S)
-    assert done.returncode == 0, done.stderr
+    sdxl_train("prepare", path)
     return path
 
 
-def sdxl_train(*arguments: object) -> "subprocess.Popen[str]":
-    return subprocess.Popen([*COMMAND, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
-
-
-def finished(process: "subprocess.Popen[str]", expect: int = 0) -> str:
+def finished(process: WarmCommand, expect: int = 0) -> str:
     """What the command printed."""
-    _, printed = process.communicate(timeout=LONG_S)
+    with process:
+        _, printed = process.communicate(timeout=LONG_S)
     assert process.returncode == expect, printed
     assert "Traceback" not in printed, printed
     return printed
@@ -81,7 +75,7 @@ def events(run_dir: Path) -> list[str]:
     return [line[21:] for line in (run_dir / "events.txt").read_text().splitlines()]
 
 
-def wait_for_step(run_dir: Path, step: int, process: "subprocess.Popen[str]") -> None:
+def wait_for_step(run_dir: Path, step: int, process: WarmCommand) -> None:
     for _ in range(10 * LONG_S):
         metrics = run_dir / "metrics.jsonl"
         if metrics.is_file() and any(json.loads(line)["step"] >= step for line in metrics.read_text().splitlines()):
@@ -103,7 +97,7 @@ def write_cards(path: Path, lost: int | None = None) -> None:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, config_file: Path) -> Path:
     """Four workers with three images each, that nothing happens to."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    finished(sdxl_train(config_file, f"run.dir={run_dir}", "launch.workers=4"))
+    finished(WarmCommand(config_file, f"run.dir={run_dir}", "launch.workers=4"))
     return run_dir
 
 
@@ -114,7 +108,7 @@ def test_a_card_falls_off_the_bus_and_the_run_goes_on_with_three(
     cards, run_dir = tmp_path / "cards.json", tmp_path / "run"
     write_cards(cards)
     monkeypatch.setenv("SDXL_TRAIN_FAKE_CARDS", str(cards))
-    process = sdxl_train(config_file, f"run.dir={run_dir}")
+    process = WarmCommand(config_file, f"run.dir={run_dir}")
     wait_for_step(run_dir, 12, process)
     write_cards(cards, lost=2)
     children = psutil.Process(process.pid).children()
@@ -131,7 +125,7 @@ def test_a_card_falls_off_the_bus_and_the_run_goes_on_with_three(
     for lost, workers in ((2, 3), (None, 4)):
         write_cards(cards, lost)
         steps = 42 if lost else 44
-        printed = finished(sdxl_train(config_file, f"run.dir={run_dir}", f"train.steps={steps}"))
+        printed = finished(WarmCommand(config_file, f"run.dir={run_dir}", f"train.steps={steps}"))
         assert f"{workers} workers x 3 images" in printed and "12 images per step" in printed
     told = events(run_dir)[-1]
     assert told == "the run began with 4 cards and goes on with 3; each step has 12 images as before"
@@ -144,9 +138,9 @@ def test_a_worker_that_leaks_is_started_anew_with_the_others_and_nothing_changes
     """From 200 steps on the watch knows the workers' level; worker 1 leaks from there on, in its first start."""
     shared = [config_file, "launch.workers=2", "train.batch_size_per_gpu=1", "train.steps=280"]
     shared += ["checkpoint.every_steps=1000", "launch.recycle_at_growth_gib=0.1"]
-    finished(sdxl_train(*shared, f"run.dir={tmp_path / 'sound'}"))
+    finished(WarmCommand(*shared, f"run.dir={tmp_path / 'sound'}"))
     monkeypatch.setenv("FAULT", "leak@1:215-1000:4")
-    printed = finished(sdxl_train(*shared, f"run.dir={tmp_path / 'leaking'}"))
+    printed = finished(WarmCommand(*shared, f"run.dir={tmp_path / 'leaking'}"))
     (told,) = events(tmp_path / "leaking")
     assert re.match(
         r"worker 1 has grown by 1\d\d MiB: the workers have ended, starting again from step-00000\d{3} ", told
@@ -161,7 +155,7 @@ def test_a_card_that_is_full_in_mid_run_is_told_plainly_and_planned_with_less(
 ) -> None:
     run_dir = tmp_path / "run"
     monkeypatch.setenv("FAULT", "card_full@1:12")
-    finished(sdxl_train(config_file, f"run.dir={run_dir}", "launch.workers=2", "train.steps=15"))
+    finished(WarmCommand(config_file, f"run.dir={run_dir}", "launch.workers=2", "train.steps=15"))
     (told,) = events(run_dir)
     assert told.startswith("worker 1 ran out of its card's memory: CUDA out of memory. Tried to allocate 2.00 GiB")
     assert told.endswith("; trying again with less")
@@ -173,7 +167,7 @@ def test_a_run_that_gives_up_leaves_what_is_needed_to_look_into_it(
     run_dir = tmp_path / "run"
     monkeypatch.setenv("FAULT", "hang@1:7:always")
     shared = [config_file, f"run.dir={run_dir}", "launch.workers=2", "train.steps=10", "launch.restarts=0"]
-    printed = finished(sdxl_train(*shared, "launch.hang_after_s=2", "launch.hang_at_start_s=60"), expect=1)
+    printed = finished(WarmCommand(*shared, "launch.hang_after_s=2", "launch.hang_at_start_s=60"), expect=1)
     (folder,) = run_dir.glob("failure-*")
     assert f"logs, stacks, configuration and facts of the host are in {folder}" in printed
     names = {file.name for file in folder.iterdir()}

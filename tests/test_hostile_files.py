@@ -11,6 +11,7 @@ import pytest
 
 from tests.hostile_files import KINDS, Verdict, load_kinds
 from tests.hostile_sources import EPS, encoded
+from tests.warm_processes import sdxl_train
 
 ROOT = Path(__file__).parent.parent
 MOST_CPU_S, MOST_MB = 5.0, 1024.0
@@ -133,9 +134,5 @@ def test_a_run_trains_on_what_is_sound(model_folder: Path, tmp_path: Path) -> No
 
 
 def _said(code: int, *arguments: object) -> str:
-    command = [sys.executable, "-m", "trainer", *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
+    done = sdxl_train(*arguments, expect=code)
     return done.stdout + done.stderr

@@ -2,14 +2,16 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.data.photographs import write_crops
+from tests.warm_processes import WarmCommand, sdxl_train
+from tests.worker_group import worker_environments
 from trainer.data.catalog import catalog
 
 pytestmark = pytest.mark.e2e
@@ -38,9 +40,7 @@ launch: {{workers: 1}}
 
 
 def run(*arguments: object, code: int = 0) -> str:
-    command = [sys.executable, "-m", "trainer", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == code, done.stdout + done.stderr
+    done = sdxl_train(*arguments, expect=code)
     return done.stdout + done.stderr
 
 
@@ -53,16 +53,10 @@ def finished(prepared: Path) -> dict[str, bytes]:
 def test_two_hosts_over_a_shared_folder(config: Path, tmp_path: Path) -> None:
     said = run("prepare", config)
     assert "prepared 48 images" in said and "img/s, " in said and " each of 1 worker" in said
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    hosts = []
-    for number in range(2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(number)]
-        command += ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "trainer"]
-        command += ["prepare", str(config), f"data.prepared={tmp_path}/two"]
-        hosts.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True))
-    told = [host.communicate(timeout=600)[0] for host in hosts]
+    command = ["prepare", config, f"data.prepared={tmp_path}/two"]
+    with ExitStack() as stack:
+        hosts = [stack.enter_context(WarmCommand(*command, env=env)) for env in worker_environments(2, on_each_host=1)]
+        told = [host.communicate(timeout=600)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], told
     assert "prepared 48 images" in told[0] and " each of 2 workers" in told[0] and told[1] == ""
     assert finished(tmp_path / "two") == finished(tmp_path / "one")

@@ -2,12 +2,14 @@
 
 import os
 import socket
-import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
+
+from tests.warm_processes import WarmProcess, run_script
 
 IDLE_S = 180.0  # all of them together; who computes uses a processor, who waits in vain does not
 _NOTICED_CPU_S = 0.5
@@ -32,17 +34,20 @@ def worker_environments(world: int, on_each_host: int | None = None) -> list[dic
 def run_group(commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]], folder: Path) -> None:
     """Run them at once until all have ended; what they print goes into `folder`.
 
-    None is left running, whatever happens.
+    None is left running, whatever happens. A command is [python, script, arguments...], and begins with what takes long
+    to import.
 
     Raises:
         AssertionError: one of them failed, or they wait for each other in vain.
     """
     logs = [folder / f"worker-{rank}.log" for rank in range(len(commands))]
-    workers: list[subprocess.Popen[bytes]] = []
+    workers: list[WarmProcess] = []
     try:
         for command, environment, log in zip(commands, environments, logs, strict=True):
+            python, script, *arguments = command
+            assert python == sys.executable
             with log.open("wb") as output:
-                workers.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+                workers.append(run_script(script, arguments, environment, output))
         _wait(workers)
     finally:
         for worker in workers:
@@ -53,7 +58,7 @@ def run_group(commands: Sequence[Sequence[str]], environments: Sequence[Mapping[
     assert codes == [0] * len(codes), f"exit codes {codes}\n" + "\n".join(log.read_text() for log in logs)
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+def _wait(workers: Sequence[WarmProcess]) -> None:
     """Until all have ended, or one has failed."""
     used, since = 0.0, time.monotonic()
     while True:

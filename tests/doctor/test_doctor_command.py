@@ -88,6 +88,7 @@ def test_the_whole_page_and_the_table(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.e2e
 def test_the_directories_of_a_configuration(tmp_path: Path) -> None:
     prepared, run = tmp_path / "data" / "set", tmp_path / "runs" / "x"
     overrides = [f"data.prepared={prepared}", f"run.dir={run}", "launch.workers=5"]

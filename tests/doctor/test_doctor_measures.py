@@ -44,11 +44,13 @@ def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     assert place.filesystem == max(above, key=lambda words: len(words[1]))[2]
 
 
+@pytest.mark.e2e
 def test_memory_is_copied() -> None:
     found = measure_memory(2)
     assert found.threads == 2 and 1e8 < found.one_thread < 1e12 and 1e8 < found.all_threads < 1e13
 
 
+@pytest.mark.e2e
 def test_workers_exchange_over_gloo() -> None:
     said: list[str] = []
     env = {**os.environ, "PYTHONPATH": ROOT}

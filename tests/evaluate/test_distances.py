@@ -16,7 +16,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 from tests.data.photographs import write_crops
 from tests.evaluate.random_inception import write_random_inception
-from tests.test_end_to_end import config_file, photos, sdxl_train
+from tests.test_end_to_end import config_file, photos
+from tests.warm_processes import sdxl_train
 from trainer.cli.main import main
 from trainer.errors import UserError
 from trainer.evaluate.quality import inception_file

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from benchmarks.two_hosts import ADDRESSES, TwoHosts, environment_of_hosts
 from tests.data.small_set import write_small_set
+from tests.hosts.warm_server import warm_python
 from trainer.checkpoint.manifest import read_manifest
 from trainer.checkpoint.run_dir import checkpoint_dir
 from trainer.config.yaml_source import dump
@@ -57,7 +58,7 @@ class Job:
             mount = f'mount --bind {self._seconds_disk} {self.run_dir} && exec "$@"'
             command = ["sh", "-c", mount, "sh", *command]
         with self._logs[host].open("ab") as output:
-            return self._hosts.start(host, command, output, environment_of_hosts() | {"WORKERS": "2"})
+            return self._hosts.start(host, command, output, environment_of_hosts() | warm_python() | {"WORKERS": "2"})
 
     def wait_for_step(self, step: int) -> None:
         wait_until(lambda: steps_of(self.run_dir) >= step, self.both_run, f"step {step} ({self.said()})")

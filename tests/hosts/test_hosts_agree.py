@@ -1,7 +1,6 @@
 """What differs between two hosts of a run is refused at the start, in one line on each; what is shared is a run."""
 
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.two_hosts import ADDRESSES, TwoHosts, environment_of_hosts
 from tests.data.small_set import write_small_set
 from tests.hosts.hosted_run import PATIENCE_S, write_run
+from tests.hosts.warm_server import warm_python
 from trainer.checkpoint.run_dir import list_checkpoints
 from trainer.data.buckets import Bucket
 
@@ -38,14 +38,18 @@ def start_both(
     """
     running = []
     for host in (0, 1):
-        env = environment_of_hosts() | {
-            "RANK": str(host),
-            "WORLD_SIZE": "2",
-            "LOCAL_RANK": "0",
-            "LOCAL_WORLD_SIZE": "1",
-        }
+        env = (
+            environment_of_hosts()
+            | warm_python()
+            | {
+                "RANK": str(host),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "0",
+                "LOCAL_WORLD_SIZE": "1",
+            }
+        )
         env |= {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29512", "SDXL_TRAIN_ENDINGS": str(config.parent)}
-        command = [sys.executable, "-m", "trainer", str(config), "train.steps=2", *both]
+        command = [env["PYTHON_EXEC"], "-m", "trainer", str(config), "train.steps=2", *both]
         command += [second] if host and second else []
         if host and own:
             mount = f'mount --bind {own[0]} {own[1]} && exec "$@"'

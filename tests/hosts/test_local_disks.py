@@ -1,8 +1,6 @@
 """A run on two hosts with a disk each: both have all of it, and neither a dead host nor a lost disk changes a bit."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ from PIL import Image
 
 from benchmarks.two_hosts import TwoHosts, environment_of_hosts, processes_of
 from tests.hosts.hosted_run import Job, tensor_hashes, wait_until, write_run
+from tests.warm_processes import sdxl_train
 from trainer.checkpoint.manifest import MANIFEST, find_damage
 from trainer.checkpoint.roll_back import order_roll_back
 from trainer.checkpoint.run_dir import RESOLVED_CONFIG, checkpoint_dir, fallback_run_dir, list_checkpoints
@@ -32,8 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path
 
 
 def on_one_host(config: Path, run_dir: Path, *overrides: str) -> None:
-    command = [sys.executable, "-m", "trainer", str(config), f"run.dir={run_dir}", "launch.workers=4", *overrides]
-    subprocess.run(command, env=environment_of_hosts(), check=True, capture_output=True)
+    sdxl_train(config, f"run.dir={run_dir}", "launch.workers=4", *overrides, env=environment_of_hosts())
 
 
 @pytest.fixture(scope="module")

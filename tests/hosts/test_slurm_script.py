@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.hosts.hosted_run import PATIENCE_S, steps_of, tensor_hashes, wait_until, write_run
+from tests.hosts.warm_server import warm_python
 from trainer.checkpoint.run_dir import list_checkpoints
 
 pytestmark = pytest.mark.e2e
@@ -58,7 +59,7 @@ def job(tmp_path: Path) -> dict[str, str]:
     for name, text in STAND_INS.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{tmp_path}:{warm_python()['PATH']}"
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "1"}
     here = {"PATH": path, "STAND_INS": str(tmp_path), "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     return os.environ | here | slurm | {"CUDA_VISIBLE_DEVICES": "", "LINGER": "0"}
@@ -120,6 +121,7 @@ def test_skypilots_task_trains(tmp_path: Path, model_folder: Path) -> None:
     sky |= {"SKYPILOT_NUM_GPUS_PER_NODE": "2", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     sky |= {"CONFIG": str(tmp_path / "config.yaml"), "SHARED": str(tmp_path), "OVERRIDES": "train.steps=2 run.dir=mine"}
     env = os.environ | sky | {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    env["PYTHON_EXEC"] = warm_python()["PYTHON_EXEC"]
     done = subprocess.run(
         ["bash", "-c", task["run"]], cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S
     )

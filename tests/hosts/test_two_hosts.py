@@ -1,14 +1,13 @@
 """A run on two hosts with two workers each, over a link of limited speed: exact, frugal, and on its feet again."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.two_hosts import TwoHosts, environment_of_hosts, processes_of, sent_bytes
 from tests.hosts.hosted_run import Job, steps_of, tensor_hashes, wait_until, weight_count, write_run
+from tests.warm_processes import sdxl_train
 from trainer.checkpoint.run_dir import list_checkpoints
 
 pytestmark = pytest.mark.e2e
@@ -55,8 +54,8 @@ def test_accumulation_sends_the_bytes_of_one_step(
 
 def test_two_hosts_end_with_the_bits_of_one(config: Path, straight: tuple[Path, list[float]]) -> None:
     run_dir = config.parent / "one-host"
-    command = [sys.executable, "-m", "trainer", str(config), f"run.dir={run_dir}", "train.global_batch_size=16"]
-    subprocess.run([*command, "launch.workers=4"], env=environment_of_hosts(), check=True, capture_output=True)
+    command = [config, f"run.dir={run_dir}", "train.global_batch_size=16", "launch.workers=4"]
+    sdxl_train(*command, env=environment_of_hosts())
     assert tensor_hashes(run_dir, STEPS) == tensor_hashes(straight[0], STEPS)
 
 
@@ -81,9 +80,8 @@ def test_weights_that_are_shared_within_a_host_stay_there(
         assert gradients < at_home < 1.25 * gradients
         assert at_home < 0.55 * everywhere
     run_dir = config.parent / "groups-of-one-host"
-    command = [sys.executable, "-m", "trainer", str(config), f"run.dir={run_dir}", passes, "launch.workers=4"]
-    command += ["memory.strategy=zero2", "memory.shard_within=2"]
-    subprocess.run(command, env=environment_of_hosts(), check=True, capture_output=True)
+    command = [config, f"run.dir={run_dir}", passes, "launch.workers=4"]
+    sdxl_train(*command, "memory.strategy=zero2", "memory.shard_within=2", env=environment_of_hosts())
     assert tensor_hashes(run_dir, STEPS) == tensor_hashes(config.parent / "host", STEPS)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_end_to_end import config_file, losses, photos, sdxl_train, unet_hash  # noqa: F401 - fixtures
+from tests.test_end_to_end import config_file, losses, photos, typed, unet_hash  # noqa: F401 - fixtures
+from tests.warm_processes import sdxl_train
 
 pytestmark = pytest.mark.e2e
 
@@ -73,7 +74,7 @@ builtins.__import__ = watching
 
 
 def memory_ends(folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, steps: int) -> None:
-    """In the processes that are started from now on."""
+    """In the processes that are started from now on, and import it anew."""
     (folder / "sitecustomize.py").write_text(_NO_MEMORY.format(module=module, steps=steps))
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{Path(__file__).parents[2]}")
 
@@ -86,7 +87,7 @@ def test_what_does_not_fit_is_tried_again_with_less(
     """One worker of two finds no memory in the dry run: both start again, with a tighter plan, and the run goes on."""
     memory_ends(tmp_path, monkeypatch, "trainer.train.dry_run", 0)
     run_dir = tmp_path / "run"
-    done = sdxl_train(config_file, f"run.dir={run_dir}", "train.steps=2", "launch.workers=2", "memory.budget=8GiB")
+    done = typed(config_file, f"run.dir={run_dir}", "train.steps=2", "launch.workers=2", "memory.budget=8GiB")
     (failed,) = [line for line in done.stderr.splitlines() if "trying again with less" in line]
     assert "128 px did not fit" in failed
     first, second = [line for line in done.stderr.splitlines() if line.startswith("chosen: ")]
@@ -102,7 +103,7 @@ def test_a_card_that_is_full_in_mid_run_costs_the_steps_since_the_last_checkpoin
     """Also where the run was told to start fresh."""
     memory_ends(tmp_path, monkeypatch, "trainer.train.loop", 7)
     overrides = ["train.steps=8", "launch.workers=2", "checkpoint.every_steps=2", "run.resume=false"]
-    done = sdxl_train(config_file, f"run.dir={tmp_path / 'run'}", *overrides)
+    done = typed(config_file, f"run.dir={tmp_path / 'run'}", *overrides)
     told = "worker 1 ran out of its card's memory: CUDA out of memory. Tried to allocate 2.00 GiB; trying again"
     assert told in done.stderr
     # The save after step 6 waits for that after step 4, and may not be at its end itself.

@@ -137,6 +137,7 @@ def test_averages_are_counted(model_folder: Path, tmp_path: Path) -> None:
         assert holdings(run, trace, 1, 1, "cuda")["one worker"].average_swap_bytes == swap
 
 
+@pytest.mark.e2e
 def test_weights_that_are_averaged_are_counted(model_folder: Path, tmp_path: Path) -> None:
     """No buckets; common weights and momentum on the card or the host; each worker's own in a checkpoint."""
 

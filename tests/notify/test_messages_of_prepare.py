@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -15,8 +16,10 @@ import pytest
 
 from tests.evaluate.two_sources import two_sources
 from tests.notify.test_messages import SECRET, Hook, hook
-from tests.test_end_to_end import COMMAND, config_file, photos, sdxl_train
+from tests.test_end_to_end import config_file, photos
 from tests.train.real_run import model_of
+from tests.warm_processes import WarmCommand, sdxl_train
+from tests.worker_group import worker_environments
 from trainer.cli import run_messages
 from trainer.cli.run_messages import PrepareMessages
 from trainer.config.sections.notify_config import NotifyConfig
@@ -39,7 +42,7 @@ def told(hook: Hook) -> list[tuple[str, str]]:
     return [(body["event"], body["text"]) for _, body in hook.got]
 
 
-def wait_for(hook: Hook, count: int, process: "subprocess.Popen[str]") -> None:
+def wait_for(hook: Hook, count: int, process: WarmCommand) -> None:
     for _ in range(6000):
         if len(hook.got) >= count:
             return
@@ -90,7 +93,7 @@ def test_sigterm_and_a_killed_worker_are_told_and_the_same_command_goes_on(
     tmp_path: Path, config_file: Path, hook: Hook
 ) -> None:
     given = ["prepare", str(config_file), *overrides(tmp_path, hook), "launch.workers=2"]
-    with subprocess.Popen([*COMMAND, *given], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with WarmCommand(*given) as process:
         wait_for(hook, 1, process)
         process.send_signal(signal.SIGTERM)
         printed = process.communicate(timeout=600)
@@ -101,7 +104,7 @@ def test_sigterm_and_a_killed_worker_are_told_and_the_same_command_goes_on(
     assert told(hook)[1][1].endswith(" of 36 images are encoded, the same command goes on")
 
     hook.got.clear()
-    with subprocess.Popen([*COMMAND, *given], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with WarmCommand(*given) as process:
         wait_for(hook, 1, process)
         worker = wait_for_worker(process, 1)
         worker.kill()
@@ -116,7 +119,7 @@ def test_sigterm_and_a_killed_worker_are_told_and_the_same_command_goes_on(
     assert [text.split(" ")[0] for _, text in told(hook)] == ["preparing", "prepared", "training", "done;"]
 
 
-def wait_for_worker(process: "subprocess.Popen[str]", rank: int) -> psutil.Process:
+def wait_for_worker(process: WarmCommand, rank: int) -> psutil.Process:
     for _ in range(6000):
         for child in psutil.Process(process.pid).children():
             if child.name() == process_name(rank):
@@ -191,13 +194,19 @@ def test_unusable_images_are_told_while_others_are_encoded(
     assert re.match(r"[12] of \d+ images tried so far cannot be used, more than", body["text"])
 
 
+def joined(*arguments: object) -> list[int]:
+    """The codes of two workers that torchrun has started."""
+    with ExitStack() as stack:
+        workers = [stack.enter_context(WarmCommand(*arguments, env=env)) for env in worker_environments(2)]
+        return [worker.wait(timeout=1200) for worker in workers]
+
+
 def test_of_a_job_of_torchruns_one_worker_tells(tmp_path: Path, config_file: Path, hook: Hook) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "trainer"]
-    good = [*command, "prepare", str(config_file), *overrides(tmp_path, hook)]
-    subprocess.run(good, check=True, capture_output=True, timeout=1200)
+    good = ["prepare", config_file, *overrides(tmp_path, hook)]
+    assert joined(*good) == [0, 0]
     assert [event for event, _ in told(hook)] == ["start", "finish"]
     assert told(hook)[1][1].startswith("prepared 36 images in ")
     hook.got.clear()
     (tmp_path / "empty").mkdir()
-    wrong = subprocess.run([*good, f"data.sources=[{{path: {tmp_path / 'empty'}}}]"], capture_output=True, timeout=1200)
-    assert wrong.returncode != 0 and [event for event, _ in told(hook)] == ["fault"]
+    assert joined(*good, f"data.sources=[{{path: {tmp_path / 'empty'}}}]") == [2, 2]
+    assert [event for event, _ in told(hook)] == ["fault"]

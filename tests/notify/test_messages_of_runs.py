@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -10,13 +9,13 @@ import pytest
 
 from tests.notify.test_messages import SECRET, Hook, hook
 from tests.test_end_to_end import (
-    COMMAND,
     _wait_for_event,
     _wait_for_steps,
     _worker,
     config_file,
     photos,
 )
+from tests.warm_processes import WarmCommand, sdxl_train
 
 __all__ = ["config_file", "hook", "photos"]  # fixtures
 pytestmark = pytest.mark.e2e
@@ -30,7 +29,7 @@ def test_a_run_tells_of_its_start_its_fault_its_samples_and_its_end(
     options = [f"run.dir={run_dir}", "launch.workers=2", "train.steps=400", "checkpoint.every_steps=3",
                f"notify.webhook={hook.url}", f"notify.on=[{','.join(told)}]", "samples.every_steps=4",
                "samples.count=1", "samples.steps=1"]  # fmt: skip
-    with subprocess.Popen([*COMMAND, str(config_file), *options], stderr=subprocess.PIPE, text=True) as process:
+    with WarmCommand(config_file, *options) as process:
         _wait_for_steps(run_dir, 9, process)
         _worker(process, 1).kill()
         _wait_for_event(run_dir, "starting again", 1, process)
@@ -51,7 +50,7 @@ def test_a_run_tells_of_its_start_its_fault_its_samples_and_its_end(
     assert SECRET not in printed
 
 
-def _wait_for_a_newer_checkpoint(run_dir: Path, process: "subprocess.Popen[str]") -> None:
+def _wait_for_a_newer_checkpoint(run_dir: Path, process: WarmCommand) -> None:
     """The workers that were started again are at work."""
     before = max(path.name for path in (run_dir / "checkpoints").glob("step-????????"))
     for _ in range(3000):
@@ -66,8 +65,7 @@ def test_a_wrong_address_and_a_wrong_command_change_nothing(tmp_path: Path, conf
     run_dir = tmp_path / "run"
     options = [f"run.dir={run_dir}", "notify.webhook=env:NO_SUCH_VARIABLE", "notify.command=[/no/such]",
                "notify.on=[start,finish]", "train.steps=2"]  # fmt: skip
-    done = subprocess.run([*COMMAND, str(config_file), *options], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    done = sdxl_train(config_file, *options)
     assert "notify.webhook: a message was not sent (the variable NO_SUCH_VARIABLE is not set), 2 by now" in done.stderr
     assert "notify.command: a message was not sent (/no/such: No such file or directory), 2 by now" in done.stderr
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

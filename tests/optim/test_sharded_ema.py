@@ -1,12 +1,14 @@
 """Averages of sharded weights (FSDP2) are those of whole ones, to the bit, also where 3 workers go on after 4."""
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from torch import equal
+
+from tests.worker_group import run_group
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sharded_ema_script import DTYPES, PLACES, PROFILES, Weights, run
@@ -16,24 +18,14 @@ from trainer.optim.ema import start_averages
 pytestmark = pytest.mark.e2e
 
 
-def run_workers(folder: Path, world: int) -> None:
-    script = Path(__file__).parent / "sharded_ema_script.py"
-    commands = [[sys.executable, str(script), str(folder), str(rank), str(world)] for rank in range(world)]
-    workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        errors = [worker.communicate(timeout=240)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(errors)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What four workers wrote after 5 steps, and three after 10."""
     folder = tmp_path_factory.mktemp("sharded")
+    script = Path(__file__).parent / "sharded_ema_script.py"
     for world in (4, 3):
-        run_workers(folder, world)
+        commands = [[sys.executable, str(script), str(folder), str(rank), str(world)] for rank in range(world)]
+        run_group(commands, [os.environ] * world, folder)
     return folder
 
 

@@ -117,6 +117,7 @@ print(peak_kb() - before)
 """
 
 
+@pytest.mark.e2e
 def test_memory_does_not_grow_with_files_and_tensors(tmp_path: Path) -> None:
     """Tensors of 4 MB in fp16: three times the files with four times the tensors, 9 times 32 MB more."""
     peaks = []

@@ -9,8 +9,9 @@ import yaml
 
 from tests.data.photographs import write_crops
 from tests.data.small_set import write_small_set
-from tests.test_end_to_end import losses, sdxl_train, unet_hash
+from tests.test_end_to_end import losses, unet_hash
 from tests.train.real_run import ALONE, model_of, run_config, watched_run
+from tests.warm_processes import sdxl_train
 from trainer.cli.main import main
 from trainer.config.load import load_config
 from trainer.config.schema import Config

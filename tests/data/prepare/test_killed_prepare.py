@@ -1,10 +1,6 @@
 """A prepare that is killed at any moment, and typed again: the same bytes as one that nothing happened to."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,10 +8,8 @@ import numpy as np
 import pytest
 
 from tests.data.photographs import settings_for, write_crops
-from tests.data.prepare.prepare_worker import KINDS
+from tests.data.prepare.prepare_worker import KINDS, begun
 from tests.data.prepare.test_changes import edit_all, held, prepare
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.e2e
@@ -29,16 +23,11 @@ def test_killed_at_twenty_moments(tmp_path: Path, kind: str) -> None:
     edit_all(photos)
     once = settings_for(tmp_path / "once", photos, **KINDS[kind])
     prepare(once, removed="drop")
-    script = str(Path(__file__).with_name("prepare_worker.py"))
-    command = [sys.executable, script, str(settings.prepared), str(photos), kind]
     rng = np.random.default_rng()
     for _ in range(20):
-        with subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
-        ) as worker:
-            assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+        with begun(settings.prepared, photos, kind) as worker:
             time.sleep(float(rng.uniform(0.0, 0.6)))
-            worker.send_signal(signal.SIGKILL)
+            worker.kill()
     prepare(settings, removed="drop")
     assert held(settings.prepared) == held(once.prepared)
     for kind in ("edits", "snapshots", "shards"):

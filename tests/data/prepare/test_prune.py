@@ -1,10 +1,6 @@
 """Disk space is given back, and nothing else changes."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,25 +9,17 @@ import pytest
 from PIL import Image
 
 from tests.data.photographs import coffee, pooled, settings_for, write_crops
+from tests.data.prepare.prepare_worker import begun, prune
 from tests.data.prepare.test_changes import caption, held, lying, name, prepare, remove, rename
 from tests.data.records import caption_text
 from trainer.config.sections.data.sources import FolderSource
 from trainer.data.catalog.settings import PrepareSettings
 from trainer.data.prepare.commit import commit
 from trainer.data.prepare.encode import encode_shards
-from trainer.data.prepare.prune import Pruned, delete_unused, plan_prune
+from trainer.data.prepare.prune import Pruned
 from trainer.data.prepare.stages import plan_prepare
 from trainer.data.prepare.verification import verify
 from trainer.data.store.snapshot import PreparedSet
-
-ROOT = Path(__file__).parents[3]
-
-
-def prune(prepared: Path) -> Pruned:
-    plan_prune(prepared)
-    encode_shards(prepared, 0, 1, None)
-    commit(prepared)
-    return delete_unused(prepared)
 
 
 def sizes(prepared: Path) -> dict[str, int]:
@@ -146,18 +134,11 @@ def test_killed_while_pruning(sparse: PrepareSettings, tmp_path: Path) -> None:
     before = held(sparse.prepared)
     shutil.copytree(sparse.prepared, tmp_path / "once")
     prune(tmp_path / "once")
-    code = (
-        "import sys, pathlib; from tests.data.prepare.test_prune import prune; "
-        "print('ready', flush=True); prune(pathlib.Path(sys.argv[1]))"
-    )
     rng = np.random.default_rng()
     for _ in range(12):
-        command = [sys.executable, "-c", code, str(sparse.prepared)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as worker:
-            assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+        with begun(sparse.prepared, "prune") as worker:
             time.sleep(float(rng.uniform(0.0, 0.15)))
-            worker.send_signal(signal.SIGKILL)
+            worker.kill()
         assert held(sparse.prepared) == before
     prune(sparse.prepared)
     assert held(sparse.prepared) == before and sizes(sparse.prepared) == sizes(tmp_path / "once")

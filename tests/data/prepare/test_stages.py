@@ -1,8 +1,6 @@
 """The whole of prepare: what is found, what is left out, and the same bytes however it was interrupted or split."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.data.photographs import astronaut, pooled, settings_for, write_crops
+from tests.data.prepare.prepare_worker import begun
 from tests.data.records import caption_text
 from trainer.config.sections.data.sources import FolderSource
 from trainer.data.buckets import Bucket, Placement
@@ -119,14 +118,11 @@ def test_killed_at_any_moment(photos: Path, tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     _prepare(settings_for(whole, photos, validation_fraction=0.2))
     rng = np.random.default_rng()
-    command = [sys.executable, str(Path(__file__).with_name("prepare_worker.py")), str(torn), str(photos)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = 0
     for _ in range(5):
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as worker:
-            assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+        with begun(torn, photos) as worker:
             time.sleep(float(rng.uniform(0.0, 0.3)))
-            worker.send_signal(signal.SIGKILL)
+            worker.kill()
         finished = len(list(torn.glob("shards/*/*.safetensors")))
         assert finished >= done  # finished shards stay
         done = finished
@@ -139,13 +135,7 @@ def test_two_workers_one_killed(photos: Path, tmp_path: Path) -> None:
     whole, split = tmp_path / "whole", tmp_path / "split"
     _prepare(settings_for(whole, photos))
     plan_prepare(settings_for(split, photos), show_progress=False)
-    script = str(Path(__file__).with_name("prepare_worker.py"))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    commands = [[sys.executable, script, str(split), str(photos), str(rank), "2"] for rank in range(2)]
-    first, second = (subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands)
-    with first, second:
-        for worker in (first, second):
-            assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+    with begun(split, photos, 0, 2) as first, begun(split, photos, 1, 2) as second:
         time.sleep(0.05)
         first.kill()
         assert second.wait(timeout=600) == 0
