@@ -229,8 +229,11 @@ class MemoryConfig(Section):
     recompute: Literal["auto", "none", "all"] = "auto"
     """Blocks whose activations are computed again in the backward pass: less memory, up to a third more time. `auto`:
     as few as fit."""
-    offload_activations: Literal["auto"] | Flag = "auto"
-    """Activations wait in the host's memory for the backward pass. `auto`: where nothing else fits."""
+    offload_activations: Literal["auto"] | Flag | PositiveInt = "auto"
+    """Activations wait in the host's memory for the backward pass. A number: those of so many blocks that are not
+    recomputed, copied while others compute. `auto`: as many as cost less than recomputing more blocks, by the plan,
+    also if copies take twice as long as it assumes; and where nothing else fits, all. `true`: all that is kept; nothing
+    hides those copies."""
     release_gradients: Flag = False
     """Update each block of the model as its gradients arrive in the backward pass, so that they never exist all at
     once; `train.max_grad_norm` is then of each block's gradients. For one worker without accumulation."""
