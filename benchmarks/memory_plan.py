@@ -118,7 +118,7 @@ def make_model(
     case: Case,
     dtype: torch.dtype,
     before_recompute: Callable[[TrainedModel], None] = lambda _: None,
-    device: torch.device = torch.device("meta"),
+    device: str = "meta",
 ) -> TrainedModel:
     """The model on "meta", its weights in `dtype`; below an adapter, they have the dtype that is computed in.
 
@@ -135,10 +135,9 @@ def make_model(
     before_recompute(model)
     blocks = repeated_blocks(model)
     moved = spread([*blocks], case.moves)
-    if moved:
-        HostedActivations({name: blocks[name] for name in moved}, device)
     if case.recompute:
         apply_recompute(model, blocks.keys() - {*moved})
+    HostedActivations(blocks, moved, torch.device(device))
     return model
 
 
@@ -250,7 +249,7 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
         if case.hosts_weights:
             weights.append(HostedWeights(repeated_blocks(model), comm.device))
 
-    model = make_model(case, DTYPES[case.weights], host, comm.device)
+    model = make_model(case, DTYPES[case.weights], host, comm.device.type)
     hosted, elsewhere = (weights[0], weights[0].parameters) if weights else (None, ())
     strategy = make_strategy(model, sharing, gathered_units(model).values(), (), comm, _fill, elsewhere=elsewhere)
     strategy = (with_average if alone else with_exchange)(case.gradients, strategy, comm, seed=0)

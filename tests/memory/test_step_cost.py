@@ -8,7 +8,6 @@ from trainer.memory.step_cost import waiting_s
 FORWARD = [(1.0, "leaves", block) for block in "abcdef"]
 BACKWARD = [(0.0 if block == "f" else 2.0, "enters", block) for block in "fedcba"]
 EVENTS = [*FORWARD, *BACKWARD, (2.0, "", "")]
-IN_FLIGHT = 2
 
 
 @pytest.mark.parametrize(
@@ -26,6 +25,14 @@ IN_FLIGHT = 2
         ("acd", (1e9, 1 / 6), "b", 1.0),  # hidden by what is computed again meanwhile
     ],
 )
-def test_waiting(moved: str, rates: tuple[float, float], again: str, seconds: float) -> None:
+def test_waiting(moved: str, rates: tuple[float, float], again: str, seconds: float, patience: int = 100) -> None:
     sizes, recomputed = dict.fromkeys(moved, 1), dict.fromkeys(again, 1.0)
-    assert waiting_s(EVENTS, sizes, recomputed, rates, IN_FLIGHT) == pytest.approx(seconds, abs=1e-6)
+    assert waiting_s(EVENTS, sizes, recomputed, rates, (2, patience)) == pytest.approx(seconds, abs=1e-6)
+
+
+def test_copies_that_are_overdue_are_waited_for() -> None:
+    """Of "a", which takes four seconds: after two blocks more; and back, for nothing before has begun that."""
+    test_waiting("a", (0.25, 1e9), "", 0.0)
+    test_waiting("a", (0.25, 1e9), "", 2.0, patience=2)
+    test_waiting("a", (1e9, 0.25), "", 0.0)
+    test_waiting("a", (1e9, 0.25), "", 4.0, patience=2)

@@ -46,7 +46,8 @@ def gradients(model: TrainedModel, passes: Sequence[int] = (8,)) -> dict[str, Te
 
 
 def host(model: TrainedModel, part: str = "") -> HostedActivations:
-    return HostedActivations({name: block for name, block in repeated_blocks(model).items() if part in name}, CPU)
+    blocks = repeated_blocks(model)
+    return HostedActivations(blocks, [name for name in blocks if part in name], CPU)
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
@@ -124,7 +125,7 @@ def test_the_device_holds_what_was_promised() -> None:
         held.append(sum(each.storage is not None for each in found))
 
     model = Chain(on_device)
-    hosted = HostedActivations(dict(model.blocks.named_children()), CPU)
+    hosted = HostedActivations(blocks := dict(model.blocks.named_children()), blocks, CPU)
     values = torch.ones(2**8, requires_grad=True)
     result = model(values)
     on_device()
@@ -132,6 +133,21 @@ def test_the_device_holds_what_was_promised() -> None:
     # Before each block's backward pass, from the last one on: its own, and the one that it has come for before.
     assert held == [2, 2, 1, 1, 1, 1, 1]
     assert sorted(hosted.moved_bytes.values()) == [2**10] * 6
+
+
+def test_what_is_overdue_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When two blocks more have computed, also where these send nothing; passes that are given up leave nothing."""
+    monkeypatch.setattr(hosted_activations, "PATIENCE", 2)
+    model = Chain()
+    hosted = HostedActivations(dict(model.blocks.named_children()), ["0", "3"], CPU)
+    values = torch.ones(2**8, requires_grad=True)
+    for _ in range(2):
+        model(values)
+        assert not hosted._leaving
+    model(values).sum().backward()
+    expected = torch.ones(2**8, requires_grad=True)
+    Chain()(expected).sum().backward()
+    assert values.grad is not None and expected.grad is not None and torch.equal(values.grad, expected.grad)
 
 
 @pytest.mark.parametrize("copy", [0, 3, 5, 6, 9])
@@ -147,7 +163,7 @@ def test_a_failing_copy_is_an_error(copy: int, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(copy_lanes, "_copy_after", failing)
     model = Chain()
-    HostedActivations(dict(model.blocks.named_children()), CPU)
+    HostedActivations(blocks := dict(model.blocks.named_children()), blocks, CPU)
     values = torch.ones(2**8, requires_grad=True)
     with pytest.raises(OSError, match="the bus is gone"):
         result = model(values).sum()

@@ -119,6 +119,7 @@ def _unplanned(run: PlannedRun, setting: Setting) -> MemoryChoice:
     kind: StrategyKind = "ddp" if run.strategy == "auto" else run.strategy
     blocks: tuple[str, ...] = ()
     hosts_weights, count = run.offload_weights is True, run.offload_activations
+    # Without a budget there is nothing in whose place `some` could be moved.
     moves = type(count) is int
     if run.recompute == "all" or hosts_weights or moves:
         precision = precision_of(run.precision)

@@ -154,7 +154,7 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
     trace = traced.trace(holding.strategy, chosen.recomputed, chosen.offloads, chosen.moved)
     plain = traced.trace(holding.strategy)
     batch = traced.shape.batch
-    again = traced.recomputed_flops(holding.strategy, chosen.recomputed)
+    again = traced.recomputed_flops(holding.strategy, chosen.recomputed, moves=chosen.moved > 0)
     per_image = (plain.forward_flops // batch, (plain.flops - plain.forward_flops) // batch, again // batch)
     checkpoint, snapshot = (
         _checkpoint_bytes(run, trace) + _exchange_bytes(holding, trace),
@@ -170,7 +170,7 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
         chosen=report(choice.chosen) if choice.chosen else None,
         looked_at=tuple(map(report, choice.looked_at)),
         num_blocks=held,
-        recompute=traced.blocks(holding.strategy)[: chosen.recomputed] if choice.chosen else (),
+        recompute=traced.blocks(holding.strategy, moves=chosen.moved > 0)[: chosen.recomputed] if choice.chosen else (),
         moved=traced.moved_blocks(holding.strategy, chosen.recomputed, chosen.moved) if choice.chosen else (),
         advice=() if choice.chosen else tuple(_advice(run, setting)),
         wire_bytes=wire_bytes(trace, holding),
@@ -187,7 +187,9 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
 def _reported(traced: "TracedRun", costs: "StepCosts", budget: Budget, rung: Rung) -> RungReport:
     """With the price of each rung."""
     strategy = rung.holding.strategy
-    again = traced.recomputed_flops(strategy, rung.recomputed) / max(traced.trace(strategy).flops, 1)
+    again = traced.recomputed_flops(strategy, rung.recomputed, moves=rung.moved > 0) / max(
+        traced.trace(strategy).flops, 1
+    )
     cost = costs.cost(rung.holding, rung.recomputed, rung.offloads, rung.moved)
     return RungReport.of(rung, budget, again / (1 + again), cost.moved_bytes, cost.waits_s)
 
@@ -210,7 +212,7 @@ def _chosen(
         parameter_state,
         peaks_beside,
     )
-    from trainer.optim.hosted.hosted_activations import IN_FLIGHT
+    from trainer.optim.hosted.hosted_activations import IN_FLIGHT, PATIENCE
 
     bucket, batch = max(setting.buckets, key=fullness)
     shape = Shape(bucket, batch)
@@ -257,10 +259,10 @@ def _chosen(
             {label: holding for label, holding in each.items() if may_fit(trace, holding, setting.budget.total)}
             for each in (ways, last, final)
         )
-    moved = None if offload == "auto" and not only_whether else int(offload) if type(offload) is int else 0
-    costs = StepCosts(traced, IN_FLIGHT)
+    moved = offload if type(offload) is int else None if offload == "some" and not only_whether else 0
+    costs = StepCosts(traced, (IN_FLIGHT, PATIENCE))
     choice = choose(
-        Ways(ways, num_blocks, fewest, most, offload == "auto", offload is True, last, final, moved),
+        Ways(ways, num_blocks, fewest, most, offload in ("auto", "some"), offload is True, last, final, moved),
         Measures(traced.peak, partial(traced.saved_bytes, first_strategy), costs.extra_s, costs.moving),
         setting.budget,
     )
@@ -283,7 +285,7 @@ def _advice(run: PlannedRun, setting: Setting) -> Iterator[str]:
 
 
 def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRun]]:
-    recompute, offload = run.recompute == "none", run.offload_activations not in ("auto", True)
+    recompute, offload = run.recompute == "none", run.offload_activations not in ("auto", "some", True)
     if recompute:
         yield "memory.recompute: auto", replace(run, recompute="auto")
     if offload:

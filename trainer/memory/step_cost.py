@@ -3,9 +3,10 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
-from trainer.memory.choice import CARD_FLOPS, LINK_BYTES_PER_S, WIRE_BYTES_PER_S
+from trainer.memory.choice import CARD_FLOPS, LINK_BYTES_PER_S, WIRE_BYTES_PER_S, spread
 from trainer.memory.holdings import Holding, StrategyName
 from trainer.memory.strategy_peak import wire_split
 
@@ -47,12 +48,50 @@ class _Event(NamedTuple):
     block: str
 
 
+@dataclass(frozen=True)
+class _Plain:
+    """A pass in which all is kept.
+
+    Attributes:
+        order: of recomputation where others are moved; `movable`: those, in the order of the forward pass.
+        saved: bytes that each block keeps; `first`: that the first so many of `order` do.
+        again: seconds to compute a block once more.
+        seconds: of the forward and the backward pass.
+    """
+
+    order: tuple[str, ...]
+    movable: tuple[str, ...]
+    saved: dict[str, int]
+    first: tuple[int, ...]
+    again: dict[str, float]
+    seconds: tuple[float, float]
+    events: list[_Event]
+
+    @staticmethod
+    def of(traced: "TracedRun", strategy: StrategyName) -> "_Plain":
+        trace, order = traced.trace(strategy), traced.blocks(strategy, moves=True)
+        blocks = trace.blocks()
+        return _Plain(
+            order=order,
+            movable=traced.movable(strategy),
+            saved={name: block.saved_bytes for name, block in blocks.items()},
+            first=tuple(accumulate((blocks[name].saved_bytes for name in order), initial=0)),
+            again={name: block.flops / CARD_FLOPS for name, block in blocks.items()},
+            seconds=(trace.forward_flops / CARD_FLOPS, (trace.flops - trace.forward_flops) / CARD_FLOPS),
+            events=_events(trace.segments),
+        )
+
+
 class StepCosts:
     """What the ways of one run cost."""
 
-    def __init__(self, traced: "TracedRun", in_flight: int) -> None:
-        self._traced, self._in_flight = traced, in_flight
-        self._events: dict[StrategyName, list[_Event]] = {}
+    def __init__(self, traced: "TracedRun", bounds: tuple[int, int]) -> None:
+        """
+        Args:
+            bounds: see `waiting_s`.
+        """
+        self._traced, self._bounds = traced, bounds
+        self._plain: dict[StrategyName, _Plain] = {}
 
     def extra_s(self, holding: Holding, recomputed: int, offloads: bool, moved: int = 0) -> float:
         """Seconds of a way that has been traced."""
@@ -65,7 +104,7 @@ class StepCosts:
             plain = traced.trace(strategy)
             saved = max(plain.saved_bytes - traced.saved_bytes(strategy, recomputed), 0)
             waits = 2 * saved * holding.accumulation / WIRE_BYTES_PER_S
-            return Cost(self._again_s(holding, recomputed), saved, waits, self._beside_s(holding))
+            return Cost(self._again_s(holding, recomputed, False), saved, waits, self._beside_s(holding))
         sizes = traced.trace(strategy, recomputed, False, moved).moved_bytes if moved else {}
         return self._cost(holding, recomputed, sizes)
 
@@ -78,30 +117,42 @@ class StepCosts:
             fewest: to recompute.
             spare: bytes of the budget that are free.
         """
-        traced, strategy = self._traced, holding.strategy
-        blocks, order = traced.trace(strategy).blocks(), traced.blocks(strategy)
+        plain = self._of(holding.strategy)
         now = self._cost(holding, recomputed, {}).total
-        best = now, recomputed, 0
-        needed = traced.saved_bytes(strategy, recomputed) - spare
-        for moved in range(self._in_flight + 1, len(order) - fewest + 1):
-            for again in range(fewest, min(recomputed, len(order) - moved + 1)):
-                names = traced.moved_blocks(strategy, again, moved)
-                away = sum(blocks[name].saved_bytes for name in names[: -self._in_flight])
-                if traced.saved_bytes(strategy, again) + away >= needed:
-                    break
-            else:
+        best, needed = (now, recomputed, 0), self._traced.saved_bytes(holding.strategy, recomputed) - spare
+        for again in range(fewest, recomputed):
+            names = self._fewest_moved(plain, again, needed - plain.first[again])
+            if not names:
                 continue
-            sizes = {name: blocks[name].saved_bytes for name in names}
+            sizes = {name: plain.saved[name] for name in names}
             if self._cost(holding, again, sizes, _CAREFUL).total <= now:
-                best = min(best, (self._cost(holding, again, sizes).total, again, moved))
+                best = min(best, (self._cost(holding, again, sizes).total, again, len(names)))
         return best[1:]
+
+    def _fewest_moved(self, plain: _Plain, again: int, needed: int) -> tuple[str, ...]:
+        """Blocks that take so many bytes away; empty where all do not."""
+        recomputed = {*plain.order[:again]}
+        kept = [name for name in plain.movable if name not in recomputed]
+        fewest, most = 1, len(kept)
+        while fewest <= most:
+            middle = (fewest + most) // 2
+            away = sum(plain.saved[name] for name in spread(kept, middle))
+            fewest, most = (fewest, middle - 1) if away >= needed else (middle + 1, most)
+        return spread(kept, fewest) if fewest <= len(kept) else ()
+
+    def _of(self, strategy: StrategyName) -> _Plain:
+        if strategy not in self._plain:
+            self._plain[strategy] = _Plain.of(self._traced, strategy)
+        return self._plain[strategy]
 
     def _cost(self, holding: Holding, recomputed: int, sizes: Mapping[str, int], share: float = 1.0) -> Cost:
         waits = self._waits_s(holding, recomputed, sizes, share) if sizes else 0.0
-        return Cost(self._again_s(holding, recomputed), sum(sizes.values()), waits, self._beside_s(holding))
+        again_s = self._again_s(holding, recomputed, bool(sizes))
+        return Cost(again_s, sum(sizes.values()), waits, self._beside_s(holding))
 
-    def _again_s(self, holding: Holding, recomputed: int) -> float:
-        return self._traced.recomputed_flops(holding.strategy, recomputed) * holding.accumulation / CARD_FLOPS
+    def _again_s(self, holding: Holding, recomputed: int, moves: bool) -> float:
+        again = self._traced.recomputed_flops(holding.strategy, recomputed, moves=moves)
+        return again * holding.accumulation / CARD_FLOPS
 
     def _beside_s(self, holding: Holding) -> float:
         hosted = 2 * holding.hosted_bytes + 3 * holding.hosted_weight_bytes  # to compute, to compute again, and back
@@ -109,26 +160,23 @@ class StepCosts:
 
     def _waits_s(self, holding: Holding, recomputed: int, sizes: Mapping[str, int], share: float) -> float:
         """Of all passes of a step; those in which workers exchange leave copies less of the link."""
-        traced, strategy = self._traced, holding.strategy
-        plain = traced.trace(strategy)
-        blocks = plain.blocks()
-        again = {name: blocks[name].flops / CARD_FLOPS for name in traced.blocks(strategy)[:recomputed]}
-        if strategy not in self._events:
-            self._events[strategy] = _events(plain.segments)
-        rates, busy = [share * LINK_BYTES_PER_S] * 2, list[float]()
-        forward_s, backward_s = plain.forward_flops / CARD_FLOPS, (plain.flops - plain.forward_flops) / CARD_FLOPS
-        for rate, seconds, wire in zip(
-            rates, (forward_s, backward_s + sum(again.values())), wire_split(plain, holding), strict=True
-        ):
-            taken = wire / _exchanging(holding) / LINK_BYTES_PER_S / max(seconds, 1e-9)
-            busy.append(rate * max(1 - taken, _LEAST_SHARE))
-        exchanging = _exchanging(holding)
-        events = self._events[strategy]
-        waits = exchanging * waiting_s(events, sizes, again, (busy[0], busy[1]), self._in_flight)
+        plain, exchanging = self._of(holding.strategy), _exchanging(holding)
+        again = {name: plain.again[name] for name in plain.order[:recomputed]}
+        rate = share * LINK_BYTES_PER_S
+        forward_s, backward_s = plain.seconds
+        sent, received = wire_split(self._traced.trace(holding.strategy), holding)
+        to_host = rate * _left(sent / exchanging, forward_s)
+        back = rate * _left(received / exchanging, backward_s + sum(again.values()))
+        waits = exchanging * waiting_s(plain.events, sizes, again, (to_host, back), self._bounds)
         if exchanging < holding.accumulation:
-            alone = waiting_s(events, sizes, again, (rates[0], rates[1]), self._in_flight)
+            alone = waiting_s(plain.events, sizes, again, (rate, rate), self._bounds)
             waits += (holding.accumulation - exchanging) * alone
         return waits
+
+
+def _left(wire: float, seconds: float) -> float:
+    """Share of the link that so many bytes between workers leave in so many seconds."""
+    return max(1 - wire / LINK_BYTES_PER_S / max(seconds, 1e-9), _LEAST_SHARE)
 
 
 def _exchanging(holding: Holding) -> int:
@@ -152,7 +200,7 @@ def waiting_s(
     sizes: Mapping[str, int],
     again: Mapping[str, float],
     rates: tuple[float, float],
-    in_flight: int,
+    bounds: tuple[int, int],
 ) -> float:
     """Seconds for which a pass waits for copies, as `trainer.optim.hosted.hosted_activations` orders them.
 
@@ -162,10 +210,11 @@ def waiting_s(
         sizes: bytes of the blocks whose activations move.
         again: seconds of those that are recomputed.
         rates: bytes a second to the host, and back.
-        in_flight: see `IN_FLIGHT` there.
+        bounds: `IN_FLIGHT` and `PATIENCE` there.
     """
     now, computed, sent, fetched = 0.0, 0.0, 0.0, 0.0
-    leaving, order = deque[tuple[str, float]](), list[str]()
+    in_flight, patience = bounds
+    leaving, order, num_left = deque[tuple[str, float, int]](), list[str](), 0
     gone, there, entered = set[str](), dict[str, float](), set[str]()
 
     def fetch(block: str) -> float:
@@ -176,22 +225,23 @@ def waiting_s(
 
     for seconds, kind, block in events:
         now, computed = now + seconds, computed + seconds
-        if kind == "leaves" and block in sizes:
-            sent = max(sent, now) + sizes[block] / rates[0]
-            leaving.append((block, sent))
-            order.append(block)
-            while len(leaving) > in_flight:
-                first, arrived = leaving.popleft()
+        if kind == "leaves":
+            num_left += 1
+            if block in sizes:
+                sent = max(sent, now) + sizes[block] / rates[0]
+                leaving.append((block, sent, num_left))
+                order.append(block)
+            while leaving and (len(leaving) > in_flight or num_left - leaving[0][2] >= patience):
+                first, arrived, _ = leaving.popleft()
                 gone.add(first)
                 now = max(now, arrived)
         elif kind == "enters" and block not in entered:
             entered.add(block)
             now, computed = now + again.get(block, 0.0), computed + again.get(block, 0.0)
             if block in sizes:
-                now = (
-                    max(now, *(arrived for _, arrived in leaving), fetch(block)) if leaving else max(now, fetch(block))
-                )
+                now = max([now, *(arrived for _, arrived, _ in leaving)])
                 leaving.clear()
+                now = max(now, fetch(block))
                 before = order.index(block) - 1
                 if before >= 0:
                     fetch(order[before])

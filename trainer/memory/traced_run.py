@@ -1,7 +1,8 @@
 """Passes of a run's model without memory, at the run's real shapes: what `trainer.memory.choice` chooses by."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,12 +35,14 @@ from trainer.model.recompute import (
 from trainer.model.text import TextEncoders, text_positions
 from trainer.optim.adamw import CHUNK_ELEMENTS
 from trainer.optim.ema_memory import EmaMemory, memory_of_averages
-from trainer.optim.hosted.hosted_activations import HostedActivations
+from trainer.optim.hosted.hosted_activations import PATIENCE, HostedActivations
 from trainer.optim.kinds.rule_table import RULES, state_bytes
 from trainer.optim.precision import DTYPES, precision_of
 from trainer.parallel.strategy import copies_gradients_in_batches
 
 POSITIONS_PER_CHUNK = 77
+_LATE = PATIENCE + 4
+"""Blocks at the end of the forward pass, where most is held: by then, all that is moved has left."""
 _SCRATCH_BYTES = 40  # of the optimizer, for each element of a chunk
 
 
@@ -69,13 +72,13 @@ class TracedRun:
         self._run, self.shape = run, shape
         self.kernels: Kernels = kernels
         self._traces: dict[_Way, Trace] = {}
-        self._order: tuple[str, ...] = ()
+        self._orders: dict[bool, tuple[str, ...]] = {}
 
     def trace(self, strategy: StrategyName, recomputed: int = 0, offloads: bool = False, moved: int = 0) -> Trace:
         """The pass with the first `recomputed` of `blocks` recomputed, and so many of the others moved."""
         way = self._way(strategy, recomputed, offloads, moved)
         if way not in self._traces:
-            again = self.blocks(strategy)[:recomputed] if recomputed else ()
+            again = self.blocks(strategy, moves=moved > 0)[:recomputed] if recomputed else ()
             self._traces[way] = self._traced(way, again, self.moved_blocks(strategy, recomputed, moved))
         return self._traces[way]
 
@@ -83,15 +86,31 @@ class TracedRun:
         """So many of the blocks that are not recomputed, spread over the forward pass, in its order."""
         if not moved:
             return ()
-        again = {*self.blocks(strategy)[:recomputed]}
-        return spread([name for name in self.trace(strategy).blocks() if name not in again], moved)
+        again = {*self.blocks(strategy, moves=True)[:recomputed]}
+        return spread([name for name in self.movable(strategy) if name not in again], moved)
 
-    def blocks(self, strategy: StrategyName) -> tuple[str, ...]:
-        """All blocks that can be recomputed; first those that save most bytes for their operations."""
-        if not self._order:
+    def movable(self, strategy: StrategyName) -> tuple[str, ...]:
+        """All blocks that can be moved, in the order of the forward pass."""
+        blocks = (*self.trace(strategy).blocks(),)
+        return blocks[:-_LATE] if len(blocks) > 2 * _LATE else blocks
+
+    def blocks(self, strategy: StrategyName, *, moves: bool = False) -> tuple[str, ...]:
+        """All blocks that can be recomputed; first those that save most bytes for their operations.
+
+        Args:
+            moves: others are moved: first those that cannot be, and of equal ones, those that are left over after the
+                first few shall lie far apart in the pass.
+        """
+        if moves not in self._orders:
             blocks = self.trace(strategy).blocks()
-            self._order = tuple(sorted(blocks, key=lambda name: -_worth(blocks[name])))
-        return self._order
+            order = sorted(blocks, key=lambda name: -_worth(blocks[name]))
+            if moves:
+                movable = {*self.movable(strategy)}
+                equal = itertools.groupby(order, key=lambda name: _worth(blocks[name]))
+                order = [*itertools.chain.from_iterable(scattered([*names]) for _, names in equal)]
+                order.sort(key=lambda name: name in movable)
+            self._orders[moves] = tuple(order)
+        return self._orders[moves]
 
     def peak(self, holding: Holding, recomputed: int, offloads: bool, moved: int = 0) -> Peak:
         """The fullest moment of a step."""
@@ -102,10 +121,10 @@ class TracedRun:
         blocks = self.trace(strategy).blocks()
         return sum(blocks[name].saved_bytes for name in self.blocks(strategy)[:recomputed])
 
-    def recomputed_flops(self, strategy: StrategyName, recomputed: int) -> int:
+    def recomputed_flops(self, strategy: StrategyName, recomputed: int, *, moves: bool = False) -> int:
         """Operations that so many recomputed blocks add to a pass."""
         blocks = self.trace(strategy).blocks()
-        return sum(blocks[name].flops for name in self.blocks(strategy)[:recomputed])
+        return sum(blocks[name].flops for name in self.blocks(strategy, moves=moves)[:recomputed])
 
     def _way(self, strategy: StrategyName, recomputed: int, offloads: bool, moved: int = 0) -> _Way:
         precision = precision_of(self._run.precision)
@@ -138,7 +157,7 @@ class TracedRun:
     def _traced(self, way: _Way, again: tuple[str, ...], moved: tuple[str, ...]) -> Trace:
         model, loss, held = self._model(way, again)
         units, kinds = gathered_units(model), (repeated_blocks(model), embeddings(model))
-        hosted = HostedActivations({name: kinds[0][name] for name in moved}, torch.device("meta"))
+        hosted = HostedActivations(kinds[0], moved, torch.device("meta"))
         trace = trace_pass(model, loss, units, self.kernels, way.autocast, held)
         held_packed = packed_bytes(model)
         return replace(
@@ -148,6 +167,12 @@ class TracedRun:
             packed_bytes=held_packed,
             moved_bytes=hosted.moved_bytes,
         )
+
+
+def scattered(names: Sequence[str]) -> list[str]:
+    """In an order of which each beginning and each end is spread over all of them (van der Corput's)."""
+    num_bits = len(names).bit_length()
+    return [names[i] for i in sorted(range(len(names)), key=lambda place: f"{place:0{num_bits}b}"[::-1])]
 
 
 def _worth(block: Block) -> float:

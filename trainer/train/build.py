@@ -202,9 +202,8 @@ def build_parts(
     weights = None
     if choice.hosts_weights:
         weights = HostedWeights(repeated_blocks(model), comm.device)
-    if choice.moved:
-        HostedActivations({name: repeated_blocks(model)[name] for name in choice.moved}, comm.device)
     apply_recompute(model, choice.recompute)
+    HostedActivations(repeated_blocks(model), choice.moved, comm.device)
     fill = partial(fill_model, model_files, checkpoint)
     clock, units = StepClock(comm.device), gathered_units(model).values()
     elsewhere = weights.parameters if weights else ()

@@ -8,16 +8,17 @@ pass reaches the chosen block that ran after it:
     fetch lane                                                               3 -> device      2         1
 
 The device's memory is let go of at fixed points of the program, so that the plan counts it to the byte: a block's
-activations when the second of the chosen blocks after it has computed (`IN_FLIGHT`), once their copy has arrived. Those
-of the last blocks are still there when the backward pass begins, and stay until it has used them. Every arrow is a mark
-that the card's queues wait for (`copy_lanes`). Nothing is computed otherwise, and all copies are of whole bytes.
+activations when the second of the chosen blocks after it has computed (`IN_FLIGHT`), or the eighth of all blocks
+(`PATIENCE`), once their copy has arrived. Those that are still there when the backward pass begins stay until it has
+used them. Every arrow is a mark that the card's queues wait for (`copy_lanes`). Nothing is computed otherwise, and all
+copies are of whole bytes.
 
 A pass whose backward never comes leaves nothing behind: all that waits hangs on the pass's graph.
 """
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ from trainer.optim.hosted.hosted_state import ALIGNMENT
 KEY = "memory.offload_activations"
 IN_FLIGHT = 2
 """Blocks whose activations are on the device and on their way to the host, at most, when another one begins."""
+PATIENCE = 8
+"""Blocks of any kind that compute until they are waited for."""
 SMALLEST_BYTES = 2**20
 """Smaller tensors stay where they are: moving one costs more time than it is worth."""
 
@@ -44,6 +47,7 @@ class _Stay:
         stays: addresses of storages that are not the block's own: its inputs and its weights.
         host: where it waits.
         sent: behind the copies to the host; `fetched`: behind those back to the device.
+        left: how many blocks had computed when it was sent.
         asked: they have been asked for; `opened`: they have been waited for.
     """
 
@@ -60,6 +64,7 @@ class _Stay:
         self.host: HostMemory | None = None
         self.sent: Mark = None
         self.fetched: Mark = None
+        self.left = 0
         self.asked = self.opened = False
 
     def __del__(self) -> None:
@@ -99,14 +104,16 @@ class _Packed(NamedTuple):
 class HostedActivations:
     """Sends away what chosen blocks keep for their backward passes, and has it back in time.
 
-    Call it before the model is wrapped, and after `compile_blocks`. A pass without gradients is as before.
+    Call it before the model is wrapped, after `compile_blocks` and `apply_recompute`. A pass without gradients is as
+    before.
 
     Args:
-        blocks: modules by name, none of which is recomputed or lies within another.
+        blocks: modules that compute one after the other, by name, none of which lies within another.
+        moved: names of those whose activations wait in the host's memory; none of them is recomputed.
         device: where they compute; on "meta", where a plan asks for sizes alone, memory comes and goes without copies.
     """
 
-    def __init__(self, blocks: Mapping[str, nn.Module], device: torch.device) -> None:
+    def __init__(self, blocks: Mapping[str, nn.Module], moved: Collection[str], device: torch.device) -> None:
         self._device = device
         self._lanes = None if device.type == "meta" else (Lane(device), Lane(device))
         self._newest: Callable[[], _Stay | None] = lambda: None
@@ -116,8 +123,17 @@ class HostedActivations:
         """Taken of the host's memory so far; it stays from pass to pass."""
         self.moved_bytes: dict[str, int] = {}
         """What the last run of each block has sent away."""
-        for name, block in blocks.items():
-            block.forward = partial(self._run, name, block, block.forward)
+        self._computed = 0  # blocks, so far
+        for name, block in blocks.items() if moved else ():
+            run = partial(self._run, name, block) if name in moved else self._pass_by
+            block.forward = partial(run, block.forward)
+
+    def _pass_by(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found = forward(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self._computed += 1
+            self._let_go()
+        return found
 
     def _run(self, name: str, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -126,8 +142,10 @@ class HostedActivations:
         with torch.autograd.graph.saved_tensors_hooks(partial(_pack, stay), self._unpack):
             found = forward(*args, **kwargs)
         self.moved_bytes[name] = sum(moved.num_bytes for moved in stay.moved.values())
+        self._computed += 1
         if stay.moved:
             self._send(stay)
+        self._let_go()
         return found
 
     @torch.no_grad()
@@ -142,8 +160,16 @@ class HostedActivations:
                 first += _aligned(moved.num_bytes)
                 assert moved.storage is not None
                 stay.sent = self._lanes[0].copy(moved.host, _bytes_of(moved.storage), (computed, stay.sent))
+        stay.left = self._computed
         self._leaving.append(weakref.ref(stay))
-        while len(self._leaving) > IN_FLIGHT:
+
+    def _let_go(self) -> None:
+        while self._leaving:
+            oldest = self._leaving[0]()
+            overdue = oldest is None or self._computed - oldest.left >= PATIENCE
+            if not overdue and len(self._leaving) <= IN_FLIGHT:
+                return
+            del oldest
             for gone in self._arrived():
                 gone.storage = None
 
