@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from trainer.memory.choice import GIB, Budget, Choice, Measures, Ways, choose, parse_size, spread
+from trainer.memory.choice import GIB, Budget, Choice, Measures, Ways, choose, parse_size, scattered_alike, spread
 from trainer.memory.holdings import Holding, Peak
 from trainer.memory.report import MemoryPlan, RungReport, run_time
 from trainer.memory.strategy_peak import strategy_peak
@@ -103,6 +103,14 @@ def test_so_many_moved_as_wished() -> None:
     rung = chosen(12, Ways(HOLDINGS, BLOCKS, 0, BLOCKS, moved=3)).chosen
     assert rung and (rung.label, rung.recomputed, rung.moved) == ("zero2", 4, 3)
     assert spread("abcdefghij", 3) == ("b", "f", "i") and spread("abc", 3) == ("a", "b", "c") and spread("abc", 0) == ()
+
+
+def test_what_is_left_over_of_alike_blocks_is_spread() -> None:
+    """Eight of one kind, between others that are worth half as much or twice: each end of their order is far apart."""
+    worth = {"a": 2.0, **{f"b{place}": 1.0 + 0.1 * (place % 2) for place in range(8)}, "c": 0.5}
+    order = scattered_alike(sorted(worth, key=lambda name: -worth[name]), worth)
+    assert order[0] == "a" and order[-1] == "c" and {*order} == worth.keys()
+    assert sorted(order[7:9]) == ["b3", "b7"] and sorted(order[5:9]) == ["b1", "b3", "b5", "b7"]
 
 
 def test_nothing_fits() -> None:

@@ -10,12 +10,14 @@ from tests.train.real_run import model_of
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
+from trainer.memory import step_cost
 from trainer.memory.choice import GIB
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.report import MemoryPlan
 from trainer.memory.run_plan import Setting, make_budget, memory_plan, require_fit
 from trainer.memory.traced_run import Shape, TracedRun, holdings
 from trainer.model_files.presets import preset
+from trainer.optim.hosted import hosted_activations
 from trainer.train.memory_inputs import make_setting, planned_run
 
 SQUARE = Bucket(1024, 1024)
@@ -200,3 +202,34 @@ def test_all_of_the_unet_on_one_card_of_24_gb(sdxl: Path, tmp_path: Path) -> Non
         assert plan.chosen and plan.chosen.needed <= 23 * GIB
         found[plan.chosen.recomputed] = plan.chosen.split["activations"] / GIB
     assert found[0] == pytest.approx(6.44, abs=0.02) and found[plan.num_blocks] <= 0.68
+
+
+@pytest.mark.e2e
+def test_activations_of_some_blocks_move_where_that_pays(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a link of any speed, in place of recomputing as many; as many as wished; none where the link is slow."""
+
+    def plan(offload: str | int | bool, budget: str, recompute: str = "auto") -> MemoryPlan:
+        memory = {"budget": budget, "offload_activations": offload, "recompute": recompute}
+        config = make_config(model_folder, memory=memory, train={"batch_size_per_gpu": 2})
+        return memory_plan(planned(config), setting(config, 1, Bucket(512, 512)), tmp_path / "plans")
+
+    plain, all_again = plan(False, "4GiB"), plan(False, "4GiB", "all")
+    assert plain.chosen and all_again.chosen and not plain.recompute
+    budget = f"{(plain.chosen.needed + 3 * all_again.chosen.needed) / 4 / 2**20:.3f}MiB"
+    monkeypatch.setattr(step_cost, "LINK_BYTES_PER_S", 1e15)
+    monkeypatch.setattr(hosted_activations, "SMALLEST_BYTES", 2**12)  # the model is small
+    again, some, wished = plan(False, budget), plan("some", budget), plan(5, budget)
+    assert again.chosen and some.chosen and wished.chosen
+    assert 0 < some.chosen.recomputed < again.chosen.recomputed and some.chosen.moved > 0
+    assert len(some.moved) == some.chosen.moved and len(wished.moved) == wished.chosen.moved == 5
+    assert not {*some.moved} & {*some.recompute} and not {*wished.moved} & {*wished.recompute}
+    assert some.chosen.extra_s < again.chosen.extra_s and some.chosen.again_share < again.chosen.again_share
+    assert some.host_bytes - again.host_bytes == some.chosen.moved_bytes > 0
+    text = "\n".join(some.describe())
+    assert f"activations of {some.chosen.moved} in the host's memory" in text and "12 GB/s between a card" in text
+    assert MemoryPlan.from_json(json.loads(json.dumps(some.to_json()))) == some
+    monkeypatch.setattr(step_cost, "LINK_BYTES_PER_S", 1e3)
+    slow = plan("some", f"{float(budget[:-3]) + 0.001:.3f}MiB")  # another budget: the first one's plan is kept
+    assert slow.chosen and not slow.moved and slow.chosen.recomputed == again.chosen.recomputed

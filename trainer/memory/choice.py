@@ -1,7 +1,7 @@
 """Chooses how a run uses its memory: the strategy and the least recomputation that fit a budget; no torch."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from trainer.memory.holdings import Holding, Peak
@@ -11,6 +11,7 @@ GIB = 2**30
 CARD_FLOPS = 35e12  # an RTX 3090 in bf16 at half of its 71 TFLOP/s
 WIRE_BYTES_PER_S = 6e9  # between cards through the host's memory
 LINK_BYTES_PER_S = 12e9  # of a card's own link to the host's memory, each way: PCIe 3.0 x16 or better
+_ALIKE = 0.8
 _ESTIMATE = 4  # blocks by which the estimate of those to recompute may be too high
 
 
@@ -250,6 +251,27 @@ def _rung(
 def spread(names: Sequence[str], count: int) -> tuple[str, ...]:
     """So many of the names, evenly far apart, in their order."""
     return tuple(names[(2 * place + 1) * len(names) // (2 * count)] for place in range(count))
+
+
+def scattered_alike(order: Sequence[str], worth: Mapping[str, float]) -> list[str]:
+    """The same names, those of about the same worth in an order whose every end is spread over all of them.
+
+    Args:
+        order: by falling worth.
+        worth: of each name, in the order in which they are met.
+    """
+    groups, places = list[list[str]](), {name: place for place, name in enumerate(worth)}
+    for name in order:
+        if not groups or worth[name] < _ALIKE * worth[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(name)
+    return [name for group in groups for name in _scattered(sorted(group, key=places.__getitem__))]
+
+
+def _scattered(names: Sequence[str]) -> list[str]:
+    """Van der Corput's order."""
+    num_bits = len(names).bit_length()
+    return [names[i] for i in sorted(range(len(names)), key=lambda place: f"{place:0{num_bits}b}"[::-1])]
 
 
 def smallest(rungs: Sequence[Rung]) -> Rung:

@@ -1,8 +1,7 @@
 """Passes of a run's model without memory, at the run's real shapes: what `trainer.memory.choice` chooses by."""
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from trainer.adapters.initial_values import AdapterStart
 from trainer.config.sections.exchange_config import ExchangeConfig
 from trainer.data.buckets import Bucket
-from trainer.memory.choice import spread
+from trainer.memory.choice import scattered_alike, spread
 from trainer.memory.holdings import Holding, Kernels, Peak, StrategyName
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.strategy_peak import strategy_peak
@@ -98,16 +97,15 @@ class TracedRun:
         """All blocks that can be recomputed; first those that save most bytes for their operations.
 
         Args:
-            moves: others are moved: first those that cannot be, and of equal ones, those that are left over after the
+            moves: others are moved: first those that cannot be, and of alike ones, those that are left over after the
                 first few shall lie far apart in the pass.
         """
         if moves not in self._orders:
             blocks = self.trace(strategy).blocks()
             order = sorted(blocks, key=lambda name: -_worth(blocks[name]))
             if moves:
+                order = scattered_alike(order, {name: _worth(block) for name, block in blocks.items()})
                 movable = {*self.movable(strategy)}
-                equal = itertools.groupby(order, key=lambda name: _worth(blocks[name]))
-                order = [*itertools.chain.from_iterable(scattered([*names]) for _, names in equal)]
                 order.sort(key=lambda name: name in movable)
             self._orders[moves] = tuple(order)
         return self._orders[moves]
@@ -167,12 +165,6 @@ class TracedRun:
             packed_bytes=held_packed,
             moved_bytes=hosted.moved_bytes,
         )
-
-
-def scattered(names: Sequence[str]) -> list[str]:
-    """In an order of which each beginning and each end is spread over all of them (van der Corput's)."""
-    num_bits = len(names).bit_length()
-    return [names[i] for i in sorted(range(len(names)), key=lambda place: f"{place:0{num_bits}b}"[::-1])]
 
 
 def _worth(block: Block) -> float:

@@ -8,7 +8,7 @@ pass reaches the chosen block that ran after it:
     fetch lane                                                               3 -> device      2         1
 
 The device's memory is let go of at fixed points of the program, so that the plan counts it to the byte: a block's
-activations when the second of the chosen blocks after it has computed (`IN_FLIGHT`), or the eighth of all blocks
+activations when the second of the chosen blocks after it has computed (`IN_FLIGHT`), or the sixteenth of all blocks
 (`PATIENCE`), once their copy has arrived. Those that are still there when the backward pass begins stay until it has
 used them. Every arrow is a mark that the card's queues wait for (`copy_lanes`). Nothing is computed otherwise, and all
 copies are of whole bytes.
@@ -32,7 +32,7 @@ from trainer.optim.hosted.hosted_state import ALIGNMENT
 KEY = "memory.offload_activations"
 IN_FLIGHT = 2
 """Blocks whose activations are on the device and on their way to the host, at most, when another one begins."""
-PATIENCE = 8
+PATIENCE = 16
 """Blocks of any kind that compute until they are waited for."""
 SMALLEST_BYTES = 2**20
 """Smaller tensors stay where they are: moving one costs more time than it is worth."""
