@@ -327,8 +327,8 @@ def moved_cases(models: Sequence[str], worker_counts: Sequence[int]) -> list[Cas
         kinds: list[StrategyKind] = ["single"] if workers == 1 else ["ddp", "zero2", "zero3"]
         for kind, (moves, recompute) in itertools.product(kinds, ((8, False), (8, True), (24, False))):
             compute = "fp32" if kind == "ddp" else "bf16"
-            found.append(Case(model, kind, workers, 1, recompute, compute=compute, moves=moves))
-        found.append(Case(model, kinds[0], workers, 2, True, moves=8))
+            found.append(Case(model, kind, workers, 1, recompute, compute=compute, moves=moves, side_px=512))
+        found.append(Case(model, kinds[0], workers, 2, True, moves=8, side_px=512))
     return found
 
 
