@@ -10,7 +10,6 @@ from tests.train.real_run import model_of
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
-from trainer.memory import step_cost
 from trainer.memory.choice import GIB
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.report import MemoryPlan
@@ -205,10 +204,11 @@ def test_all_of_the_unet_on_one_card_of_24_gb(sdxl: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.e2e
-def test_activations_of_some_blocks_move_where_that_pays(
+def test_activations_of_so_many_blocks_move(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a link of any speed, in place of recomputing as many; as many as wished; none where the link is slow."""
+    """Of those that are not recomputed, and the table tells the price; `some` is never dearer than none."""
+    monkeypatch.setattr(hosted_activations, "SMALLEST_BYTES", 2**12)  # the model is small
 
     def plan(offload: str | int | bool, budget: str, recompute: str = "auto") -> MemoryPlan:
         memory = {"budget": budget, "offload_activations": offload, "recompute": recompute}
@@ -218,18 +218,31 @@ def test_activations_of_some_blocks_move_where_that_pays(
     plain, all_again = plan(False, "4GiB"), plan(False, "4GiB", "all")
     assert plain.chosen and all_again.chosen and not plain.recompute
     budget = f"{(plain.chosen.needed + 3 * all_again.chosen.needed) / 4 / 2**20:.3f}MiB"
-    monkeypatch.setattr(step_cost, "LINK_BYTES_PER_S", 1e15)
-    monkeypatch.setattr(hosted_activations, "SMALLEST_BYTES", 2**12)  # the model is small
     again, some, wished = plan(False, budget), plan("some", budget), plan(5, budget)
     assert again.chosen and some.chosen and wished.chosen
-    assert 0 < some.chosen.recomputed < again.chosen.recomputed and some.chosen.moved > 0
-    assert len(some.moved) == some.chosen.moved and len(wished.moved) == wished.chosen.moved == 5
-    assert not {*some.moved} & {*some.recompute} and not {*wished.moved} & {*wished.recompute}
-    assert some.chosen.extra_s < again.chosen.extra_s and some.chosen.again_share < again.chosen.again_share
-    assert some.host_bytes - again.host_bytes == some.chosen.moved_bytes > 0
-    text = "\n".join(some.describe())
-    assert f"activations of {some.chosen.moved} in the host's memory" in text and "12 GB/s between a card" in text
-    assert MemoryPlan.from_json(json.loads(json.dumps(some.to_json()))) == some
-    monkeypatch.setattr(step_cost, "LINK_BYTES_PER_S", 1e3)
-    slow = plan("some", f"{float(budget[:-3]) + 0.001:.3f}MiB")  # another budget: the first one's plan is kept
-    assert slow.chosen and not slow.moved and slow.chosen.recomputed == again.chosen.recomputed
+    assert some.chosen.extra_s <= again.chosen.extra_s and some.chosen.recomputed <= again.chosen.recomputed
+    count = wished.chosen.moved
+    assert len(wished.moved) == count == min(5, wished.num_blocks - wished.chosen.recomputed) > 0
+    assert not {*wished.moved} & {*wished.recompute} and len(wished.recompute) == wished.chosen.recomputed
+    assert wished.host_bytes - again.host_bytes == wished.chosen.moved_bytes > 0
+    text = "\n".join(wished.describe())
+    assert f"activations of {count} in the host's memory" in text and "12 GB/s between a card" in text
+    assert "GiB moved  waits s" in text and f"{wished.chosen.recomputed} recomputed, {count} moved" in text
+    assert MemoryPlan.from_json(json.loads(json.dumps(wished.to_json()))) == wished
+
+
+@pytest.mark.slow
+def test_of_sdxl_some_move_in_place_of_recomputing_others(sdxl: Path, tmp_path: Path) -> None:
+    """As docs/performance.md says of `configs/4x3090.yaml`."""
+    config = make_config(
+        sdxl,
+        memory={"budget": "23GiB", "offload_activations": "some", "strategy": "zero2"},
+        trainable=BOTH_ENCODERS,
+        captions={"max_tokens": 225},
+        train={"batch_size_per_gpu": 4},
+    )
+    plan = memory_plan(planned(config), setting(config, 4, SQUARE), tmp_path)
+    assert plan.chosen and plan.chosen.needed <= 23 * GIB and plan.chosen.moved
+    without = [rung for rung in plan.looked_at if rung.fits and not rung.moved]
+    assert plan.chosen.extra_s < min(rung.extra_s for rung in without)
+    assert plan.chosen.again_share < min(rung.again_share for rung in without)
