@@ -10,6 +10,7 @@ from tests.train.real_run import model_of
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
+from trainer.memory import step_cost
 from trainer.memory.choice import GIB
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.report import MemoryPlan
@@ -17,6 +18,7 @@ from trainer.memory.run_plan import Setting, make_budget, memory_plan, require_f
 from trainer.memory.traced_run import Shape, TracedRun, holdings
 from trainer.model_files.presets import preset
 from trainer.optim.hosted import hosted_activations
+from trainer.tiny.tiny_model import write_tiny_model
 from trainer.train.memory_inputs import make_setting, planned_run
 
 SQUARE = Bucket(1024, 1024)
@@ -229,6 +231,26 @@ def test_activations_of_so_many_blocks_move(
     assert f"activations of {count} in the host's memory" in text and "12 GB/s between a card" in text
     assert "GiB moved  waits s" in text and f"{wished.chosen.recomputed} recomputed, {count} moved" in text
     assert MemoryPlan.from_json(json.loads(json.dumps(wished.to_json()))) == wished
+
+
+@pytest.mark.slow
+def test_with_a_fast_link_nearly_nothing_is_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with one that copies nothing in time, what is moved is let be."""
+    monkeypatch.setattr(hosted_activations, "SMALLEST_BYTES", 2**12)
+    monkeypatch.setattr(hosted_activations, "PATIENCE", 2)
+    write_tiny_model(tmp_path / "model")
+
+    def plan(offload: str | bool, link: float) -> MemoryPlan:
+        monkeypatch.setattr(step_cost, "LINK_BYTES_PER_S", link)
+        memory = {"budget": "884.75MiB", "offload_activations": offload}
+        config = make_config(tmp_path / "model", memory=memory, train={"batch_size_per_gpu": 2})
+        return memory_plan(planned(config), setting(config, 1, Bucket(512, 512)), tmp_path / f"plans-{link}")
+
+    again, fast, slow = plan(False, 1e15), plan("some", 1e15), plan("some", 1e3)
+    assert again.chosen and fast.chosen and slow.chosen and again.chosen.again_share > 0.15
+    assert fast.chosen.again_share < 0.01 and fast.chosen.fits and len(fast.moved) == fast.chosen.moved > 40
+    assert not {*fast.moved} & {*fast.recompute}
+    assert slow.recompute == again.recompute and not slow.moved
 
 
 @pytest.mark.slow

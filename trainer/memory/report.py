@@ -201,7 +201,9 @@ class MemoryPlan:
             lines[-1] = lines[-1].replace(", if", ", as if").replace("hides", "hid").removesuffix(";")
             lines.append("  them, and of moved activations (GiB a pass, each way) what the passes do not hide;")
         if chosen.moved:
-            lines.append(f"  moved: {chosen.moved} blocks, as many as are no slower at half of that rate either;")
+            lines.append(
+                "  `some` moves as many as are no slower than recomputation alone at half of that rate either;"
+            )
         return [*lines, f"  assumed: {assumed}. `sdxl-train bench` measures what is fastest"]
 
 
