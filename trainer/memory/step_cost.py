@@ -91,7 +91,7 @@ class StepCosts:
             bounds: see `waiting_s`.
         """
         self._traced, self._bounds = traced, bounds
-        self._plain: dict[StrategyName, _Plain] = {}
+        self._plain: dict[tuple[StrategyName, bool], _Plain] = {}
 
     def extra_s(self, holding: Holding, recomputed: int, offloads: bool, moved: int = 0) -> float:
         """Seconds of a way that has been traced."""
@@ -111,23 +111,27 @@ class StepCosts:
     def moving(self, holding: Holding, recomputed: int, fewest: int, spare: int) -> tuple[int, int]:
         """How many blocks to recompute and how many to move, in place of recomputing so many, by an estimate.
 
-        It costs least at the assumed rate of copies among what costs no more than now at half of it.
+        It says, too, whether `blocks` begin with the late ones. It costs least at the assumed rate of copies among what costs no more than now at half of it.
 
         Args:
             fewest: to recompute.
             spare: bytes of the budget that are free.
         """
-        plain = self._of(holding.strategy)
         now = self._cost(holding, recomputed, {}).total
-        best, needed = (now, recomputed, 0), self._traced.saved_bytes(holding.strategy, recomputed) - spare
-        for again in range(fewest, recomputed):
-            names = self._fewest_moved(plain, again, needed - plain.first[again])
-            if not names:
-                continue
-            sizes = {name: plain.saved[name] for name in names}
-            if self._cost(holding, again, sizes, _CAREFUL).total <= now:
-                best = min(best, (self._cost(holding, again, sizes).total, again, len(names)))
-        return best[1:]
+        best, needed = (now, recomputed, 0, False), self._traced.saved_bytes(holding.strategy, recomputed) - spare
+        for late_first in (False, True):
+            self._traced.late_first = late_first
+            plain = self._of(holding.strategy)
+            for again in range(fewest, recomputed):
+                names = self._fewest_moved(plain, again, needed - plain.first[again])
+                if not names:
+                    continue
+                sizes = {name: plain.saved[name] for name in names}
+                if self._cost(holding, again, sizes, _CAREFUL).total <= now:
+                    best = min(best, (self._cost(holding, again, sizes).total, again, len(names), late_first))
+        _, again, moved, late_first = best
+        self._traced.late_first = late_first
+        return again, moved
 
     def _fewest_moved(self, plain: _Plain, again: int, needed: int) -> tuple[str, ...]:
         """Blocks that take so many bytes away; empty where all do not."""
@@ -141,9 +145,10 @@ class StepCosts:
         return spread(kept, fewest) if fewest <= len(kept) else ()
 
     def _of(self, strategy: StrategyName) -> _Plain:
-        if strategy not in self._plain:
-            self._plain[strategy] = _Plain.of(self._traced, strategy)
-        return self._plain[strategy]
+        way = strategy, self._traced.late_first
+        if way not in self._plain:
+            self._plain[way] = _Plain.of(self._traced, strategy)
+        return self._plain[way]
 
     def _cost(self, holding: Holding, recomputed: int, sizes: Mapping[str, int], share: float = 1.0) -> Cost:
         waits = self._waits_s(holding, recomputed, sizes, share) if sizes else 0.0

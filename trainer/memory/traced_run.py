@@ -71,7 +71,8 @@ class TracedRun:
         self._run, self.shape = run, shape
         self.kernels: Kernels = kernels
         self._traces: dict[_Way, Trace] = {}
-        self._orders: dict[bool, tuple[str, ...]] = {}
+        self._orders: dict[tuple[bool, bool], tuple[str, ...]] = {}
+        self.late_first = False  # see `blocks`
 
     def trace(self, strategy: StrategyName, recomputed: int = 0, offloads: bool = False, moved: int = 0) -> Trace:
         """The pass with the first `recomputed` of `blocks` recomputed, and so many of the others moved."""
@@ -97,18 +98,21 @@ class TracedRun:
         """All blocks that can be recomputed; first those that save most bytes for their operations.
 
         Args:
-            moves: others are moved: first those that cannot be, and of alike ones, those that are left over after the
-                first few shall lie far apart in the pass.
+            moves: others are moved: of alike ones, those that are left over after the first few shall lie far apart in
+                the pass. `late_first` puts those that cannot be moved before all others, which pays where the budget
+                has no room to keep them.
         """
-        if moves not in self._orders:
+        kind = moves, moves and self.late_first
+        if kind not in self._orders:
             blocks = self.trace(strategy).blocks()
             order = sorted(blocks, key=lambda name: -_worth(blocks[name]))
             if moves:
                 order = scattered_alike(order, {name: _worth(block) for name, block in blocks.items()})
-                movable = {*self.movable(strategy)}
-                order.sort(key=lambda name: name in movable)
-            self._orders[moves] = tuple(order)
-        return self._orders[moves]
+                if self.late_first:
+                    movable = {*self.movable(strategy)}
+                    order.sort(key=lambda name: name in movable)
+            self._orders[kind] = tuple(order)
+        return self._orders[kind]
 
     def peak(self, holding: Holding, recomputed: int, offloads: bool, moved: int = 0) -> Peak:
         """The fullest moment of a step."""
