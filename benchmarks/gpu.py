@@ -226,6 +226,14 @@ def variants(bench: Bench) -> Iterator[tuple[str, str]]:
         yield from bench_rows(bench, f"UNet, {' '.join(settings)}", config, settings, batch_sizes="1")
 
 
+def activations(bench: Bench) -> Iterator[tuple[str, str]]:
+    """A step with the activations of no block in the host's memory, of some, copied beside the passes, and all."""
+    config, lean = write_config(bench, "activations", {}), lean_settings(bench)
+    for moved in ("false", "10", "20", "true"):
+        settings = [*lean, "memory.recompute=none", f"memory.offload_activations={moved}"]
+        yield from bench_rows(bench, f"UNet, {' '.join(settings[-2:])}", config, settings, batch_sizes="1")
+
+
 def lean_settings(bench: Bench) -> list[str]:
     """What all of the UNet takes to fit on one card of 24 GB (of 32 GB without bf16)."""
     precision = "bf16_stochastic" if bf16_works(bench) else "fp16"
@@ -360,6 +368,7 @@ SECTIONS = {
     "exactness": exactness,
     "bench": strategies,
     "variants": variants,
+    "activations": activations,
     "attention": attention,
     "tf32": tf32,
     "optimizer": optimizer,

@@ -31,6 +31,7 @@ from trainer.memory.run_choice import MemoryChoice, choose_memory, is_out_of_mem
 from trainer.memory.run_plan import Setting
 from trainer.model.recompute import apply_recompute, repeated_blocks
 from trainer.model_files.run_model import RunModel, open_model
+from trainer.optim.hosted.hosted_activations import HostedActivations
 from trainer.optim.precision import set_fp32_arithmetic
 from trainer.parallel.comm import Comm, keep_group_alive
 from trainer.parallel.strategy import StrategyKind
@@ -97,8 +98,9 @@ class Bench:
         choice = choose_memory(planned_run(config, built.model), self.comm, setting)
         network = built.parts.denoiser.model
         for block in repeated_blocks(network).values():
-            vars(block).pop("forward", None)  # what `apply_recompute` has put there
+            vars(block).pop("forward", None)  # what the lines below have put there
         apply_recompute(network, choice.recompute)
+        HostedActivations(repeated_blocks(network), choice.moved, self.comm.device)
         parts = replace(built.parts, around_forward=choice.around_forward(network))
         return replace(built, config=config, choice=choice, parts=parts)
 

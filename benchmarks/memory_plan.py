@@ -1,12 +1,13 @@
 """Planned against measured peak memory: real training of UNets of 16M to 654M weights on the CPU.
 
-    python benchmarks/memory_plan.py [--models tiny,m100] [--workers 1,4] [--alone] [--adapters]
+    python benchmarks/memory_plan.py [--models tiny,m100] [--workers 1,4] [--alone] [--adapters | --moved]
 
 Each row trains for real (gloo between the workers); the measured peak is PyTorch's own count of what it allocates,
 in an optimizer step in steady state. The planned one comes from a pass over the same model without memory
 (`trainer.memory.trace`). Takes an hour on 2 cores; a few minutes for `tiny` alone. With `--alone`, worker 0 of
 four trains without the others and its messages go nowhere: the same memory, but for the copies that gloo makes. With
-`--adapters`, a LoRA of rank 16 trains beside frozen weights, in place of the other rows.
+`--adapters`, a LoRA of rank 16 trains beside frozen weights, in place of the other rows; with `--moved`, activations of
+some blocks wait in the host's memory, which PyTorch does not count.
 """
 
 import argparse
@@ -30,12 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config.sections.exchange_config import ExchangeConfig
+from trainer.memory.choice import spread
 from trainer.memory.holdings import Holding, Peak
 from trainer.memory.hosted_holding import with_state_in_host, with_weights_in_host
 from trainer.memory.strategy_peak import parameter_sizes, strategy_peak
 from trainer.memory.trace import trace_pass
 from trainer.model.denoiser import TrainedModel
 from trainer.model.recompute import apply_recompute, gathered_units, release_blocks, repeated_blocks
+from trainer.optim.hosted.hosted_activations import HostedActivations
 from trainer.optim.hosted.hosted_weights import HostedWeights
 from trainer.parallel.comm import Comm
 from trainer.parallel.sharding import local_tensor
@@ -78,6 +81,7 @@ class Case:
     exchange: str = "plain"
     adapter: str = ""
     within: int | None = None  # workers over which it is spread
+    moves: int = 0  # blocks whose activations wait in the host's memory; `recompute` is of the others
 
     @property
     def gradients(self) -> ExchangeConfig:
@@ -111,9 +115,16 @@ def unet_config(model: str) -> dict[str, Any]:
 
 
 def make_model(
-    case: Case, dtype: torch.dtype, before_recompute: Callable[[TrainedModel], None] = lambda _: None
+    case: Case,
+    dtype: torch.dtype,
+    before_recompute: Callable[[TrainedModel], None] = lambda _: None,
+    device: str = "meta",
 ) -> TrainedModel:
-    """The model on "meta", its weights in `dtype`; below an adapter, they have the dtype that is computed in."""
+    """The model on "meta", its weights in `dtype`; below an adapter, they have the dtype that is computed in.
+
+    Args:
+        device: on which it will compute.
+    """
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -122,8 +133,11 @@ def make_model(
     if case.adapter:
         _add_adapter(model, case.adapter)
     before_recompute(model)
+    blocks = repeated_blocks(model)
+    moved = spread([*blocks], case.moves)
     if case.recompute:
-        apply_recompute(model, repeated_blocks(model))
+        apply_recompute(model, blocks.keys() - {*moved})
+    HostedActivations(blocks, moved, torch.device(device))
     return model
 
 
@@ -236,7 +250,7 @@ def _prepared(case: Case, comm: Comm) -> Callable[[], None]:
         if case.hosts_weights:
             weights.append(HostedWeights(repeated_blocks(model), comm.device))
 
-    model = make_model(case, DTYPES[case.weights], host)
+    model = make_model(case, DTYPES[case.weights], host, comm.device.type)
     hosted, elsewhere = (weights[0], weights[0].parameters) if weights else (None, ())
     strategy = make_strategy(model, sharing, gathered_units(model).values(), (), comm, _fill, elsewhere=elsewhere)
     strategy = (with_average if alone else with_exchange)(case.gradients, strategy, comm, seed=0)
@@ -307,6 +321,18 @@ def adapter_cases(models: Sequence[str], worker_counts: Sequence[int]) -> list[C
     return found
 
 
+def moved_cases(models: Sequence[str], worker_counts: Sequence[int]) -> list[Case]:
+    """Every row of `--moved`: a few blocks' activations, or those of all, and the others' kept or recomputed."""
+    found = []
+    for model, workers in itertools.product(models, worker_counts):
+        kinds: list[StrategyKind] = ["single"] if workers == 1 else ["ddp", "zero2", "zero3"]
+        for kind, (moves, recompute) in itertools.product(kinds, ((8, False), (8, True), (24, False))):
+            compute = "fp32" if kind == "ddp" else "bf16"
+            found.append(Case(model, kind, workers, 1, recompute, compute=compute, moves=moves, side_px=512))
+        found.append(Case(model, kinds[0], workers, 2, True, moves=8, side_px=512))
+    return found
+
+
 def measure_all(group: Sequence[Case], alone: bool) -> Iterator[int]:
     """Measured peaks of cases with one number of workers, trained one after the other by the same processes."""
     workers = group[0].workers
@@ -373,7 +399,7 @@ def row(case: Case, measured: int) -> tuple[str, float]:
     name += f", {case.exchange}" * (case.exchange != "plain")
     model = f"{case.model}, {case.adapter}" if case.adapter else case.model
     numbers = f"{planned.total / 2**20:,.1f} | {measured / 2**20:,.1f} | {error:+.2%}"
-    kept = "recomputed" if case.recompute else "kept"
+    kept = ("recomputed" if case.recompute else "kept") + f", {case.moves} moved" * bool(case.moves)
     text = f"| {model} | {case.weights}/{case.compute} | {name} | {case.workers} | {case.accumulation} | {kept} |"
     return f"{text} {numbers} |", error
 
@@ -385,6 +411,7 @@ def main() -> None:
     parser.add_argument("--workers", default="1,4")
     parser.add_argument("--alone", action="store_true", help="worker 0 alone")
     parser.add_argument("--adapters", action="store_true", help="a LoRA beside frozen weights")
+    parser.add_argument("--moved", action="store_true", help="activations of some blocks in the host's memory")
     parser.add_argument("--cases", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cases:
@@ -392,7 +419,7 @@ def main() -> None:
         return
     print("| UNet | weights/compute | strategy | workers | passes | activations | planned MiB | measured MiB | error |")
     print("|---|---|---|---|---|---|---|---|---|")
-    make_cases = adapter_cases if arguments.adapters else cases
+    make_cases = moved_cases if arguments.moved else adapter_cases if arguments.adapters else cases
     rows = make_cases(arguments.models.split(","), [int(count) for count in arguments.workers.split(",")])
     worst = 0.0
     for _, group in itertools.groupby(rows, key=lambda case: (case.model, case.workers, case.kind)):

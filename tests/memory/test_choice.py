@@ -1,8 +1,10 @@
 """What is chosen within a budget, on made-up figures."""
 
+from dataclasses import replace
+
 import pytest
 
-from trainer.memory.choice import GIB, Budget, Choice, Measures, Ways, choose, parse_size
+from trainer.memory.choice import GIB, Budget, Choice, Measures, Ways, choose, parse_size, scattered_alike, spread
 from trainer.memory.holdings import Holding, Peak
 from trainer.memory.report import MemoryPlan, RungReport, run_time
 from trainer.memory.strategy_peak import strategy_peak
@@ -13,13 +15,13 @@ STATIC = {"ddp": 20 * GIB, "zero2": 8 * GIB, "zero3": 5 * GIB}
 WIRE_S = {"ddp": 1.0, "zero2": 1.1, "zero3": 3.0}
 
 
-def peak(holding: Holding, recomputed: int, offloads: bool) -> Peak:
-    kept = 0 if offloads else (BLOCKS - recomputed) * PER_BLOCK
+def peak(holding: Holding, recomputed: int, offloads: bool, moved: int) -> Peak:
+    kept = 0 if offloads else (BLOCKS - recomputed - moved) * PER_BLOCK
     return Peak("backward", {"weights": STATIC[holding.strategy], "activations": kept + GIB})
 
 
-def extra_s(holding: Holding, recomputed: int, offloads: bool) -> float:
-    return WIRE_S[holding.strategy] + 0.2 * recomputed + 5 * offloads
+def extra_s(holding: Holding, recomputed: int, offloads: bool, moved: int) -> float:
+    return WIRE_S[holding.strategy] + 0.2 * recomputed + 5 * offloads + 0.05 * moved
 
 
 MEASURES = Measures(peak, lambda count: count * PER_BLOCK, extra_s)
@@ -53,7 +55,7 @@ def test_not_a_block_more_than_needed(share: float) -> None:
     """Also where a block saves less than its activations, because the peak moves."""
     blocks, looks = 131, list[int]()
 
-    def peak(holding: Holding, recomputed: int, offloads: bool) -> Peak:
+    def peak(holding: Holding, recomputed: int, offloads: bool, moved: int) -> Peak:
         looks.append(recomputed)
         return Peak(
             "backward", {"weights": STATIC["zero2"], "activations": round(131 * GIB - recomputed * share * GIB)}
@@ -76,6 +78,39 @@ def test_offloading_is_the_last_rung() -> None:
     assert chosen(9.5, Ways({"zero2": HOLDINGS["zero2"]}, BLOCKS, 0, 0, may_offload=False)).chosen is None
     forced = chosen(40, Ways(HOLDINGS, BLOCKS, 0, BLOCKS, must_offload=True)).chosen
     assert forced and forced.offloads
+
+
+@pytest.mark.parametrize("off", [-2, 0, 3])
+def test_moved_in_place_of_recomputed(off: int) -> None:
+    """As the estimate says, but for the blocks by which it is off; never more than fits, nor where it does not pay."""
+
+    def moving(holding: Holding, recomputed: int, fewest: int, spare: int) -> tuple[int, int]:
+        assert (recomputed, fewest, spare) == (9, 0, 0)
+        return 4 + off, 5
+
+    ways = Ways({"zero2": HOLDINGS["zero2"]}, BLOCKS, 0, BLOCKS, moved=None)
+    choice = choose(ways, replace(MEASURES, moving=moving), Budget(10 * GIB))
+    rung = choice.chosen
+    assert rung and (rung.recomputed, rung.moved, rung.fits) == (4, 5, True) and rung in choice.looked_at
+    assert rung.extra_s == pytest.approx(1.1 + 0.8 + 0.25)
+    dear = replace(MEASURES, moving=moving, extra_s=lambda *way: extra_s(*way) + 2 * bool(way[3]))
+    rung = choose(ways, dear, Budget(10 * GIB)).chosen
+    assert rung and (rung.recomputed, rung.moved) == (9, 0)
+
+
+def test_so_many_moved_as_wished() -> None:
+    """Also those that would fit without."""
+    rung = chosen(12, Ways(HOLDINGS, BLOCKS, 0, BLOCKS, moved=3)).chosen
+    assert rung and (rung.label, rung.recomputed, rung.moved) == ("zero2", 4, 3)
+    assert spread("abcdefghij", 3) == ("b", "f", "i") and spread("abc", 3) == ("a", "b", "c") and spread("abc", 0) == ()
+
+
+def test_what_is_left_over_of_alike_blocks_is_spread() -> None:
+    """Eight of one kind, between others that are worth half as much or twice: each end of their order is far apart."""
+    worth = {"a": 2.0, **{f"b{place}": 1.0 + 0.1 * (place % 2) for place in range(8)}, "c": 0.5}
+    order = scattered_alike(sorted(worth, key=lambda name: -worth[name]), worth)
+    assert order[0] == "a" and order[-1] == "c" and {*order} == worth.keys()
+    assert sorted(order[7:9]) == ["b3", "b7"] and sorted(order[5:9]) == ["b1", "b3", "b5", "b7"]
 
 
 def test_nothing_fits() -> None:

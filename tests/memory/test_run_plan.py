@@ -10,12 +10,15 @@ from tests.train.real_run import model_of
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
+from trainer.memory import step_cost
 from trainer.memory.choice import GIB
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.report import MemoryPlan
 from trainer.memory.run_plan import Setting, make_budget, memory_plan, require_fit
 from trainer.memory.traced_run import Shape, TracedRun, holdings
 from trainer.model_files.presets import preset
+from trainer.optim.hosted import hosted_activations
+from trainer.tiny.tiny_model import write_tiny_model
 from trainer.train.memory_inputs import make_setting, planned_run
 
 SQUARE = Bucket(1024, 1024)
@@ -201,3 +204,68 @@ def test_all_of_the_unet_on_one_card_of_24_gb(sdxl: Path, tmp_path: Path) -> Non
         assert plan.chosen and plan.chosen.needed <= 23 * GIB
         found[plan.chosen.recomputed] = plan.chosen.split["activations"] / GIB
     assert found[0] == pytest.approx(6.44, abs=0.02) and found[plan.num_blocks] <= 0.68
+
+
+@pytest.mark.e2e
+def test_activations_of_so_many_blocks_move(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that are not recomputed, and the table tells the price; `some` is never dearer than none."""
+    monkeypatch.setattr(hosted_activations, "SMALLEST_BYTES", 2**12)  # the model is small
+
+    def plan(offload: str | int | bool, budget: str, recompute: str = "auto") -> MemoryPlan:
+        memory = {"budget": budget, "offload_activations": offload, "recompute": recompute}
+        config = make_config(model_folder, memory=memory, train={"batch_size_per_gpu": 2})
+        return memory_plan(planned(config), setting(config, 1, Bucket(512, 512)), tmp_path / "plans")
+
+    plain, all_again = plan(False, "4GiB"), plan(False, "4GiB", "all")
+    assert plain.chosen and all_again.chosen and not plain.recompute
+    budget = f"{(plain.chosen.needed + 3 * all_again.chosen.needed) / 4 / 2**20:.3f}MiB"
+    again, some, wished = plan(False, budget), plan("some", budget), plan(5, budget)
+    assert again.chosen and some.chosen and wished.chosen
+    assert some.chosen.extra_s <= again.chosen.extra_s and some.chosen.recomputed <= again.chosen.recomputed
+    count = wished.chosen.moved
+    assert len(wished.moved) == count == min(5, wished.num_blocks - wished.chosen.recomputed) > 0
+    assert not {*wished.moved} & {*wished.recompute} and len(wished.recompute) == wished.chosen.recomputed
+    assert wished.host_bytes - again.host_bytes == wished.chosen.moved_bytes > 0
+    text = "\n".join(wished.describe())
+    assert f"activations of {count} in the host's memory" in text and "12 GB/s between a card" in text
+    assert "GiB moved  waits s" in text and f"{wished.chosen.recomputed} recomputed, {count} moved" in text
+    assert MemoryPlan.from_json(json.loads(json.dumps(wished.to_json()))) == wished
+
+
+@pytest.mark.slow
+def test_with_a_fast_link_nearly_nothing_is_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with one that copies nothing in time, what is moved is let be."""
+    monkeypatch.setattr(hosted_activations, "SMALLEST_BYTES", 2**12)
+    monkeypatch.setattr(hosted_activations, "PATIENCE", 2)
+    write_tiny_model(tmp_path / "model")
+
+    def plan(offload: str | bool, link: float) -> MemoryPlan:
+        monkeypatch.setattr(step_cost, "LINK_BYTES_PER_S", link)
+        memory = {"budget": "884.75MiB", "offload_activations": offload}
+        config = make_config(tmp_path / "model", memory=memory, train={"batch_size_per_gpu": 2})
+        return memory_plan(planned(config), setting(config, 1, Bucket(512, 512)), tmp_path / f"plans-{link}")
+
+    again, fast, slow = plan(False, 1e15), plan("some", 1e15), plan("some", 1e3)
+    assert again.chosen and fast.chosen and slow.chosen and again.chosen.again_share > 0.15
+    assert fast.chosen.again_share < 0.01 and fast.chosen.fits and len(fast.moved) == fast.chosen.moved > 40
+    assert not {*fast.moved} & {*fast.recompute}
+    assert slow.recompute == again.recompute and not slow.moved
+
+
+@pytest.mark.slow
+def test_of_sdxl_some_move_in_place_of_recomputing_others(sdxl: Path, tmp_path: Path) -> None:
+    """As docs/performance.md says of `configs/4x3090.yaml`."""
+    config = make_config(
+        sdxl,
+        memory={"budget": "23GiB", "offload_activations": "some", "strategy": "zero2"},
+        trainable=BOTH_ENCODERS,
+        captions={"max_tokens": 225},
+        train={"batch_size_per_gpu": 4},
+    )
+    plan = memory_plan(planned(config), setting(config, 4, SQUARE), tmp_path)
+    assert plan.chosen and plan.chosen.needed <= 23 * GIB and plan.chosen.moved
+    without = [rung for rung in plan.looked_at if rung.fits and not rung.moved]
+    assert plan.chosen.extra_s < min(rung.extra_s for rung in without)
+    assert plan.chosen.again_share < min(rung.again_share for rung in without)

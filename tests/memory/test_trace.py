@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.memory_plan import Case, measure, plan
 from trainer.memory.trace import trace_pass, trace_peak
+from trainer.optim.hosted import hosted_activations
 from trainer.parallel.comm import keep_group_alive
 from trainer.parallel.strategy import StrategyKind
 
@@ -133,6 +134,31 @@ def test_an_adapter_beside_a_base_that_is_spread(kind: StrategyKind, recompute: 
     assert planned.total == pytest.approx(measure(case, 0), rel=0.05)
     if kind == "zero3" and recompute:
         assert planned.total < 0.75 * replicated.total
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("kind", "moves", "recompute", "accumulation", "compute"),
+    [
+        ("single", 6, False, 1, "fp32"),
+        ("single", 6, True, 2, "fp32"),
+        ("zero2", 9, False, 1, "bf16"),
+        ("zero3", 4, True, 1, "bf16"),
+        pytest.param("single", 9, False, 1, "bf16", marks=SLOW),
+        pytest.param("zero2", 4, True, 2, "fp32", marks=SLOW),
+    ],
+)
+def test_activations_that_wait_in_the_host(
+    kind: StrategyKind, moves: int, recompute: bool, accumulation: int, compute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of the blocks', with what is on its way; the others' kept, or recomputed."""
+    monkeypatch.setattr(hosted_activations, "SMALLEST_BYTES", 2**14)
+    shape: dict[str, Any] = {"compute": compute, "side_px": 128, "batch": 4}
+    case = Case("mini", kind, 1 if kind == "single" else 4, accumulation, recompute, moves=moves, **shape)
+    planned, kept = plan(case), plan(replace(case, recompute=False, moves=0))
+    assert planned.total == pytest.approx(measure(case, 0), rel=0.02)
+    assert planned.split["activations"] < (0.7 if recompute else 0.95) * kept.split["activations"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """One worker of runs over a small UNet and two small text encoders, shared in several ways.
 
 Arguments: FOLDER STEPS, then the runs as STRATEGY[@WITHIN]:PRECISION:ACCUMULATION[:OBJECTIVE], or `rates` in place of
-an objective, for parameters with learning rates and weight decays of their own, some of them frozen. `zero2+` exchanges
+an objective, for parameters with learning rates and weight decays of their own, some of them frozen; or `moved`, for
+activations of every second block in the host's memory, others recomputed beside them. `zero2+` exchanges
 gradients in each pass, `@2` spreads over two workers at a time. Of each, rank 0 saves losses and whole weights under
 that name into FOLDER. The weights of the start and the 12 images of each step are the same for any number of workers.
 """
@@ -34,10 +35,12 @@ from trainer.diffusion.uncertainty import LearnedWeights
 from trainer.diffusion.weighting import min_snr, p2, soft_min_snr
 from trainer.model.denoiser import Denoiser, TrainedModel, image_losses
 from trainer.model.freeze import never_used, original_unet_names
-from trainer.model.recompute import embeddings, gathered_units
+from trainer.model.recompute import apply_recompute, embeddings, gathered_units, repeated_blocks
 from trainer.model.selection.model_blocks import text_encoder_blocks, unet_blocks
 from trainer.model.selection.weight_rates import PartNames, weight_rates
 from trainer.model.text import TextEncoders
+from trainer.optim.hosted import hosted_activations
+from trainer.optim.hosted.hosted_activations import HostedActivations
 from trainer.optim.optimizers import make_optimizer
 from trainer.optim.precision import precision_of, set_fp32_arithmetic
 from trainer.parallel.comm import Comm, close, init_comm
@@ -74,6 +77,7 @@ OBJECTIVES = {
     "masked": Objective(epsilon(), mean=area_mean(0.1)),
     "loss_weights": Objective(epsilon(), spread=stratified),  # and images that count more or less
     "rates": Objective(epsilon()),
+    "moved": Objective(epsilon()),
 }
 
 RATES = {
@@ -195,6 +199,8 @@ def run(
 
     if objective is OBJECTIVES["rates"]:
         rate(model)
+    if objective is OBJECTIVES["moved"]:
+        move(model, comm.device)
 
     def fill(empty: nn.Module) -> None:
         for name, parameter in empty.named_parameters():
@@ -225,6 +231,14 @@ def run(
         "traffic": json.dumps(traffic(watched)) if watched else "",
     }
     save(strategy, model, comm, out, told | {"trained": trained})
+
+
+def move(model: TrainedModel, device: torch.device) -> None:
+    """Also of tensors as small as this model's."""
+    hosted_activations.SMALLEST_BYTES = 256
+    blocks = repeated_blocks(model)
+    apply_recompute(model, [*blocks][1::4])
+    HostedActivations(blocks, [*blocks][::2], device)
 
 
 def rate(model: TrainedModel) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from trainer.config.fields import Key, Problem, dotted
 from trainer.config.rule_parts import clash, full_path, is_given, key_of, value_at
 from trainer.config.schema import Config
+from trainer.config.section_rules.rules_activations import activation_rules
 from trainer.config.section_rules.rules_adapter import adapter_rules, frozen_weight_rules
 from trainer.config.section_rules.rules_captions import caption_rules
 from trainer.config.section_rules.rules_ema import ema_rules
@@ -56,6 +57,7 @@ def broken_rules(config: Config) -> list[Problem]:
         _validation,
         sample_rules,
         release_rules,
+        activation_rules,
         exchange_rules,
         sharding_rules,
         objective_problems,

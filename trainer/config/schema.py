@@ -229,8 +229,11 @@ class MemoryConfig(Section):
     recompute: Literal["auto", "none", "all"] = "auto"
     """Blocks whose activations are computed again in the backward pass: less memory, up to a third more time. `auto`:
     as few as fit."""
-    offload_activations: Literal["auto"] | Flag = "auto"
-    """Activations wait in the host's memory for the backward pass. `auto`: where nothing else fits."""
+    offload_activations: Literal["auto", "some"] | Flag | PositiveInt = "auto"
+    """Activations wait in the host's memory for the backward pass. `some`: those of as many blocks as cost less time
+    than recomputing others, by the plan, also if copies take twice as long as it assumes; they are copied while others
+    compute. A number: of so many blocks, of those that are not recomputed. `true`: all that is kept, which nothing
+    hides. `auto`: all, where nothing else fits."""
     release_gradients: Flag = False
     """Update each block of the model as its gradients arrive in the backward pass, so that they never exist all at
     once; `train.max_grad_norm` is then of each block's gradients. For one worker without accumulation."""

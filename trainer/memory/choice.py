@@ -1,8 +1,8 @@
 """Chooses how a run uses its memory: the strategy and the least recomputation that fit a budget; no torch."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from trainer.memory.holdings import Holding, Peak
 
@@ -10,6 +10,9 @@ GIB = 2**30
 # Assumptions, used to rank what fits and printed with it.
 CARD_FLOPS = 35e12  # an RTX 3090 in bf16 at half of its 71 TFLOP/s
 WIRE_BYTES_PER_S = 6e9  # between cards through the host's memory
+LINK_BYTES_PER_S = 12e9  # of a card's own link to the host's memory, each way: PCIe 3.0 x16 or better
+_ALIKE = 0.8
+_ESTIMATE = 4  # blocks by which the estimate of those to recompute may be too high
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Rung:
     Attributes:
         label: in words.
         recomputed: blocks that are recomputed, the first ones of the list of all blocks.
-        offloads: saved activations wait in the host's memory.
+        offloads: all saved activations wait in the host's memory.
+        moved: blocks whose activations do, beside the computation.
         peak: the fullest moment of a step.
         extra_s: seconds per optimizer step beyond the plain passes, by `CARD_FLOPS` and `WIRE_BYTES_PER_S`.
         fits: within the budget.
@@ -59,6 +63,7 @@ class Rung:
     peak: Peak
     extra_s: float
     fits: bool
+    moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Ways:
         fewest, most: recomputed blocks that are allowed; equal where nothing is left to choose.
         may_offload: the last rung is allowed.
         must_offload: and no other.
+        moved: blocks whose activations are moved, of those that are not recomputed; None: as many as pay.
     """
 
     holdings: dict[str, Holding]
@@ -82,6 +88,7 @@ class Ways:
     must_offload: bool = False
     last: dict[str, Holding] = field(default_factory=dict)
     final: dict[str, Holding] = field(default_factory=dict)
+    moved: int | None = 0
 
     def fewest_of(self, holding: Holding) -> int:
         """Recomputed blocks at least: all whose weights do not stay on the card."""
@@ -93,14 +100,20 @@ class Measures:
     """What is known of a way to run, worked out when asked for.
 
     Attributes:
-        peak: of a holding with so many recomputed blocks, with or without offloading.
+        peak: of a holding with so many recomputed blocks, with or without offloading, and so many moved ones.
         saved_bytes: of the first so many blocks.
         extra_s: see `Rung.extra_s`.
+        moving: an estimate of how many blocks to recompute and to move, in place of so many that are recomputed, at
+            least so many, with so many bytes to spare.
     """
 
-    peak: Callable[[Holding, int, bool], Peak]
+    peak: Callable[[Holding, int, bool, int], Peak]
     saved_bytes: Callable[[int], int]
-    extra_s: Callable[[Holding, int, bool], float]
+    extra_s: Callable[[Holding, int, bool, int], float]
+    moving: Callable[[Holding, int, int, int], tuple[int, int]] = lambda holding, recomputed, fewest, spare: (
+        recomputed,
+        0,
+    )
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,8 @@ def choose(ways: Ways, measures: Measures, budget: Budget) -> Choice:
     while True:
         best = min(promising, key=lambda rung: promising[rung])
         if best in finest:
-            return Choice(best, tuple(looked_at))
+            moving = _with_moving(best, ways, measures, budget)
+            return Choice(moving or best, (*looked_at, *([moving] if moving else [])))
         finer = _least(best, ways, measures, budget)
         if finer is not best:
             looked_at.append(finer)
@@ -152,10 +166,10 @@ def _rungs_of(
 ) -> list[Rung]:
     """The rung with the fewest recomputed blocks and, if that does not fit, the one with the most."""
     fewest = ways.fewest_of(holding)
-    first = _rung(label, holding, fewest, measures, budget, offloads)
+    first = _rung(label, holding, fewest, ways, measures, budget, offloads)
     if first.fits or ways.most == fewest or _is_hopeless(first, budget):
         return [first]
-    last = _rung(label, holding, ways.most, measures, budget, offloads)
+    last = _rung(label, holding, ways.most, ways, measures, budget, offloads)
     return [first, last]
 
 
@@ -163,7 +177,7 @@ def _least_of_all(looked_at: Sequence[Rung], ways: Ways, measures: Measures, bud
     """What takes least, if it has not been looked at, so that it can be said how much is missing."""
     least = min(looked_at, key=lambda rung: rung.peak.total - rung.peak.split["activations"], default=None)
     if least is not None and least.recomputed < ways.most and _is_hopeless(least, budget):
-        yield _rung(least.label, least.holding, ways.most, measures, budget, least.offloads)
+        yield _rung(least.label, least.holding, ways.most, ways, measures, budget, least.offloads)
 
 
 def _is_hopeless(rung: Rung, budget: Budget) -> bool:
@@ -172,7 +186,10 @@ def _is_hopeless(rung: Rung, budget: Budget) -> bool:
 
 def _least_cost(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> float:
     """Seconds of the same way with the fewest blocks that may fit."""
-    return measures.extra_s(rung.holding, _fewest(rung, ways, measures, budget), rung.offloads)
+    fewest = _fewest(rung, ways, measures, budget)
+    # Of blocks that are moved as wished, little hangs on how many are recomputed: that is not traced for it.
+    moved = rung.moved if fewest == rung.recomputed else 0
+    return measures.extra_s(rung.holding, fewest, rung.offloads, moved)
 
 
 def _fewest(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> int:
@@ -180,17 +197,21 @@ def _fewest(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> int:
     fewest = ways.fewest_of(rung.holding)
     if budget.total is None or rung.recomputed == fewest or rung.offloads:
         return rung.recomputed
-    first = measures.peak(rung.holding, fewest, rung.offloads)
+    first = measures.peak(rung.holding, fewest, rung.offloads, _moved(fewest, ways, rung.offloads))
     over = (budget.needed(first) - budget.total) / (1 + budget.margin_share)
     return next((n for n in range(fewest, rung.recomputed) if measures.saved_bytes(n) >= over), rung.recomputed)
 
 
 def _least(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> Rung:
     """The same way with the fewest recomputed blocks that fit: first as many as may do, and then by halves."""
-    least, fewest = rung, _fewest(rung, ways, measures, budget)
-    count = fewest
+    fewest = _fewest(rung, ways, measures, budget)
+    return _halved(rung, fewest, fewest, ways, measures, budget)
+
+
+def _halved(rung: Rung, fewest: int, count: int, ways: Ways, measures: Measures, budget: Budget) -> Rung:
+    least = rung
     while fewest < least.recomputed:
-        tried = _rung(rung.label, rung.holding, count, measures, budget, rung.offloads)
+        tried = _rung(rung.label, rung.holding, count, ways, measures, budget, rung.offloads)
         if tried.fits:
             least = tried
         else:
@@ -199,10 +220,58 @@ def _least(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> Rung:
     return least
 
 
-def _rung(label: str, holding: Holding, count: int, measures: Measures, budget: Budget, offloads: bool) -> Rung:
-    peak = measures.peak(holding, count, offloads)
-    extra_s = measures.extra_s(holding, count, offloads)
-    return Rung(label, holding, count, offloads, peak, extra_s, budget.fits(peak))
+def _with_moving(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> Rung | None:
+    """In place of recomputing some blocks, the activations of others are moved; None where that does not pay."""
+    fewest = ways.fewest_of(rung.holding)
+    if ways.moved is not None or rung.offloads or rung.recomputed == fewest or budget.total is None:
+        return None
+    spare = round((budget.total - budget.needed(rung.peak)) / (1 + budget.margin_share))
+    count, moved = measures.moving(rung.holding, rung.recomputed, fewest, spare)
+    if not moved:
+        return None
+    some = replace(ways, moved=moved)
+    low = max(fewest, count - _ESTIMATE)  # each look is a pass over the whole model
+    found = _halved(rung, low, count, some, measures, budget)
+    return found if found.moved and found.extra_s < rung.extra_s else None
+
+
+def _moved(recomputed: int, ways: Ways, offloads: bool) -> int:
+    return 0 if offloads else min(ways.moved or 0, ways.num_blocks - recomputed)
+
+
+def _rung(
+    label: str, holding: Holding, count: int, ways: Ways, measures: Measures, budget: Budget, offloads: bool
+) -> Rung:
+    moved = _moved(count, ways, offloads)
+    peak = measures.peak(holding, count, offloads, moved)
+    extra_s = measures.extra_s(holding, count, offloads, moved)
+    return Rung(label, holding, count, offloads, peak, extra_s, budget.fits(peak), moved)
+
+
+def spread(names: Sequence[str], count: int) -> tuple[str, ...]:
+    """So many of the names, evenly far apart, in their order."""
+    return tuple(names[(2 * place + 1) * len(names) // (2 * count)] for place in range(count))
+
+
+def scattered_alike(order: Sequence[str], worth: Mapping[str, float]) -> list[str]:
+    """The same names, those of about the same worth in an order whose every end is spread over all of them.
+
+    Args:
+        order: by falling worth.
+        worth: of each name, in the order in which they are met.
+    """
+    groups, places = list[list[str]](), {name: place for place, name in enumerate(worth)}
+    for name in order:
+        if not groups or worth[name] < _ALIKE * worth[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(name)
+    return [name for group in groups for name in _scattered(sorted(group, key=places.__getitem__))]
+
+
+def _scattered(names: Sequence[str]) -> list[str]:
+    """Van der Corput's order."""
+    num_bits = len(names).bit_length()
+    return [names[i] for i in sorted(range(len(names)), key=lambda place: f"{place:0{num_bits}b}"[::-1])]
 
 
 def smallest(rungs: Sequence[Rung]) -> Rung:

@@ -59,7 +59,7 @@ class PlannedRun:
     budget: str
     strategy: Literal["auto", "ddp", "zero2", "zero3"]
     recompute: Literal["auto", "none", "all"]
-    offload_activations: Literal["auto"] | bool
+    offload_activations: Literal["auto", "some"] | bool | int
     data_workers: int
     checkpoints: int
     extra_noises: int = 0

@@ -9,7 +9,7 @@ from typing import Any
 from trainer.measure.bench_report import BENCH_FILE, row_from_json
 from trainer.measure.optimizer_bench import MeasuredOptimizers
 from trainer.measure.run_arithmetic import format_duration
-from trainer.memory.choice import CARD_FLOPS, GIB, WIRE_BYTES_PER_S, Budget, Rung, in_gib
+from trainer.memory.choice import CARD_FLOPS, GIB, LINK_BYTES_PER_S, WIRE_BYTES_PER_S, Budget, Rung, in_gib
 from trainer.memory.holdings import PARTS, StrategyName
 
 _PART_NAMES = {"communication": "buffers", "frozen": "frozen models"}
@@ -20,6 +20,9 @@ class RungReport:
     """One way to run, in bytes per worker.
 
     Attributes:
+        moved: blocks whose activations wait in the host's memory; `moved_bytes`: of a pass, also where all do so.
+        again_share: of all operations, those that are done again.
+        waits_s: seconds of a step for moved activations, that nothing hides.
         split: at the fullest moment, by part; CUDA's context, NCCL's buffers and the margin come on top in `needed`.
     """
 
@@ -37,10 +40,16 @@ class RungReport:
     hosts_weights: bool = False
     shares: int = 1
     replicas: int = 1
+    moved: int = 0
+    again_share: float = 0.0
+    moved_bytes: int = 0
+    waits_s: float = 0.0
 
     @staticmethod
-    def of(rung: Rung, budget: Budget) -> "RungReport":
-        """The report of a rung."""
+    def of(
+        rung: Rung, budget: Budget, again_share: float = 0.0, moved_bytes: int = 0, waits_s: float = 0.0
+    ) -> "RungReport":
+        """The report of a rung, with its price."""
         return RungReport(
             label=rung.label,
             strategy=rung.holding.strategy,
@@ -60,6 +69,10 @@ class RungReport:
             hosts_weights=rung.holding.hosted_weight_bytes > 0,
             shares=rung.holding.shares,
             replicas=rung.holding.replicas,
+            moved=rung.moved,
+            again_share=again_share,
+            moved_bytes=moved_bytes,
+            waits_s=waits_s,
         )
 
 
@@ -73,7 +86,7 @@ class MemoryPlan:
         chosen: the rung to run with; None: nothing fits.
         looked_at: all rungs that were worked out.
         num_blocks: that could be recomputed.
-        recompute: names of the blocks that are recomputed.
+        recompute: names of the blocks that are recomputed; `moved`: of those whose activations are moved.
         advice: the smallest changes that make it fit, where nothing does.
         wire_bytes: sent by each worker in an optimizer step.
         flops_per_image: forward, backward, recomputed.
@@ -101,6 +114,7 @@ class MemoryPlan:
     snapshot_bytes: int = 0
     num_trained: int = 0
     optimizer_bytes: Mapping[str, int] = field(default_factory=dict)
+    moved: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -114,7 +128,7 @@ class MemoryPlan:
         fields["budget"] = Budget(**fields["budget"])
         fields["chosen"] = RungReport(**fields["chosen"]) if fields["chosen"] else None
         fields["looked_at"] = tuple(RungReport(**rung) for rung in fields["looked_at"])
-        for name in ("recompute", "advice", "flops_per_image"):
+        for name in ("recompute", "advice", "flops_per_image", "moved"):
             fields[name] = tuple(fields[name])
         return MemoryPlan(**fields)
 
@@ -181,11 +195,16 @@ class MemoryPlan:
             fewest = min(tighter, key=lambda rung: rung.recomputed)
             why = f"with {fewest.recomputed} blocks recomputed it would take {in_gib(fewest.needed)}"
         assumed = f"{CARD_FLOPS / 1e12:.0f} TFLOP/s a card and {WIRE_BYTES_PER_S / 1e9:.0f} GB/s between cards"
-        return [
-            f"{line}; {why}",
-            "  extra s: seconds a step of recomputation and exchange, if nothing hides them;",
-            f"  assumed: {assumed}. `sdxl-train bench` measures what is fastest",
-        ]
+        lines = [f"{line}; {why}", "  extra s: seconds a step of recomputation and exchange, if nothing hides them;"]
+        if any(rung.moved for rung in self.looked_at):
+            assumed += f", {LINK_BYTES_PER_S / 1e9:.0f} GB/s between a card and the host, each way"
+            lines[-1] = lines[-1].replace(", if", ", as if").replace("hides", "hid").removesuffix(";")
+            lines.append("  them, and of moved activations (GiB a pass, each way) what the passes do not hide;")
+        if chosen.moved:
+            lines.append(
+                "  `some` moves as many as are no slower than recomputation alone at half of that rate either;"
+            )
+        return [*lines, f"  assumed: {assumed}. `sdxl-train bench` measures what is fastest"]
 
 
 def run_time(plan: MemoryPlan, num_images: int, images_per_s: float | None, card_flops: float = CARD_FLOPS) -> str:
@@ -221,6 +240,8 @@ def measured_speed(
 def _way(rung: RungReport, num_blocks: int) -> str:
     again = {0: "all activations kept", num_blocks: "all blocks recomputed"}
     text = f"{rung.label}, {again.get(rung.recomputed, f'{rung.recomputed} of {num_blocks} blocks recomputed')}"
+    if rung.moved:
+        return f"{text}, activations of {rung.moved} in the host's memory ({in_gib(rung.moved_bytes)} GiB a worker)"
     return f"{text}, what is kept waits in the host's memory" if rung.offloads else text
 
 
@@ -232,15 +253,19 @@ def _table(rungs: Sequence[RungReport], budget: Budget) -> Iterable[str]:
     heads = [*heads, *["CUDA, margin"] * on_card, "total"]
     width = max(len(_short_way(rung)) for rung in rungs)
     head = " ".join(f"{head:>13}" for head in heads)
-    yield f"  {'':{width}} {head}  fullest in" + "    extra s" * chooses
+    moves = chooses and any(rung.moved_bytes for rung in rungs)
+    prices = f" {'again':>8}" + f" {'GiB moved':>10} {'waits s':>8}" * moves + f" {'extra s':>8}"
+    yield f"  {'':{width}} {head}  fullest in" + prices * chooses
     for rung in rungs:
         values = [rung.split.get(part, 0) for part in parts]
         numbers = [*values, *[rung.needed - sum(rung.split.values())] * on_card, rung.needed]
         row = " ".join(f"{in_gib(number):>13}" for number in numbers)
-        choice = f" {rung.extra_s:>10.1f}  {'fits' if rung.fits else 'too much'}" if chooses else ""
+        moved = f" {in_gib(rung.moved_bytes):>10} {rung.waits_s:>8.2f}" * moves
+        price = f" {rung.again_share:>8.1%}{moved} {rung.extra_s:>8.2f}"
+        choice = f"{price}  {'fits' if rung.fits else 'too much'}" if chooses else ""
         yield f"  {_short_way(rung):{width}} {row}  {rung.phase:10}{choice}".rstrip()
 
 
 def _short_way(rung: RungReport) -> str:
     text = f"{rung.label}, {rung.recomputed} recomputed"
-    return f"{text}, offloaded" if rung.offloads else text
+    return f"{text}, offloaded" if rung.offloads else f"{text}, {rung.moved} moved" if rung.moved else text

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from trainer.memory.choice import spread
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.run_plan import CUDA_CONTEXT, Setting, memory_plan, require_fit
 from trainer.memory.traced_run import lay_out_planned
@@ -40,7 +41,8 @@ class MemoryChoice:
     Attributes:
         kind, exchange_every_pass: see `Sharing`.
         recompute: names of blocks; empty for none.
-        offloads: saved activations wait in the host's memory.
+        offloads: all saved activations wait in the host's memory.
+        moved: names of blocks whose activations do.
         hosts_state: the optimizer's state lies there; `hosts_weights`: and the weights of all blocks.
         within: see `Sharing`.
         needed: bytes that the plan counts with for this worker, all in all; None where nothing was planned.
@@ -65,6 +67,7 @@ class MemoryChoice:
     flops_per_px: float | None = None
     hosts_weights: bool = False
     within: int | None = None
+    moved: tuple[str, ...] = ()
 
     def sharing(self, precision_name: str, *, only_additions: bool = False) -> Sharing:
         """With the dtypes that follow from `train.precision`.
@@ -104,7 +107,7 @@ def choose_memory(run: PlannedRun, comm: Comm, setting: Setting) -> MemoryChoice
         chosen = asdict(replace(choice, within=within if is_grouped else None))
     agreed = broadcast_object(comm, chosen)
     assert agreed is not None
-    choice = MemoryChoice(**{**agreed, "recompute": tuple(agreed["recompute"]), "fullest": tuple(agreed["fullest"])})
+    choice = MemoryChoice(**{**agreed, **{name: tuple(agreed[name]) for name in ("recompute", "fullest", "moved")}})
     if comm.rank == 0 and (line := _not_spread(run, choice)):
         _log.warning("%s", line)
     if comm.device.type == "cuda" and choice.limit is not None:
@@ -115,14 +118,17 @@ def choose_memory(run: PlannedRun, comm: Comm, setting: Setting) -> MemoryChoice
 def _unplanned(run: PlannedRun, setting: Setting) -> MemoryChoice:
     kind: StrategyKind = "ddp" if run.strategy == "auto" else run.strategy
     blocks: tuple[str, ...] = ()
-    hosts_weights = run.offload_weights is True
-    if run.recompute == "all" or hosts_weights:
+    hosts_weights, count = run.offload_weights is True, run.offload_activations
+    # Without a budget there is nothing in whose place `some` could be moved.
+    moves = type(count) is int
+    if run.recompute == "all" or hosts_weights or moves:
         precision = precision_of(run.precision)
         dtypes = precision.weights, precision.compute
         blocks = tuple(repeated_blocks(lay_out_planned(run, *dtypes)))
     return MemoryChoice(
         kind if setting.workers > 1 else "single",
-        recompute=blocks,
+        recompute=() if moves else blocks,
+        moved=spread(blocks, min(count, len(blocks))) if moves else (),
         offloads=run.offload_activations is True,
         passes=setting.accumulation,
         hosts_state=run.offload_optimizer is True or hosts_weights,
@@ -167,6 +173,7 @@ def _planned(run: PlannedRun, setting: Setting, attempt: int) -> MemoryChoice:
         hosts_state=rung.hosts_state,
         flops_per_px=sum(plan.flops_per_image[:2]) / (plan.image[0] * plan.image[1]),
         hosts_weights=rung.hosts_weights,
+        moved=plan.moved,
     )
 
 

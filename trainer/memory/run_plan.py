@@ -16,9 +16,7 @@ from trainer.config.sections.optimizer_config import KINDS, OptimizerKind
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
 from trainer.memory.choice import (
-    CARD_FLOPS,
     GIB,
-    WIRE_BYTES_PER_S,
     Budget,
     Choice,
     Measures,
@@ -37,6 +35,7 @@ from trainer.parallel.shard_groups import workers_within
 from trainer.wire.wire_cost import outer_bytes, saved_bytes, saved_of_average
 
 if TYPE_CHECKING:
+    from trainer.memory.step_cost import StepCosts
     from trainer.memory.trace import Trace
     from trainer.memory.traced_run import TracedRun
 
@@ -148,13 +147,14 @@ def _digest(run: PlannedRun, setting: Setting) -> str:
 
 
 def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
-    traced, held, choice = _chosen(run, setting)
+    traced, held, choice, costs = _chosen(run, setting)
+    report = partial(_reported, traced, costs, setting.budget)
     chosen = choice.chosen or smallest(choice.looked_at)
     holding = chosen.holding
-    trace = traced.trace(holding.strategy, chosen.recomputed, chosen.offloads)
+    trace = traced.trace(holding.strategy, chosen.recomputed, chosen.offloads, chosen.moved)
     plain = traced.trace(holding.strategy)
     batch = traced.shape.batch
-    again = traced.recomputed_flops(holding.strategy, chosen.recomputed)
+    again = traced.recomputed_flops(holding.strategy, chosen.recomputed, moves=chosen.moved > 0)
     per_image = (plain.forward_flops // batch, (plain.flops - plain.forward_flops) // batch, again // batch)
     checkpoint, snapshot = (
         _checkpoint_bytes(run, trace) + _exchange_bytes(holding, trace),
@@ -167,10 +167,11 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
         accumulation=setting.accumulation,
         image=(bucket.height_px, bucket.width_px, batch),
         budget=setting.budget,
-        chosen=RungReport.of(choice.chosen, setting.budget) if choice.chosen else None,
-        looked_at=tuple(RungReport.of(rung, setting.budget) for rung in choice.looked_at),
+        chosen=report(choice.chosen) if choice.chosen else None,
+        looked_at=tuple(map(report, choice.looked_at)),
         num_blocks=held,
-        recompute=traced.blocks(holding.strategy)[: chosen.recomputed] if choice.chosen else (),
+        recompute=traced.blocks(holding.strategy, moves=chosen.moved > 0)[: chosen.recomputed] if choice.chosen else (),
+        moved=traced.moved_blocks(holding.strategy, chosen.recomputed, chosen.moved) if choice.chosen else (),
         advice=() if choice.chosen else tuple(_advice(run, setting)),
         wire_bytes=wire_bytes(trace, holding),
         flops_per_image=per_image,
@@ -183,13 +184,26 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
     )
 
 
-def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) -> "tuple[TracedRun, int, Choice]":
-    """The traces, the number of blocks, and what was chosen of them.
+def _reported(traced: "TracedRun", costs: "StepCosts", budget: Budget, rung: Rung) -> RungReport:
+    """With the price of each rung."""
+    strategy = rung.holding.strategy
+    again = traced.recomputed_flops(strategy, rung.recomputed, moves=rung.moved > 0) / max(
+        traced.trace(strategy).flops, 1
+    )
+    cost = costs.cost(rung.holding, rung.recomputed, rung.offloads, rung.moved)
+    return RungReport.of(rung, budget, again / (1 + again), cost.moved_bytes, cost.waits_s)
+
+
+def _chosen(
+    run: PlannedRun, setting: Setting, *, only_whether: bool = False
+) -> "tuple[TracedRun, int, Choice, StepCosts]":
+    """The traces, the number of blocks, what was chosen of them, and what it costs.
 
     Args:
         only_whether: something fits; then only what takes least is looked at, for each look is a pass of the model.
     """
     from trainer.memory.hosted_holding import with_state_in_host, with_weights_in_host
+    from trainer.memory.step_cost import StepCosts
     from trainer.memory.traced_run import (
         Shape,
         TracedRun,
@@ -198,6 +212,7 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
         parameter_state,
         peaks_beside,
     )
+    from trainer.optim.hosted.hosted_activations import IN_FLIGHT, PATIENCE
 
     bucket, batch = max(setting.buckets, key=fullness)
     shape = Shape(bucket, batch)
@@ -244,16 +259,14 @@ def _chosen(run: PlannedRun, setting: Setting, *, only_whether: bool = False) ->
             {label: holding for label, holding in each.items() if may_fit(trace, holding, setting.budget.total)}
             for each in (ways, last, final)
         )
+    moved = offload if type(offload) is int else None if offload == "some" and not only_whether else 0
+    costs = StepCosts(traced, (IN_FLIGHT, PATIENCE))
     choice = choose(
-        Ways(ways, num_blocks, fewest, most, offload is not False, offload is True, last, final),
-        Measures(
-            traced.peak,
-            partial(traced.saved_bytes, first_strategy),
-            partial(_extra_s, traced),
-        ),
+        Ways(ways, num_blocks, fewest, most, offload in ("auto", "some"), offload is True, last, final, moved),
+        Measures(traced.peak, partial(traced.saved_bytes, first_strategy), costs.extra_s, costs.moving),
         setting.budget,
     )
-    return traced, num_blocks, choice
+    return traced, num_blocks, choice, costs
 
 
 def fullness(pass_: tuple[Bucket, int]) -> tuple[int, int]:
@@ -262,27 +275,17 @@ def fullness(pass_: tuple[Bucket, int]) -> tuple[int, int]:
     return bucket.height_px * bucket.width_px * batch, -abs(bucket.height_px - bucket.width_px)
 
 
-def _extra_s(traced: "TracedRun", holding: Holding, recomputed: int, offloads: bool) -> float:
-    """Seconds per step of recomputation, of the wire and of moving activations and state, as if nothing hid them."""
-    again = traced.recomputed_flops(holding.strategy, recomputed) * holding.accumulation / CARD_FLOPS
-    wire = wire_bytes(traced.trace(holding.strategy), holding) / WIRE_BYTES_PER_S
-    saved = traced.trace(holding.strategy).saved_bytes - traced.saved_bytes(holding.strategy, recomputed)
-    moved = 2 * max(saved, 0) * holding.accumulation / WIRE_BYTES_PER_S if offloads else 0.0
-    hosted = 2 * holding.hosted_bytes + 3 * holding.hosted_weight_bytes  # to compute, to compute again, and back
-    return again + wire + moved + hosted / WIRE_BYTES_PER_S
-
-
 def _advice(run: PlannedRun, setting: Setting) -> Iterator[str]:
     """The smallest change that makes the run fit, if one is known."""
     for text, changed in _changes(run, setting):
-        _, _, choice = _chosen(changed, _batch_of(changed, run, setting), only_whether=True)
+        _, _, choice, _ = _chosen(changed, _batch_of(changed, run, setting), only_whether=True)
         if choice.chosen is not None:
             yield text
             return
 
 
 def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRun]]:
-    recompute, offload = run.recompute == "none", run.offload_activations is False
+    recompute, offload = run.recompute == "none", run.offload_activations not in ("auto", "some", True)
     if recompute:
         yield "memory.recompute: auto", replace(run, recompute="auto")
     if offload:
@@ -390,7 +393,7 @@ def _host_bytes(run: PlannedRun, setting: Setting, chosen: Rung, trace: "Trace")
     pinned = offloaded * _PINNED_SHARE if setting.kernels == "cuda" else offloaded
     averages = averages_memory(run, trace, chosen.holding.shares, setting.kernels).host
     each = round(_WORKER_RAM[setting.kernels] + run.data_workers * _DATA_WORKER_RAM + pinned) + averages
-    each += chosen.holding.hosted_bytes + chosen.holding.hosted_weight_bytes
+    each += sum(trace.moved_bytes.values()) + chosen.holding.hosted_bytes + chosen.holding.hosted_weight_bytes
     if run.exchange.averages_weights and run.exchange.outer_place == "host" and setting.workers > 1:
         each += outer_bytes(trace.shapes[name] for name in trace.trains)
     return setting.workers_here * (each + (chosen.peak.total if setting.kernels == "cpu" else 0))

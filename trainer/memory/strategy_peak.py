@@ -79,20 +79,27 @@ def wire_bytes(trace: "Trace", holding: Holding) -> int:
     gathered once in each pass. Where several workers hold the same share, all this goes on among those that share, and
     what is added up there is all-reduced once among those that hold the same.
     """
+    return sum(wire_split(trace, holding))
+
+
+def wire_split(trace: "Trace", holding: Holding) -> tuple[int, int]:
+    """The bytes of `wire_bytes` that a step's forward passes wait for, and those of its backward passes."""
     world, sizes = holding.world, parameter_sizes(trace)
     if world == 1:
-        return 0
+        return 0, 0
     if holding.strategy == "ddp":
-        return sent_bytes(holding.exchange, [p.shape for p in sizes if p.trains], world, holding.stored_bytes)
+        return 0, sent_bytes(holding.exchange, [p.shape for p in sizes if p.trains], world, holding.stored_bytes)
     shares, replicas = holding.shares, holding.replicas
     padded = {p.name: p.padded_numel(shares) * holding.gathered_width(trains=p.trains) for p in sizes}
     embedded = sum(size for name, size in padded.items() if trace.unit_of.get(name) in trace.embeddings)
     weights = sum(padded.values()) - embedded
     gradients = sum(p.padded_numel(shares) for p in sizes if p.trains) * holding.reduce_bytes
-    gathers = 2 * holding.accumulation if holding.strategy == "zero3" else 1
+    each = holding.accumulation if holding.strategy == "zero3" else 0
+    forward = weights * (each or 1) + embedded * holding.accumulation
     reductions = holding.accumulation if holding.reduce_each_pass else 1
-    sent = weights * gathers + embedded * holding.accumulation + gradients * reductions
-    return sent * (shares - 1) // shares + 2 * (gradients // shares) * (replicas - 1) // replicas
+    sent = forward + weights * each + gradients * reductions
+    total = sent * (shares - 1) // shares + 2 * (gradients // shares) * (replicas - 1) // replicas
+    return forward * (shares - 1) // shares, total - forward * (shares - 1) // shares
 
 
 def may_fit(trace: "Trace", holding: Holding, budget: int | None) -> bool:

@@ -8,7 +8,7 @@ gradients that have reached them are left out: who holds them, and how often, is
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -68,6 +68,7 @@ class Trace:
         recomputable: units that may be recomputed; None: all.
         embeddings: units whose backward pass needs no weights.
         packed_bytes: of weights that are held in fewer bits and are no parameters.
+        moved_bytes: of activations that are moved to the host's memory, by block.
     """
 
     segments: tuple[Segment, ...]
@@ -77,6 +78,7 @@ class Trace:
     recomputable: frozenset[str] | None = None
     embeddings: frozenset[str] = frozenset()
     packed_bytes: int = 0
+    moved_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def saved_bytes(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainer.adapters.initial_values import AdapterStart
 from trainer.config.sections.exchange_config import ExchangeConfig
 from trainer.data.buckets import Bucket
+from trainer.memory.choice import scattered_alike, spread
 from trainer.memory.holdings import Holding, Kernels, Peak, StrategyName
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.strategy_peak import strategy_peak
@@ -33,11 +34,14 @@ from trainer.model.recompute import (
 from trainer.model.text import TextEncoders, text_positions
 from trainer.optim.adamw import CHUNK_ELEMENTS
 from trainer.optim.ema_memory import EmaMemory, memory_of_averages
+from trainer.optim.hosted.hosted_activations import PATIENCE, HostedActivations
 from trainer.optim.kinds.rule_table import RULES, state_bytes
 from trainer.optim.precision import DTYPES, precision_of
 from trainer.parallel.strategy import bucket_bytes, copies_gradients_in_batches
 
 POSITIONS_PER_CHUNK = 77
+_LATE = PATIENCE + 4
+"""Blocks at the end of the forward pass, where most is held: by then, all that is moved has left."""
 _SCRATCH_BYTES = 40  # of the optimizer, for each element of a chunk
 
 
@@ -57,6 +61,7 @@ class _Way:
     autocast: torch.dtype | None
     recomputed: int
     offloads: bool
+    moved: int
 
 
 class TracedRun:
@@ -66,37 +71,64 @@ class TracedRun:
         self._run, self.shape = run, shape
         self.kernels: Kernels = kernels
         self._traces: dict[_Way, Trace] = {}
-        self._order: tuple[str, ...] = ()
+        self._orders: dict[tuple[bool, bool], tuple[str, ...]] = {}
+        self.late_first = False  # see `blocks`
 
-    def trace(self, strategy: StrategyName, recomputed: int = 0, offloads: bool = False) -> Trace:
-        """The pass with the first `recomputed` of `blocks` recomputed."""
-        way = self._way(strategy, recomputed, offloads)
+    def trace(self, strategy: StrategyName, recomputed: int = 0, offloads: bool = False, moved: int = 0) -> Trace:
+        """The pass with the first `recomputed` of `blocks` recomputed, and so many of the others moved."""
+        way = self._way(strategy, recomputed, offloads, moved)
         if way not in self._traces:
-            self._traces[way] = self._traced(way, self.blocks(strategy)[:recomputed] if recomputed else ())
+            again = self.blocks(strategy, moves=moved > 0)[:recomputed] if recomputed else ()
+            self._traces[way] = self._traced(way, again, self.moved_blocks(strategy, recomputed, moved))
         return self._traces[way]
 
-    def blocks(self, strategy: StrategyName) -> tuple[str, ...]:
-        """All blocks that can be recomputed; first those that save most bytes for their operations."""
-        if not self._order:
-            blocks = self.trace(strategy).blocks()
-            self._order = tuple(sorted(blocks, key=lambda name: -_worth(blocks[name])))
-        return self._order
+    def moved_blocks(self, strategy: StrategyName, recomputed: int, moved: int) -> tuple[str, ...]:
+        """So many of the blocks that are not recomputed, spread over the forward pass, in its order."""
+        if not moved:
+            return ()
+        again = {*self.blocks(strategy, moves=True)[:recomputed]}
+        return spread([name for name in self.movable(strategy) if name not in again], moved)
 
-    def peak(self, holding: Holding, recomputed: int, offloads: bool) -> Peak:
+    def movable(self, strategy: StrategyName) -> tuple[str, ...]:
+        """All blocks that can be moved, in the order of the forward pass."""
+        blocks = (*self.trace(strategy).blocks(),)
+        return blocks[:-_LATE] if len(blocks) > 2 * _LATE else blocks
+
+    def blocks(self, strategy: StrategyName, *, moves: bool = False) -> tuple[str, ...]:
+        """All blocks that can be recomputed; first those that save most bytes for their operations.
+
+        Args:
+            moves: others are moved: of alike ones, those that are left over after the first few shall lie far apart in
+                the pass. `late_first` puts those that cannot be moved before all others, which pays where the budget
+                has no room to keep them.
+        """
+        kind = moves, moves and self.late_first
+        if kind not in self._orders:
+            blocks = self.trace(strategy).blocks()
+            order = sorted(blocks, key=lambda name: -_worth(blocks[name]))
+            if moves:
+                order = scattered_alike(order, {name: _worth(block) for name, block in blocks.items()})
+                if self.late_first:
+                    movable = {*self.movable(strategy)}
+                    order.sort(key=lambda name: name in movable)
+            self._orders[kind] = tuple(order)
+        return self._orders[kind]
+
+    def peak(self, holding: Holding, recomputed: int, offloads: bool, moved: int = 0) -> Peak:
         """The fullest moment of a step."""
-        return strategy_peak(self.trace(holding.strategy, recomputed, offloads), holding)
+        return strategy_peak(self.trace(holding.strategy, recomputed, offloads, moved), holding)
 
     def saved_bytes(self, strategy: StrategyName, recomputed: int) -> int:
         """What the first so many blocks keep for the backward pass when they are not recomputed."""
         blocks = self.trace(strategy).blocks()
         return sum(blocks[name].saved_bytes for name in self.blocks(strategy)[:recomputed])
 
-    def recomputed_flops(self, strategy: StrategyName, recomputed: int) -> int:
+    def recomputed_flops(self, strategy: StrategyName, recomputed: int, *, moves: bool = False) -> int:
         """Operations that so many recomputed blocks add to a pass."""
         blocks = self.trace(strategy).blocks()
-        return sum(blocks[name].flops for name in self.blocks(strategy)[:recomputed])
+        return sum(blocks[name].flops for name in self.blocks(strategy, moves=moves)[:recomputed])
 
-    def _way(self, strategy: StrategyName, recomputed: int, offloads: bool) -> _Way:
+    def _way(self, strategy: StrategyName, recomputed: int, offloads: bool, moved: int = 0) -> _Way:
         precision = precision_of(self._run.precision)
         gathers = strategy in ("zero2", "zero3") and not self._run.only_additions_train
         return _Way(
@@ -104,16 +136,17 @@ class TracedRun:
             autocast=None if gathers else precision.autocast,
             recomputed=recomputed,
             offloads=offloads,
+            moved=moved,
         )
 
-    def _model(self, way: _Way, blocks: tuple[str, ...]) -> tuple[TrainedModel, Callable[[], Tensor], list[Tensor]]:
+    def _model(self, way: _Way, again: tuple[str, ...]) -> tuple[TrainedModel, Callable[[], Tensor], list[Tensor]]:
         """The model, its pass, and the weights of frozen models that run within the pass."""
         run, frozen = self._run, None
         dtypes = way.dtype, precision_of(run.precision).compute
         model = lay_out_planned(run, *dtypes).train()
         if model.text_encoders is None and not run.cache_text:
             frozen = frozen_text_encoders(run)
-        apply_recompute(model, blocks)
+        apply_recompute(model, again)
         held = [] if frozen is None else _tensors(frozen.one, frozen.two)
         return model, _loss(run, model, frozen, self.shape, way), held
 
@@ -123,13 +156,18 @@ class TracedRun:
         with torch.no_grad():
             return trace_peak(loss, [*_tensors(model), *held], self.kernels, self._way(strategy, 0, False).autocast)
 
-    def _traced(self, way: _Way, blocks: tuple[str, ...]) -> Trace:
-        model, loss, held = self._model(way, blocks)
+    def _traced(self, way: _Way, again: tuple[str, ...], moved: tuple[str, ...]) -> Trace:
+        model, loss, held = self._model(way, again)
         units, kinds = gathered_units(model), (repeated_blocks(model), embeddings(model))
+        hosted = HostedActivations(kinds[0], moved, torch.device("meta"))
         trace = trace_pass(model, loss, units, self.kernels, way.autocast, held)
         held_packed = packed_bytes(model)
         return replace(
-            trace, recomputable=frozenset(kinds[0]), embeddings=frozenset(kinds[1]), packed_bytes=held_packed
+            trace,
+            recomputable=frozenset(kinds[0]),
+            embeddings=frozenset(kinds[1]),
+            packed_bytes=held_packed,
+            moved_bytes=hosted.moved_bytes,
         )
 
 

@@ -46,6 +46,7 @@ from trainer.model_files.run_model import RunModel
 from trainer.optim.adamw import Rounding
 from trainer.optim.adamw_chunk import Update, compiled_update
 from trainer.optim.clipping import clip_units
+from trainer.optim.hosted.hosted_activations import HostedActivations
 from trainer.optim.hosted.hosted_weights import HostedWeights
 from trainer.optim.optimizers import is_compiled, load_optimizer_tensors, make_optimizer
 from trainer.optim.precision import DTYPES, precision_of, require_arithmetic
@@ -202,6 +203,7 @@ def build_parts(
     if choice.hosts_weights:
         weights = HostedWeights(repeated_blocks(model), comm.device)
     apply_recompute(model, choice.recompute)
+    HostedActivations(repeated_blocks(model), choice.moved, comm.device)
     fill = partial(fill_model, model_files, checkpoint)
     clock, units = StepClock(comm.device), gathered_units(model).values()
     elsewhere = weights.parameters if weights else ()

@@ -24,14 +24,14 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         on_card = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_card else None
-        self.thread = None if on_card else ThreadPoolExecutor(1, thread_name_prefix="optimizer state")
+        self.thread = None if on_card else ThreadPoolExecutor(1, thread_name_prefix="copies")
         """Of copies on the CPU."""
 
     def copy(self, target: Tensor, source: Tensor, after: Iterable[Mark]) -> Mark:
         """Copy when all of `after` is done; the mark behind the copy."""
         if self._stream is None:
             assert self.thread is not None
-            return self.thread.submit(_copy_after, target, source, tuple(after))
+            return self.thread.submit(_copy_after, [target, source], tuple(after))
         for mark in after:
             if isinstance(mark, torch.cuda.Event):
                 self._stream.wait_event(mark)
@@ -50,10 +50,12 @@ class Lane:
 
 
 @torch.no_grad()
-def _copy_after(target: Tensor, source: Tensor, marks: Iterable[Mark]) -> None:
+def _copy_after(pair: list[Tensor], marks: Iterable[Mark]) -> None:
     for mark in marks:
         if isinstance(mark, Future):
             mark.result()
+    # Whoever waits for the mark shall be the one who lets go of them: the thread has to have forgotten them by then.
+    source, target = pair.pop(), pair.pop()
     target.copy_(source)
 
 

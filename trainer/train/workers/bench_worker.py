@@ -347,9 +347,13 @@ def with_plan(run: PlannedRun, setting: Setting, choice: MemoryChoice, row: Benc
         row,
         flops_per_image=(forward + backward, again),
         planned_bytes=planned,
-        recomputed=f"{len(choice.recompute)} of {plan.num_blocks}{', offloaded' if choice.offloads else ''}",
+        recomputed=f"{len(choice.recompute)} of {plan.num_blocks}{_moved(choice)}",
         notes=notes,
     )
+
+
+def _moved(choice: MemoryChoice) -> str:
+    return ", offloaded" if choice.offloads else f", {len(choice.moved)} moved" if choice.moved else ""
 
 
 def _card_memory(comm: Comm) -> tuple[int | None, int | None]:
