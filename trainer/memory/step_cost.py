@@ -111,7 +111,8 @@ class StepCosts:
     def moving(self, holding: Holding, recomputed: int, fewest: int, spare: int) -> tuple[int, int]:
         """How many blocks to recompute and how many to move, in place of recomputing so many, by an estimate.
 
-        It says, too, whether `blocks` begin with the late ones. It costs least at the assumed rate of copies among what costs no more than now at half of it.
+        It says, too, whether `blocks` begin with the late ones. Costs least at the assumed rate of copies, among what
+        costs no more than now at half of it.
 
         Args:
             fewest: to recompute.

@@ -254,7 +254,6 @@ def holdings(
     trained = sum(math.prod(trace.shapes[name]) for name in trace.trains)
     swap = _swap_bytes(run, trace, kernels)
     released_with = release_blocks(trace.trains, {*trace.unit_of.values()}) if run.releases_gradients else {}
-    wished_mib = None if run.exchange.bucket_mib == "auto" else run.exchange.bucket_mib
     averages = {shards: averages_memory(run, trace, shards, kernels) for shards in {1, within}}
 
     def holding(strategy: StrategyName, each_pass: bool = True) -> Holding:
@@ -285,7 +284,7 @@ def holdings(
             average_swap_bytes=in_model + swap // shards,
             released_with=released_with,
             exchange=run.exchange if strategy == "ddp" else ExchangeConfig(),
-            bucket_bytes=bucket_bytes(trained * precision.weights.itemsize, wished_mib),
+            bucket_bytes=bucket_bytes(trained * precision.weights.itemsize, run.exchange.wished_bucket_mib),
             replicas=workers // within if gathers else 1,
         )
 

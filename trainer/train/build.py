@@ -246,9 +246,8 @@ def build_parts(
 def _sharing(config: Config, choice: MemoryChoice) -> Sharing:
     only_added = only_additions_train(config.trainable, config.adapter)
     sharing = choice.sharing(config.train.precision, only_additions=only_added)
-    exchange, is_whole = config.exchange, sharing.kind == "ddp"
-    bucket_mib = None if exchange.bucket_mib == "auto" else exchange.bucket_mib
-    return replace(sharing, steps_alone=is_whole and exchange.averages_weights, bucket_mib=bucket_mib)
+    steps_alone = sharing.kind == "ddp" and config.exchange.averages_weights
+    return replace(sharing, steps_alone=steps_alone, bucket_mib=config.exchange.wished_bucket_mib)
 
 
 def optimizer_for(

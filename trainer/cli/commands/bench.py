@@ -116,7 +116,7 @@ def _failed(way: Config, workers: int, error: str) -> BenchRow:
         workers=workers,
         accumulation=0,
         bucket=(0, 0),
-        bucket_mib=None if way.exchange.bucket_mib == "auto" else way.exchange.bucket_mib,
+        bucket_mib=way.exchange.wished_bucket_mib,
         error=error,
     )
 

@@ -125,13 +125,12 @@ def _print_memory(config: Config, model: RunModel, plan: MemoryPlan, *, with_dat
     arithmetic = arithmetic_of(config, worker_count(config), buckets, rows)
     speed = None
     if plan.chosen:
-        own = config.exchange.bucket_mib
         speed = measured_speed(
             config.run.dir,
             plan.chosen.strategy,
             config.train.batch_size_per_gpu,
             config.train.compile == "blocks",
-            None if own == "auto" else own,
+            config.exchange.wished_bucket_mib,
         )
     print(f"the run takes {run_time(plan, arithmetic.total_images, speed)}")
 

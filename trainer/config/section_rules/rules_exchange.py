@@ -26,13 +26,13 @@ def exchange_rules(config: Config) -> Iterator[Problem]:
             belongs = ", ".join(f"`{name}`" for name in methods)
             yield clash(config, (key, _METHOD), f"has no effect; it belongs to {belongs}")
     yield from _average_rules(config)
-    if config.exchange.averages_weights and config.exchange.bucket_mib != "auto":
+    if config.exchange.averages_weights and config.exchange.wished_bucket_mib:
         yield clash(
             config, (_BUCKET, _EVERY), "has no effect; buckets are for gradients that are averaged in each step"
         )
     if method != "plain" or config.exchange.averages_weights:
         key = _METHOD if method != "plain" else _EVERY
-    elif config.exchange.bucket_mib != "auto":
+    elif config.exchange.wished_bucket_mib:
         key = _BUCKET
     else:
         return

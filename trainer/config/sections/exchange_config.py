@@ -54,6 +54,11 @@ class ExchangeConfig(Section):
     alpha. By default 0, and 0.5 with `overlap_steps`, whose steps would be lost otherwise."""
 
     @property
+    def wished_bucket_mib(self) -> float | None:
+        """`bucket_mib`; None for `auto`."""
+        return None if self.bucket_mib == "auto" else self.bucket_mib
+
+    @property
     def averages_weights(self) -> bool:
         """Whether workers take steps each by itself."""
         return self.average_every > 1
