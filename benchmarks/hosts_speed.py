@@ -8,8 +8,8 @@ The hosts are network namespaces on this machine, whose link `tc tbf` limits (be
 `scripts/hosts.sh` starts the workers on each, torchrun and all. The model is the tiny SDXL of 15.6M weights at 64 px in
 fp32. "s/step" is the median of whole steps, "MB/step" what has left the first host by its link in one, headers and all.
 Beside the ways of `benchmarks/wire_bytes.py`, `--ways "zero2,zero2 within hosts"` spreads the weights over all workers,
-or over those of each host; "one bucket" lets all gradients travel together, when the last one is known. `--json` prints
-the rows for `benchmarks/scaling_points.py`. Linux only.
+or over those of each host; "one bucket" lets all gradients travel together, when the last one is known, and "buckets of
+2 MiB" (1, 8, 16) so much of them. `--json` prints the rows for `benchmarks/scaling_points.py`. Linux only.
 
 `--hidden SHARE` asks how much of the exchange hides behind the backward pass: each way is measured once over a link
 that limits nothing, and then over one on which the same bytes take that share of that step. "alone" is a step of
@@ -38,7 +38,12 @@ _SCRIPT = Path(__file__).parents[1] / "scripts" / "hosts.sh"
 _SPREAD = {"zero2": {"strategy": "zero2"}, "zero2 within hosts": {"strategy": "zero2", "shard_within": "host"}}
 _NO_LIMIT = 40_000  # Mbit/s: more than this machine sends
 _ALONE = "alone"
-_EXCHANGES = {**WAYS, "one bucket": {"bucket_mib": 65536}, _ALONE: {"average_every": 1000}}
+_EXCHANGES = {
+    **WAYS,
+    "one bucket": {"bucket_mib": 65536},
+    **{f"buckets of {size} MiB": {"bucket_mib": size} for size in (1, 2, 8, 16)},
+    _ALONE: {"average_every": 1000},
+}
 _SETTLED = 2  # steps after which time and bytes are counted
 
 
