@@ -42,9 +42,9 @@ PURE = {
     *("guidance_scale", "guidance_rescale", "spike_sigma", "ns_steps", "restarts", "tag_dropout_rate", "dropout_rate"),
     *("caption_probability", "flip_probability", "offset_probability", "timesteps", "json_depth", "folder_depth"),
 }
-_UNIT_IN_NAME = re.compile(r"(?:^|_)(?:px|s|c|gib|bytes|pixels|chars|tokens|steps|epochs|items|members|fraction)$")
+_UNIT_IN_NAME = re.compile(r"(?:^|_)(?:px|s|c|gib|mib|bytes|pixels|chars|tokens|steps|epochs|items|members|fraction)$")
 _UNIT_IN_WORDS = re.compile(
-    r"\b(?:steps?|epochs|passes|images|captions|pixels|tokens|tags|batches|bits|bytes|checkpoints|snapshots|files|entries"
+    r"\b(?:steps?|blocks|epochs|passes|images|captions|pixels|tokens|tags|batches|bits|bytes|checkpoints|snapshots|files|entries"
     r"|rows|columns|workers|processes|threads|seconds|degrees|share|part of|GiB)\b",
     re.IGNORECASE,
 )
