@@ -44,8 +44,8 @@ PURE = {
 }
 _UNIT_IN_NAME = re.compile(r"(?:^|_)(?:px|s|c|gib|mib|bytes|pixels|chars|tokens|steps|epochs|items|members|fraction)$")
 _UNIT_IN_WORDS = re.compile(
-    r"\b(?:steps?|blocks|epochs|passes|images|captions|pixels|tokens|tags|batches|bits|bytes|checkpoints|snapshots|files|entries"
-    r"|rows|columns|workers|processes|threads|seconds|degrees|share|part of|GiB)\b",
+    r"\b(?:steps?|blocks|epochs|passes|images|captions|pixels|tokens|tags|batches|bits|bytes|checkpoints|snapshots|files"
+    r"|entries|rows|columns|workers|processes|threads|seconds|degrees|share|part of|GiB)\b",
     re.IGNORECASE,
 )
 
