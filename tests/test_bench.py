@@ -107,6 +107,10 @@ def test_optimizers_are_compared_and_the_plan_tells_their_seconds(model_folder: 
         (("--optimizers", "all", "--batch-sizes", "1"), "leave out --batch-sizes, --strategies, --bucket-sizes and"),
         (("--bucket-sizes", "16,0"), "16,0: must be numbers of MiB from 0.01 to 65536, such as 16,64"),
         (("--bucket-sizes", "16", "--strategies", "zero2"), "--bucket-sizes: belongs to `ddp`, which is not among"),
+        (
+            ("--bucket-sizes", "16", "exchange.average_every=8"),
+            "--bucket-sizes: with exchange.average_every no gradients",
+        ),
         (("--bucket-sizes", "16", "launch.workers=1"), "--bucket-sizes: one worker shares its model with nobody"),
     ],
 )

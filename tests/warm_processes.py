@@ -28,6 +28,7 @@ _MODULES = (*dict.fromkeys(module for imports in keep_running._IMPORTS.values() 
 _SET_CHILD_SUBREAPER = 36  # of prctl(2)
 _LARGEST_MESSAGE = 1 << 20
 _FOREVER_S = 1e9
+_LONG_S = 800.0  # of a command; below that of a whole test (pyproject.toml)
 _template: WorkerTemplate | None = None
 
 
@@ -74,6 +75,8 @@ class WarmCommand(WarmProcess):
         return self
 
     def __exit__(self, *raised: object) -> None:
+        if raised[0] is not None:
+            self.kill()
         self.wait()
         for handle in self._printed:
             os.close(handle)
@@ -90,7 +93,7 @@ def sdxl_train(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end; its exit code must be `expect`."""
     with WarmCommand(*arguments, cwd=cwd, env=env) as command:
-        output, errors = command.communicate()
+        output, errors = command.communicate(timeout=_LONG_S)
     assert command.returncode == expect, f"exit code {command.returncode}\n{output}\n{errors}"
     assert "Traceback" not in errors, errors
     return subprocess.CompletedProcess([*map(str, arguments)], expect, output, errors)

@@ -247,3 +247,13 @@ def test_a_prompt_that_would_do_nothing_is_refused_by_its_place(tmp_path: Path) 
     assert caught.value.lines == (f"{file}: prompt 2: {said}",)
     config = load_config(RIGHT, [f"samples.prompt_file={file}"], check_paths=False)
     assert [image.prompt for image in with_prompts_read(config).samples.images] == ["a", "b"]
+
+
+def test_a_subset_counts_by_any_of_a_settings_names(tmp_path: Path) -> None:
+    text = "[prompt]\nscale = 5\nwidth = 512\n[[prompt.subset]]\nprompt = 'a'\nguidance_scale = 7\n"
+    assert read(written(tmp_path, "p.toml", text.encode())) == [ours({"prompt": "a", "width": 512, "scale": 7})]
+
+
+def test_a_line_of_json_holds_whole_characters(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="half a character"):
+        read(written(tmp_path, "p.json", b'["a \\ud800 fox"]'))

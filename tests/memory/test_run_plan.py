@@ -226,6 +226,7 @@ def test_activations_of_so_many_blocks_move(
     assert some.chosen.extra_s <= again.chosen.extra_s and some.chosen.recomputed <= again.chosen.recomputed
     count = wished.chosen.moved
     assert len(wished.moved) == count == min(5, wished.num_blocks - wished.chosen.recomputed) > 0
+    assert len({*wished.moved}) == count
     assert not {*wished.moved} & {*wished.recompute} and len(wished.recompute) == wished.chosen.recomputed
     assert wished.host_bytes - again.host_bytes == wished.chosen.moved_bytes > 0
     text = "\n".join(wished.describe())

@@ -199,8 +199,7 @@ def run(
 
     if objective is OBJECTIVES["rates"]:
         rate(model)
-    if objective is OBJECTIVES["moved"]:
-        move(model, comm.device)
+    hosted = move(model, comm.device) if objective is OBJECTIVES["moved"] else None
 
     def fill(empty: nn.Module) -> None:
         for name, parameter in empty.named_parameters():
@@ -224,6 +223,7 @@ def run(
     watches = comm.rank == 0 and comm.world > 1 and (objective is _PLAIN or objective is OBJECTIVES["rates"])
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) if watches else nullcontext() as watched:
         take_step(parts, comm, steps, accumulation, with_text)
+    assert hosted is None or (hosted.moved_bytes and all(hosted.moved_bytes.values())), "nothing has moved"
     trained = json.dumps([*strategy.parameters])
     told = {
         "losses": json.dumps(losses),
@@ -233,12 +233,12 @@ def run(
     save(strategy, model, comm, out, told | {"trained": trained})
 
 
-def move(model: TrainedModel, device: torch.device) -> None:
+def move(model: TrainedModel, device: torch.device) -> HostedActivations:
     """Also of tensors as small as this model's."""
     hosted_activations.SMALLEST_BYTES = 256
     blocks = repeated_blocks(model)
     apply_recompute(model, [*blocks][1::4])
-    HostedActivations(blocks, [*blocks][::2], device)
+    return HostedActivations(blocks, [*blocks][::2], device)
 
 
 def rate(model: TrainedModel) -> None:

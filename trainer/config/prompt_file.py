@@ -106,7 +106,7 @@ def prompt_of_line(line: str) -> SampleImageConfig:
     prompt, *flags = (part.strip() for part in _FLAG.split(line.strip()))
     if not prompt:
         raise ValueError("has no prompt before its flags")
-    settings: dict[str, object] = {"prompt": prompt}
+    settings: dict[str, object] = dict(BY_NAME["prompt"].read(prompt))
     for flag in flags:
         name, value = [*flag.split(None, 1), ""][:2]
         if name.lower() not in BY_FLAG:
@@ -189,7 +189,13 @@ def _of_toml(text: str, file: str) -> dict[str, dict[str, Any]]:
     if wrong := [f"{file}: prompt.{line}" for line in islice(_wrong_in(of_all, {}), _MOST_TOLD)]:
         raise UserError(*wrong)
     found = _checked(f"{file}: prompt.subset", subsets, (dict,), "must be a table")
-    return {place: of_all | subset for place, subset in found.items()}
+    return {place: _with(of_all, subset) for place, subset in found.items()}
+
+
+def _with(of_all: dict[str, Any], subset: dict[str, Any]) -> dict[str, Any]:
+    """A subset, and what holds for all images, unless the subset says it by that or another name."""
+    said = {BY_NAME[name].read for name in subset if name in BY_NAME}
+    return {name: value for name, value in of_all.items() if BY_NAME[name].read not in said} | subset
 
 
 def _checked(place: str, entries: list[Any], kinds: tuple[type, ...], rule: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def _values(field: Schema) -> str:
     """The values that a field takes, in words."""
     if "anyOf" in field:
         flag = {"type": "boolean"} in field["anyOf"]
-        choices = [choice for choice in field["anyOf"] if not (flag and "enum" in choice)]
+        choices = [choice for choice in field["anyOf"] if not (flag and "yes" in choice.get("enum", ()))]
         return " or ".join(_values(choice) for choice in choices)
     if "const" in field or "enum" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))

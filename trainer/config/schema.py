@@ -232,8 +232,8 @@ class MemoryConfig(Section):
     offload_activations: Literal["auto", "some"] | Flag | PositiveInt = "auto"
     """Activations wait in the host's memory for the backward pass. `some`: those of as many blocks as cost less time
     than recomputing others, by the plan, also if copies take twice as long as it assumes; they are copied while others
-    compute. A number: of so many blocks, of those that are not recomputed. `true`: all that is kept, which nothing
-    hides. `auto`: all, where nothing else fits."""
+    compute. A number: of so many blocks, of those that are not recomputed and not among the last of a pass. `true`: all
+    that is kept, which nothing hides. `auto`: all, where nothing else fits."""
     release_gradients: Flag = False
     """Update each block of the model as its gradients arrive in the backward pass, so that they never exist all at
     once; `train.max_grad_norm` is then of each block's gradients. For one worker without accumulation."""

@@ -72,9 +72,15 @@ def read_text(path: Path) -> str:
 
 
 def found_beside(name: str, folder: Path) -> Path:
-    """A file that a command names: from here, or else in the folder of the command's own file."""
-    path = Path(name).expanduser()
-    return path if path.exists() or not (folder / path).exists() else folder / path
+    """A file that a command names: from here, or else in the folder of the command's own file.
+
+    What cannot be the name of a file is returned as it stands: whoever reads it says so.
+    """
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() or not (folder / path).exists() else folder / path
+    except (OSError, RuntimeError):  # too long, or the home of nobody
+        return Path(name)
 
 
 def as_yaml(draft: Draft, told: str) -> str:

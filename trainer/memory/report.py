@@ -196,7 +196,7 @@ class MemoryPlan:
             why = f"with {fewest.recomputed} blocks recomputed it would take {in_gib(fewest.needed)}"
         assumed = f"{CARD_FLOPS / 1e12:.0f} TFLOP/s a card and {WIRE_BYTES_PER_S / 1e9:.0f} GB/s between cards"
         lines = [f"{line}; {why}", "  extra s: seconds a step of recomputation and exchange, if nothing hides them;"]
-        if any(rung.moved for rung in self.looked_at):
+        if any(rung.moved_bytes for rung in self.looked_at):
             assumed += f", {LINK_BYTES_PER_S / 1e9:.0f} GB/s between a card and the host, each way"
             lines[-1] = lines[-1].replace(", if", ", as if").replace("hides", "hid").removesuffix(";")
             lines.append("  them, and of moved activations (GiB a pass, each way) what the passes do not hide;")

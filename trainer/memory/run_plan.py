@@ -187,11 +187,11 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
 def _reported(traced: "TracedRun", costs: "StepCosts", budget: Budget, rung: Rung) -> RungReport:
     """With the price of each rung."""
     strategy = rung.holding.strategy
-    again = traced.recomputed_flops(strategy, rung.recomputed, moves=rung.moved > 0) / max(
-        traced.trace(strategy).flops, 1
-    )
+    plain = max(traced.trace(strategy).flops, 1)
+    again = traced.recomputed_flops(strategy, rung.recomputed, moves=rung.moved > 0) / plain
     cost = costs.cost(rung.holding, rung.recomputed, rung.offloads, rung.moved)
-    return RungReport.of(rung, budget, again / (1 + again), cost.moved_bytes, cost.waits_s)
+    found = replace(rung, moved=len(traced.moved_blocks(strategy, rung.recomputed, rung.moved)))  # of the wished ones
+    return RungReport.of(found, budget, again / (1 + again), cost.moved_bytes, cost.waits_s)
 
 
 def _chosen(
@@ -285,7 +285,8 @@ def _advice(run: PlannedRun, setting: Setting) -> Iterator[str]:
 
 
 def _changes(run: PlannedRun, setting: Setting) -> Iterator[tuple[str, PlannedRun]]:
-    recompute, offload = run.recompute == "none", run.offload_activations not in ("auto", "some", True)
+    wish = run.offload_activations
+    recompute, offload = run.recompute == "none", wish is not True and wish not in ("auto", "some")
     if recompute:
         yield "memory.recompute: auto", replace(run, recompute="auto")
     if offload:

@@ -83,11 +83,10 @@ class TracedRun:
         return self._traces[way]
 
     def moved_blocks(self, strategy: StrategyName, recomputed: int, moved: int) -> tuple[str, ...]:
-        """So many of the blocks that are not recomputed, spread over the forward pass, in its order."""
-        if not moved:
-            return ()
-        again = {*self.blocks(strategy, moves=True)[:recomputed]}
-        return spread([name for name in self.movable(strategy) if name not in again], moved)
+        """So many of the blocks that can be moved and are not recomputed, or all, spread over the forward pass."""
+        again = {*self.blocks(strategy, moves=True)[:recomputed]} if moved else ()
+        left = [name for name in self.movable(strategy) if name not in again] if moved else []
+        return spread(left, min(moved, len(left)))
 
     def movable(self, strategy: StrategyName) -> tuple[str, ...]:
         """All blocks that can be moved, in the order of the forward pass."""

@@ -65,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _compare_ways(config: Config, model: RunModel, arguments: argparse.Namespace) -> int:
+    if arguments.bucket_sizes and config.exchange.averages_weights:
+        raise UserError("--bucket-sizes: with exchange.average_every no gradients travel; leave it out")
     bench = Bench.here(config)
     for option, given in (("--strategies", arguments.strategies), ("--bucket-sizes", arguments.bucket_sizes)):
         if bench.workers == 1 and given:
