@@ -30,7 +30,8 @@ def main() -> None:
         for own, whole in zip(empty.parameters(), source.parameters(), strict=True):
             copy_share(own, whole.detach())
 
-    strategy = make_strategy(model, Sharing(kind), list(model), (), comm, fill)  # type: ignore[arg-type]
+    sharing = Sharing(kind, bucket_mib=0.004)  # type: ignore[arg-type]
+    strategy = make_strategy(model, sharing, list(model), (), comm, fill)
     clock = StepClock(comm.device)
     strategy, is_known = timed(strategy, clock, comm.device)
     images = torch.randn(8, 64)

@@ -35,7 +35,7 @@ def test_who_waits_is_told_so_and_who_is_late_is_not(tmp_path: Path, kind: str) 
         assert waits["exchange"] > LATE_S / 2 and late["forward"] > LATE_S
         assert waits["forward"] + waits["backward"] < late["forward"] + late["backward"] - LATE_S / 2
         assert late["exchange"] < waits["exchange"]
-    if kind == "ddp":  # a small model has buckets too, so that its first layers' gradients are all that is left
+    if kind == "ddp":  # when the backward pass is over, no more than the first layer's gradients are left
         layer = (64 * 64 + 64) * 4
         assert told[0]["buckets"] == ", ".join([str(layer)] * 4)
 

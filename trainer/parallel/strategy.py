@@ -20,6 +20,7 @@ from trainer.parallel.sharding import (
 )
 
 _BUCKET_BYTES = 64 * 2**20  # fewer, larger reductions than DDP's 25 MiB: 1,680 tensors, most of them small
+_SMALLEST_BUCKET_BYTES = 2**20
 _BUCKETS = 16  # at least: the last one's exchange is behind the backward pass, and hidden by nothing
 
 StrategyKind = Literal["single", "ddp", "zero2", "zero3"]
@@ -325,7 +326,7 @@ def bucket_bytes(of_gradients: int, wished_mib: float | None = None) -> int:
     """
     if wished_mib is not None:
         return round(wished_mib * 2**20)
-    return max(min(_BUCKET_BYTES, of_gradients // _BUCKETS), 1)
+    return max(min(_BUCKET_BYTES, of_gradients // _BUCKETS), _SMALLEST_BUCKET_BYTES)
 
 
 def timed(strategy: Strategy, timeline: Timeline, device: torch.device) -> tuple[Strategy, bool]:

@@ -28,7 +28,7 @@ class ExchangeConfig(Section):
     bucket_mib: Literal["auto"] | Annotated[float, Field(ge=0.01, le=65536)] = "auto"
     """MiB of gradients that travel together with `memory.strategy: ddp`, while the backward pass computes the next.
     Small ones begin early and leave little for the end; large ones waste less on each message. `auto`: 64, but no more
-    than a 16th of all gradients. `sdxl-train bench` measures them (`--bucket-sizes`)."""
+    than a 16th of all gradients, and 1 at least. `sdxl-train bench` measures them (`--bucket-sizes`)."""
 
     average_every: PositiveInt = 1
     """H: workers take so many steps each by itself, on its own gradients, and then average how far their weights have
