@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole check: format, lint, types, tests. `scripts/test.sh -m "not e2e and not slow"` is the quick part, a minute
-# on two cores; other arguments go to pytest as well.
+# The whole check: format, lint, types, tests. `scripts/test.sh -m "not e2e and not slow"` is the quick part, two
+# to three minutes on two cores, of twenty in all; other arguments go to pytest as well.
 source "$(dirname "$0")/venv.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 unset PYTHONDONTWRITEBYTECODE # otherwise every process compiles its modules anew, pytest its rewritten ones
