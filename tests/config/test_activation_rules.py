@@ -10,6 +10,12 @@ from trainer.config.schema import Config
 from .conftest import RIGHT
 
 
+def test_what_a_link_is_for(load: Callable[..., Config]) -> None:
+    for value in ("some", "12"):
+        overrides = [f"memory.offload_activations={value}", "memory.link_gb_s=24"]
+        assert load(RIGHT, overrides).memory.link_gb_s == 24
+
+
 def test_what_it_may_be(load: Callable[..., Config]) -> None:
     assert load().memory.offload_activations == "auto"
     for value, wanted in (("some", "some"), ("12", 12), ("1", 1), ("true", True), ("false", False)):
@@ -28,6 +34,10 @@ def test_what_it_may_be(load: Callable[..., Config]) -> None:
             "memory.offload_activations = 4 with memory.recompute = all: has no effect; of recomputed blocks nothing",
         ),
         ("memory: {offload_activations: some, recompute: all}", "has no effect; of recomputed blocks nothing is kept"),
+        (
+            "memory: {link_gb_s: 24}",
+            "memory.link_gb_s = 24.0 with memory.offload_activations = auto (the default): has no",
+        ),
         ("memory: {offload_activations: some, recompute: none}", "has no effect; it moves activations in place of"),
     ],
 )

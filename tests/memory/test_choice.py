@@ -4,7 +4,19 @@ from dataclasses import replace
 
 import pytest
 
-from trainer.memory.choice import GIB, Budget, Choice, Measures, Ways, choose, parse_size, scattered_alike, spread
+from trainer.memory.choice import (
+    GIB,
+    NOTHING_MOVES,
+    Budget,
+    Choice,
+    Measures,
+    Moving,
+    Ways,
+    choose,
+    parse_size,
+    scattered_alike,
+    spread,
+)
 from trainer.memory.holdings import Holding, Peak
 from trainer.memory.report import MemoryPlan, RungReport, run_time
 from trainer.memory.strategy_peak import strategy_peak
@@ -15,16 +27,20 @@ STATIC = {"ddp": 20 * GIB, "zero2": 8 * GIB, "zero3": 5 * GIB}
 WIRE_S = {"ddp": 1.0, "zero2": 1.1, "zero3": 3.0}
 
 
-def peak(holding: Holding, recomputed: int, offloads: bool, moved: int) -> Peak:
-    kept = 0 if offloads else (BLOCKS - recomputed - moved) * PER_BLOCK
+def peak(holding: Holding, recomputed: int, offloads: bool, moved: Moving) -> Peak:
+    kept = 0 if offloads else (BLOCKS - recomputed - moved.count) * PER_BLOCK
     return Peak("backward", {"weights": STATIC[holding.strategy], "activations": kept + GIB})
 
 
-def extra_s(holding: Holding, recomputed: int, offloads: bool, moved: int) -> float:
-    return WIRE_S[holding.strategy] + 0.2 * recomputed + 5 * offloads + 0.05 * moved
+def extra_s(holding: Holding, recomputed: int, offloads: bool, moved: Moving) -> float:
+    return WIRE_S[holding.strategy] + 0.2 * recomputed + 5 * offloads + 0.05 * moved.count
 
 
-MEASURES = Measures(peak, lambda count: count * PER_BLOCK, extra_s)
+def not_asked(*way: object) -> tuple[int, Moving]:
+    raise AssertionError("nothing is to be moved that was not wished")
+
+
+MEASURES = Measures(peak, lambda count: count * PER_BLOCK, extra_s, not_asked)
 HOLDINGS = {name: Holding(name, 4, 4, 2, 2, 8) for name in ("ddp", "zero2", "zero3")}  # pyright: ignore[reportArgumentType]
 
 
@@ -55,13 +71,13 @@ def test_not_a_block_more_than_needed(share: float) -> None:
     """Also where a block saves less than its activations, because the peak moves."""
     blocks, looks = 131, list[int]()
 
-    def peak(holding: Holding, recomputed: int, offloads: bool, moved: int) -> Peak:
+    def peak(holding: Holding, recomputed: int, offloads: bool, moved: Moving) -> Peak:
         looks.append(recomputed)
         return Peak(
             "backward", {"weights": STATIC["zero2"], "activations": round(131 * GIB - recomputed * share * GIB)}
         )
 
-    measures = Measures(peak, lambda count: count * GIB, extra_s)
+    measures = Measures(peak, lambda count: count * GIB, extra_s, not_asked)
     ways = Ways({"zero2": HOLDINGS["zero2"]}, blocks, 0, blocks, may_offload=False)
     for needed in (1, 2, 64, 130, 131):
         looks.clear()
@@ -84,24 +100,28 @@ def test_offloading_is_the_last_rung() -> None:
 def test_moved_in_place_of_recomputed(off: int) -> None:
     """As the estimate says, but for the blocks by which it is off; never more than fits, nor where it does not pay."""
 
-    def moving(holding: Holding, recomputed: int, fewest: int, spare: int) -> tuple[int, int]:
+    def moving(holding: Holding, recomputed: int, fewest: int, spare: int) -> tuple[int, Moving]:
         assert (recomputed, fewest, spare) == (9, 0, 0)
-        return 4 + off, 5
+        return 4 + off, Moving(5, late_first=True)
 
     ways = Ways({"zero2": HOLDINGS["zero2"]}, BLOCKS, 0, BLOCKS, moved=None)
     choice = choose(ways, replace(MEASURES, moving=moving), Budget(10 * GIB))
     rung = choice.chosen
-    assert rung and (rung.recomputed, rung.moved, rung.fits) == (4, 5, True) and rung in choice.looked_at
+    assert (
+        rung
+        and (rung.recomputed, rung.moved, rung.fits) == (4, Moving(5, late_first=True), True)
+        and rung in choice.looked_at
+    )
     assert rung.extra_s == pytest.approx(1.1 + 0.8 + 0.25)
-    dear = replace(MEASURES, moving=moving, extra_s=lambda *way: extra_s(*way) + 2 * bool(way[3]))
+    dear = replace(MEASURES, moving=moving, extra_s=lambda *way: extra_s(*way) + 2 * bool(way[3].count))
     rung = choose(ways, dear, Budget(10 * GIB)).chosen
-    assert rung and (rung.recomputed, rung.moved) == (9, 0)
+    assert rung and (rung.recomputed, rung.moved) == (9, NOTHING_MOVES)
 
 
 def test_so_many_moved_as_wished() -> None:
     """Also those that would fit without."""
-    rung = chosen(12, Ways(HOLDINGS, BLOCKS, 0, BLOCKS, moved=3)).chosen
-    assert rung and (rung.label, rung.recomputed, rung.moved) == ("zero2", 4, 3)
+    rung = chosen(12, Ways(HOLDINGS, BLOCKS, 0, BLOCKS, moved=Moving(3))).chosen
+    assert rung and (rung.label, rung.recomputed, rung.moved) == ("zero2", 4, Moving(3))
     assert spread("abcdefghij", 3) == ("b", "f", "i") and spread("abc", 3) == ("a", "b", "c") and spread("abc", 0) == ()
 
 

@@ -10,7 +10,6 @@ from tests.train.real_run import model_of
 from trainer.config.schema import Config
 from trainer.data.buckets import Bucket
 from trainer.errors import UserError
-from trainer.memory import step_cost
 from trainer.memory.choice import GIB
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.report import MemoryPlan
@@ -243,12 +242,11 @@ def test_with_a_fast_link_nearly_nothing_is_recomputed(tmp_path: Path, monkeypat
     write_tiny_model(tmp_path / "model")
 
     def plan(offload: str | bool, link: float) -> MemoryPlan:
-        monkeypatch.setattr(step_cost, "LINK_BYTES_PER_S", link)
-        memory = {"budget": "884.75MiB", "offload_activations": offload}
+        memory = {"budget": "884.75MiB", "offload_activations": offload, "link_gb_s": link}
         config = make_config(tmp_path / "model", memory=memory, train={"batch_size_per_gpu": 2})
         return memory_plan(planned(config), setting(config, 1, Bucket(512, 512)), tmp_path / f"plans-{link}")
 
-    again, fast, slow = plan(False, 1e15), plan("some", 1e15), plan("some", 1e3)
+    again, fast, slow = plan(False, 10_000), plan("some", 10_000), plan("some", 1e-6)
     assert again.chosen and fast.chosen and slow.chosen and again.chosen.again_share > 0.15
     assert fast.chosen.again_share < 0.01 and fast.chosen.fits and len(fast.moved) == fast.chosen.moved > 40
     assert not {*fast.moved} & {*fast.recompute}

@@ -234,6 +234,9 @@ class MemoryConfig(Section):
     than recomputing others, by the plan, also if copies take twice as long as it assumes; they are copied while others
     compute. A number: of so many blocks, of those that are not recomputed and not among the last of a pass. `true`: all
     that is kept, which nothing hides. `auto`: all, where nothing else fits."""
+    link_gb_s: Annotated[float, Field(gt=0, le=10_000)] = 12.0
+    """GB/s that a card copies to the host's memory, and as much back at the same time, with which `offload_activations`
+    counts: 12 is PCIe 3.0 x16, 24 PCIe 4.0 x16."""
     release_gradients: Flag = False
     """Update each block of the model as its gradients arrive in the backward pass, so that they never exist all at
     once; `train.max_grad_norm` is then of each block's gradients. For one worker without accumulation."""

@@ -10,7 +10,6 @@ GIB = 2**30
 # Assumptions, used to rank what fits and printed with it.
 CARD_FLOPS = 35e12  # an RTX 3090 in bf16 at half of its 71 TFLOP/s
 WIRE_BYTES_PER_S = 6e9  # between cards through the host's memory
-LINK_BYTES_PER_S = 12e9  # of a card's own link to the host's memory, each way: PCIe 3.0 x16 or better
 _ALIKE = 0.8
 _ESTIMATE = 4  # blocks by which the estimate of those to recompute may be too high
 
@@ -42,6 +41,23 @@ class Budget:
         return self.total is None or self.needed(peak) <= self.total
 
 
+@dataclass(frozen=True)
+class Moving:
+    """Which blocks' activations wait in the host's memory, copied beside the computation.
+
+    Attributes:
+        count: of blocks, of those that are not recomputed and can be moved in time; at most all of these.
+        late_first: blocks that cannot be moved in time are recomputed before all others, and not in their own order.
+            It pays where the budget has no room to keep them.
+    """
+
+    count: int = 0
+    late_first: bool = False
+
+
+NOTHING_MOVES = Moving()
+
+
 @dataclass(frozen=True, eq=False)
 class Rung:
     """One way to run: a strategy, and how many of the blocks are recomputed.
@@ -50,7 +66,7 @@ class Rung:
         label: in words.
         recomputed: blocks that are recomputed, the first ones of the list of all blocks.
         offloads: all saved activations wait in the host's memory.
-        moved: blocks whose activations do, beside the computation.
+        moved: the blocks whose activations do, beside the computation.
         peak: the fullest moment of a step.
         extra_s: seconds per optimizer step beyond the plain passes, by `CARD_FLOPS` and `WIRE_BYTES_PER_S`.
         fits: within the budget.
@@ -63,7 +79,7 @@ class Rung:
     peak: Peak
     extra_s: float
     fits: bool
-    moved: int = 0
+    moved: Moving = NOTHING_MOVES
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,7 @@ class Ways:
         fewest, most: recomputed blocks that are allowed; equal where nothing is left to choose.
         may_offload: the last rung is allowed.
         must_offload: and no other.
-        moved: blocks whose activations are moved, of those that are not recomputed; None: as many as pay.
+        moved: blocks whose activations are moved; None: as many as pay.
     """
 
     holdings: dict[str, Holding]
@@ -88,7 +104,7 @@ class Ways:
     must_offload: bool = False
     last: dict[str, Holding] = field(default_factory=dict)
     final: dict[str, Holding] = field(default_factory=dict)
-    moved: int | None = 0
+    moved: Moving | None = NOTHING_MOVES
 
     def fewest_of(self, holding: Holding) -> int:
         """Recomputed blocks at least: all whose weights do not stay on the card."""
@@ -103,17 +119,14 @@ class Measures:
         peak: of a holding with so many recomputed blocks, with or without offloading, and so many moved ones.
         saved_bytes: of the first so many blocks.
         extra_s: see `Rung.extra_s`.
-        moving: an estimate of how many blocks to recompute and to move, in place of so many that are recomputed, at
-            least so many, with so many bytes to spare.
+        moving: an estimate of how many blocks to recompute and which to move, in place of so many that are recomputed,
+            at least so many, with so many bytes to spare; asked where `Ways.moved` is None.
     """
 
-    peak: Callable[[Holding, int, bool, int], Peak]
+    peak: Callable[[Holding, int, bool, Moving], Peak]
     saved_bytes: Callable[[int], int]
-    extra_s: Callable[[Holding, int, bool, int], float]
-    moving: Callable[[Holding, int, int, int], tuple[int, int]] = lambda holding, recomputed, fewest, spare: (
-        recomputed,
-        0,
-    )
+    extra_s: Callable[[Holding, int, bool, Moving], float]
+    moving: Callable[[Holding, int, int, int], tuple[int, Moving]]
 
 
 @dataclass(frozen=True)
@@ -188,7 +201,7 @@ def _least_cost(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> f
     """Seconds of the same way with the fewest blocks that may fit."""
     fewest = _fewest(rung, ways, measures, budget)
     # Of blocks that are moved as wished, little hangs on how many are recomputed: that is not traced for it.
-    moved = rung.moved if fewest == rung.recomputed else 0
+    moved = rung.moved if fewest == rung.recomputed else NOTHING_MOVES
     return measures.extra_s(rung.holding, fewest, rung.offloads, moved)
 
 
@@ -227,16 +240,18 @@ def _with_moving(rung: Rung, ways: Ways, measures: Measures, budget: Budget) -> 
         return None
     spare = round((budget.total - budget.needed(rung.peak)) / (1 + budget.margin_share))
     count, moved = measures.moving(rung.holding, rung.recomputed, fewest, spare)
-    if not moved:
+    if not moved.count:
         return None
     some = replace(ways, moved=moved)
     low = max(fewest, count - _ESTIMATE)  # each look is a pass over the whole model
     found = _halved(rung, low, count, some, measures, budget)
-    return found if found.moved and found.extra_s < rung.extra_s else None
+    return found if found.moved.count and found.extra_s < rung.extra_s else None
 
 
-def _moved(recomputed: int, ways: Ways, offloads: bool) -> int:
-    return 0 if offloads else min(ways.moved or 0, ways.num_blocks - recomputed)
+def _moved(recomputed: int, ways: Ways, offloads: bool) -> Moving:
+    if offloads or ways.moved is None:
+        return NOTHING_MOVES
+    return replace(ways.moved, count=min(ways.moved.count, ways.num_blocks - recomputed))
 
 
 def _rung(

@@ -27,6 +27,7 @@ class PlannedRun:
         validates: there is validation between steps.
         sample_px: height and width of the samples that are drawn between steps; None: none are drawn.
         budget, strategy, recompute, offload_activations: wishes, as in the configuration's `memory`.
+        link_bytes_per_s: of a card to the host's memory, and as much back at the same time.
         data_workers: reader processes of each worker.
         checkpoints: how many the disk holds at once.
         extra_noises: of an image, that lie on the card beside its own while it is trained on; fp32.
@@ -60,6 +61,7 @@ class PlannedRun:
     strategy: Literal["auto", "ddp", "zero2", "zero3"]
     recompute: Literal["auto", "none", "all"]
     offload_activations: Literal["auto", "some"] | bool | int
+    link_bytes_per_s: float
     data_workers: int
     checkpoints: int
     extra_noises: int = 0

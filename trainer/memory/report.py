@@ -9,7 +9,7 @@ from typing import Any
 from trainer.measure.bench_report import BENCH_FILE, row_from_json
 from trainer.measure.optimizer_bench import MeasuredOptimizers
 from trainer.measure.run_arithmetic import format_duration
-from trainer.memory.choice import CARD_FLOPS, GIB, LINK_BYTES_PER_S, WIRE_BYTES_PER_S, Budget, Rung, in_gib
+from trainer.memory.choice import CARD_FLOPS, GIB, WIRE_BYTES_PER_S, Budget, Rung, in_gib
 from trainer.memory.holdings import PARTS, StrategyName
 
 _PART_NAMES = {"communication": "buffers", "frozen": "frozen models"}
@@ -46,10 +46,8 @@ class RungReport:
     waits_s: float = 0.0
 
     @staticmethod
-    def of(
-        rung: Rung, budget: Budget, again_share: float = 0.0, moved_bytes: int = 0, waits_s: float = 0.0
-    ) -> "RungReport":
-        """The report of a rung, with its price."""
+    def of(rung: Rung, budget: Budget) -> "RungReport":
+        """The report of a rung, without the price of what it recomputes and moves."""
         return RungReport(
             label=rung.label,
             strategy=rung.holding.strategy,
@@ -69,10 +67,6 @@ class RungReport:
             hosts_weights=rung.holding.hosted_weight_bytes > 0,
             shares=rung.holding.shares,
             replicas=rung.holding.replicas,
-            moved=rung.moved,
-            again_share=again_share,
-            moved_bytes=moved_bytes,
-            waits_s=waits_s,
         )
 
 
@@ -87,6 +81,7 @@ class MemoryPlan:
         looked_at: all rungs that were worked out.
         num_blocks: that could be recomputed.
         recompute: names of the blocks that are recomputed; `moved`: of those whose activations are moved.
+        link_bytes_per_s: of a card's own link to the host's memory, each way, that was counted with.
         advice: the smallest changes that make it fit, where nothing does.
         wire_bytes: sent by each worker in an optimizer step.
         flops_per_image: forward, backward, recomputed.
@@ -115,6 +110,7 @@ class MemoryPlan:
     num_trained: int = 0
     optimizer_bytes: Mapping[str, int] = field(default_factory=dict)
     moved: tuple[str, ...] = ()
+    link_bytes_per_s: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -195,16 +191,13 @@ class MemoryPlan:
             fewest = min(tighter, key=lambda rung: rung.recomputed)
             why = f"with {fewest.recomputed} blocks recomputed it would take {in_gib(fewest.needed)}"
         assumed = f"{CARD_FLOPS / 1e12:.0f} TFLOP/s a card and {WIRE_BYTES_PER_S / 1e9:.0f} GB/s between cards"
-        lines = [f"{line}; {why}", "  extra s: seconds a step of recomputation and exchange, if nothing hides them;"]
+        told = ["  extra s: seconds a step of recomputation and exchange, as if nothing hid them;"]
         if any(rung.moved_bytes for rung in self.looked_at):
-            assumed += f", {LINK_BYTES_PER_S / 1e9:.0f} GB/s between a card and the host, each way"
-            lines[-1] = lines[-1].replace(", if", ", as if").replace("hides", "hid").removesuffix(";")
-            lines.append("  them, and of moved activations (GiB a pass, each way) what the passes do not hide;")
+            assumed += f", {self.link_bytes_per_s / 1e9:g} GB/s between a card and the host, each way"
+            told.append("  with it what passes do not hide of moved activations (GiB a pass, each way);")
         if chosen.moved:
-            lines.append(
-                "  `some` moves as many as are no slower than recomputation alone at half of that rate either;"
-            )
-        return [*lines, f"  assumed: {assumed}. `sdxl-train bench` measures what is fastest"]
+            told.append("  `some` moves as many as are no slower than recomputation alone at half of that rate either;")
+        return [f"{line}; {why}", *told, f"  assumed: {assumed}. `sdxl-train bench` measures what is fastest"]
 
 
 def run_time(plan: MemoryPlan, num_images: int, images_per_s: float | None, card_flops: float = CARD_FLOPS) -> str:

@@ -17,9 +17,11 @@ from trainer.data.buckets import Bucket
 from trainer.errors import UserError
 from trainer.memory.choice import (
     GIB,
+    NOTHING_MOVES,
     Budget,
     Choice,
     Measures,
+    Moving,
     Rung,
     Ways,
     choose,
@@ -154,7 +156,7 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
     trace = traced.trace(holding.strategy, chosen.recomputed, chosen.offloads, chosen.moved)
     plain = traced.trace(holding.strategy)
     batch = traced.shape.batch
-    again = traced.recomputed_flops(holding.strategy, chosen.recomputed, moves=chosen.moved > 0)
+    again = traced.recomputed_flops(holding.strategy, chosen.recomputed, chosen.moved)
     per_image = (plain.forward_flops // batch, (plain.flops - plain.forward_flops) // batch, again // batch)
     checkpoint, snapshot = (
         _checkpoint_bytes(run, trace) + _exchange_bytes(holding, trace),
@@ -170,7 +172,8 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
         chosen=report(choice.chosen) if choice.chosen else None,
         looked_at=tuple(map(report, choice.looked_at)),
         num_blocks=held,
-        recompute=traced.blocks(holding.strategy, moves=chosen.moved > 0)[: chosen.recomputed] if choice.chosen else (),
+        recompute=traced.blocks(holding.strategy, chosen.moved)[: chosen.recomputed] if choice.chosen else (),
+        link_bytes_per_s=run.link_bytes_per_s,
         moved=traced.moved_blocks(holding.strategy, chosen.recomputed, chosen.moved) if choice.chosen else (),
         advice=() if choice.chosen else tuple(_advice(run, setting)),
         wire_bytes=wire_bytes(trace, holding),
@@ -188,10 +191,15 @@ def _reported(traced: "TracedRun", costs: "StepCosts", budget: Budget, rung: Run
     """With the price of each rung."""
     strategy = rung.holding.strategy
     plain = max(traced.trace(strategy).flops, 1)
-    again = traced.recomputed_flops(strategy, rung.recomputed, moves=rung.moved > 0) / plain
+    again = traced.recomputed_flops(strategy, rung.recomputed, rung.moved) / plain
     cost = costs.cost(rung.holding, rung.recomputed, rung.offloads, rung.moved)
-    found = replace(rung, moved=len(traced.moved_blocks(strategy, rung.recomputed, rung.moved)))  # of the wished ones
-    return RungReport.of(found, budget, again / (1 + again), cost.moved_bytes, cost.waits_s)
+    return replace(
+        RungReport.of(rung, budget),
+        again_share=again / (1 + again),
+        moved=len(traced.moved_blocks(strategy, rung.recomputed, rung.moved)),
+        moved_bytes=cost.moved_bytes,
+        waits_s=cost.waits_s,
+    )
 
 
 def _chosen(
@@ -204,14 +212,7 @@ def _chosen(
     """
     from trainer.memory.hosted_holding import with_state_in_host, with_weights_in_host
     from trainer.memory.step_cost import StepCosts
-    from trainer.memory.traced_run import (
-        Shape,
-        TracedRun,
-        frozen_bytes,
-        holdings,
-        parameter_state,
-        peaks_beside,
-    )
+    from trainer.memory.traced_run import Shape, TracedRun, frozen_bytes, holdings, parameter_state, peaks_beside
     from trainer.optim.hosted.hosted_activations import IN_FLIGHT, PATIENCE
 
     bucket, batch = max(setting.buckets, key=fullness)
@@ -259,8 +260,10 @@ def _chosen(
             {label: holding for label, holding in each.items() if may_fit(trace, holding, setting.budget.total)}
             for each in (ways, last, final)
         )
-    moved = offload if type(offload) is int else None if offload == "some" and not only_whether else 0
-    costs = StepCosts(traced, (IN_FLIGHT, PATIENCE))
+    moved = Moving(offload) if type(offload) is int else NOTHING_MOVES
+    if offload == "some" and not only_whether:
+        moved = None
+    costs = StepCosts(traced, run.link_bytes_per_s, (IN_FLIGHT, PATIENCE))
     choice = choose(
         Ways(ways, num_blocks, fewest, most, offload in ("auto", "some"), offload is True, last, final, moved),
         Measures(traced.peak, partial(traced.saved_bytes, first_strategy), costs.extra_s, costs.moving),

@@ -3,10 +3,10 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import TYPE_CHECKING, NamedTuple
 
-from trainer.memory.choice import CARD_FLOPS, LINK_BYTES_PER_S, WIRE_BYTES_PER_S, spread
+from trainer.memory.choice import CARD_FLOPS, NOTHING_MOVES, WIRE_BYTES_PER_S, Moving, spread
 from trainer.memory.holdings import Holding, StrategyName
 from trainer.memory.strategy_peak import wire_split
 
@@ -68,8 +68,8 @@ class _Plain:
     events: list[_Event]
 
     @staticmethod
-    def of(traced: "TracedRun", strategy: StrategyName) -> "_Plain":
-        trace, order = traced.trace(strategy), traced.blocks(strategy, moves=True)
+    def of(traced: "TracedRun", strategy: StrategyName, late_first: bool) -> "_Plain":
+        trace, order = traced.trace(strategy), traced.blocks(strategy, Moving(1, late_first))
         blocks = trace.blocks()
         return _Plain(
             order=order,
@@ -85,54 +85,52 @@ class _Plain:
 class StepCosts:
     """What the ways of one run cost."""
 
-    def __init__(self, traced: "TracedRun", bounds: tuple[int, int]) -> None:
+    def __init__(self, traced: "TracedRun", link_bytes_per_s: float, bounds: tuple[int, int]) -> None:
         """
         Args:
+            link_bytes_per_s: of a card's own link to the host's memory, each way.
             bounds: see `waiting_s`.
         """
-        self._traced, self._bounds = traced, bounds
+        self._traced, self._link, self._bounds = traced, link_bytes_per_s, bounds
         self._plain: dict[tuple[StrategyName, bool], _Plain] = {}
 
-    def extra_s(self, holding: Holding, recomputed: int, offloads: bool, moved: int = 0) -> float:
+    def extra_s(self, holding: Holding, recomputed: int, offloads: bool, moved: Moving = NOTHING_MOVES) -> float:
         """Seconds of a way that has been traced."""
         return self.cost(holding, recomputed, offloads, moved).total
 
-    def cost(self, holding: Holding, recomputed: int, offloads: bool, moved: int = 0) -> Cost:
+    def cost(self, holding: Holding, recomputed: int, offloads: bool, moved: Moving = NOTHING_MOVES) -> Cost:
         """Of a way that has been traced."""
         traced, strategy = self._traced, holding.strategy
         if offloads:
             plain = traced.trace(strategy)
             saved = max(plain.saved_bytes - traced.saved_bytes(strategy, recomputed), 0)
             waits = 2 * saved * holding.accumulation / WIRE_BYTES_PER_S
-            return Cost(self._again_s(holding, recomputed, False), saved, waits, self._beside_s(holding))
-        sizes = traced.trace(strategy, recomputed, False, moved).moved_bytes if moved else {}
-        return self._cost(holding, recomputed, sizes)
+            return Cost(self._again_s(holding, recomputed), saved, waits, self._beside_s(holding))
+        sizes = traced.trace(strategy, recomputed, False, moved).moved_bytes if moved.count else {}
+        return self._cost(holding, recomputed, sizes, moved)
 
-    def moving(self, holding: Holding, recomputed: int, fewest: int, spare: int) -> tuple[int, int]:
-        """How many blocks to recompute and how many to move, in place of recomputing so many, by an estimate.
+    def moving(self, holding: Holding, recomputed: int, fewest: int, spare: int) -> tuple[int, Moving]:
+        """How many blocks to recompute and which to move, in place of recomputing so many, by an estimate.
 
-        It says, too, whether `blocks` begin with the late ones. Costs least at the assumed rate of copies, among what
-        costs no more than now at half of it.
+        It costs least at the link's rate among what costs no more than now at half of it.
 
         Args:
             fewest: to recompute.
             spare: bytes of the budget that are free.
         """
         now = self._cost(holding, recomputed, {}).total
-        best, needed = (now, recomputed, 0, False), self._traced.saved_bytes(holding.strategy, recomputed) - spare
-        for late_first in (False, True):
-            self._traced.late_first = late_first
-            plain = self._of(holding.strategy)
-            for again in range(fewest, recomputed):
-                names = self._fewest_moved(plain, again, needed - plain.first[again])
-                if not names:
-                    continue
-                sizes = {name: plain.saved[name] for name in names}
-                if self._cost(holding, again, sizes, _CAREFUL).total <= now:
-                    best = min(best, (self._cost(holding, again, sizes).total, again, len(names), late_first))
-        _, again, moved, late_first = best
-        self._traced.late_first = late_first
-        return again, moved
+        best, found = now, (recomputed, NOTHING_MOVES)
+        needed = self._traced.saved_bytes(holding.strategy, recomputed) - spare
+        for late_first, again in product((False, True), range(fewest, recomputed)):
+            plain = self._of(holding.strategy, late_first)
+            names = self._fewest_moved(plain, again, needed - plain.first[again])
+            moved, sizes = Moving(len(names), late_first), {name: plain.saved[name] for name in names}
+            if not names or self._cost(holding, again, sizes, moved, _CAREFUL).total > now:
+                continue
+            total = self._cost(holding, again, sizes, moved).total
+            if total < best:
+                best, found = total, (again, moved)
+        return found
 
     def _fewest_moved(self, plain: _Plain, again: int, needed: int) -> tuple[str, ...]:
         """Blocks that take so many bytes away; empty where all do not."""
@@ -145,44 +143,51 @@ class StepCosts:
             fewest, most = (fewest, middle - 1) if away >= needed else (middle + 1, most)
         return spread(kept, fewest) if fewest <= len(kept) else ()
 
-    def _of(self, strategy: StrategyName) -> _Plain:
-        way = strategy, self._traced.late_first
+    def _of(self, strategy: StrategyName, late_first: bool) -> _Plain:
+        way = strategy, late_first
         if way not in self._plain:
-            self._plain[way] = _Plain.of(self._traced, strategy)
+            self._plain[way] = _Plain.of(self._traced, strategy, late_first)
         return self._plain[way]
 
-    def _cost(self, holding: Holding, recomputed: int, sizes: Mapping[str, int], share: float = 1.0) -> Cost:
-        waits = self._waits_s(holding, recomputed, sizes, share) if sizes else 0.0
-        again_s = self._again_s(holding, recomputed, bool(sizes))
-        return Cost(again_s, sum(sizes.values()), waits, self._beside_s(holding))
+    def _cost(
+        self,
+        holding: Holding,
+        recomputed: int,
+        sizes: Mapping[str, int],
+        moved: Moving = NOTHING_MOVES,
+        share: float = 1.0,
+    ) -> Cost:
+        waits = self._waits_s(holding, recomputed, sizes, moved.late_first, share) if sizes else 0.0
+        return Cost(self._again_s(holding, recomputed, moved), sum(sizes.values()), waits, self._beside_s(holding))
 
-    def _again_s(self, holding: Holding, recomputed: int, moves: bool) -> float:
-        again = self._traced.recomputed_flops(holding.strategy, recomputed, moves=moves)
+    def _again_s(self, holding: Holding, recomputed: int, moved: Moving = NOTHING_MOVES) -> float:
+        again = self._traced.recomputed_flops(holding.strategy, recomputed, moved)
         return again * holding.accumulation / CARD_FLOPS
 
     def _beside_s(self, holding: Holding) -> float:
         hosted = 2 * holding.hosted_bytes + 3 * holding.hosted_weight_bytes  # to compute, to compute again, and back
         return (sum(wire_split(self._traced.trace(holding.strategy), holding)) + hosted) / WIRE_BYTES_PER_S
 
-    def _waits_s(self, holding: Holding, recomputed: int, sizes: Mapping[str, int], share: float) -> float:
+    def _waits_s(
+        self, holding: Holding, recomputed: int, sizes: Mapping[str, int], late_first: bool, share: float
+    ) -> float:
         """Of all passes of a step; those in which workers exchange leave copies less of the link."""
-        plain, exchanging = self._of(holding.strategy), _exchanging(holding)
+        plain, exchanging = self._of(holding.strategy, late_first), _exchanging(holding)
         again = {name: plain.again[name] for name in plain.order[:recomputed]}
-        rate = share * LINK_BYTES_PER_S
+        rate = share * self._link
         forward_s, backward_s = plain.seconds
         sent, received = wire_split(self._traced.trace(holding.strategy), holding)
-        to_host = rate * _left(sent / exchanging, forward_s)
-        back = rate * _left(received / exchanging, backward_s + sum(again.values()))
+        to_host = rate * self._left(sent / exchanging, forward_s)
+        back = rate * self._left(received / exchanging, backward_s + sum(again.values()))
         waits = exchanging * waiting_s(plain.events, sizes, again, (to_host, back), self._bounds)
         if exchanging < holding.accumulation:
             alone = waiting_s(plain.events, sizes, again, (rate, rate), self._bounds)
             waits += (holding.accumulation - exchanging) * alone
         return waits
 
-
-def _left(wire: float, seconds: float) -> float:
-    """Share of the link that so many bytes between workers leave in so many seconds."""
-    return max(1 - wire / LINK_BYTES_PER_S / max(seconds, 1e-9), _LEAST_SHARE)
+    def _left(self, wire: float, seconds: float) -> float:
+        """Share of the link that so many bytes between workers leave in so many seconds."""
+        return max(1 - wire / self._link / max(seconds, 1e-9), _LEAST_SHARE)
 
 
 def _exchanging(holding: Holding) -> int:

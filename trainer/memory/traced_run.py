@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.adapters.initial_values import AdapterStart
 from trainer.config.sections.exchange_config import ExchangeConfig
 from trainer.data.buckets import Bucket
-from trainer.memory.choice import scattered_alike, spread
+from trainer.memory.choice import NOTHING_MOVES, Moving, scattered_alike, spread
 from trainer.memory.holdings import Holding, Kernels, Peak, StrategyName
 from trainer.memory.planned_run import PlannedRun
 from trainer.memory.strategy_peak import strategy_peak
@@ -61,7 +61,7 @@ class _Way:
     autocast: torch.dtype | None
     recomputed: int
     offloads: bool
-    moved: int
+    moved: Moving
 
 
 class TracedRun:
@@ -71,49 +71,49 @@ class TracedRun:
         self._run, self.shape = run, shape
         self.kernels: Kernels = kernels
         self._traces: dict[_Way, Trace] = {}
-        self._orders: dict[tuple[bool, bool], tuple[str, ...]] = {}
-        self.late_first = False  # see `blocks`
+        self._orders: dict[bool | None, tuple[str, ...]] = {}
 
-    def trace(self, strategy: StrategyName, recomputed: int = 0, offloads: bool = False, moved: int = 0) -> Trace:
+    def trace(
+        self, strategy: StrategyName, recomputed: int = 0, offloads: bool = False, moved: Moving = NOTHING_MOVES
+    ) -> Trace:
         """The pass with the first `recomputed` of `blocks` recomputed, and so many of the others moved."""
         way = self._way(strategy, recomputed, offloads, moved)
         if way not in self._traces:
-            again = self.blocks(strategy, moves=moved > 0)[:recomputed] if recomputed else ()
+            again = self.blocks(strategy, moved)[:recomputed] if recomputed else ()
             self._traces[way] = self._traced(way, again, self.moved_blocks(strategy, recomputed, moved))
         return self._traces[way]
 
-    def moved_blocks(self, strategy: StrategyName, recomputed: int, moved: int) -> tuple[str, ...]:
+    def moved_blocks(self, strategy: StrategyName, recomputed: int, moved: Moving) -> tuple[str, ...]:
         """So many of the blocks that can be moved and are not recomputed, or all, spread over the forward pass."""
-        again = {*self.blocks(strategy, moves=True)[:recomputed]} if moved else ()
-        left = [name for name in self.movable(strategy) if name not in again] if moved else []
-        return spread(left, min(moved, len(left)))
+        if not moved.count:
+            return ()
+        again = {*self.blocks(strategy, moved)[:recomputed]}
+        left = [name for name in self.movable(strategy) if name not in again]
+        return spread(left, min(moved.count, len(left)))
 
     def movable(self, strategy: StrategyName) -> tuple[str, ...]:
         """All blocks that can be moved, in the order of the forward pass."""
         blocks = (*self.trace(strategy).blocks(),)
         return blocks[:-_LATE] if len(blocks) > 2 * _LATE else blocks
 
-    def blocks(self, strategy: StrategyName, *, moves: bool = False) -> tuple[str, ...]:
+    def blocks(self, strategy: StrategyName, moved: Moving = NOTHING_MOVES) -> tuple[str, ...]:
         """All blocks that can be recomputed; first those that save most bytes for their operations.
 
-        Args:
-            moves: others are moved: of alike ones, those that are left over after the first few shall lie far apart in
-                the pass. `late_first` puts those that cannot be moved before all others, which pays where the budget
-                has no room to keep them.
+        Where others are moved, those of alike ones that are left over after the first few lie far apart in the pass.
         """
-        kind = moves, moves and self.late_first
-        if kind not in self._orders:
+        late_first = moved.late_first if moved.count else None
+        if late_first not in self._orders:
             blocks = self.trace(strategy).blocks()
             order = sorted(blocks, key=lambda name: -_worth(blocks[name]))
-            if moves:
+            if moved.count:
                 order = scattered_alike(order, {name: _worth(block) for name, block in blocks.items()})
-                if self.late_first:
-                    movable = {*self.movable(strategy)}
-                    order.sort(key=lambda name: name in movable)
-            self._orders[kind] = tuple(order)
-        return self._orders[kind]
+            if late_first:
+                movable = {*self.movable(strategy)}
+                order.sort(key=lambda name: name in movable)
+            self._orders[late_first] = tuple(order)
+        return self._orders[late_first]
 
-    def peak(self, holding: Holding, recomputed: int, offloads: bool, moved: int = 0) -> Peak:
+    def peak(self, holding: Holding, recomputed: int, offloads: bool, moved: Moving = NOTHING_MOVES) -> Peak:
         """The fullest moment of a step."""
         return strategy_peak(self.trace(holding.strategy, recomputed, offloads, moved), holding)
 
@@ -122,12 +122,12 @@ class TracedRun:
         blocks = self.trace(strategy).blocks()
         return sum(blocks[name].saved_bytes for name in self.blocks(strategy)[:recomputed])
 
-    def recomputed_flops(self, strategy: StrategyName, recomputed: int, *, moves: bool = False) -> int:
+    def recomputed_flops(self, strategy: StrategyName, recomputed: int, moved: Moving = NOTHING_MOVES) -> int:
         """Operations that so many recomputed blocks add to a pass."""
         blocks = self.trace(strategy).blocks()
-        return sum(blocks[name].flops for name in self.blocks(strategy, moves=moves)[:recomputed])
+        return sum(blocks[name].flops for name in self.blocks(strategy, moved)[:recomputed])
 
-    def _way(self, strategy: StrategyName, recomputed: int, offloads: bool, moved: int = 0) -> _Way:
+    def _way(self, strategy: StrategyName, recomputed: int, offloads: bool, moved: Moving = NOTHING_MOVES) -> _Way:
         precision = precision_of(self._run.precision)
         gathers = strategy in ("zero2", "zero3") and not self._run.only_additions_train
         return _Way(

@@ -45,6 +45,7 @@ def planned_run(config: Config, model: RunModel) -> PlannedRun:
         shard_within=config.memory.shard_within,
         recompute=config.memory.recompute,
         offload_activations=config.memory.offload_activations,
+        link_bytes_per_s=config.memory.link_gb_s * 1e9,
         data_workers=config.data.workers,
         checkpoints=config.checkpoint.keep + 1,
         extra_noises=extra_noises(config.objective),
