@@ -30,7 +30,7 @@ from trainer.memory.choice import (
 )
 from trainer.memory.holdings import Holding, Kernels, StrategyName
 from trainer.memory.planned_run import PlannedRun
-from trainer.memory.report import MemoryPlan, RungReport
+from trainer.memory.report import MemoryPlan
 from trainer.memory.strategy_peak import may_fit, parameter_sizes, wire_bytes
 from trainer.package_files import is_installed
 from trainer.parallel.shard_groups import workers_within
@@ -150,7 +150,7 @@ def _digest(run: PlannedRun, setting: Setting) -> str:
 
 def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
     traced, held, choice, costs = _chosen(run, setting)
-    report = partial(_reported, traced, costs, setting.budget)
+    report = partial(costs.report, setting.budget)
     chosen = choice.chosen or smallest(choice.looked_at)
     holding = chosen.holding
     trace = traced.trace(holding.strategy, chosen.recomputed, chosen.offloads, chosen.moved)
@@ -184,21 +184,6 @@ def _worked_out(run: PlannedRun, setting: Setting) -> MemoryPlan:
         snapshot_bytes=snapshot,
         num_trained=_num_elements(trace, trace.trains),
         optimizer_bytes={kind: _state_bytes(run, kind, trace) for kind in KINDS},
-    )
-
-
-def _reported(traced: "TracedRun", costs: "StepCosts", budget: Budget, rung: Rung) -> RungReport:
-    """With the price of each rung."""
-    strategy = rung.holding.strategy
-    plain = max(traced.trace(strategy).flops, 1)
-    again = traced.recomputed_flops(strategy, rung.recomputed, rung.moved) / plain
-    cost = costs.cost(rung.holding, rung.recomputed, rung.offloads, rung.moved)
-    return replace(
-        RungReport.of(rung, budget),
-        again_share=again / (1 + again),
-        moved=len(traced.moved_blocks(strategy, rung.recomputed, rung.moved)),
-        moved_bytes=cost.moved_bytes,
-        waits_s=cost.waits_s,
     )
 
 

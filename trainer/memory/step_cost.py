@@ -2,12 +2,13 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from typing import TYPE_CHECKING, NamedTuple
 
-from trainer.memory.choice import CARD_FLOPS, NOTHING_MOVES, WIRE_BYTES_PER_S, Moving, spread
+from trainer.memory.choice import CARD_FLOPS, NOTHING_MOVES, WIRE_BYTES_PER_S, Budget, Moving, Rung, spread
 from trainer.memory.holdings import Holding, StrategyName
+from trainer.memory.report import RungReport
 from trainer.memory.strategy_peak import wire_split
 
 if TYPE_CHECKING:
@@ -108,6 +109,20 @@ class StepCosts:
             return Cost(self._again_s(holding, recomputed), saved, waits, self._beside_s(holding))
         sizes = traced.trace(strategy, recomputed, False, moved).moved_bytes if moved.count else {}
         return self._cost(holding, recomputed, sizes, moved)
+
+    def report(self, budget: Budget, rung: Rung) -> RungReport:
+        """What is told of a way, with its price."""
+        traced, strategy = self._traced, rung.holding.strategy
+        plain = max(traced.trace(strategy).flops, 1)
+        again = traced.recomputed_flops(strategy, rung.recomputed, rung.moved) / plain
+        cost = self.cost(rung.holding, rung.recomputed, rung.offloads, rung.moved)
+        return replace(
+            RungReport.of(rung, budget),
+            again_share=again / (1 + again),
+            moved=len(traced.moved_blocks(strategy, rung.recomputed, rung.moved)),
+            moved_bytes=cost.moved_bytes,
+            waits_s=cost.waits_s,
+        )
 
     def moving(self, holding: Holding, recomputed: int, fewest: int, spare: int) -> tuple[int, Moving]:
         """How many blocks to recompute and which to move, in place of recomputing so many, by an estimate.
